@@ -1,0 +1,188 @@
+"""Interpolants between noise (t = 0) and data (t = 1), SiT (arXiv 2401.08740) section 2.
+
+    x_t = alpha(t) * data + sigma(t) * noise        alpha(0) = sigma(1) = 0, alpha(1) = sigma(0) = 1
+    v_t = alpha'(t) * data + sigma'(t) * noise
+
+Of velocity, score, noise and data, any one together with x_t gives the others: two linear equations in data and noise.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class Interpolant:
+    """What the paths share. A subclass gives `alpha`, `sigma` and their derivatives at times t in [0, 1].
+
+    Times are a float, a 0-d tensor, or a tensor (B,) that belongs to the first axis of the other arguments.
+    """
+
+    velocity_ends_early = False  # whether the velocity itself is singular at t = 1
+
+    def alpha(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def sigma(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def interpolate(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t, (B, ...)"""
+        alpha, sigma, _, _ = self._coefficients(t, data)
+        return alpha * data + sigma * noise
+
+    def velocity(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """v_t = d x_t / dt, (B, ...)"""
+        _, _, d_alpha, d_sigma = self._coefficients(t, data)
+        return d_alpha * data + d_sigma * noise
+
+    def data_from_velocity(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma, d_alpha, d_sigma = self._coefficients(t, x)
+        return (sigma * v - d_sigma * x) / (sigma * d_alpha - d_sigma * alpha)
+
+    def noise_from_velocity(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma, d_alpha, d_sigma = self._coefficients(t, x)
+        return (d_alpha * x - alpha * v) / (sigma * d_alpha - d_sigma * alpha)
+
+    def score_from_velocity(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The score is -noise / sigma: infinite at t = 1."""
+        return self.score_from_noise(self.noise_from_velocity(v, x, t), t)
+
+    def velocity_from_data(self, data: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Singular at t = 1, where x says nothing of the noise."""
+        alpha, sigma, _, _ = self._coefficients(t, x)
+        return self.velocity(data, (x - alpha * data) / sigma, t)
+
+    def velocity_from_noise(self, noise: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Singular at t = 0, where x says nothing of the data."""
+        alpha, sigma, _, _ = self._coefficients(t, x)
+        return self.velocity((x - sigma * noise) / alpha, noise, t)
+
+    def velocity_from_score(self, score: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Singular at t = 0, as from the noise."""
+        return self.velocity_from_noise(self.noise_from_score(score, t), x, t)
+
+    def score_from_noise(self, noise: Tensor, t: Tensor) -> Tensor:
+        return -noise / self._coefficients(t, noise)[1]
+
+    def noise_from_score(self, score: Tensor, t: Tensor) -> Tensor:
+        return -score * self._coefficients(t, score)[1]
+
+    def interval(self, prediction: str = "velocity", training: bool = False) -> tuple[float, float]:
+        """(t0, t1) on which the formulas for a prediction are finite, with SiT's margins."""
+        if self.velocity_ends_early:
+            return 0.0, 1 - (1e-5 if training else 1e-3)
+        if prediction != "velocity":
+            return 1e-3, 1 - 1e-3
+        return 0.0, 1.0
+
+    def _coefficients(self, t, like: Tensor) -> list[Tensor]:
+        """alpha, sigma and derivatives at t, computed in t's own precision, shaped and typed to multiply `like`."""
+        t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
+        values = [f(t) for f in (self.alpha, self.sigma, self.d_alpha, self.d_sigma)]
+        if t.ndim:
+            return [value.to(like).view(-1, *[1] * (like.ndim - 1)) for value in values]
+        return [value.to(like.dtype) for value in values]
+
+
+class Linear(Interpolant):
+    """alpha = t, sigma = 1 - t: straight lines, v = data - noise."""
+
+    def alpha(self, t):
+        return t
+
+    def sigma(self, t):
+        return 1 - t
+
+    def d_alpha(self, t):
+        return torch.ones_like(t)
+
+    def d_sigma(self, t):
+        return -torch.ones_like(t)
+
+
+class GVP(Interpolant):
+    """alpha = sin(pi t / 2), sigma = cos(pi t / 2): keeps the variance."""
+
+    def alpha(self, t):
+        return torch.sin(t * math.pi / 2)
+
+    def sigma(self, t):
+        return torch.cos(t * math.pi / 2)
+
+    def d_alpha(self, t):
+        return math.pi / 2 * torch.cos(t * math.pi / 2)
+
+    def d_sigma(self, t):
+        return -math.pi / 2 * torch.sin(t * math.pi / 2)
+
+
+class VP(Interpolant):
+    """The path of the variance-preserving diffusion with a linear beta schedule (arXiv 2011.13456), 20 at t = 0, 0.1 at t = 1.
+
+    alpha = exp(-(1-t)^2 (20 - 0.1) / 4 - (1-t) 0.1 / 2), sigma^2 = 1 - alpha^2.
+    """
+
+    beta_min, beta_max = 0.1, 20.0
+    velocity_ends_early = True
+
+    def _log_alpha(self, t):
+        return -0.25 * (1 - t) ** 2 * (self.beta_max - self.beta_min) - 0.5 * (1 - t) * self.beta_min
+
+    def _d_log_alpha(self, t):
+        return 0.5 * (1 - t) * (self.beta_max - self.beta_min) + 0.5 * self.beta_min
+
+    def alpha(self, t):
+        return torch.exp(self._log_alpha(t))
+
+    def sigma(self, t):
+        return torch.sqrt(-torch.expm1(2 * self._log_alpha(t)))
+
+    def d_alpha(self, t):
+        return self.alpha(t) * self._d_log_alpha(t)
+
+    def d_sigma(self, t):
+        return -(self.alpha(t) ** 2) * self._d_log_alpha(t) / self.sigma(t)
+
+
+INTERPOLANTS = {"linear": Linear, "gvp": GVP, "vp": VP}
+
+
+def get_interpolant(name: str) -> Interpolant:
+    """"linear", "gvp" or "vp". Raises ValueError for another name."""
+    if name not in INTERPOLANTS:
+        raise ValueError(f"interpolant must be one of {sorted(INTERPOLANTS)}, not {name!r}")
+    return INTERPOLANTS[name]()
+
+
+def as_velocity(model, interpolant: Interpolant, prediction: str = "velocity"):
+    """A model (x, t, y) that predicts "velocity", "noise", "score" or "data" -> one whose output is velocity."""
+    if prediction == "velocity":
+        return model
+    return _AsVelocity(model, interpolant, prediction)
+
+
+class _AsVelocity:
+    def __init__(self, model, interpolant: Interpolant, prediction: str):
+        conversions = {
+            "noise": interpolant.velocity_from_noise,
+            "score": interpolant.velocity_from_score,
+            "data": interpolant.velocity_from_data,
+        }
+        if prediction not in conversions:
+            raise ValueError(f"prediction must be one of {['velocity', *conversions]}, not {prediction!r}")
+        self.model = model
+        self.convert = conversions[prediction]
+
+    @property
+    def null_label(self):
+        return self.model.null_label
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.convert(self.model(x, t, y), x, t)

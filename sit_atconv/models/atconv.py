@@ -1,0 +1,86 @@
+"""ATConv, Attentive Convolution (arXiv 2510.20092): a token mixer with a 3x3 kernel made from the content."""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from sit_atconv.ops import dynamic_depthwise_conv2d
+
+ACTIVATIONS = {"gelu_tanh": lambda: nn.GELU(approximate="tanh"), "silu": nn.SiLU}
+
+
+class ATConv(nn.Module):
+    """Mixes tokens (B, N, C) by a depthwise convolution whose kernels each sample generates from its own content.
+
+    The published code projects all N tokens for the kernel and pools afterwards. Average pooling and a per-token
+    linear map commute exactly, so pooling first is the same function with N / k^2 times fewer multiplications.
+
+    Args:
+        dim: channels C.
+        kernel_size: side k of the kernel, odd.
+        act: activation of the kernel's projection, "gelu_tanh" (published) or "silu" (the REPA port).
+        pool: "raster" averages k^2 runs of consecutive tokens (published); "grid" averages k x k tiles of the grid,
+            aligned with the kernel's taps.
+
+    Raises:
+        ValueError: an even kernel size, or an unknown name for `act` or `pool`.
+    """
+
+    def __init__(self, dim: int, kernel_size: int = 3, act: str = "gelu_tanh", pool: str = "raster"):
+        super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, not {kernel_size}")
+        if act not in ACTIVATIONS:
+            raise ValueError(f"act must be one of {sorted(ACTIVATIONS)}, not {act!r}")
+        if pool not in ("raster", "grid"):
+            raise ValueError(f"pool must be 'raster' or 'grid', not {pool!r}")
+        self.kernel_size = kernel_size
+        self.pool = pool
+        self.kernel_proj = nn.Linear(dim, dim)
+        self.kernel_act = ACTIVATIONS[act]()
+        self.kernel_gen = nn.Linear(kernel_size**2, kernel_size**2)
+        self.difference_control = nn.Parameter(torch.zeros(dim))  # alpha, the strength of the inhibition
+        self.x_proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
+        """(B, N, C) -> (B, N, C). `grid_size` is (H, W) with H * W = N; None means a square grid.
+
+        Raises:
+            ValueError: `grid_size` does not hold N tokens, or is None where N is not a square.
+        """
+        grid_size = grid_size or square_grid(x.shape[1])
+        kernels = self.generate_kernels(x, grid_size)                      # (B, C, k, k)
+        y = dynamic_depthwise_conv2d(self.x_proj(x), kernels, grid_size)   # (B, N, C)
+        return self.proj(y)                                                # (B, N, C)
+
+    def generate_kernels(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        """Tokens (B, N, C) -> one kernel for each sample and channel (B, C, k, k)."""
+        k = self.kernel_size
+        p = pool_tokens(x, grid_size, k, self.pool)              # (B, k*k, C)
+        K = self.kernel_act(self.kernel_proj(p))                 # (B, k*k, C)
+        K = self.kernel_gen(K.transpose(1, 2))                   # (B, C, k*k), one linear over the taps for all channels
+        inhibition = torch.sigmoid(self.difference_control)      # (C,)
+        K = K - inhibition[:, None] * K.mean(-1, keepdim=True)   # lateral inhibition among the taps
+        return K.unflatten(-1, (k, k))                           # (B, C, k, k)
+
+
+def pool_tokens(x: Tensor, grid_size: tuple[int, int], k: int, pool: str) -> Tensor:
+    """Averages tokens (B, N, C) into k*k bins (B, k*k, C).
+
+    "raster" sees the tokens as one column: bin i averages tokens floor(i*N/k^2) ... ceil((i+1)*N/k^2) - 1. "grid"
+    does the same along each side. Both are one adaptive pooling of a channels-last view, without a copy.
+    """
+    size, bins = (grid_size, (k, k)) if pool == "grid" else ((x.shape[1], 1), (k * k, 1))
+    image = x.unflatten(1, size).permute(0, 3, 1, 2)
+    return F.adaptive_avg_pool2d(image, bins).flatten(2).transpose(1, 2)
+
+
+def square_grid(num_tokens: int) -> tuple[int, int]:
+    side = math.isqrt(num_tokens)
+    if side * side != num_tokens:
+        raise ValueError(f"{num_tokens} tokens do not form a square grid: pass grid_size=(H, W)")
+    return side, side

@@ -1,0 +1,306 @@
+"""SiT, Scalable Interpolant Transformer (arXiv 2401.08740), with ATConv or attention as the token mixer of each block.
+
+Parameter names and initialisation are those published, so that published weights load as they are.
+"""
+
+import difflib
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from einops import rearrange
+from timm.layers import Mlp, PatchEmbed
+from torch import Tensor
+
+from sit_atconv.models.atconv import ATConv
+
+MIXERS = ("atconv", "attention")
+
+
+# ---------------------------------------------------------------------------------------------------- embeddings
+
+class TimestepEmbedder(nn.Module):
+    """Times t in [0, 1] as cosines and sines of geometric frequencies, then an MLP."""
+
+    def __init__(self, hidden_size: int, num_frequencies: int = 128):
+        super().__init__()
+        self.num_frequencies = num_frequencies
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) -> (B, D)"""
+        exponents = torch.arange(self.num_frequencies, device=t.device, dtype=torch.float32) / self.num_frequencies
+        angles = t[:, None].float() * torch.exp(-math.log(10000.0) * exponents)     # (B, F)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)                  # (B, 2F)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))                      # (B, D)
+
+
+class LabelEmbedder(nn.Module):
+    """A learned row for each label; the row after the last class, if there is one, is the null label's."""
+
+    def __init__(self, num_rows: int, hidden_size: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_rows, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """(B,) -> (B, D)"""
+        return self.embedding_table(y)
+
+
+def sincos_pos_embed(hidden_size: int, grid_size: tuple[int, int]) -> Tensor:
+    """The fixed position table (1, H*W, D): sine and cosine of the column for one half of D, of the row for the other."""
+    rows, columns = (torch.arange(n, dtype=torch.float64) for n in grid_size)
+    row, column = torch.meshgrid(rows, columns, indexing="ij")                      # (H, W) each
+    exponents = torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4)
+    frequencies = 10000.0**-exponents                                               # (D/4,)
+    halves = []
+    for position in (column, row):
+        angles = position.reshape(-1, 1) * frequencies                              # (H*W, D/4)
+        halves += [angles.sin(), angles.cos()]
+    return torch.cat(halves, dim=1)[None].float()
+
+
+# --------------------------------------------------------------------------------------------------------- block
+
+class Attention(nn.Module):
+    """Multi-head self-attention behind the mixers' contract: (B, N, C) and the grid, which it ignores, to (B, N, C)."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool = False):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"hidden_size {dim} is not divisible by num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)       # (B, heads, N, head_dim)
+        return self.proj(rearrange(y, "b h n d -> b n (h d)"))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B, N, D) scaled and shifted for each sample by (B, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class Block(nn.Module):
+    """A transformer block conditioned by adaLN-zero (DiT, arXiv 2212.09748), with any token mixer."""
+
+    def __init__(self, hidden_size: int, mlp_ratio: float, mixer: nn.Module):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = mixer  # the published name, whatever the mixer
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)       # (B, D) each
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), grid_size)        # (B, N, D)
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))                 # (B, N, D)
+
+
+class FinalLayer(nn.Module):
+    """Tokens (B, N, D) to patches (B, N, p*p*C)."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+# --------------------------------------------------------------------------------------------------------- model
+
+class SiT(ModelMixin, ConfigMixin):
+    """Predicts the velocity (or what the objective asks for) of noisy images or latents, conditioned on time and class.
+
+    A diffusers model: `save_pretrained`, `from_pretrained`, dtype and device handling come from there. Labels are
+    never dropped in here, so `train()` and `eval()` give the same output.
+
+    Args:
+        input_size: side of the square input seen in training; only the position table depends on it.
+        patch_size: side of a patch; a token is one patch.
+        in_channels: channels of the input (4 for SD-VAE latents).
+        hidden_size: width D of the tokens.
+        depth: number of blocks.
+        num_heads: attention heads; blocks with ATConv have none.
+        mlp_ratio: hidden width of the MLPs over D.
+        num_classes: number of classes; labels are 0 ... num_classes - 1.
+        learn_sigma: doubles the output channels; the second half is computed and dropped, as published.
+        mixer: "atconv", "attention", "hybrid" (blocks 1, 3, 5, ... are ATConv) or a list of `depth` names.
+        kernel_size: ATConv's kernel, odd.
+        kernel_act: ATConv's activation, "gelu_tanh" or "silu".
+        kernel_pool: ATConv's pooling, "raster" or "grid".
+        use_pos_embed: sin-cos position embedding; None is the published rule: as soon as one block is attention.
+        qk_norm: layer norm on queries and keys.
+        has_null_label: whether there is a null label for guidance, `null_label` = num_classes.
+
+    Raises:
+        ValueError: names or sizes that do not fit each other.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        mixer: str | list[str] = "atconv",
+        kernel_size: int = 3,
+        kernel_act: str = "gelu_tanh",
+        kernel_pool: str = "raster",
+        use_pos_embed: bool | None = None,
+        qk_norm: bool = False,
+        has_null_label: bool = True,
+    ):
+        super().__init__()
+        names = mixer_names(mixer, depth)
+        if use_pos_embed is None:
+            use_pos_embed = "attention" in names
+        if use_pos_embed and hidden_size % 4:
+            raise ValueError(f"a position embedding needs a hidden_size divisible by 4, not {hidden_size}")
+
+        def make_mixer(name: str) -> nn.Module:
+            if name == "attention":
+                return Attention(hidden_size, num_heads, qk_norm)
+            return ATConv(hidden_size, kernel_size, kernel_act, kernel_pool)
+
+        out_channels = in_channels * (2 if learn_sigma else 1)
+        self.x_embedder = PatchEmbed(None, patch_size, in_channels, hidden_size, strict_img_size=False)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes + int(has_null_label), hidden_size)
+        self.grid_size = self._grid_size(input_size, input_size)
+        if use_pos_embed:
+            self.pos_embed = nn.Parameter(sincos_pos_embed(hidden_size, self.grid_size), requires_grad=False)
+        else:
+            self.register_parameter("pos_embed", None)
+        self.blocks = nn.ModuleList(Block(hidden_size, mlp_ratio, make_mixer(name)) for name in names)
+        self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
+        self.initialize_weights()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "SiT":
+        """Builds a preset, e.g. `SiT.from_preset("SiT-ATConv-XL/2", num_classes=10)`.
+
+        Raises:
+            ValueError: there is no such preset; the message names the nearest.
+        """
+        return cls(**{**preset_config(name), **overrides})
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for no class, for guidance; None in a model trained without one."""
+        return self.config.num_classes if self.config.has_null_label else None
+
+    def initialize_weights(self) -> None:
+        """SiT's initialisation: every block starts as the identity and the whole model as zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as the linear map that it is
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for module in (*self.blocks, self.final_layer):
+            nn.init.zeros_(module.adaLN_modulation[-1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """
+        Args:
+            x: noisy images or latents (B, C, H, W), on any grid; a floating type of any width.
+            t: times (B,) in [0, 1]; 0 is noise, 1 is data.
+            y: labels (B,), integers below num_classes, or `null_label`.
+
+        Returns:
+            (B, C, H, W) in the dtype of `x`.
+
+        Raises:
+            ValueError: H or W is not divisible by the patch size.
+        """
+        grid_size = self._grid_size(*x.shape[-2:])
+        tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))   # (B, N, D)
+        if self.pos_embed is not None:
+            tokens = tokens + self._positions(grid_size)                    # (B, N, D)
+        c = self.t_embedder(t) + self.y_embedder(y)                         # (B, D)
+        for block in self.blocks:
+            tokens = block(tokens, c, grid_size)                            # (B, N, D)
+        patches = self.final_layer(tokens, c)                               # (B, N, p*p*C_out)
+        image = self._unpatchify(patches, grid_size)                        # (B, C_out, H, W)
+        return image[:, : self.config.in_channels].to(x.dtype)              # (B, C, H, W)
+
+    def _grid_size(self, height: int, width: int) -> tuple[int, int]:
+        p = self.config.patch_size
+        if height % p or width % p:
+            raise ValueError(f"the input is {height}x{width}, and its sides must be divisible by patch_size {p}")
+        return height // p, width // p
+
+    def _positions(self, grid_size: tuple[int, int]) -> Tensor:
+        if grid_size == self.grid_size:
+            return self.pos_embed
+        return sincos_pos_embed(self.config.hidden_size, grid_size).to(self.pos_embed)
+
+    def _unpatchify(self, patches: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        (h, w), p = grid_size, self.config.patch_size
+        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
+
+
+def mixer_names(mixer: str | list[str], depth: int) -> list[str]:
+    """The token mixer of each of `depth` blocks, by name."""
+    if mixer == "hybrid":
+        return ["atconv" if i % 2 else "attention" for i in range(depth)]
+    names = [mixer] * depth if isinstance(mixer, str) else list(mixer)
+    unknown = sorted(set(names) - set(MIXERS))
+    if unknown:
+        raise ValueError(f"mixer must be 'atconv', 'attention', 'hybrid' or a list of the first two, not {unknown[0]!r}")
+    if len(names) != depth:
+        raise ValueError(f"mixer names {len(names)} blocks, but depth is {depth}")
+    return names
+
+
+# ------------------------------------------------------------------------------------------------------- presets
+
+SIZES = {
+    "Tiny": dict(depth=2, hidden_size=48, num_heads=4),  # for tests and examples
+    "S": dict(depth=12, hidden_size=384, num_heads=6),
+    "B": dict(depth=12, hidden_size=768, num_heads=12),
+    "L": dict(depth=24, hidden_size=1024, num_heads=16),
+    "XL": dict(depth=28, hidden_size=1152, num_heads=16),
+}
+VARIANTS = {"SiT-{}": "attention", "SiT-ATConv-{}": "atconv", "SiT-ATConv-{}-Hybrid": "hybrid"}
+
+PRESETS: dict[str, dict] = {
+    variant.format(f"{size}/{patch}"): {**shape, "patch_size": patch, "mixer": mixer}
+    for variant, mixer in VARIANTS.items()
+    for size, shape in SIZES.items()
+    for patch in (2, 4, 8)
+}
+
+
+def preset_config(name: str) -> dict:
+    """The constructor's arguments that a preset fills in. Raises ValueError for an unknown name."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.3) or list(PRESETS)
+        raise ValueError(f"there is no preset {name!r}; near it: {', '.join(near)}")
+    return PRESETS[name]
