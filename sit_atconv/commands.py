@@ -1,0 +1,39 @@
+"""Manners that all commands share: errors in a line or two without a traceback, one voice among several processes."""
+
+import argparse
+import contextlib
+import os
+import sys
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints; known before any process group starts."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def fail(message: object, code: int = 1):
+    """Says what is wrong (main process only) and leaves."""
+    if is_main_process():
+        print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def user_errors():
+    """Turns a ValueError or OSError into `fail`. For the part of a command that checks what the user gave."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with defaults in the help. Give it a one-line `usage`: it is what precedes an error."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        if is_main_process():
+            self.print_usage(sys.stderr)
+        fail(message, code=2)

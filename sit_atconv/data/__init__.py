@@ -1,0 +1,1 @@
+"""Images, their codecs to and from latents, and the deterministic order in which training sees them."""
