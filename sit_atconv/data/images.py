@@ -4,6 +4,7 @@ Every data set yields (image, label): float32 (C, H, W) in [-1, 1] and an int, a
 `image_size`. Pixels become uint8 and back in one place, here.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def center_crop(picture: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop (arXiv 2105.05233): halve by box filter while twice as large, bicubic to size, cut the middle."""
+    """ADM's centre crop (arXiv 2105.05233): halved by box filter while possible, then bicubic, then cut."""
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
@@ -50,7 +51,7 @@ def find_images(folder: str | Path) -> list[Path]:
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's bundled handwritten digits: uint8 (1797, 8, 8) of the grey levels 0 ... 255, and labels (1797,)."""
+    """scikit-learn's bundled handwritten digits: uint8 images (1797, 8, 8) and labels (1797,)."""
     from sklearn.datasets import load_digits as load
 
     pixels, labels = load(return_X_y=True)  # grey levels 0 ... 16
@@ -111,3 +112,26 @@ class ImageFolder(Dataset):
             raise ValueError(f"{self.paths[index]} cannot be read as an image: {error}") from error
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         return pixels.float() / 127.5 - 1, self.labels[index]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the model is trained on.
+
+    Args:
+        images: "digits" (embedded, 8x8) or a folder with one subfolder of images for each class.
+        image_size: side in pixels of the images of a folder, after a centre crop.
+        codec: "identity" (pixel space), or the hub id or folder of a diffusers AutoencoderKL.
+        mirror: flip every other image at random, left to right.
+        num_workers: processes that load images, for each training process.
+    """
+
+    images: str = "digits"
+    image_size: int = 256
+    codec: str = "identity"
+    mirror: bool = False
+    num_workers: int = 0
+
+    def open_images(self) -> Digits | ImageFolder:
+        """Raises ValueError for a folder without images."""
+        return Digits() if self.images == "digits" else ImageFolder(self.images, self.image_size)

@@ -124,7 +124,7 @@ class GVP(Interpolant):
 
 
 class VP(Interpolant):
-    """The path of the variance-preserving diffusion with a linear beta schedule (arXiv 2011.13456), 20 at t = 0, 0.1 at t = 1.
+    """The variance-preserving diffusion (arXiv 2011.13456), beta linear from 20 at t = 0 to 0.1 at t = 1.
 
     alpha = exp(-(1-t)^2 (20 - 0.1) / 4 - (1-t) 0.1 / 2), sigma^2 = 1 - alpha^2.
     """

@@ -62,7 +62,7 @@ class ATConv(nn.Module):
         k = self.kernel_size
         p = pool_tokens(x, grid_size, k, self.pool)              # (B, k*k, C)
         K = self.kernel_act(self.kernel_proj(p))                 # (B, k*k, C)
-        K = self.kernel_gen(K.transpose(1, 2))                   # (B, C, k*k), one linear over the taps for all channels
+        K = self.kernel_gen(K.transpose(1, 2))                   # (B, C, k*k), one map of the taps for all
         inhibition = torch.sigmoid(self.difference_control)      # (C,)
         K = K - inhibition[:, None] * K.mean(-1, keepdim=True)   # lateral inhibition among the taps
         return K.unflatten(-1, (k, k))                           # (B, C, k, k)

@@ -53,7 +53,7 @@ class LabelEmbedder(nn.Module):
 
 
 def sincos_pos_embed(hidden_size: int, grid_size: tuple[int, int]) -> Tensor:
-    """The fixed position table (1, H*W, D): sine and cosine of the column for one half of D, of the row for the other."""
+    """The fixed position table (1, H*W, D): sines and cosines of the column, then of the row."""
     rows, columns = (torch.arange(n, dtype=torch.float64) for n in grid_size)
     row, column = torch.meshgrid(rows, columns, indexing="ij")                      # (H, W) each
     exponents = torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4)
@@ -273,7 +273,7 @@ def mixer_names(mixer: str | list[str], depth: int) -> list[str]:
     names = [mixer] * depth if isinstance(mixer, str) else list(mixer)
     unknown = sorted(set(names) - set(MIXERS))
     if unknown:
-        raise ValueError(f"mixer must be 'atconv', 'attention', 'hybrid' or a list of the first two, not {unknown[0]!r}")
+        raise ValueError(f"mixer must be 'hybrid', or one of {MIXERS} or a list of these, not {unknown[0]!r}")
     if len(names) != depth:
         raise ValueError(f"mixer names {len(names)} blocks, but depth is {depth}")
     return names

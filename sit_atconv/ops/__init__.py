@@ -36,7 +36,8 @@ def dynamic_depthwise_conv2d(x: Tensor, kernels: Tensor, grid_size: tuple[int, i
     if x.ndim != 3 or x.shape[1] != height * width:
         raise ValueError(f"x must be (B, H*W, C) on a {height}x{width} grid, not {tuple(x.shape)}")
     if kernels.ndim != 4 or kernels.shape[:2] != (x.shape[0], x.shape[2]):
-        raise ValueError(f"kernels must be (B, C, k, k) = ({x.shape[0]}, {x.shape[2]}, k, k), not {tuple(kernels.shape)}")
+        B, _, C = x.shape
+        raise ValueError(f"kernels must be (B, C, k, k) = ({B}, {C}, k, k), not {tuple(kernels.shape)}")
     if kernels.shape[2] != kernels.shape[3] or kernels.shape[2] % 2 == 0:
         raise ValueError(f"kernels must be square with an odd side, not {kernels.shape[2]}x{kernels.shape[3]}")
     if impl == "auto":

@@ -1,0 +1,233 @@
+"""The typed configuration of a training run: YAML and command line in, checked values out.
+
+Each dataclass lives beside what reads it; those of training itself are here, since commands define no classes.
+"""
+
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jsonargparse
+import torch
+import yaml
+
+from sit_atconv.commands import fail, is_main_process, user_errors
+from sit_atconv.data.images import DataConfig
+from sit_atconv.flow import FlowMatching
+from sit_atconv.models.sit import SiT, preset_config
+
+DIGITS = Path(__file__).parents[1] / "configs" / "digits.yaml"
+# Options of the model that are no options of a run, since the data set and the codec know them.
+FROM_DATA = {"num_classes", "in_channels", "input_size"}
+# Options that may change when a run is resumed.
+MAY_CHANGE = {
+    "out", "data.num_workers", "train.steps", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the model is optimised and what is kept.
+
+    Args:
+        steps: optimizer steps in all.
+        batch_size: images in one optimizer step, over all processes and micro-batches.
+        accumulation: micro-batches in one step.
+        lr: learning rate of AdamW.
+        warmup_steps: steps over which the learning rate rises linearly from 0.
+        lr_decay: how it falls after the warm-up, to 0 at the last step.
+        weight_decay: decoupled weight decay.
+        max_grad_norm: clip the gradient to this norm; off if not given.
+        ema_decay: decay of the exponential moving average of the weights, constant as in SiT.
+        precision: of the forward and backward pass; weights stay in fp32. "auto" is bf16 where the device computes
+            it fast (CUDA and ROCm that support it, CPUs with AMX), else fp32.
+        seed: of initialisation, data order, noise, times and label dropout.
+        log_every: steps between two lines of stats.jsonl.
+        checkpoint_every: steps between two checkpoints; the last step always makes one.
+        keep_checkpoints: how many of the newest to keep.
+    """
+
+    steps: int = 400_000
+    batch_size: int = 256
+    accumulation: int = 1
+    lr: float = 1e-4
+    warmup_steps: int = 0
+    lr_decay: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    ema_decay: float = 0.9999
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    seed: int = 0
+    log_every: int = 100
+    checkpoint_every: int = 50_000
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("seed", "warmup_steps", "weight_decay", "lr"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} must not be negative: {getattr(self, name)}")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ValueError(f"train.max_grad_norm must be positive, not {self.max_grad_norm}; null is no clipping")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"train.ema_decay must lie in [0, 1), not {self.ema_decay}")
+
+    @property
+    def mixed_precision(self) -> str:
+        """`precision` as accelerate calls it."""
+        return "no" if self.precision == "fp32" else self.precision
+
+    def learning_rate(self, step: int) -> float:
+        """Of the step with this number (0-based)."""
+        warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        progress = max(0, step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+        return self.lr * warmup * decay[self.lr_decay]
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """The pictures drawn from the EMA weights while training.
+
+    Args:
+        every: steps between two pictures; the last step always makes one.
+        num_classes: rows, at most.
+        per_class: columns.
+        cfg: guidance scale.
+        solver: ODE solver.
+        num_steps: its steps.
+    """
+
+    every: int = 10_000
+    num_classes: int = 10
+    per_class: int = 8
+    cfg: float = 4.0
+    solver: Literal["euler", "heun", "dopri5"] = "euler"
+    num_steps: int = 50
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole training run, resolved. `model` holds SiT's options but for those that come from the data."""
+
+    out: Path
+    preset: str | None
+    model: dict
+    data: DataConfig
+    flow: FlowMatching
+    train: TrainConfig
+    preview: PreviewConfig
+    options: dict  # all of the above as plain nested values, what config.yaml holds
+
+    def check_guidance(self, null_label: int | None) -> None:
+        """Raises ValueError where label dropout or the previews' guidance need a null label that the model lacks."""
+        if null_label is not None:
+            return
+        if self.flow.class_dropout_prob > 0:
+            raise ValueError("model.has_null_label is false: there is nothing to drop labels to; "
+                             "set flow.class_dropout_prob to 0")
+        if self.preview.cfg != 1:
+            raise ValueError("model.has_null_label is false: there is no guidance; set preview.cfg to 1")
+
+    def check_resumable(self, step: int) -> None:
+        """Raises ValueError where a run in `out` that stands at `step` cannot go on as this configuration asks."""
+        if (self.out / "config.yaml").exists() and (changes := self.changes(self.out)):
+            raise ValueError(f"{self.out} was started with other options ({'; '.join(changes)}): "
+                             "go on with those, or give another --out")
+        if step > self.train.steps:
+            raise ValueError(f"{self.out} stands at step {step} already, beyond train.steps {self.train.steps}")
+
+    def save(self, folder: Path) -> None:
+        (folder / "config.yaml").write_text(yaml.safe_dump(self.options, sort_keys=False))
+
+    def changes(self, folder: Path) -> list[str]:
+        """What a run in `folder` was started with and may not change on resuming, as "name: then -> now"."""
+        then = _flatten(yaml.safe_load((folder / "config.yaml").read_text()))
+        now = _flatten(self.options)
+        return [
+            f"{name}: {then.get(name)} -> {now.get(name)}"
+            for name in sorted({*then, *now})
+            if then.get(name) != now.get(name) and name not in MAY_CHANGE and not name.startswith("preview.")
+        ]
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """jsonargparse with errors of one usage line and the message, said by the main process alone."""
+
+    def error(self, message, ex=None):
+        if is_main_process():
+            print(self.format_usage().strip(), file=sys.stderr)
+        fail(" ".join(str(message).split()), code=2)
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    """Command line (and the YAML it names) -> configuration. Without --config it is the embedded digits'.
+
+    Leaves with a message for unknown options, wrong types and values out of range.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not any(argument.split("=")[0] == "--config" for argument in argv):
+        argv = ["--config", str(DIGITS), *argv]
+    parser = _make_parser()
+    preset = parser.parse_args(argv).preset
+    if preset is not None:  # what a preset fills in yields to the YAML and the command line: parse again over it
+        with user_errors():
+            parser.set_defaults({f"model.{name}": value for name, value in preset_config(preset).items()})
+    namespace = parser.parse_args(argv)
+    options = yaml.safe_load(parser.dump(namespace, skip_none=False))
+    with user_errors():
+        options["train"]["precision"] = resolve_precision(options["train"]["precision"])
+        values = parser.instantiate(parser.parse_object(options))
+    return Config(
+        out=Path(namespace.out),
+        preset=preset,
+        model=options["model"],
+        data=values.data,
+        flow=values.flow,
+        train=values.train,
+        preview=values.preview,
+        options=options,
+    )
+
+
+def resolve_precision(precision: str) -> str:
+    """"auto" -> what this machine computes fast. ValueError: fp16 on a CPU, which accelerate would ignore."""
+    forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    on_cpu = forced or not torch.accelerator.is_available()
+    if precision == "fp16" and on_cpu:
+        raise ValueError("train.precision fp16 does not train on a CPU: use bf16 (or fp32)")
+    if precision != "auto":
+        return precision
+    if on_cpu:
+        return "bf16" if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False) else "fp32"
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def _make_parser() -> Parser:
+    parser = Parser(
+        prog="train.py",
+        usage="accelerate launch sit_atconv/train.py [--config FILE] [--group.option VALUE ...]",
+        description="Trains SiT with ATConv or attention by flow matching. Without --config it trains the embedded "
+        "digits. The same command again resumes the run in --out from its newest checkpoint.",
+    )
+    parser.add_argument("--config", action="config", help="YAML of any options below; what follows overrides it")
+    parser.add_argument("--out", type=str, default="runs/train", help="folder of the run")
+    parser.add_argument("--preset", type=str | None, help="e.g. SiT-ATConv-XL/2; --model.* override it")
+    parser.add_class_arguments(SiT, "model", instantiate=False, skip=FROM_DATA)
+    parser.add_argument("--data", type=DataConfig, default=DataConfig())
+    parser.add_argument("--flow", type=FlowMatching, default=FlowMatching())
+    parser.add_argument("--train", type=TrainConfig, default=TrainConfig())
+    parser.add_argument("--preview", type=PreviewConfig, default=PreviewConfig())
+    return parser
+
+
+def _flatten(options: dict, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in options.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

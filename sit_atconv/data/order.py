@@ -1,0 +1,81 @@
+"""The order of training data: a function of (seed, step), so that resuming needs no state and repeats no image."""
+
+import copy
+from collections.abc import Iterator
+
+import numpy as np
+
+
+class BatchOrder:
+    """The indices of every micro-batch, for one of several processes; endless.
+
+    Each epoch is a fresh permutation, a function of (seed, epoch), cut into whole batches; what is left over at its
+    end is skipped. A step's batch is cut into `accumulation` x `num_processes` micro-batches. A `batch_sampler` for
+    a DataLoader that needs no preparing by accelerate.
+
+    Args:
+        num_images: size of the data set.
+        batch_size: images in one optimizer step, over all processes and micro-batches.
+        seed: of the permutations.
+        accumulation: micro-batches in one step.
+        rank, num_processes: which process this is, of how many.
+
+    Raises:
+        ValueError: batch arithmetic that does not come out even, or a batch larger than the data set.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        *,
+        seed: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        num_processes: int = 1,
+    ):
+        if batch_size < 1 or accumulation < 1:
+            raise ValueError(f"batch_size and accumulation must be at least 1, not {batch_size} and {accumulation}")
+        if batch_size % (accumulation * num_processes):
+            raise ValueError(
+                f"batch_size {batch_size} is not divisible by accumulation {accumulation} x {num_processes} processes"
+            )
+        if batch_size > num_images:
+            raise ValueError(f"batch_size {batch_size} exceeds the {num_images} images of the data set")
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.accumulation = accumulation
+        self.rank = rank
+        self.num_processes = num_processes
+        self.first_step = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_images // self.batch_size
+
+    def starting_at(self, step: int) -> "BatchOrder":
+        """The same order from a step on, at no cost."""
+        order = copy.copy(self)
+        order.first_step = step
+        return order
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.first_step
+        while True:
+            epoch, first = divmod(step, self.steps_per_epoch)
+            permutation = self.permutation(epoch)
+            for position in range(first, self.steps_per_epoch):
+                batch = permutation[position * self.batch_size : (position + 1) * self.batch_size]
+                for micro_batch in np.split(batch, self.accumulation):
+                    yield np.split(micro_batch, self.num_processes)[self.rank].tolist()
+                step += 1
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """The order of all images in one epoch, (num_images,)."""
+        return np.random.default_rng(np.random.SeedSequence((self.seed, epoch))).permutation(self.num_images)
+
+
+def step_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
+    """The seed of all that is drawn for one micro-batch of one process: noise, times, label dropout, mirroring."""
+    return int(np.random.SeedSequence((seed, step, micro_batch, rank)).generate_state(1, np.uint64)[0])
