@@ -96,9 +96,13 @@ def main(argv: list[str] | None = None) -> None:
 
     averaged = [p for p, q in zip(ema.parameters(), net.parameters(), strict=True) if q.requires_grad]
     generator = torch.Generator(device)
-    batches = iter(
-        DataLoader(images, batch_sampler=order.starting_at(start), num_workers=config.data.num_workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(
+        images,
+        batch_sampler=order.starting_at(start),
+        num_workers=config.data.num_workers,
+        pin_memory=device.type == "cuda",
     )
+    batches = iter(loader)
     loss_sum, loss_count, clock = torch.zeros((), device=device), 0, time.perf_counter()
 
     progress = tqdm(range(start, train.steps), initial=start, total=train.steps, disable=not main_process, unit="step")

@@ -1,0 +1,84 @@
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+SCRIPT = Path(__file__).parents[2] / "eval" / "speed.py"
+QUICK = ["--preset", "Tiny/2", "--resolutions", "32", "--rounds", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("speed_command", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def test_json_on_stdout_and_all_files_in_the_folder(main, tmp_path, capsys):
+    main([*QUICK, "--out", "results/here"])
+    out, err = capsys.readouterr()
+    folder = tmp_path / "results" / "here"
+    result = json.loads(out)
+    assert result == json.loads((folder / "speed.json").read_text())
+    assert [m["preset"] for m in result["measurements"]] == ["SiT-Tiny/2", "SiT-ATConv-Tiny/2"]
+    assert result["options"]["resolutions"] == [32]
+    table = (folder / "speed.md").read_text()
+    assert "| SiT-ATConv-Tiny/2 |" in table
+    assert table in err
+    with Image.open(folder / "speed.png") as picture:
+        assert picture.width > 600
+
+
+def test_other_processes_leave_quietly(main, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    main(QUICK)
+    assert capsys.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["--resolutions", "250"], 1, "error: resolution 250 is not a multiple of 16"),
+        (["--preset", "XXL/2"], 1, "error: there is no preset 'XXL/2'"),
+        (["--dtypes", "fp8"], 2, "invalid choice: 'fp8'"),
+        (["--rounds", "0"], 2, "argument --rounds: invalid _positive value: '0'"),
+        (["--cfg", "much"], 2, "argument --cfg: invalid _finite value: 'much'"),
+        (["--out", "taken"], 1, "taken"),
+    ],
+)
+def test_errors_are_short_and_leave_nothing_on_stdout(main, tmp_path, capsys, arguments, code, message):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert exit.value.code == code
+    assert message in err
+    assert out == ""
+    assert len(err.splitlines()) <= 3
+
+
+def test_help_answers_before_torch_is_imported(tmp_path):
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = ['speed.py', '--help']\n"
+        "try:\n"
+        f"    runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        "finally:\n"
+        "    print('torch' in sys.modules, file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--resolutions" in done.stdout
+    assert done.stderr == "False\n"
