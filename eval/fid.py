@@ -6,7 +6,7 @@
 import json
 from pathlib import Path
 
-from sit_atconv.commands import ArgumentParser, fail, is_main_process, user_errors
+from sit_atconv.commands import ArgumentParser, at_least, fail, is_main_process, user_errors
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,9 +46,9 @@ def make_parser() -> ArgumentParser:
                         help="inception, digits (for 8x8 images, shipped) or one registered with torch-fidelity")
     parser.add_argument("--inception-weights", default=None, metavar="FILE",
                         help="torch-fidelity's Inception weights; by default from torch's hub cache, or downloaded")
-    parser.add_argument("--metrics", nargs="+", choices=("fid", "is", "kid", "prc"), default=("fid", "is", "kid", "prc"),
-                        help="which; prc is precision and recall")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time")
+    metrics = ("fid", "is", "kid", "prc")
+    parser.add_argument("--metrics", nargs="+", choices=metrics, default=metrics, help="prc is precision and recall")
+    parser.add_argument("--batch-size", type=at_least(1), default=64, help="images at a time")
     parser.add_argument("--out", default=None, metavar="FILE", help="write the JSON here too")
     return parser
 

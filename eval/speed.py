@@ -8,11 +8,10 @@ One process measures: under torchrun the others leave at once.
 """
 
 import json
-import math
 import sys
 from pathlib import Path
 
-from sit_atconv.commands import ArgumentParser, is_main_process, user_errors
+from sit_atconv.commands import ArgumentParser, at_least, finite, is_main_process, user_errors
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,40 +40,22 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument("--preset", default="S/2", metavar="SIZE/PATCH",
                         help="XL/2 stands for SiT-XL/2 and SiT-ATConv-XL/2; sizes Tiny, S, B, L, XL, patches 2, 4, 8")
-    parser.add_argument("--depth", type=_positive, default=None, help="number of blocks, if not the preset's")
-    parser.add_argument("--resolutions", type=_positive, nargs="+", default=(256, 512), metavar="PX",
+    parser.add_argument("--depth", type=at_least(1), default=None, help="number of blocks, if not the preset's")
+    parser.add_argument("--resolutions", type=at_least(1), nargs="+", default=(256, 512), metavar="PX",
                         help="sides of the square images, in pixels")
-    parser.add_argument("--downsample", type=_positive, default=8,
+    parser.add_argument("--downsample", type=at_least(1), default=8,
                         help="pixels for one of the model's input: 8 for latents, 1 in pixel space")
-    parser.add_argument("--channels", type=_positive, default=4, help="of the model's input: 4 for latents, 3 for RGB")
+    parser.add_argument("--channels", type=at_least(1), default=4, help="of the model's input: 4 latent, 3 for RGB")
     parser.add_argument("--dtypes", choices=("fp32", "bf16", "fp16"), nargs="+", default=("fp32",),
                         help="of weights and arithmetic")
-    parser.add_argument("--batch-size", type=_positive, default=1, help="images at a time")
-    parser.add_argument("--steps", type=_positive, default=50, help="Euler steps for images per second")
-    parser.add_argument("--cfg", type=_finite, default=4.0, help="guidance scale for images per second; 1 is off")
-    parser.add_argument("--rounds", type=_positive, default=5, help="how often each model is timed")
-    parser.add_argument("--warmup", type=_not_negative, default=1, help="rounds before those, thrown away")
+    parser.add_argument("--batch-size", type=at_least(1), default=1, help="images at a time")
+    parser.add_argument("--steps", type=at_least(1), default=50, help="Euler steps for images per second")
+    parser.add_argument("--cfg", type=finite, default=4.0, help="guidance scale for images per second; 1 is off")
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="how often each model is timed")
+    parser.add_argument("--warmup", type=at_least(0), default=1, help="rounds before those, thrown away")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is the accelerator, if any")
     parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="folder of the results")
     return parser
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError
-    return value
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
-
-
-def _not_negative(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise ValueError
-    return value
 
 
 if __name__ == "__main__":

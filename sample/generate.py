@@ -6,9 +6,8 @@ Several processes: `accelerate launch sample/generate.py ...` or `torchrun --npr
 the images are the same. The same command again completes what a kill left unfinished.
 """
 
-import math
 
-from sit_atconv.commands import ArgumentParser, is_main_process, user_errors
+from sit_atconv.commands import ArgumentParser, at_least, finite, is_main_process, user_errors
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,43 +30,25 @@ def make_parser() -> ArgumentParser:
         description="Samples images from a trained model: PNGs, one npz, a labelled picture and a manifest.",
     )
     parser.add_argument("--ckpt", required=True, help="a run, a checkpoint, an exported folder, or a hub id")
-    parser.add_argument("--cfg", type=_finite, default=4.0,
+    parser.add_argument("--cfg", type=finite, default=4.0,
                         help="guidance scale: v_null + cfg * (v_cond - v_null); 1 is off, 0 ignores the labels")
-    parser.add_argument("--cfg-channels", type=_positive, default=None, metavar="N",
+    parser.add_argument("--cfg-channels", type=at_least(1), default=None, metavar="N",
                         help="guide the first N channels only; DiT and SiT published 3")
-    parser.add_argument("--num-samples", type=_positive, default=100, help="how many images")
+    parser.add_argument("--num-samples", type=at_least(1), default=100, help="how many images")
     parser.add_argument("--classes", type=int, nargs="+", default=(), metavar="LABEL",
                         help="these labels in turn, instead of --labels")
     parser.add_argument("--labels", choices=("random", "balanced"), default="random",
                         help="uniform, or every class equally often; FID is lower with balanced labels, say which")
-    parser.add_argument("--seed", type=_not_negative, default=0, help="sample i is a function of (seed, i)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="sample i is a function of (seed, i)")
     parser.add_argument("--solver", choices=("euler", "heun", "dopri5"), default="euler",
                         help="heun evaluates the model twice a step; dopri5 is adaptive, chooses its steps for the "
                         "batch and ignores --steps")
-    parser.add_argument("--steps", type=_positive, default=50, help="uniform steps in time")
+    parser.add_argument("--steps", type=at_least(1), default=50, help="uniform steps in time")
     parser.add_argument("--no-ema", dest="ema", action="store_false", help="the weights as trained, not their average")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the model's arithmetic")
-    parser.add_argument("--batch-size", type=_positive, default=64, help="images at a time; does not change them")
+    parser.add_argument("--batch-size", type=at_least(1), default=64, help="images at a time; does not change them")
     parser.add_argument("--out", default=None, help="folder of the samples (default: RUN/samples/SETTINGS)")
     return parser
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError
-    return value
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
-
-
-def _not_negative(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise ValueError
-    return value
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import math
 import os
 import sys
+from collections.abc import Callable
 
 
 def is_main_process() -> bool:
@@ -25,6 +27,30 @@ def user_errors():
         yield
     except (ValueError, OSError) as error:
         fail(error)
+
+
+def finite(text: str) -> float:
+    """The type of an option that is a number, but not nan or inf."""
+    try:
+        if math.isfinite(value := float(text)):
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+
+
+def at_least(smallest: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number from `smallest` on."""
+
+    def parse(text: str) -> int:
+        try:
+            if (value := int(text)) >= smallest:
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {smallest}")
+
+    return parse
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -4,7 +4,6 @@ Each dataclass lives beside what reads it; those of training itself are here, si
 """
 
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import yaml
 
 from sit_atconv.commands import fail, is_main_process, user_errors
 from sit_atconv.data.images import DataConfig
+from sit_atconv.devices import on_cpu
 from sit_atconv.flow import FlowMatching
 from sit_atconv.models.sit import SiT, preset_config
 
@@ -197,13 +197,11 @@ def parse(argv: list[str] | None = None) -> Config:
 
 def resolve_precision(precision: str) -> str:
     """"auto" -> what this machine computes fast. ValueError: fp16 on a CPU, which accelerate would ignore."""
-    forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    on_cpu = forced or not torch.accelerator.is_available()
-    if precision == "fp16" and on_cpu:
+    if precision == "fp16" and on_cpu():
         raise ValueError("train.precision fp16 does not train on a CPU: use bf16 (or fp32)")
     if precision != "auto":
         return precision
-    if on_cpu:
+    if on_cpu():
         return "bf16" if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False) else "fp32"
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 

@@ -32,6 +32,7 @@ from sit_atconv.commands import fail, is_main_process, user_errors
 from sit_atconv.config import parse
 from sit_atconv.data.codecs import IdentityCodec, VAECodec
 from sit_atconv.data.order import BatchOrder, step_seed
+from sit_atconv.devices import on_cpu
 from sit_atconv.generation import draw_preview
 from sit_atconv.models import SiT
 from sit_atconv.pictures import save_loss_curve
@@ -69,7 +70,10 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{run} is complete: {start} steps, in {checkpoint}\nsample: python sample/generate.py --ckpt {run}")
         return
 
-    accelerator = Accelerator(mixed_precision=train.mixed_precision, gradient_accumulation_steps=train.accumulation)
+    accelerator = Accelerator(
+        cpu=on_cpu(), mixed_precision=train.mixed_precision, gradient_accumulation_steps=train.accumulation
+    )
+    assert accelerator.num_processes == order.num_processes
     device, main_process = accelerator.device, accelerator.is_main_process
     codec = codec.to(device)
     net = net.to(device)

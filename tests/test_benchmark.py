@@ -199,7 +199,7 @@ def test_pixel_space_tiles_by_the_patch_alone():
 
 
 def test_unknown_device_is_named():
-    with pytest.raises(ValueError, match="device 'abacus' cannot be used here.*give cpu"):
+    with pytest.raises(ValueError, match=r"device 'abacus' cannot be used here.*give cpu"):
         open_device("abacus")
 
 
@@ -218,5 +218,5 @@ def test_too_little_memory_is_said(monkeypatch):
         raise torch.cuda.OutOfMemoryError
 
     monkeypatch.setattr(benchmark, "measure", measure)
-    with pytest.raises(ValueError, match="32 px in fp32 with batch_size 2 does not fit.*lower the batch size"):
+    with pytest.raises(ValueError, match=r"32 px in fp32 with batch_size 2 does not fit.*lower the batch size"):
         compare(TINY)

@@ -40,7 +40,7 @@ class ImageSet:
                 for path, picture in zip(batch, pictures, strict=True):
                     if picture.shape != expected:
                         (h, w, _), (h0, w0, _) = picture.shape, expected
-                        raise ValueError(f"{path} is {h}x{w}, and the images before it {h0}x{w0}: give images of one size")
+                        raise ValueError(f"{path} is {h}x{w}, and those before it {h0}x{w0}: give images of one size")
                 batch = np.stack(pictures)
             yield torch.from_numpy(np.ascontiguousarray(batch)).permute(0, 3, 1, 2)
 
@@ -73,9 +73,9 @@ def _read_npz(path: Path) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as archive:
             if "arr_0" not in archive.files:
-                raise ValueError(f"{path} holds {archive.files} and no arr_0: images are uint8 (N, H, W, 3) under arr_0")
+                raise ValueError(f"{path} holds {archive.files} and no arr_0, where images (uint8, N, H, W, 3) belong")
             images = archive["arr_0"]
-    except (zipfile.BadZipFile, OSError, EOFError, AttributeError) as error:
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as an .npz ({error})") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"arr_0 of {path} is {images.dtype} {images.shape}: images must be uint8 (N, H, W, 3)")

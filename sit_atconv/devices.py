@@ -1,0 +1,15 @@
+"""Which device a command runs on, known before any process group starts."""
+
+import os
+
+import torch
+
+
+def on_cpu() -> bool:
+    """Whether accelerate will run on the CPU: no accelerator here, or `accelerate launch --cpu`.
+
+    To be passed on as `Accelerator(cpu=on_cpu())`: without it several processes on a CPU do not find each other, and
+    each believes that it is alone.
+    """
+    forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return forced or not torch.accelerator.is_available()

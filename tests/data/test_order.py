@@ -1,0 +1,47 @@
+from itertools import chain, islice
+
+import pytest
+
+from sit_atconv.data.order import BatchOrder, step_seed
+
+
+def take(order, count):
+    return list(islice(order, count))
+
+
+def test_an_epoch_shows_every_image_once_in_another_order_each_time():
+    order = BatchOrder(12, 4, seed=0)
+    first, second = (list(chain(*batches)) for batches in (take(order, 6)[:3], take(order, 6)[3:]))
+    assert sorted(first) == sorted(second) == list(range(12)) and first != second
+    assert take(BatchOrder(12, 4, seed=1), 3) != take(order, 3)
+
+
+def test_what_is_left_over_is_skipped():
+    order = BatchOrder(14, 4, seed=0)
+    assert order.steps_per_epoch == 3 and len(set(chain(*take(order, 3)))) == 12
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 11])
+def test_starting_anywhere_is_the_same_order(step):
+    order = BatchOrder(13, 4, seed=0, accumulation=2)
+    assert take(order.starting_at(step), 10) == take(order, 2 * step + 10)[2 * step :]
+
+
+def test_processes_and_micro_batches_share_the_batches_of_one():
+    alone = take(BatchOrder(24, 8, seed=0), 4)
+    ranks = [take(BatchOrder(24, 8, seed=0, accumulation=2, rank=rank, num_processes=2), 8) for rank in (0, 1)]
+    for step, batch in enumerate(alone):
+        parts = [ranks[rank][2 * step + micro] for micro in (0, 1) for rank in (0, 1)]
+        assert list(chain(*parts)) == batch and all(len(part) == 2 for part in parts)
+
+
+def test_arithmetic_that_does_not_come_out():
+    with pytest.raises(ValueError, match="batch_size 10 is not divisible by accumulation 2 x 3 processes"):
+        BatchOrder(100, 10, seed=0, accumulation=2, num_processes=3)
+    with pytest.raises(ValueError, match="batch_size 128 exceeds the 100 images"):
+        BatchOrder(100, 128, seed=0)
+
+
+def test_seeds_of_steps_differ():
+    seeds = {step_seed(0, step, micro, rank) for step in range(20) for micro in range(2) for rank in range(2)}
+    assert len(seeds) == 80

@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from sit_atconv.sampling import guided, sample_ode
+from tests.models.test_sit import randomised
+
+X, T, Y = torch.randn(3, 4, 8, 8), torch.tensor(0.3, dtype=torch.float64), torch.tensor([1, 2, 3])
+
+
+class Counting:
+    """A model and how large the batches were that it saw."""
+
+    def __init__(self, model):
+        self.model, self.null_label, self.batches = model, model.null_label, []
+
+    def __call__(self, x, t, y):
+        self.batches.append(len(x))
+        return self.model(x, t, y)
+
+
+@pytest.fixture
+def model():
+    return Counting(randomised())
+
+
+def branches(model, x=X):
+    t = torch.full((len(x),), 0.3)
+    return model(x, t, Y), model(x, t, torch.full_like(Y, model.null_label))
+
+
+def test_guides_all_channels_in_one_forward(model):
+    cond, null = branches(model.model)
+    v = guided(model, Y, cfg=2.5)(X, T)
+    assert model.batches == [6]
+    torch.testing.assert_close(v, null + 2.5 * (cond - null), rtol=1e-4, atol=1e-5)
+
+
+def test_one_is_off_and_zero_the_null_branch_with_one_forward_each(model):
+    cond, null = branches(model.model)
+    assert torch.equal(guided(model, Y, cfg=1.0)(X, T), cond)
+    assert torch.equal(guided(model, Y, cfg=0.0)(X, T), null)
+    assert model.batches == [3, 3]
+
+
+def test_three_channels_only_when_asked(model):
+    cond, _ = branches(model.model)
+    everything, three = guided(model, Y, cfg=4.0)(X, T), guided(model, Y, cfg=4.0, channels=3)(X, T)
+    torch.testing.assert_close(three[:, :3], everything[:, :3])
+    torch.testing.assert_close(three[:, 3:], cond[:, 3:], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(everything[:, 3:], cond[:, 3:], atol=1e-2)
+
+
+def test_interval_is_closed_below_and_open_above_but_for_the_end(model):
+    velocity = guided(model, Y, cfg=4.0, interval=(0.2, 0.7))
+    sample_ode(velocity, X, solver="euler", num_steps=10)  # t = 0, 0.1, ... 0.9
+    assert model.batches == [3, 3, 6, 6, 6, 6, 6, 3, 3, 3]
+    model.batches.clear()
+    guided(model, Y, cfg=4.0)(X, torch.tensor(1.0, dtype=torch.float64))
+    assert model.batches == [6]
+
+
+def test_scale_may_depend_on_time(model):
+    schedule = guided(model, Y, cfg=lambda t: 1 + 5 * t)
+    torch.testing.assert_close(schedule(X, T), guided(model, Y, cfg=2.5)(X, T), rtol=1e-5, atol=1e-5)
+
+
+def test_times_may_differ_within_the_batch(model):
+    velocity = guided(model, Y, cfg=4.0, interval=(0.0, 0.5))
+    t = torch.tensor([0.1, 0.3, 0.8])
+    mixed = velocity(X, t)
+    for i in range(3):
+        alone = guided(model, Y[i : i + 1], cfg=4.0, interval=(0.0, 0.5))(X[i : i + 1], t[i])
+        torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weak_model_takes_the_null_branchs_place(model):
+    cond, null = branches(model.model)
+    velocity = guided(model, Y, cfg=3.0, weak=lambda x, t, y: null)
+    torch.testing.assert_close(velocity(X, T), null + 3 * (cond - null))
+
+
+def test_without_a_null_label_guidance_is_an_error():
+    model = randomised(has_null_label=False)
+    assert model.null_label is None
+    with pytest.raises(ValueError, match=r"cfg = 4\.0 needs a null label"):
+        guided(model, Y)
+    with pytest.raises(ValueError, match="null label"):
+        guided(model, Y, cfg=0.0)
+    assert guided(model, Y, cfg=1.0)(X, T).shape == X.shape

@@ -1,0 +1,73 @@
+import math
+
+import pytest
+import torch
+
+from sit_atconv.flow import get_interpolant
+from sit_atconv.sampling import SOLVERS, sample_ode
+
+MEAN, DEVIATION = 0.7, 0.4
+
+
+def gaussian_velocity(path):
+    """The exact velocity of the linear path from N(0, 1) to N(MEAN, DEVIATION^2)."""
+
+    def velocity(x, t):
+        curves = (path.alpha, path.sigma, path.d_alpha, path.d_sigma)
+        alpha, sigma, d_alpha, d_sigma = (float(curve(t.double())) for curve in curves)
+        variance = alpha**2 * DEVIATION**2 + sigma**2
+        return d_alpha * MEAN + (alpha * d_alpha * DEVIATION**2 + sigma * d_sigma) / variance * (x - alpha * MEAN)
+
+    return velocity
+
+
+def error(path, **options) -> float:
+    noise = torch.linspace(-3, 3, 41, dtype=torch.float64)
+    result = sample_ode(gaussian_velocity(get_interpolant(path)), noise, **options)
+    return (result - (MEAN + DEVIATION * noise)).abs().max().item()
+
+
+@pytest.mark.parametrize("path", ["linear", "gvp"])
+@pytest.mark.parametrize(("solver", "bound"), [("euler", 0.05), ("heun", 2e-3), ("dopri5", 1e-2)])
+def test_carries_a_gaussian_to_a_gaussian(path, solver, bound):
+    assert error(path, solver=solver, num_steps=50) < bound
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+def test_order_of_convergence(solver, order):
+    coarse, fine = (error("linear", solver=solver, num_steps=n) for n in (40, 80))
+    assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize(("solver", "evaluations"), [("euler", 10), ("heun", 20)])
+def test_times_are_double_precision_fractions_on_the_cpu(solver, evaluations):
+    times = []
+
+    def velocity(x, t):
+        times.append(t)
+        return torch.zeros_like(x)
+
+    sample_ode(velocity, torch.zeros(2, 3), solver=solver, num_steps=10)
+    assert len(times) == evaluations
+    assert all(t.dtype == torch.float64 and t.ndim == 0 and t.device.type == "cpu" for t in times)
+    assert sorted({t.item() for t in times}) == [i / 10 for i in range(10 if solver == "euler" else 11)]
+
+
+def test_explicit_times_override_the_number_of_steps():
+    seen = []
+    sample_ode(lambda x, t: seen.append(t.item()) or x, torch.ones(1), num_steps=3, times=[0.0, 0.5, 0.6, 0.9])
+    assert seen == [0.0, 0.5, 0.6]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_result_is_like_the_noise(solver):
+    noise = torch.randn(2, 3, 4)
+    assert sample_ode(lambda x, t: -x, noise, solver=solver, num_steps=3).dtype == torch.float32
+
+
+def test_errors_name_the_value():
+    wrong = [({"solver": "rk9"}, "'rk9'"), ({"num_steps": 0}, "not 0"), ({"times": [0, 1, 1]}, "1.0, 1.0"),
+             ({"times": [0.3]}, r"\[0\.3")]
+    for options, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            sample_ode(lambda x, t: x, torch.zeros(1), **options)

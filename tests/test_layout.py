@@ -1,0 +1,87 @@
+"""How the parts depend on each other, and that everything answers in time and from anywhere."""
+
+import ast
+import pkgutil
+import subprocess
+
+import pytest
+
+import sit_atconv
+from tests.conftest import ROOT, python
+
+MAY_IMPORT = {  # a part -> the other parts of the package it may import
+    "ops": set(),
+    "models": {"ops"},
+    "flow": set(),
+    "sampling": {"flow"},
+    "data": set(),
+    "evaluation": {"data"},
+    "checkpointing": {"models"},
+}
+HEAVY = {"torch", "diffusers", "accelerate", "timm", "torch_fidelity", "torchvision", "matplotlib", "sklearn"}
+MODULES = sorted(m.name for m in pkgutil.walk_packages(sit_atconv.__path__, "sit_atconv."))
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield node.module
+
+
+def test_imports_run_one_way():
+    for part, allowed in MAY_IMPORT.items():
+        for path in (ROOT / "sit_atconv" / part).rglob("*.py"):
+            parts = {name.split(".")[1] for name in imports_of(path) if name.startswith("sit_atconv.")}
+            assert parts <= allowed | {part}, path
+    for path in (ROOT / "sit_atconv" / "ops").rglob("*.py"):
+        assert {name.split(".")[0] for name in imports_of(path)} <= {"torch", "sit_atconv"}, path
+
+
+def test_every_module_imports_and_commands_are_imported_by_none():
+    code = "import importlib\n" + "\n".join(f"importlib.import_module({name!r})" for name in MODULES)
+    done = subprocess.run(python("-c", code), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(MODULES) > 25
+    for path in (ROOT / "sit_atconv").rglob("*.py"):
+        assert not {"sit_atconv.train", "sit_atconv.quickstart"} & set(imports_of(path)), path
+
+
+def test_no_module_hides_another():
+    """`accelerate launch sit_atconv/train.py` puts sit_atconv/ itself on the path."""
+    import importlib.metadata
+    import sys
+
+    top_level = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
+    mine = {name.split(".")[1] for name in MODULES}
+    assert not mine & (top_level - {"tests"})
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["sample/generate.py", "--help"], ["eval/fid.py", "--help"], ["eval/speed.py", "--help"],
+     ["sample/generate.py", "--cfg", "x"], ["eval/fid.py", "--samples", "nowhere"]],
+)
+def test_help_and_argument_errors_load_nothing_heavy(argv, tmp_path):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = {[str(ROOT / argv[0]), *argv[1:]]!r}\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        f"finally:\n    sys.stderr.write('loaded: ' + str(sorted({HEAVY!r} & set(sys.modules))))\n"
+    )
+    done = subprocess.run(python("-c", code), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == (0 if "--help" in argv else 2) and "loaded: []" in done.stderr, done.stderr
+    assert ("usage:" in done.stdout) if "--help" in argv else ("Traceback" not in done.stderr)
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = f"import sit_atconv, sit_atconv.models, sys; print(sorted({HEAVY!r} & set(sys.modules)))"
+    assert subprocess.run(python("-c", code), capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_no_module_holds_a_number_of_imagenet():
+    for path in [*(ROOT / "sample").glob("*.py"), *(ROOT / "eval").glob("*.py"), *(ROOT / "sit_atconv").rglob("*.py")]:
+        numbers = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not numbers & {1281167, 1001}, path
