@@ -24,7 +24,8 @@ DIGITS = Path(__file__).parents[1] / "configs" / "digits.yaml"
 FROM_DATA = {"num_classes", "in_channels", "input_size"}
 # Options that may change when a run is resumed.
 MAY_CHANGE = {
-    "out", "data.num_workers", "train.steps", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
+    "out", "data.num_workers", "train.steps", "train.cpu_threads", "train.log_every", "train.checkpoint_every",
+    "train.keep_checkpoints",
 }
 
 
@@ -44,6 +45,8 @@ class TrainConfig:
         ema_decay: decay of the exponential moving average of the weights, constant as in SiT.
         precision: of the forward and backward pass; weights stay in fp32. "auto" is bf16 where the device computes
             it fast (CUDA and ROCm that support it, CPUs with AMX), else fp32.
+        cpu_threads: threads of each process on a CPU; null shares the cores among the processes. (Left alone,
+            `accelerate launch` gives one.)
         seed: of initialisation, data order, noise, times and label dropout.
         log_every: steps between two lines of stats.jsonl.
         checkpoint_every: steps between two checkpoints; the last step always makes one.
@@ -60,6 +63,7 @@ class TrainConfig:
     max_grad_norm: float | None = None
     ema_decay: float = 0.9999
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    cpu_threads: int | None = None
     seed: int = 0
     log_every: int = 100
     checkpoint_every: int = 50_000
@@ -72,6 +76,8 @@ class TrainConfig:
         for name in ("seed", "warmup_steps", "weight_decay", "lr"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} must not be negative: {getattr(self, name)}")
+        if self.cpu_threads is not None and self.cpu_threads < 1:
+            raise ValueError(f"train.cpu_threads must be at least 1, not {self.cpu_threads}")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ValueError(f"train.max_grad_norm must be positive, not {self.max_grad_norm}; null is no clipping")
         if not 0 <= self.ema_decay < 1:

@@ -2,6 +2,7 @@
 
 import os
 
+import psutil
 import torch
 
 
@@ -13,3 +14,9 @@ def on_cpu() -> bool:
     """
     forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return forced or not torch.accelerator.is_available()
+
+
+def cores_for_each_process() -> int:
+    """Physical cores of this machine over the processes that were launched on it."""
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

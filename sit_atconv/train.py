@@ -10,6 +10,7 @@ where an undisturbed one does.
 import copy
 import math
 import os
+import sys
 import time
 
 import torch
@@ -32,7 +33,7 @@ from sit_atconv.commands import fail, is_main_process, user_errors
 from sit_atconv.config import parse
 from sit_atconv.data.codecs import IdentityCodec, VAECodec
 from sit_atconv.data.order import BatchOrder, step_seed
-from sit_atconv.devices import on_cpu
+from sit_atconv.devices import cores_for_each_process, on_cpu
 from sit_atconv.generation import draw_preview
 from sit_atconv.models import SiT
 from sit_atconv.pictures import save_loss_curve
@@ -75,6 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     assert accelerator.num_processes == order.num_processes
     device, main_process = accelerator.device, accelerator.is_main_process
+    if device.type == "cpu":
+        torch.set_num_threads(train.cpu_threads or cores_for_each_process())
     codec = codec.to(device)
     net = net.to(device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -92,10 +95,14 @@ def main(argv: list[str] | None = None) -> None:
         config.save(run)
         rewind_stats(run, start)
         size = sum(p.numel() for p in parameters) / 1e6
-        accelerator.print(
-            f"{'resuming' if start else 'training'} {run}: {size:.1f}M parameters, "
-            f"{len(images)} images of {len(images.class_names)} classes, batch {train.batch_size}, "
-            f"{accelerator.num_processes} x {device.type}, {train.precision}, step {start} of {train.steps}"
+        where = f"{accelerator.num_processes} x {device.type}"
+        if device.type == "cpu":
+            where += f" with {torch.get_num_threads()} threads"
+        print(
+            f"{'resuming' if start else 'training'} {run}: {size:.1f}M parameters, {len(images)} images of "
+            f"{len(images.class_names)} classes, batch {train.batch_size}, {where}, {train.precision}, "
+            f"step {start} of {train.steps}",
+            file=sys.stderr,
         )
 
     averaged = [p for p, q in zip(ema.parameters(), net.parameters(), strict=True) if q.requires_grad]

@@ -28,7 +28,7 @@ from sit_atconv.benchmark import (
 from sit_atconv.models import SiT
 
 CPU = torch.device("cpu")
-TINY = SpeedOptions(preset="Tiny/2", resolutions=(32, 64), dtypes=("fp32", "bf16"), batch_size=2, rounds=3, device="cpu")
+TINY = SpeedOptions("Tiny/2", resolutions=(32, 64), dtypes=("fp32", "bf16"), batch_size=2, rounds=3, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -70,12 +70,14 @@ def open_image_set(source: str) -> ImageSet:
 
 
 def _read_npz(path: Path) -> np.ndarray:
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} cannot be read as an .npz: it is no zip archive, or cut short")
     try:
         with np.load(path, allow_pickle=False) as archive:
             if "arr_0" not in archive.files:
                 raise ValueError(f"{path} holds {archive.files} and no arr_0, where images (uint8, N, H, W, 3) belong")
             images = archive["arr_0"]
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except (zipfile.BadZipFile, OSError, EOFError) as error:  # damaged within
         raise ValueError(f"{path} cannot be read as an .npz ({error})") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"arr_0 of {path} is {images.dtype} {images.shape}: images must be uint8 (N, H, W, 3)")

@@ -1,0 +1,74 @@
+"""Whether generated digits are good: legible, of the right distribution, diverse, and no copies.
+
+Read by a classifier that nothing else uses, and compared with the two halves of the real digits.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.spatial.distance import cdist, pdist
+from sklearn.svm import SVC
+
+from sit_atconv.data.images import load_digits
+from sit_atconv.evaluation.extractors import open_extractor
+from sit_atconv.evaluation.image_sets import ImageSet
+from sit_atconv.evaluation.metrics import extract_features, frechet_distance
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Figures of one set of digits; ratios are to the same figure of the real ones."""
+
+    accuracy: float             # read as their label
+    worst_class_accuracy: float
+    frechet_to_half: float      # Frechet distance to all real, over that of real half to real half
+    frechet_to_noise: float     # ... over that of noise to real
+    spread: float               # mean distance between two of one class
+    nearest: float              # median distance to the nearest training image, over half to half
+
+    def failures(self) -> list[str]:
+        bounds = {
+            "accuracy": self.accuracy >= 0.95,
+            "worst_class_accuracy": self.worst_class_accuracy >= 0.85,
+            "frechet_to_half": self.frechet_to_half <= 5,
+            "frechet_to_noise": self.frechet_to_noise < 0.1,
+            "spread": self.spread >= 0.8,
+            "nearest": self.nearest >= 0.7,
+        }
+        return [name for name, holds in bounds.items() if not holds]
+
+
+def measure_quality(images: np.ndarray, labels: np.ndarray) -> Quality:
+    """Images uint8 (N, 8, 8) and their labels (N,)."""
+    real, real_labels = load_digits()
+    order = np.random.default_rng(0).permutation(len(real))
+    half, other = real[order[::2]], real[order[1::2]]
+    noise = np.random.default_rng(1).normal(128, 127.5, (1000, 8, 8)).clip(0, 255).astype(np.uint8)
+
+    correct = SVC().fit(_vectors(real), real_labels).predict(_vectors(images)) == labels
+    return Quality(
+        accuracy=correct.mean(),
+        worst_class_accuracy=min(correct[labels == c].mean() for c in range(10)),
+        frechet_to_half=_frechet(images, real) / _frechet(half, other),
+        frechet_to_noise=_frechet(images, real) / _frechet(noise, real),
+        spread=_spread(images, labels) / _spread(real, real_labels),
+        nearest=_nearest(images, real) / _nearest(half, other),
+    )
+
+
+def _vectors(images: np.ndarray) -> np.ndarray:
+    return images.reshape(len(images), -1) / 127.5 - 1
+
+
+def _spread(images: np.ndarray, labels: np.ndarray) -> float:
+    return float(np.mean([pdist(_vectors(images[labels == c])).mean() for c in range(10)]))
+
+
+def _nearest(images: np.ndarray, training: np.ndarray) -> float:
+    return float(np.median(cdist(_vectors(images), _vectors(training)).min(1)))
+
+
+def _frechet(images: np.ndarray, reference: np.ndarray) -> float:
+    network = open_extractor("digits")
+    sets = [ImageSet("digits", np.repeat(part[..., None], 3, axis=-1)) for part in (images, reference)]
+    return frechet_distance(*[extract_features(network, part, 512).features for part in sets])

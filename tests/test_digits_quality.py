@@ -1,0 +1,53 @@
+"""The check of generated digits: that cheats fail it, and (slow) that the quickstart's digits pass it."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sit_atconv.data.images import load_digits
+from tests.conftest import python
+from tests.digits_quality import measure_quality
+
+IMAGES, LABELS = load_digits()
+WANTED = np.arange(1000) % 10
+
+
+def test_class_means_fail():
+    """A classifier reads every one of them; nothing else is right."""
+    means = np.stack([IMAGES[LABELS == c].mean(0) for c in range(10)]).astype(np.uint8)
+    quality = measure_quality(means[WANTED], WANTED)
+    assert quality.accuracy == 1.0 and {"frechet_to_half", "spread"} <= set(quality.failures())
+
+
+def test_copies_of_training_images_fail():
+    """They are perfect but for being copies."""
+    copies = np.stack([IMAGES[LABELS == label][i // 10] for i, label in enumerate(WANTED)])
+    assert measure_quality(copies, WANTED).failures() == ["nearest"]
+
+
+@pytest.mark.slow
+def test_the_quickstarts_digits_are_good(tmp_path):
+    """As a user would run it: train, generate, evaluate, compare speed."""
+    done = subprocess.run(python("-m", "sit_atconv.quickstart", "--out", "tour"), cwd=tmp_path, text=True,
+                          stdout=subprocess.PIPE)
+    assert done.returncode == 0
+    print(done.stdout)
+    samples = tmp_path / "tour" / "samples"
+    images = np.load(samples / "samples.npz")["arr_0"]
+    labels = np.array(json.loads((samples / "manifest.json").read_text())["labels"])
+    assert images.shape == (1000, 8, 8, 3) and (np.bincount(labels) == 100).all()
+    quality = measure_quality(images[..., 0], labels)
+    print(quality)
+    assert quality.failures() == []
+
+    scores = json.loads((tmp_path / "tour" / "scores.json").read_text())
+    assert scores["extractor"] == "digits" and 0 < scores["fd_digits"] < 5 and scores["precision_digits"] > 0.5
+    speed = json.loads((tmp_path / "tour" / "speed" / "speed.json").read_text())
+    assert len(speed["measurements"]) == 4
+    for picture in ("run/loss.png", "samples/grid.png", "speed/speed.png"):
+        assert f"tour/{picture}" in done.stdout and min(Image.open(tmp_path / "tour" / picture).size) > 200
+    for command in ("accelerate launch", "sample/generate.py", "eval/fid.py", "eval/speed.py"):
+        assert command in done.stdout
