@@ -45,8 +45,7 @@ class TrainConfig:
         ema_decay: decay of the exponential moving average of the weights, constant as in SiT.
         precision: of the forward and backward pass; weights stay in fp32. "auto" is bf16 where the device computes
             it fast (CUDA and ROCm that support it, CPUs with AMX), else fp32.
-        cpu_threads: threads of each process on a CPU; null shares the cores among the processes. (Left alone,
-            `accelerate launch` gives one.)
+        cpu_threads: threads of each process on a CPU; null shares the cores among the processes.
         seed: of initialisation, data order, noise, times and label dropout.
         log_every: steps between two lines of stats.jsonl.
         checkpoint_every: steps between two checkpoints; the last step always makes one.

@@ -16,7 +16,10 @@ def on_cpu() -> bool:
     return forced or not torch.accelerator.is_available()
 
 
-def cores_for_each_process() -> int:
-    """Physical cores of this machine over the processes that were launched on it."""
+def share_cores(threads: int | None = None) -> None:
+    """Gives torch `threads` CPU threads; None is this process's share of the machine's physical cores.
+
+    (Left alone, `accelerate launch` gives each process one.)
+    """
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

@@ -33,7 +33,7 @@ from sit_atconv.commands import fail, is_main_process, user_errors
 from sit_atconv.config import parse
 from sit_atconv.data.codecs import IdentityCodec, VAECodec
 from sit_atconv.data.order import BatchOrder, step_seed
-from sit_atconv.devices import cores_for_each_process, on_cpu
+from sit_atconv.devices import on_cpu, share_cores
 from sit_atconv.generation import draw_preview
 from sit_atconv.models import SiT
 from sit_atconv.pictures import save_loss_curve
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     assert accelerator.num_processes == order.num_processes
     device, main_process = accelerator.device, accelerator.is_main_process
     if device.type == "cpu":
-        torch.set_num_threads(train.cpu_threads or cores_for_each_process())
+        share_cores(train.cpu_threads)
     codec = codec.to(device)
     net = net.to(device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)

@@ -11,20 +11,20 @@ from sit_atconv.data.images import load_digits
 from tests.conftest import python
 from tests.digits_quality import measure_quality
 
-IMAGES, LABELS = load_digits()
+real_images, real_labels = load_digits()
 WANTED = np.arange(1000) % 10
 
 
 def test_class_means_fail():
     """A classifier reads every one of them; nothing else is right."""
-    means = np.stack([IMAGES[LABELS == c].mean(0) for c in range(10)]).astype(np.uint8)
+    means = np.stack([real_images[real_labels == c].mean(0) for c in range(10)]).astype(np.uint8)
     quality = measure_quality(means[WANTED], WANTED)
     assert quality.accuracy == 1.0 and {"frechet_to_half", "spread"} <= set(quality.failures())
 
 
 def test_copies_of_training_images_fail():
     """They are perfect but for being copies."""
-    copies = np.stack([IMAGES[LABELS == label][i // 10] for i, label in enumerate(WANTED)])
+    copies = np.stack([real_images[real_labels == label][i // 10] for i, label in enumerate(WANTED)])
     assert measure_quality(copies, WANTED).failures() == ["nearest"]
 
 
