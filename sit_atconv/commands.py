@@ -53,11 +53,19 @@ def at_least(smallest: int) -> Callable[[str], int]:
     return parse
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says a default where it says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default is None or action.default == () or isinstance(action.default, bool)
+        return action.help if silent else super()._get_help_string(action)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with defaults in the help. Give it a one-line `usage`: it is what precedes an error."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
         if is_main_process():

@@ -282,7 +282,7 @@ def mixer_names(mixer: str | list[str], depth: int) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- presets
 
 SIZES = {
-    "Tiny": dict(depth=2, hidden_size=48, num_heads=4),  # for tests and examples
+    "Tiny": dict(depth=4, hidden_size=128, num_heads=4),  # for digits, tests and examples
     "S": dict(depth=12, hidden_size=384, num_heads=6),
     "B": dict(depth=12, hidden_size=768, num_heads=12),
     "L": dict(depth=24, hidden_size=1024, num_heads=16),

@@ -1,0 +1,69 @@
+"""From YAML and command line to a configuration."""
+
+import pytest
+
+from sit_atconv.config import TrainConfig, parse, resolve_precision
+from tests.conftest import ROOT
+
+
+def test_without_arguments_it_is_the_digits():
+    config, named = parse([]), parse(["--config", str(ROOT / "configs/digits.yaml")])
+    assert config.data.images == "digits" and config.options == named.options
+    assert (config.model["hidden_size"], config.model["mixer"], config.train.lr) == (128, "atconv", 3e-3)
+
+
+def test_defaults_are_sits(tmp_path):
+    (tmp_path / "empty.yaml").write_text("{}")
+    config = parse(["--config", str(tmp_path / "empty.yaml")])
+    train = config.train
+    assert (train.lr, train.weight_decay, train.ema_decay, train.batch_size) == (1e-4, 0.0, 0.9999, 256)
+    assert train.max_grad_norm is None and train.learning_rate(0) == train.learning_rate(399_999) == 1e-4
+    assert config.flow.class_dropout_prob == 0.1
+
+
+def test_preset_yields_to_yaml_and_both_to_the_command_line(tmp_path):
+    config = parse(["--preset", "SiT-S/4"])
+    assert (config.model["mixer"], config.model["depth"], config.model["patch_size"]) == ("attention", 12, 4)
+    (tmp_path / "mine.yaml").write_text("preset: SiT-ATConv-S/2\nmodel:\n  depth: 3\n  kernel_size: 5\n")
+    config = parse(["--config", str(tmp_path / "mine.yaml"), "--model.kernel_size", "7"])
+    shape = {name: config.model[name] for name in ("hidden_size", "depth", "kernel_size", "mixer")}
+    assert shape == {"hidden_size": 384, "depth": 3, "kernel_size": 7, "mixer": "atconv"}
+
+
+def test_a_saved_configuration_is_the_same_again(tmp_path):
+    config = parse(["--model.mixer", "[attention,atconv,atconv,attention]", "--train.lr", "1e-5"])
+    config.save(tmp_path)
+    again = parse(["--config", str(tmp_path / "config.yaml")])
+    assert again.options == config.options and again.model["mixer"] == ["attention", "atconv", "atconv", "attention"]
+    assert again.changes(tmp_path) == []
+    other = parse(["--config", str(tmp_path / "config.yaml"), "--train.seed", "4", "--train.steps", "9"])
+    assert other.changes(tmp_path) == ["train.seed: 0 -> 4"]
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 0.5, 0.25]), ("cosine", [0.5, 1, 0.5, 0.146])],
+)
+def test_learning_rate(decay, expected):
+    train = TrainConfig(steps=5, lr=1.0, warmup_steps=1, lr_decay=decay)
+    assert [train.learning_rate(step) for step in (0, 1, 3, 4)] == pytest.approx(expected, abs=1e-3)
+
+
+def test_precision(monkeypatch):
+    assert resolve_precision("bf16") == "bf16" and resolve_precision("auto") in ("fp32", "bf16")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(ValueError, match="use bf16"):
+        resolve_precision("fp16")
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert resolve_precision("auto") == "bf16"
+    monkeypatch.setattr("torch.cpu.get_capabilities", dict, raising=False)
+    assert resolve_precision("auto") == "fp32"
+
+
+@pytest.mark.parametrize(
+    "option", [{"lr": -1.0}, {"ema_decay": 1.0}, {"max_grad_norm": 0.0}, {"seed": -1}, {"cpu_threads": 0}, {"steps": 0}]
+)
+def test_values_out_of_range_are_named(option):
+    name, value = next(iter(option.items()))
+    with pytest.raises(ValueError, match=rf"train\.{name}.*{value}"):
+        TrainConfig(**option)
