@@ -10,6 +10,7 @@ where an undisturbed one does.
 import copy
 import math
 import os
+import shlex
 import sys
 import time
 
@@ -42,6 +43,7 @@ from sit_atconv.pictures import save_loss_curve
 def main(argv: list[str] | None = None) -> None:
     config = parse(argv)
     run, train = config.out, config.train
+    sampling = f"python sample/generate.py --ckpt {shlex.quote(str(run))}"
 
     # All that can be wrong with what was asked is found here, before any process group starts.
     with user_errors():
@@ -68,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         config.check_resumable(start)
     if start == train.steps:
         if is_main_process():
-            print(f"{run} is complete: {start} steps, in {checkpoint}\nsample: python sample/generate.py --ckpt {run}")
+            print(f"{run} is complete: {start} steps, in {checkpoint}\nsample: {sampling}")
         return
 
     accelerator = Accelerator(
@@ -144,7 +146,9 @@ def main(argv: list[str] | None = None) -> None:
 
         done = step + 1
         last = done == train.steps
-        if done % train.log_every == 0 or last:
+        saving = done % train.checkpoint_every == 0 or last
+        drawing = done % config.preview.every == 0 or last
+        if done % train.log_every == 0 or saving:  # so what is saved has been seen to be finite
             loss = accelerator.reduce(loss_sum / loss_count, "mean").item()
             seconds = time.perf_counter() - clock
             rate = loss_count * train.batch_size / train.accumulation / seconds
@@ -157,16 +161,14 @@ def main(argv: list[str] | None = None) -> None:
                              lr=train.learning_rate(step), images_per_second=rate)
             loss_sum, loss_count, clock = torch.zeros_like(loss_sum), 0, time.perf_counter()
 
-        saving = done % train.checkpoint_every == 0 or last
-        drawing = done % config.preview.every == 0 or last
         if main_process and (saving or drawing):
             recipe = Recipe(config.flow.path, config.flow.prediction, codec.describe(), list(images.class_names), done)
-            if drawing:
-                draw_preview(ema, codec, recipe, config.preview, run / "samples" / f"step-{done:07d}.png")
             if saving:
+                save_checkpoint(run, state, recipe, train.ema_decay, train.keep_checkpoints)
                 stats = read_stats(run)
                 save_loss_curve([s["step"] for s in stats], [s["loss"] for s in stats], run / "loss.png", str(run))
-                save_checkpoint(run, state, recipe, train.ema_decay, train.keep_checkpoints)
+            if drawing:
+                draw_preview(ema, codec, recipe, config.preview, run / "samples" / f"step-{done:07d}.png")
         if saving or drawing:
             accelerator.wait_for_everyone()
             clock = time.perf_counter()
@@ -174,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     if main_process:
         print(f"{run} is complete: {train.steps} steps, in {newest_checkpoint(run)}\n"
               f"loss: {run / 'loss.png'}, samples: {run / 'samples'}\n"
-              f"sample: python sample/generate.py --ckpt {run}")
+              f"sample: {sampling}")
     accelerator.end_training()
 
 

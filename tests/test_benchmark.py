@@ -48,7 +48,7 @@ def test_published_multiply_adds_and_parameters(mixer, giga, parameters):
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_multiply_adds_of_one_block_are_those_of_its_formula(mixer):
-    N, D, taps = 64, 48, 9
+    N, D, taps = 64, 128, 9
     one, two = (
         multiply_adds(SpeedOptions(preset="Tiny/2", depth=depth).model_config(mixer, 128)) for depth in (1, 2)
     )
