@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from sit_atconv.models import SiT
 from tests.conftest import ROOT, TINY_RUN, load_command, python, working_folder
 
 TRAIN = "sit_atconv/train.py"
@@ -64,10 +65,18 @@ def test_what_a_run_leaves(tiny_run):
     assert recipe["class_names"] == list("0123456789") and recipe["codec"]["kind"] == "identity"
 
 
-def test_the_average_follows_the_weights(tiny_run):
-    state = state_of(tiny_run, 4)
-    name = "blocks.0.mlp.fc1.weight"
-    assert not torch.equal(state[f"ema.{name}"], state[f"model.{name}"])
+def test_the_average_keeps_its_decay_of_what_it_was(launch, tmp_path):
+    codes, output = launch(TRAIN, [*TINY_RUN, "--train.steps", 1, "--train.ema_decay", 0.75, "--out", tmp_path / "run"])
+    assert codes == [0], output
+    state = state_of(tmp_path / "run", 1)
+    config = json.loads((tmp_path / "run/checkpoints/step-0000001/ema/config.json").read_text())
+    torch.manual_seed(0)
+    initial = SiT.from_config(config).state_dict()
+    for name, before in initial.items():
+        expected = 0.75 * before + 0.25 * state[f"model.{name}"]
+        torch.testing.assert_close(state[f"ema.{name}"], expected, msg=name)
+    moved = state["model.final_layer.linear.weight"] - initial["final_layer.linear.weight"]
+    assert moved.abs().max() > 1e-6
 
 
 def test_a_finished_run_says_so_and_where_it_lies(tiny_run, capsys):
