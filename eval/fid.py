@@ -14,6 +14,10 @@ def main(argv: list[str] | None = None) -> None:
     for source in (options.samples, options.reference):
         if source != "digits" and not Path(source).exists():
             fail(f"{source} does not exist: give a folder of images, an .npz with arr_0, or the word digits")
+    if options.inception_weights and not Path(options.inception_weights).is_file():
+        fail(f"there is no file {options.inception_weights}: give --inception-weights the path of Inception's weights")
+    if options.out and (Path(options.out).is_dir() or not Path(options.out).absolute().parent.is_dir()):
+        fail(f"{options.out} cannot be written: give --out a file in a folder that exists")
     if not is_main_process():  # one process computes
         return
     with user_errors():
@@ -28,9 +32,9 @@ def main(argv: list[str] | None = None) -> None:
             inception_weights=options.inception_weights,
         )
         text = json.dumps(result, indent=1)
+        print(text, flush=True)
         if options.out:
             Path(options.out).write_text(text + "\n")
-    print(text)
 
 
 def make_parser() -> ArgumentParser:

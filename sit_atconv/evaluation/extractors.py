@@ -25,7 +25,8 @@ class Extractor:
 
     Args:
         name: "inception", "digits" or a registered name.
-        network: uint8 (B, 3, H, W) -> a tuple of two tensors: features (B, D) for distances, logits (B, K) for scores.
+        network: uint8 (B, 3, H, W) -> a tuple of features (B, D) for distances and logits (B, K) for scores, or of one
+            tensor that serves as both.
         sha256: digest of the weights file, where there is one.
     """
 
@@ -34,8 +35,8 @@ class Extractor:
     sha256: str | None
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features, logits = self.network(images)
-        return features.float().cpu(), logits.float().cpu()
+        outputs = [output.float().cpu() for output in self.network(images)]
+        return outputs[0], outputs[-1]
 
 
 def open_extractor(name: str, inception_weights: str | None = None, device: torch.device | str = "cpu") -> Extractor:
@@ -59,6 +60,7 @@ def open_extractor(name: str, inception_weights: str | None = None, device: torc
         raise ValueError(f"there is no extractor {name!r}: known are {known}")
     kind = FEATURE_EXTRACTORS_REGISTRY[name]
     layers = [kind.get_default_feature_layer_for_metric(metric) for metric in ("fid", "isc")]
+    layers = list(dict.fromkeys(layers))  # torch-fidelity refuses a repetition
     network = kind(name, layers).eval().requires_grad_(False)
     return Extractor(name, network.to(device), _sha256(WEIGHTS) if name == "digits" else None)
 

@@ -4,6 +4,7 @@ With Inception the keys are `fid`, `inception_score`, `kid`, `precision` and `re
 `fd_NAME`, `score_NAME` and so on, since such numbers are no Inception numbers.
 """
 
+import contextlib
 import math
 import sys
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ def evaluate(
     generated, real = (extract_features(network, images, batch_size, device) for images in sets)
     num_features = real.features.shape[1]
     for images in sets:
-        if len(images) <= num_features:
+        if "fid" in metrics and len(images) <= num_features:
             print(f"warning: {images.name} holds {len(images)} images, no more than the {num_features} features: their "
                   "covariance is singular and the Frechet distance far too large; use more images", file=sys.stderr)
     return compute_metrics(generated, real, extractor, metrics) | {
@@ -88,9 +89,8 @@ def extract_features(
     extractor: Extractor, images: ImageSet, batch_size: int = 64, device: torch.device | str = "cpu"
 ) -> Features:
     """One pass over the images, in their order. Raises ValueError where a feature is not finite."""
-    torch.backends.cudnn.allow_tf32 = False  # cuDNN convolves in TF32 by default, which moves FID
     parts = []
-    with tqdm(total=len(images), unit="image", desc=images.name) as progress:
+    with _no_tf32(), tqdm(total=len(images), unit="image", desc=images.name) as progress:
         for batch in images.batches(batch_size):
             parts.append(extractor(batch.to(device)))
             progress.update(len(batch))
@@ -98,6 +98,20 @@ def extract_features(
     if not (features.isfinite().all() and logits.isfinite().all()):
         raise ValueError(f"extractor {extractor.name!r} gave features of {images.name} that are not finite")
     return Features(features, logits)
+
+
+@contextlib.contextmanager
+def _no_tf32():
+    """cuDNN convolves in TF32 by default, which moves FID; what the caller had chosen comes back afterwards."""
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    chosen = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, chosen, strict=True):
+            backend.allow_tf32 = allowed
 
 
 def compute_metrics(generated: Features, real: Features, extractor: str, metrics: Sequence[str] = METRICS) -> dict:

@@ -1,5 +1,6 @@
 import json
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -33,6 +34,33 @@ def test_samples_of_generate(launch, tiny_run, tmp_path, capsys):
     argv = ["--samples", str(out), "--reference", "digits", "--extractor", "digits", "--metrics", "fid"]
     load_command(FID).main(argv)
     assert json.loads(capsys.readouterr().out)["num_samples"] == 60
+
+
+def test_arguments_are_checked_before_anything_is_loaded(fails, npz, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sit_atconv.evaluation.metrics", None)  # an import would raise
+    main = load_command(FID).main
+    argv = ["--samples", npz, "--reference", "digits", "--extractor", "digits"]
+    assert "nowhere.pth" in fails(main, [*argv, "--inception-weights", tmp_path / "nowhere.pth"])
+    assert "cannot be written" in fails(main, [*argv, "--out", tmp_path / "nowhere" / "x.json"])
+    assert "cannot be written" in fails(main, [*argv, "--out", tmp_path])
+
+
+def test_the_scores_are_printed_even_where_they_cannot_be_written(npz, tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    argv = ["--samples", str(npz), "--reference", "digits", "--extractor", "digits", "--metrics", "is"]
+    with pytest.raises(SystemExit):
+        load_command(FID).main([*argv, "--out", str(tmp_path / "x.json")])
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["score_digits"] > 1 and "error: disk full" in printed.err
+
+
+def test_other_processes_leave_quietly(npz, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    load_command(FID).main(["--samples", str(npz), "--reference", "digits", "--extractor", "digits"])
+    assert capsys.readouterr() == ("", "")
 
 
 def test_errors(fails, npz, tmp_path, monkeypatch):

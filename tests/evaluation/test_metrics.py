@@ -4,6 +4,9 @@ import torch
 import torch_fidelity
 from PIL import Image
 from safetensors import safe_open
+from torch_fidelity import register_feature_extractor
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from sit_atconv.data.images import Digits, load_digits
 from sit_atconv.evaluation import extractors
@@ -49,9 +52,9 @@ def test_agrees_with_torch_fidelitys_own_metrics(halves, result):
         fid=True, isc=True, kid=True, prc=True, isc_splits=1, samples_shuffle=False, kid_subset_size=300,
         prc_neighborhood=3, cache=False, cuda=False, verbose=False,
     )
-    assert result["fd_digits"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
+    assert result["fd_digits"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
     assert result["score_digits"] == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
-    assert result["kd_digits"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)
+    assert result["kd_digits"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6)
     assert result["kd_subset_size_digits"] == 300
     assert (result["precision_digits"], result["recall_digits"]) == (theirs["precision"], theirs["recall"])
 
@@ -63,9 +66,19 @@ def test_no_number_of_another_extractor_is_called_inceptions(result):
 
 
 def test_a_folder_and_an_npz_of_the_same_images_are_the_same(halves, result):
-    folder = evaluate(str(halves / "a"), str(halves / "b.npz"), extractor="digits", batch_size=64)
-    assert folder["fd_digits"] == pytest.approx(result["fd_digits"], rel=1e-5)
-    assert folder["recall_digits"] == result["recall_digits"]
+    folder = evaluate(str(halves / "a"), str(halves / "b.npz"), extractor="digits")
+    assert folder | {"samples": None} == result | {"samples": None}
+
+
+def test_an_npz_stays_on_disk_and_a_compressed_one_is_the_same(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "second.npz", labels=np.arange(10), arr_0=images)
+    np.savez_compressed(tmp_path / "compressed.npz", images)
+    np.savez(tmp_path / "columns.npz", np.asfortranarray(images))
+    for name, on_disk in [("second", True), ("compressed", False), ("columns", False)]:
+        opened = open_image_set(str(tmp_path / f"{name}.npz"))
+        assert isinstance(opened.images, np.memmap) == on_disk, name
+        assert torch.equal(torch.cat(list(opened.batches(3))), torch.from_numpy(images).permute(0, 3, 1, 2)), name
 
 
 def test_precision_is_of_the_samples_and_recall_of_the_reference():
@@ -76,6 +89,25 @@ def test_precision_is_of_the_samples_and_recall_of_the_reference():
     threes, everything = (extract_features(network, ImageSet("x", part)) for part in (rgb[labels == 3], rgb))
     values = compute_metrics(threes, everything, "digits", ["prc"])
     assert values["precision_digits"] == 1.0 and values["recall_digits"] < 0.2
+
+
+def test_the_digits_distance_tells_good_from_bad():
+    digits, labels = load_digits()
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(digits))
+    means = np.stack([digits[labels == c].mean(0) for c in range(10)]).astype(np.uint8)
+    network = open_extractor("digits")
+
+    def distance(images, reference):
+        sets = (ImageSet("x", np.repeat(part[..., None], 3, axis=-1)) for part in (images, reference))
+        return frechet_distance(*[extract_features(network, part, 512).features for part in sets])
+
+    halves = distance(digits[order[::2]], digits[order[1::2]])
+    assert 0 < halves < 2
+    assert distance(rng.integers(0, 256, (1000, 8, 8), dtype=np.uint8), digits) > 50 * halves
+    assert distance(digits[labels == 3], digits) > 50 * halves
+    assert distance(np.repeat(means, 100, axis=0), digits) > 5 * halves
+    assert distance(digits[labels != 3], digits) > 3 * halves
 
 
 def test_inception_score_is_taken_in_the_order_of_the_file():
@@ -113,6 +145,9 @@ def test_the_shipped_classifier():
         (lambda f: np.savez(f, np.zeros((9, 8, 8, 3), np.float32)), r"float32 \(9, 8, 8, 3\)"),
         (lambda f: np.savez(f, np.zeros((9, 3, 8, 8), np.uint8)), r"\(9, 3, 8, 8\)"),
         (lambda f: f.write_bytes(b"no archive"), "cannot be read as an .npz"),
+        (lambda f: np.savez(f, np.array([{}])), r"object \(1,\)"),
+        (lambda f: damage(f), "cannot be read as an .npz"),
+        (lambda f: np.savez(f, np.zeros((0, 8, 8, 3), np.uint8)), "holds 0 images, too few"),
         (lambda f: np.savez(f, np.zeros((2, 8, 8, 3), np.uint8)), "holds 2 images, too few"),
         (lambda f: np.savez(f, np.zeros((9, 16, 16, 3), np.uint8)), "for 8x8 images, not 16x16"),
     ],
@@ -123,6 +158,14 @@ def test_arrays_of_another_kind_are_named(tmp_path, make, message):
         evaluate(str(tmp_path / "x.npz"), "digits", extractor="digits")
 
 
+def damage(path):
+    """A compressed npz whose content is overwritten in the middle."""
+    np.savez_compressed(path, np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 64] = bytes(64)
+    path.write_bytes(content)
+
+
 def test_images_of_several_sizes_are_named(tmp_path):
     for i, side in enumerate((8, 8, 9)):
         Image.new("RGB", (side, side)).save(tmp_path / f"{i}.png")
@@ -131,15 +174,26 @@ def test_images_of_several_sizes_are_named(tmp_path):
 
 
 def test_incomplete_samples_are_not_evaluated(tmp_path):
+    (tmp_path / "images").mkdir()
     (tmp_path / "manifest.json").write_text('{"complete": false}')
     with pytest.raises(ValueError, match="not complete"):
         open_image_set(str(tmp_path))
+
+
+def test_samples_without_their_npz_are_read_from_images(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "manifest.json").write_text('{"complete": true}')
+    for path in [tmp_path / "grid.png", *(tmp_path / "images" / f"{i}.png" for i in range(5))]:
+        Image.new("RGB", (8, 8)).save(path)
+    assert [path.parent.name for path in open_image_set(str(tmp_path)).images] == ["images"] * 5
 
 
 def test_few_images_are_warned_of(halves, capsys):
     np.savez(halves / "few.npz", np.load(halves / "a.npz")["arr_0"][:20])
     evaluate(str(halves / "few.npz"), "digits", extractor="digits", metrics=["fid"])
     assert "few.npz holds 20 images" in capsys.readouterr().err
+    evaluate(str(halves / "few.npz"), "digits", extractor="digits", metrics=["is"])
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_unknown_names():
@@ -147,6 +201,53 @@ def test_unknown_names():
         evaluate("digits", "digits", extractor="clip9")
     with pytest.raises(ValueError, match="not 'fvd'"):
         evaluate("digits", "digits", extractor="digits", metrics=["fvd"])
+
+
+def test_a_registered_extractor_with_one_output(halves):
+    register_feature_extractor("corner", Corner)
+    try:
+        values = evaluate(str(halves / "a.npz"), str(halves / "b.npz"), extractor="corner", metrics=["fid", "is"])
+    finally:
+        del FEATURE_EXTRACTORS_REGISTRY["corner"]
+    assert values["fd_corner"] > 0 and values["score_corner"] >= 1 and values["extractor_sha256"] is None
+
+
+class Corner(FeatureExtractorBase):
+    """Pixels as features and as logits, as torch-fidelity's own CLIP and DINOv2 have one output for all metrics."""
+
+    @staticmethod
+    def get_provided_features_list():
+        return ("pixels",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "pixels"
+
+    def forward(self, x):
+        return (x[:, 0, 3:5, 3:5].flatten(1).float() / 255,)
+
+
+@pytest.fixture
+def tf32():
+    """cuDNN and cuBLAS with TF32 switched on."""
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = True
+    yield backends
+    for backend, allowed in zip(backends, before, strict=True):
+        backend.allow_tf32 = allowed
+
+
+def test_features_are_extracted_without_tf32_and_the_callers_choice_comes_back(tf32):
+    seen = []
+
+    def network(images):
+        seen.append([backend.allow_tf32 for backend in tf32])
+        return torch.zeros(len(images), 2), torch.zeros(len(images), 3)
+
+    extract_features(extractors.Extractor("x", network, None), ImageSet("x", np.zeros((4, 8, 8, 3), np.uint8)))
+    assert seen == [[False, False]] and all(backend.allow_tf32 for backend in tf32)
 
 
 # ----------------------------------------------------------------------------------------------------- Inception
