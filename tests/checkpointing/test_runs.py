@@ -55,6 +55,7 @@ def test_the_newest_are_kept_and_the_last_step_is_the_newest(tmp_path, state):
     for step in (8, 9, 10, 11):
         save_checkpoint(tmp_path, state, recipe(step), ema_decay=0.99, keep=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-0000010", "step-0000011"]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2  # and nothing half written
 
 
 def test_a_checkpoint_cut_short_is_not_one(tmp_path, state, monkeypatch):
