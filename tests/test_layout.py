@@ -37,7 +37,20 @@ def test_imports_run_one_way():
             parts = {name.split(".")[1] for name in imports_of(path) if name.startswith("sit_atconv.")}
             assert parts <= allowed | {part}, path
     for path in (ROOT / "sit_atconv" / "ops").rglob("*.py"):
-        assert {name.split(".")[0] for name in imports_of(path)} <= {"torch", "sit_atconv"}, path
+        allowed = {"torch", "sit_atconv", "os", "warnings", "triton"}
+        assert {name.split(".")[0] for name in imports_of(path)} <= allowed, path
+
+
+def test_the_operator_needs_neither_cuda_nor_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from sit_atconv.ops import dynamic_depthwise_conv2d as op, fastest_implementation as fastest\n"
+        "print(*op(torch.ones(1, 4, 1), torch.ones(1, 1, 3, 3), (2, 2)).flatten().tolist())\n"
+        "print(fastest(torch.device('cpu')), fastest(torch.device('cuda')))"
+    )
+    done = subprocess.run(python("-c", code), capture_output=True, text=True)
+    assert done.stdout.split() == ["4.0"] * 4 + ["channels_last"] * 2, done.stderr
+    assert "Triton 3.3 or later (here: 0.0)" in done.stderr
 
 
 def test_every_module_imports_and_commands_are_imported_by_none():

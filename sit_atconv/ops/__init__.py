@@ -1,17 +1,32 @@
 """The operator behind ATConv: a depthwise convolution whose kernels differ from sample to sample.
 
 `reference.py` is the definition; every other file here is a faster way to the same numbers, gradients included.
-Needs torch alone.
+Needs torch alone; Triton is imported when a CUDA or ROCm tensor first asks for it.
 """
 
+import os
+import warnings
+
+import torch
 from torch import Tensor
 
 from sit_atconv.ops.channels_last import dynamic_depthwise_conv2d_channels_last
 from sit_atconv.ops.reference import dynamic_depthwise_conv2d_reference
 
+
+def _dynamic_depthwise_conv2d_triton(x: Tensor, kernels: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"impl 'triton' runs on CUDA and ROCm, not on {x.device.type}: give 'auto', or set "
+                         "TRITON_INTERPRET=1 to run it slowly on a CPU")
+    from sit_atconv.ops.token_layout import dynamic_depthwise_conv2d_triton
+
+    return dynamic_depthwise_conv2d_triton(x, kernels, grid_size)
+
+
 IMPLEMENTATIONS = {
     "reference": dynamic_depthwise_conv2d_reference,
     "channels_last": dynamic_depthwise_conv2d_channels_last,
+    "triton": _dynamic_depthwise_conv2d_triton,
 }
 
 
@@ -24,13 +39,14 @@ def dynamic_depthwise_conv2d(x: Tensor, kernels: Tensor, grid_size: tuple[int, i
         x: tokens (B, N, C), row-major on the grid, N = H * W.
         kernels: one kernel for each sample and channel (B, C, k, k), k odd; may differ from `x` in dtype.
         grid_size: (H, W).
-        impl: "auto" (the fastest here), or one of IMPLEMENTATIONS by name.
+        impl: "auto" (what `fastest_implementation` names for the device of `x`), or one of IMPLEMENTATIONS by name.
 
     Returns:
         (B, N, C) in the dtype of `x`. Gradients come in the dtype of their inputs.
 
     Raises:
-        ValueError: shapes that do not fit each other, an even or non-square kernel, or an unknown `impl`.
+        ValueError: shapes that do not fit each other, an even or non-square kernel, or an `impl` that is unknown or
+            does not run on this device.
     """
     height, width = grid_size
     if x.ndim != 3 or x.shape[1] != height * width:
@@ -41,7 +57,26 @@ def dynamic_depthwise_conv2d(x: Tensor, kernels: Tensor, grid_size: tuple[int, i
     if kernels.shape[2] != kernels.shape[3] or kernels.shape[2] % 2 == 0:
         raise ValueError(f"kernels must be square with an odd side, not {kernels.shape[2]}x{kernels.shape[3]}")
     if impl == "auto":
-        impl = "channels_last"
+        impl = fastest_implementation(x.device)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {['auto', *IMPLEMENTATIONS]}, not {impl!r}")
     return IMPLEMENTATIONS[impl](x, kernels, (height, width))
+
+
+def fastest_implementation(device: torch.device) -> str:
+    """What "auto" stands for: "triton" on CUDA and ROCm where Triton is recent enough, elsewhere "channels_last"."""
+    return "triton" if device.type == "cuda" and _has_triton() else "channels_last"
+
+
+def _has_triton() -> bool:
+    try:
+        import triton
+
+        version = triton.__version__
+    except ImportError:
+        version = "0.0"
+    if tuple(map(int, version.split(".")[:2])) >= (3, 3):
+        return True
+    warnings.warn(f"ATConv's convolution runs in PyTorch, and would be faster with Triton 3.3 or later "
+                  f"(here: {version})", stacklevel=3)
+    return False

@@ -1,10 +1,27 @@
 import pytest
 import torch
 
-from sit_atconv.ops import IMPLEMENTATIONS, dynamic_depthwise_conv2d
+from sit_atconv.ops import IMPLEMENTATIONS, channels_last, dynamic_depthwise_conv2d, fastest_implementation
 from tests.conftest import relative_error
 
 FAST = sorted(set(IMPLEMENTATIONS) - {"reference"})
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan():
+    """What `torch.empty` returns is filled with NaN, so that whatever an implementation forgets to write shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[*FAST, "channels_last, sample by sample"])
+def fast(request, monkeypatch):
+    """Each fast implementation, channels_last also as it treats large samples."""
+    if "," in request.param:
+        monkeypatch.setattr(channels_last, "LARGE_SAMPLE", 0)
+    return request.param.partition(",")[0]
 
 
 def inputs(grid, C=5, k=3, B=2, dtype=torch.float64, kernel_dtype=None):
@@ -31,14 +48,12 @@ def test_reference_is_the_definition():
     assert relative_error(y, expected.reshape(2, 12, 5)) < 1e-14
 
 
-@pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("k", [3, 5, 7])
-@pytest.mark.parametrize("grid", [(1, 1), (2, 9), (7, 5), (8, 8)])
-@pytest.mark.parametrize("B", [1, 3])
-def test_values_and_gradients_are_the_references(impl, k, grid, B):
-    x, kernels, cotangent = inputs(grid, k=k, B=B)
+@pytest.mark.parametrize(("grid", "B", "C"), [((1, 1), 3, 5), ((2, 9), 1, 17), ((7, 5), 2, 3), ((8, 8), 1, 1)])
+def test_values_and_gradients_are_the_references(fast, k, grid, B, C):
+    x, kernels, cotangent = inputs(grid, C=C, k=k, B=B)
     expected = dynamic_depthwise_conv2d(x, kernels, grid, impl="reference")
-    y = dynamic_depthwise_conv2d(x, kernels, grid, impl=impl)
+    y = dynamic_depthwise_conv2d(x, kernels, grid, impl=fast)
     assert y.shape == x.shape and relative_error(y, expected) < 1e-13
     for gradient, reference in zip(
         torch.autograd.grad(y, (x, kernels), cotangent), torch.autograd.grad(expected, (x, kernels), cotangent),
@@ -47,10 +62,12 @@ def test_values_and_gradients_are_the_references(impl, k, grid, B):
         assert relative_error(gradient, reference) < 1e-13
 
 
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5)])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_gradcheck(impl):
-    x, kernels, _ = inputs((3, 4), C=2)
-    assert torch.autograd.gradcheck(lambda x, k: dynamic_depthwise_conv2d(x, k, (3, 4), impl=impl), (x, kernels))
+def test_gradcheck(impl, grid):
+    x, kernels, _ = inputs(grid, C=2)
+    op = lambda x, kernels: dynamic_depthwise_conv2d(x, kernels, grid, impl=impl)  # noqa: E731
+    assert torch.autograd.gradcheck(op, (x, kernels), fast_mode=impl == "triton")  # whose interpreter is slow
 
 
 BOUNDS = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -60,9 +77,9 @@ BOUNDS = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("kernel_dtype", BOUNDS)
 def test_result_has_the_dtype_of_x_and_each_gradient_its_inputs(impl, dtype, kernel_dtype):
-    x, kernels, cotangent = inputs((6, 5), dtype=dtype, kernel_dtype=kernel_dtype)
-    exact = dynamic_depthwise_conv2d(x.double(), kernels.double(), (6, 5), impl="reference")
-    y = dynamic_depthwise_conv2d(x, kernels, (6, 5), impl=impl)
+    x, kernels, cotangent = inputs((3, 5), C=3, dtype=dtype, kernel_dtype=kernel_dtype)
+    exact = dynamic_depthwise_conv2d(x.double(), kernels.double(), (3, 5), impl="reference")
+    y = dynamic_depthwise_conv2d(x, kernels, (3, 5), impl=impl)
     gradients = torch.autograd.grad(y, (x, kernels), cotangent.to(dtype))
     references = torch.autograd.grad(exact, (x, kernels), cotangent)
     bound = max(BOUNDS[dtype], BOUNDS[kernel_dtype])
@@ -81,10 +98,61 @@ def test_autocast_leaves_the_dtype_of_x_alone(impl, autocast):
     assert y.dtype == torch.float32 and torch.equal(y, expected)
 
 
-def test_auto_is_a_fast_path():
+@pytest.mark.parametrize(
+    ("device", "fastest"), [("cpu", "channels_last"), ("mps", "channels_last"), ("cuda", "triton")]
+)
+def test_auto_is_a_fast_path(device, fastest):
+    assert fastest_implementation(torch.device(device)) == fastest
+
+
+def test_auto_is_what_it_says():
     x, kernels, _ = inputs((4, 4), dtype=torch.float32)
-    fast = dynamic_depthwise_conv2d(x, kernels, (4, 4), impl="channels_last")
+    fast = dynamic_depthwise_conv2d(x, kernels, (4, 4), impl=fastest_implementation(x.device))
     assert torch.equal(dynamic_depthwise_conv2d(x, kernels, (4, 4)), fast)
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_compiles_into_one_graph_with_its_gradients(impl):
+    x, kernels, cotangent = inputs((3, 5), dtype=torch.float32)
+    compiled = torch.compile(dynamic_depthwise_conv2d, fullgraph=True, backend="aot_eager")
+    y, expected = (f(x, kernels, (3, 5), impl=impl) for f in (compiled, dynamic_depthwise_conv2d))
+    assert relative_error(y, expected) < 1e-6
+    cotangent = cotangent.float()
+    for a, b in zip(
+        torch.autograd.grad(y, (x, kernels), cotangent), torch.autograd.grad(expected, (x, kernels), cotangent),
+        strict=True,
+    ):
+        assert relative_error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_activation_checkpointing_changes_nothing(impl):
+    x, kernels, cotangent = inputs((3, 5))
+
+    def loss(x, kernels):
+        return (dynamic_depthwise_conv2d(x.sin(), kernels, (3, 5), impl=impl) * cotangent).sum()
+
+    again = torch.utils.checkpoint.checkpoint(loss, x, kernels, use_reentrant=False)
+    for a, b in zip(torch.autograd.grad(again, (x, kernels)), torch.autograd.grad(loss(x, kernels), (x, kernels)),
+                    strict=True):
+        assert torch.equal(a, b)
+
+
+def test_inputs_that_lie_otherwise_in_memory(fast):
+    x, kernels, cotangent = inputs((3, 4), B=3)
+    other = x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    expected = dynamic_depthwise_conv2d(x, kernels, (3, 4), impl="reference")
+    y = dynamic_depthwise_conv2d(other, kernels.mT.contiguous().mT, (3, 4), impl=fast)
+    assert relative_error(y, expected) < 1e-13
+    spread = cotangent[:1].expand_as(y)
+    assert relative_error(torch.autograd.grad(y, other, spread)[0], torch.autograd.grad(expected, x, spread)[0]) < 1e-13
+
+
+def test_triton_on_a_cpu_without_the_interpreter_names_the_remedy(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x, kernels, _ = inputs((2, 2))
+    with pytest.raises(ValueError, match="runs on CUDA and ROCm, not on cpu: give 'auto'"):
+        dynamic_depthwise_conv2d(x, kernels, (2, 2), impl="triton")
 
 
 @pytest.mark.parametrize(

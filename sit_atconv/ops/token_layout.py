@@ -1,0 +1,201 @@
+"""The dynamic depthwise convolution as Triton kernels in token layout, for CUDA and ROCm.
+
+Tokens (B, N, C) are read and written as they lie: channels are the contiguous axis, so a shift of the grid is an offset
+of whole rows and nothing is transposed. A program holds a tile of a few columns and channels in registers, loads each
+input row once for every column of taps, and adds it to all the output rows that it touches; the other reads of a row,
+by the neighbouring tiles, come from the cache.
+
+Sums are in float32, or in float64 where an input is. Imported by `dynamic_depthwise_conv2d` when it is first needed;
+with TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, for tests.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import custom_op
+
+ROWS = 4  # output rows of a tile: more of them share more loads, fewer of them leave more programs in flight
+SPLIT = 16  # rows of the grid that one program sums for the gradient of the kernels
+
+
+def dynamic_depthwise_conv2d_triton(x: Tensor, kernels: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Cross-correlates tokens (B, N, C) with one kernel for each sample and channel (B, C, k, k)."""
+    return convolve(x, kernels, *grid_size, False)
+
+
+# ------------------------------------------------------------------------------------------------------ operators
+
+@custom_op("sit_atconv::convolve", mutates_args=())
+def convolve(x: Tensor, kernels: Tensor, height: int, width: int, flip: bool) -> Tensor:
+    """y[b, h, w, c] = sum_ij kernels[b, c, i, j] * x[b, h + i - k // 2, w + j - k // 2, c], in the dtype of x.
+
+    `flip` turns each kernel by half a turn, which makes it the gradient's operator: from that of y to that of x.
+    """
+    (B, _, C), k = x.shape, kernels.shape[-1]
+    x, taps = x.contiguous(), _taps(kernels)
+    y = torch.empty_like(x)
+    columns, channels = _tile(C, width, k)
+    grid = (triton.cdiv(height, ROWS) * triton.cdiv(width, columns), triton.cdiv(C, channels), B)
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever that is
+        _convolve[grid](
+            x, taps, y, height, width, C, k, flip, _accumulator(x, kernels), ROWS, columns, channels, num_warps=4
+        )
+    return y
+
+
+@custom_op("sit_atconv::correlate", mutates_args=())
+def correlate(gradient: Tensor, x: Tensor, height: int, width: int, k: int, dtype: torch.dtype) -> Tensor:
+    """The gradient of the kernels' tap (i, j): sum_hw gradient[b, h, w, c] * x[b, h + i - k // 2, w + j - k // 2, c].
+
+    Each program sums over a part of the grid, and the parts are added up afterwards, so that the order is fixed.
+    """
+    B, _, C = x.shape
+    gradient, x = gradient.contiguous(), x.contiguous()
+    columns, channels = _tile(C, width, k)
+    parts = triton.cdiv(height, SPLIT) * triton.cdiv(width, columns)
+    accumulator = _accumulator(x, gradient)
+    sums = torch.empty(B, parts, k * k, C, device=x.device, dtype=ACCUMULATORS[accumulator])
+    grid = (parts, triton.cdiv(C, channels), B)
+    with torch.cuda.device_of(x):
+        _correlate[grid](gradient, x, sums, height, width, C, k, accumulator, SPLIT, columns, channels, num_warps=4)
+    return sums.sum(1).to(dtype).transpose(1, 2).unflatten(2, (k, k))
+
+
+@convolve.register_fake
+def _(x, kernels, height, width, flip):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@correlate.register_fake
+def _(gradient, x, height, width, k, dtype):
+    B, _, C = x.shape
+    return x.new_empty(B, k * k, C, dtype=dtype).transpose(1, 2).unflatten(2, (k, k))
+
+
+def _save_for_backward(ctx, inputs, output):
+    x, kernels, ctx.height, ctx.width, ctx.flip = inputs
+    ctx.save_for_backward(x, kernels)
+
+
+def _backward(ctx, gradient):
+    x, kernels = ctx.saved_tensors
+    wants_x, wants_kernels, *_ = ctx.needs_input_grad
+    grad_x = convolve(gradient, kernels, ctx.height, ctx.width, not ctx.flip) if wants_x else None
+    grad_kernels = None
+    if wants_kernels:
+        grad_kernels = correlate(gradient, x, ctx.height, ctx.width, kernels.shape[-1], kernels.dtype)
+        grad_kernels = grad_kernels.flip(2, 3) if ctx.flip else grad_kernels
+    return grad_x, grad_kernels, None, None, None
+
+
+convolve.register_autograd(_backward, setup_context=_save_for_backward)
+
+ACCUMULATORS = {tl.float32: torch.float32, tl.float64: torch.float64}
+
+
+def _accumulator(*tensors: Tensor) -> tl.dtype:
+    return tl.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else tl.float32
+
+
+def _taps(kernels: Tensor) -> Tensor:
+    """(B, C, k, k) -> (B, k*k, C) with contiguous channels; without a copy if they lie so, as ATConv makes them."""
+    return kernels.flatten(2).transpose(1, 2).contiguous()
+
+
+def _tile(C: int, width: int, k: int) -> tuple[int, int]:
+    """Columns and channels of a tile: rows of a cache line and more, and sums of k*k taps that fit the registers."""
+    channels = min(64, max(16, triton.next_power_of_2(C)))
+    elements = {3: 1024, 5: 512}.get(k, 256)
+    return min(elements // channels, triton.next_power_of_2(width)), channels
+
+
+# -------------------------------------------------------------------------------------------------------- kernels
+
+@triton.jit
+def _convolve(
+    x, taps, y, H, W, C,
+    k: tl.constexpr, FLIP: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    tiles_across = tl.cdiv(W, COLUMNS)
+    top = tl.program_id(0) // tiles_across * ROWS + tl.arange(0, 1)  # a vector, as the interpreter needs for masks
+    w = tl.program_id(0) % tiles_across * COLUMNS + tl.arange(0, COLUMNS)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    b = tl.program_id(2).to(tl.int64)
+    x += b * H * W * C
+    y += b * H * W * C
+    taps += b * k * k * C
+
+    sums = ()
+    for _ in tl.static_range(ROWS):
+        sums = sums + (tl.full((COLUMNS, CHANNELS), 0.0, ACC),)
+    for j in tl.static_range(k):
+        column = w + j - k // 2
+        inside = ((column >= 0) & (column < W))[:, None] & (c < C)[None, :]
+        offsets = column[:, None] * C + c[None, :]
+        kernel = ()  # the taps of this column, from the top
+        for i in tl.static_range(k):
+            tap = (k * k - 1 - i * k - j) if FLIP else i * k + j
+            kernel = kernel + (tl.load(taps + tap * C + c, mask=c < C, other=0.0).to(ACC)[None, :],)
+        for r in tl.static_range(ROWS + k - 1):
+            h = (top + r - k // 2)[:, None]
+            row = tl.load(x + h * W * C + offsets, mask=inside & (h >= 0) & (h < H), other=0.0).to(ACC)
+            updated = ()
+            for o in tl.static_range(ROWS):
+                if r - o >= 0 and r - o < k:
+                    updated = updated + (tl.fma(kernel[r - o], row, sums[o]),)
+                else:
+                    updated = updated + (sums[o],)
+            sums = updated
+    inside = (w < W)[:, None] & (c < C)[None, :]
+    offsets = w[:, None] * C + c[None, :]
+    for o in tl.static_range(ROWS):
+        h = (top + o)[:, None]
+        tl.store(y + h * W * C + offsets, sums[o].to(y.dtype.element_ty), mask=inside & (h < H))
+
+
+@triton.jit
+def _correlate(
+    gradient, x, sums, H, W, C,
+    k: tl.constexpr, ACC: tl.constexpr, SPLIT: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    tiles_across = tl.cdiv(W, COLUMNS)
+    top = tl.program_id(0) // tiles_across * SPLIT
+    w = tl.program_id(0) % tiles_across * COLUMNS + tl.arange(0, COLUMNS)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    b = tl.program_id(2).to(tl.int64)
+    x += b * H * W * C
+    gradient += b * H * W * C
+    sums += (b * tl.num_programs(0) + tl.program_id(0)) * k * k * C
+
+    inside = (w < W)[:, None] & (c < C)[None, :]
+    offsets = w[:, None] * C + c[None, :]
+    partial = ()
+    for _ in tl.static_range(k * k):
+        partial = partial + (tl.full((COLUMNS, CHANNELS), 0.0, ACC),)
+    rows = ()  # of the gradient: those that the present row of x meets, from the lowest
+    for _ in tl.static_range(k):
+        rows = rows + (tl.full((COLUMNS, CHANNELS), 0.0, ACC),)
+
+    bottom = tl.minimum(top + SPLIT, H)
+    for number in range(top - k // 2, bottom + k // 2):
+        h = number + tl.arange(0, 1)[:, None]  # row h of x meets the rows h + k // 2 - i of the gradient
+        entering = h + k // 2
+        row = tl.load(gradient + entering * W * C + offsets, mask=inside & (entering < bottom), other=0.0).to(ACC)
+        shifted = (row,)
+        for i in tl.static_range(k - 1):
+            shifted = shifted + (rows[i],)
+        rows = shifted
+        updated = ()
+        values = ()
+        for j in tl.static_range(k):
+            column = w + j - k // 2
+            there = ((column >= 0) & (column < W))[:, None] & (c < C)[None, :] & (h >= 0) & (h < H)
+            values = values + (tl.load(x + h * W * C + offsets + (j - k // 2) * C, mask=there, other=0.0).to(ACC),)
+        for i in tl.static_range(k):
+            for j in tl.static_range(k):
+                updated = updated + (tl.fma(rows[i], values[j], partial[i * k + j]),)
+        partial = updated
+    for tap in tl.static_range(k * k):
+        tl.store(sums + tap * C + c, tl.sum(partial[tap], 0), mask=c < C)
