@@ -62,10 +62,11 @@ class ATConv(nn.Module):
         k = self.kernel_size
         p = pool_tokens(x, grid_size, k, self.pool)              # (B, k*k, C)
         K = self.kernel_act(self.kernel_proj(p))                 # (B, k*k, C)
-        K = self.kernel_gen(K.transpose(1, 2))                   # (B, C, k*k), one map of the taps for all
-        inhibition = torch.sigmoid(self.difference_control)      # (C,)
-        K = K - inhibition[:, None] * K.mean(-1, keepdim=True)   # lateral inhibition among the taps
-        return K.unflatten(-1, (k, k))                           # (B, C, k, k)
+        W, b = self.kernel_gen.weight, self.kernel_gen.bias      # one map of the taps for all channels
+        K = torch.baddbmm(b[:, None], W.expand(len(K), -1, -1), K)                    # (B, k*k, C)
+        inhibition = torch.sigmoid(self.difference_control)                           # (C,)
+        K = torch.addcmul(K, inhibition, K.mean(1, keepdim=True), value=-1)           # lateral, among the taps
+        return K.transpose(1, 2).unflatten(2, (k, k))            # (B, C, k, k)
 
 
 def pool_tokens(x: Tensor, grid_size: tuple[int, int], k: int, pool: str) -> Tensor:

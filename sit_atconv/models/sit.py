@@ -87,8 +87,13 @@ class Attention(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, N, D) scaled and shifted for each sample by (B, D)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """x (B, N, D) scaled and shifted for each sample by (B, D): x * (1 + scale) + shift, in one pass over x."""
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+
+
+def add_gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """x + gate * branch (B, N, D), with a gate (B, D) for each sample, in one pass."""
+    return torch.addcmul(x, gate[:, None], branch)
 
 
 class Block(nn.Module):
@@ -104,8 +109,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, grid_size: tuple[int, int]) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)       # (B, D) each
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), grid_size)        # (B, N, D)
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))                 # (B, N, D)
+        x = add_gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1), grid_size))        # (B, N, D)
+        return add_gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))                 # (B, N, D)
 
 
 class FinalLayer(nn.Module):
@@ -240,7 +245,8 @@ class SiT(ModelMixin, ConfigMixin):
             ValueError: H or W is not divisible by the patch size.
         """
         grid_size = self._grid_size(*x.shape[-2:])
-        tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))   # (B, N, D)
+        dtype = self.x_embedder.proj.weight.dtype  # of the residual stream, under autocast too
+        tokens = self.x_embedder(x.to(dtype)).to(dtype)                     # (B, N, D)
         if self.pos_embed is not None:
             tokens = tokens + self._positions(grid_size)                    # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y)                         # (B, D)
