@@ -46,7 +46,7 @@ def test_the_quickstarts_digits_are_good(tmp_path):
     scores = json.loads((tmp_path / "tour" / "scores.json").read_text())
     assert scores["extractor"] == "digits" and 0 < scores["fd_digits"] < 5 and scores["precision_digits"] > 0.5
     speed = json.loads((tmp_path / "tour" / "speed" / "speed.json").read_text())
-    assert len(speed["measurements"]) == 4
+    assert len(speed["measurements"]) == 8
     for picture in ("run/loss.png", "samples/grid.png", "speed/speed.png"):
         assert f"tour/{picture}" in done.stdout and min(Image.open(tmp_path / "tour" / picture).size) > 200
     for command in ("accelerate launch", "sample/generate.py", "eval/fid.py", "eval/speed.py"):

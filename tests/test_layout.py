@@ -17,6 +17,7 @@ MAY_IMPORT = {  # a part -> the other parts of the package it may import
     "data": set(),
     "evaluation": {"data"},
     "checkpointing": {"models"},
+    "speed": {"ops", "models", "flow", "sampling", "data"},
 }
 HEAVY = {"torch", "diffusers", "accelerate", "timm", "torch_fidelity", "torchvision", "matplotlib", "sklearn"}
 MODULES = sorted(m.name for m in pkgutil.walk_packages(sit_atconv.__path__, "sit_atconv."))

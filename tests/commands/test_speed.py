@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sit_atconv.speed.forms import FORMS, LEVELS
+from tests.conftest import load_command
+
 SCRIPT = Path(__file__).parents[2] / "eval" / "speed.py"
-QUICK = ["--preset", "Tiny/2", "--resolutions", "32", "--rounds", "2", "--device", "cpu"]
+QUICK = ["--preset", "Tiny/2", "--resolutions", "32", "--rounds", "2", "--device", "cpu",
+         "--forms", "attention", "atconv"]
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +35,19 @@ def test_json_on_stdout_and_all_files_in_the_folder(main, tmp_path, capsys):
     folder = tmp_path / "results" / "here"
     result = json.loads(out)
     assert result == json.loads((folder / "speed.json").read_text())
-    assert [m["preset"] for m in result["measurements"]] == ["SiT-Tiny/2", "SiT-ATConv-Tiny/2"]
+    assert [m["form"] for m in result["measurements"]] == ["attention", "atconv"] * 2
     assert result["options"]["resolutions"] == [32]
     table = (folder / "speed.md").read_text()
-    assert "| SiT-ATConv-Tiny/2 |" in table
+    assert "| atconv |" in table
     assert table in err
     with Image.open(folder / "speed.png") as picture:
         assert picture.width > 600
+
+
+def test_the_command_offers_every_form_and_level():
+    command = load_command("eval/speed.py")
+    assert list(command.FORMS) == list(FORMS)
+    assert list(command.LEVELS) == list(LEVELS)
 
 
 def test_other_processes_leave_quietly(main, tmp_path, capsys, monkeypatch):

@@ -1,0 +1,1 @@
+"""The parts of the speed comparison that `sit_atconv/benchmark.py` runs."""

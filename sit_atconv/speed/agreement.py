@@ -1,0 +1,83 @@
+"""What must hold before a speed means anything: every form computes the values that it should, gradients included."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sit_atconv.models.sit import SiT
+from sit_atconv.ops.reference import dynamic_depthwise_conv2d_reference
+from sit_atconv.speed.forms import FORMS
+
+BOUNDS = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}  # of relative errors; rounding reaches about a tenth of these
+BLOCKS = 2  # of a model are compared, with all that is around them: blocks are alike, and a hybrid's alternate
+QUERIES = 64  # of attention are written out
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was compared, and `error` = ||a - b|| / ||b||, the largest of several tensors."""
+
+    what: str
+    error: float
+
+
+def require_agreement(check: Check, dtype: str, where: str) -> None:
+    """ValueError: the error is above the dtype's bound, or not a number."""
+    if not check.error <= BOUNDS[dtype]:
+        raise ValueError(f"no speeds, because {check.what} do not agree at {where}: their relative error is "
+                         f"{check.error:.2g}, and may be {BOUNDS[dtype]:g}")
+
+
+def check(what: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> Check:
+    pairs = [(a.detach().double(), b.detach().double()) for a, b in zip(found, expected, strict=True)]
+    errors = torch.stack([(a - b).norm() / b.norm().clamp_min(1e-30) for a, b in pairs])  # two zeros agree
+    return Check(what, errors.max().item())  # not a number if one of them is none
+
+
+def take_form(model: SiT, form: str, *inputs: Tensor) -> Check:
+    """Gives every block of a model of the form's preset the form's mixer, and checks the first blocks by its twins.
+
+    Compared are the outputs of a model of these blocks; of a model in training also the gradients of its parameters.
+    """
+    blocks, mixers = model.blocks, [block.attn for block in model.blocks]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def evaluate(change: Callable) -> list[Tensor]:
+        for block, mixer in zip(blocks, mixers, strict=True):
+            block.attn = change(mixer)
+        model.blocks = blocks[:BLOCKS]
+        with torch.set_grad_enabled(model.training):
+            y = model(*inputs)
+        model.blocks = blocks
+        if not model.training:
+            return [y]
+        return [y, *torch.autograd.grad(y, parameters, inputs[0], allow_unused=True, materialize_grads=True)]
+
+    expected, found = evaluate(FORMS[form].twin), evaluate(FORMS[form].mixer)
+    twins = dict.fromkeys(type(FORMS[form].twin(mixer)).__name__ for mixer in mixers[:BLOCKS])
+    return check(f"{form} and {' + '.join(twins)} with its weights", found, expected)
+
+
+def check_conv(form: str, conv: Callable[[Tensor, Tensor], Tensor], x: Tensor, kernels: Tensor,
+               grid_size: tuple[int, int]) -> Check:
+    """Values and both gradients of the operator against its definition."""
+
+    def evaluate(function: Callable) -> list[Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, kernels)]
+        y = function(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, x)]  # any cotangent will do
+
+    definition = evaluate(lambda x, kernels: dynamic_depthwise_conv2d_reference(x, kernels, grid_size))
+    return check(f"{form} and its definition", evaluate(conv), definition)
+
+
+@torch.no_grad()
+def check_attention(form: str, attention: Callable[[Tensor], Tensor], qkv: Tensor, num_heads: int) -> Check:
+    """The first queries' results against softmax(q k^T / sqrt(d)) v, written out in float32."""
+    B, N, _ = qkv.shape
+    q, k, v = qkv.float().reshape(B, N, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    q = q[:, :, :QUERIES]
+    y = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
+    return check(f"{form} and its definition", [attention(qkv)[:, :QUERIES]], [y.transpose(1, 2).flatten(2)])

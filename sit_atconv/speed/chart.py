@@ -1,0 +1,172 @@
+"""The speed comparison as a chart: measured time against what the multiply-adds alone would make of it."""
+
+import math
+from pathlib import Path
+from textwrap import wrap
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from sit_atconv.speed.forms import FORMS
+from sit_atconv.speed.results import Comparison, Measurement, growth
+
+COLORS = {
+    "attention": "#3f4a54",
+    "timm": "#a3abb3",
+    "published": "#d1722c",
+    "atconv": "#1f6fb4",
+    "hybrid": "#8a5fb5",
+    "floor": "#3c9a6b",
+}
+TITLES = {  # of the panels; what is not named is part of what is
+    ("op", "forward"): "operator, forward",
+    ("op", "backward"): "operator, backward",
+    ("mixer", "forward"): "token mixer, forward",
+    ("mixer", "forward+backward"): "token mixer, forward and backward",
+    ("block", "forward"): "block, forward",
+    ("block", "forward+backward"): "block, forward and backward",
+    ("model", "forward"): "model, one forward",
+    ("train", "step"): "training step",
+    ("sampling", "sampling"): "sampling",
+}
+DASHES = (0, (4, 3))
+
+
+def save_chart(comparison: Comparison, path: Path) -> None:
+    """Draws time per image against resolution on log scales, a panel for each level, quantity and dtype.
+
+    A line for each form with its quartiles, and dashed what it would be if time were proportional to multiply-adds.
+    With one resolution a panel holds a row for each form instead.
+    """
+    options, panels = comparison.options, {}
+    for level in options.levels:
+        for m in comparison.measurements:
+            if m.level == level and (level, m.quantity) in TITLES:
+                panels.setdefault((level, m.quantity, m.dtype), []).append(m)
+    columns = min(len(panels), 2 if len(panels) == 4 else 3)
+    rows = math.ceil(len(panels) / columns)
+    lines = len(options.resolutions) > 1
+    figure = Figure(figsize=(6.2 * columns + 0.8 * (columns == 1), 4.2 * rows + 1.2), layout="constrained")
+    all_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, ((level, quantity, dtype), points) in zip(all_axes, panels.items(), strict=False):
+        decoding = {m.resolution: m.ms_per_image.median for m in comparison.measurements
+                    if (m.level, m.quantity, m.dtype) == (level, "decode", dtype)}
+        (_draw_lines if lines else _draw_rows)(axes, points, predict(points, options.baseline, decoding))
+        title = TITLES[level, quantity]
+        if level == "sampling":
+            title += f" ({options.steps} Euler steps, cfg {options.cfg:g}, {'' if decoding else 'not '}decoded)"
+        axes.set_title(f"{title}, {dtype}", fontsize=10.5, loc="left", fontweight="bold")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y" if lines else "x", color="0.92", zorder=0)
+        axes.tick_params(labelsize=9)
+    for axes in all_axes[len(panels):]:
+        axes.set_visible(False)
+
+    figure.suptitle(f"{comparison.title}: time per image", fontsize=13, fontweight="bold")
+    start = FORMS[options.baseline].title + ("'s first point" if lines else "")
+    handles = [
+        Line2D([], [], color="0.25", marker="o", markersize=5, linewidth=1.8,
+               label="measured: median, bar from quartile to quartile"),
+        Line2D([], [], color="0.25", linewidth=1.1, linestyle=DASHES if lines else "", marker="" if lines else "D",
+               markerfacecolor="white", label=f"if time were proportional to multiply-adds, from {start}"),
+    ]
+    if lines:
+        handles.append(Line2D([], [], linestyle="", label="~N$^p$: growth with N tokens, from first point to last"))
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=1 if columns == 1 else 3,
+                           frameon=False, fontsize=9, title="\n".join(wrap(comparison.where, 62 * (columns + 1))))
+    legend.get_title().set(fontsize=7.5, color="0.35")
+    figure.savefig(path, format="png", dpi=150)
+
+
+def predict(points: list[Measurement], baseline: str, decoding: dict[int, float]) -> dict[tuple[str, int], float]:
+    """(form, resolution) -> ms per image if time were proportional to multiply-adds, from the baseline's first point.
+
+    Args:
+        points: of one level, quantity and dtype.
+        baseline: the form whose time at the first resolution is taken as it is.
+        decoding: resolution -> ms per image that decoding adds to every form.
+    """
+    start = min((m for m in points if m.form == baseline), key=lambda m: m.resolution)
+    rate = (start.ms_per_image.median - decoding.get(start.resolution, 0.0)) / start.multiply_adds
+    return {(m.form, m.resolution): rate * m.multiply_adds + decoding.get(m.resolution, 0.0)
+            for m in points if m.multiply_adds}
+
+
+def _unit(points: list[Measurement]) -> tuple[str, float]:
+    """What the panel is drawn in, and its milliseconds."""
+    return ("s", 1000.0) if max(m.ms_per_image.median for m in points) > 2000 else ("ms", 1.0)
+
+
+def _draw_lines(axes: Axes, points: list[Measurement], predicted: dict[tuple[str, int], float]) -> None:
+    unit, ms = _unit(points)
+    sides = sorted({m.resolution for m in points})
+    ends = {}  # form -> its last time
+    for form in dict.fromkeys(m.form for m in points):
+        line = sorted((m for m in points if m.form == form), key=lambda m: m.resolution)
+        q1, times, q3 = ([getattr(m.ms_per_image, name) / ms for m in line] for name in ("q1", "median", "q3"))
+        axes.plot(sides, times, color=COLORS[form], marker="o", markersize=4.5, linewidth=1.8,
+                  zorder=4 if form == "atconv" else 3)
+        axes.vlines(sides, q1, q3, color=COLORS[form], linewidth=4, alpha=0.5, zorder=3)
+        if (form, sides[0]) in predicted:
+            axes.plot(sides, [predicted[form, side] / ms for side in sides], color=COLORS[form], linewidth=1.1,
+                      linestyle=DASHES, alpha=0.8, zorder=2)
+        ends[form] = times[-1], growth(line)
+
+    axes.set(xscale="log", yscale="log", ylabel=f"{unit} per image (lower is better)")
+    grids = {m.resolution: "x".join(map(str, m.grid_size)) for m in points}
+    axes.set_xticks(sides, [f"{side} px\n{grids[side]} tokens" for side in sides])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    low, high = axes.get_ylim()
+    if high / low < 1000:  # too few powers of ten to read values from
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+
+    span = sides[-1] / sides[0]
+    axes.set_xlim(sides[0] / span**0.06, sides[-1] * span**0.62)  # room for the labels
+    places = spread([math.log(time) for time, _ in ends.values()], 0.062 * math.log(high / low))
+    for (form, (time, power)), place in zip(ends.items(), places, strict=True):
+        axes.annotate(
+            f"{FORMS[form].title}  ~N$^{{{power:.2f}}}$",
+            (sides[-1], time), (sides[-1] * span**0.07, math.exp(place)), va="center", fontsize=8.5,
+            color=COLORS[form], fontweight="bold" if form == "atconv" else "normal",
+            arrowprops={"arrowstyle": "-", "color": COLORS[form], "linewidth": 0.7, "alpha": 0.6, "relpos": (0, 0.5),
+                        "shrinkA": 1, "shrinkB": 4},
+        )
+
+
+def _draw_rows(axes: Axes, points: list[Measurement], predicted: dict[tuple[str, int], float]) -> None:
+    unit, ms = _unit(points)
+    for place, m in enumerate(points):
+        time, color = m.ms_per_image, COLORS[m.form]
+        axes.hlines(place, time.q1 / ms, time.q3 / ms, color=color, linewidth=4, alpha=0.5, zorder=3)
+        axes.plot(time.median / ms, place, marker="o", markersize=7, color=color, zorder=4)
+        if (m.form, m.resolution) in predicted:
+            axes.plot(predicted[m.form, m.resolution] / ms, place, marker="D", markersize=5, color=color,
+                      markerfacecolor="white", zorder=3.5)
+        faster = "" if m.speedup is None else f", {m.speedup.median:.2f}x the speed"
+        axes.annotate(f"{time.median / ms:.3g} {unit}{faster}", (time.median / ms, place), (0, 9),
+                      textcoords="offset points", ha="center", fontsize=8.5, color=color)
+    axes.set_xlim(0, 1.4 * max([*predicted.values(), *(m.ms_per_image.q3 for m in points)]) / ms)
+    axes.set_yticks(range(len(points)), [FORMS[m.form].title for m in points])
+    axes.set_ylim(len(points) - 0.5, -0.75)
+    axes.set_xlabel(f"{unit} per image at {points[0].resolution} px (lower is better)")
+
+
+def spread(values: list[float], gap: float) -> list[float]:
+    """Moves values apart until neighbours are at least `gap` from each other, in their order and about their middle."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    groups = []  # of values that touch, to be placed `gap` apart around their mean
+    for i in order:
+        groups.append([values[i]])
+        while len(groups) > 1 and _place(groups[-1], gap)[0] - _place(groups[-2], gap)[-1] < gap:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    places = dict(zip(order, (place for group in groups for place in _place(group, gap)), strict=True))
+    return [places[i] for i in range(len(values))]
+
+
+def _place(group: list[float], gap: float) -> list[float]:
+    first = sum(group) / len(group) - gap * (len(group) - 1) / 2
+    return [first + i * gap for i in range(len(group))]

@@ -1,0 +1,309 @@
+"""What is timed at each level: the operator, a token mixer, a block, a model, a training step, sampling."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from sit_atconv.data.codecs import VAECodec
+from sit_atconv.flow.objectives import FlowMatching
+from sit_atconv.models.sit import SiT
+from sit_atconv.ops import dynamic_depthwise_conv2d
+from sit_atconv.sampling import guided, sample_ode
+from sit_atconv.speed.agreement import Check, check, check_attention, check_conv, require_agreement, take_form
+from sit_atconv.speed.forms import attend, published_conv2d
+from sit_atconv.speed.options import DTYPES, SpeedOptions
+from sit_atconv.speed.timing import Rotation
+
+
+@dataclass(frozen=True)
+class Case:
+    """One resolution in one dtype: draws what goes in, builds the forms and sees that they agree.
+
+    Args:
+        checks: those that were passed.
+    """
+
+    options: SpeedOptions
+    resolution: int
+    dtype: str
+    device: torch.device
+    decoder: nn.Module | None = None
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def batch_size(self) -> int:
+        return self.options.batch_size(self.resolution)
+
+    @property
+    def side(self) -> int:
+        return self.resolution // self.options.downsample
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        return (self.side // self.options.patch_size,) * 2
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(0)
+
+    def randn(self, *shape: int, dtype: str | None = None) -> Tensor:
+        x = torch.randn(shape, generator=self.generator, device=self.device)
+        return x.to(DTYPES[dtype or self.dtype])
+
+    @cached_property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """x, t, y of the whole batch; x stays in fp32, as what is sampled does."""
+        x = self.randn(self.batch_size, self.options.channels, self.side, self.side, dtype="fp32")
+        t = torch.rand(self.batch_size, generator=self.generator, device=self.device)
+        return x, t, torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
+
+    def require(self, check: Check) -> None:
+        """ValueError: what was checked does not agree."""
+        require_agreement(check, self.dtype, f"{self.resolution} px in {self.dtype}")
+        self.checks.append(check)
+
+    def build(self, level: str, *, training: bool = False, **overrides) -> dict[str, SiT]:
+        """The model of every form of the level. ValueError: one does not compute what it should."""
+        models = {}
+        for form in self.options.forms_of(level):
+            config = {**self.options.model_config(form, self.resolution), **overrides}
+            model = random_model(config, "fp32" if training else self.dtype, self.device).train(training)
+            self.require(take_form(model, form, *(tensor[:2] for tensor in self.inputs)))
+            models[form] = model
+        return models
+
+    @cached_property
+    def models(self) -> dict[str, SiT]:
+        """Those of the levels "model" and "sampling"."""
+        return self.build("model")
+
+    def compiled(self, form: str, module: nn.Module, use: Callable[[Callable], Tensor]) -> Callable:
+        """The module, compiled if that was asked for. ValueError: `use` of it gives something else then."""
+        if not self.options.compile:
+            return module
+        compiled = torch.compile(module, fullgraph=True, dynamic=False)
+        self.require(check(f"{form} compiled and not", [use(compiled)], [use(module)]))
+        return compiled
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a level times.
+
+    Args:
+        runs: (form, quantity) -> what is run once a round.
+        modules: form -> what is run.
+        optimizers: form -> what updates it.
+        scale: what is wanted is so many of these.
+        extras: also run once a round: "decode", to be added to every form's time, or "copy" of `copied_bytes`.
+    """
+
+    runs: dict[tuple[str, str], Callable[[], object]]
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
+    scale: float = 1.0
+    extras: dict[str, Callable[[], object]] = field(default_factory=dict)
+    copied_bytes: int = 0
+
+
+def prepare_op(case: Case) -> Timed:
+    config, grid_size, B = case.options.model_config("atconv", case.resolution), case.grid_size, case.batch_size
+    N, D, k, heads = math.prod(grid_size), config["hidden_size"], config["kernel_size"], config["num_heads"]
+    functions = {  # of tensors to contiguous tokens
+        "attention": lambda qkv: attend(qkv, heads).contiguous(),
+        "published": lambda x, kernels: published_conv2d(x, kernels, grid_size).contiguous(),
+        "atconv": lambda x, kernels: dynamic_depthwise_conv2d(x, kernels, grid_size).contiguous(),
+        "floor": torch.clone,
+    }
+    rotation = Rotation(case.device, B * N * D * DTYPES[case.dtype].itemsize)
+    runs, sets = {}, range(rotation.num_sets)
+    with rotation.preparing():
+        x, dy = ([case.randn(B, N, D) for _ in sets] for _ in range(2))
+        kernels = [case.randn(B, D, k, k) for _ in sets]
+        qkv = [case.randn(B, N, 3 * D) for _ in sets] if "attention" in case.options.forms else []
+    inputs = {"attention": list(zip(qkv)), "floor": list(zip(x))}
+    for form in case.options.forms_of("op"):
+        function, tensors = functions[form], inputs.get(form, list(zip(x, kernels, strict=True)))
+        if form == "attention":
+            case.require(check_attention(form, function, qkv[0][:2], heads))
+        elif form != "floor":
+            case.require(check_conv(form, function, x[0][:2], kernels[0][:2], grid_size))
+        runs[form, "forward"] = rotation.run([partial(function, *of_set) for of_set in tensors])
+        gradients = {"attention": {"backward": [0]}, "floor": {}}.get(
+            form, {"backward": [0, 1], "grad_x": [0], "grad_kernels": [1]})
+        for quantity, wanted in gradients.items():
+            with rotation.preparing():
+                calls = [gradient(function, *pair, wanted) for pair in zip(tensors, dy, strict=True)]
+            runs[form, quantity] = rotation.run(calls)
+    # Far beyond any cache, and long enough for the clock.
+    source = torch.zeros(2**31 if case.device.type == "cuda" else 2**28, dtype=torch.uint8, device=case.device)
+    copy = partial(torch.empty_like(source).copy_, source)
+    return Timed(runs, scale=1 / rotation.calls_per_run, extras={"copy": copy}, copied_bytes=len(source))
+
+
+def gradient(function: Callable, tensors: Sequence[Tensor], dy: Tensor, wanted: list[int]) -> Callable[[], object]:
+    """The backward of `function` alone, to the tensors numbered `wanted`; may be run again and again."""
+    leaves = [tensor.detach().requires_grad_(i in wanted) for i, tensor in enumerate(tensors)]
+    return partial(torch.autograd.grad, function(*leaves), [leaves[i] for i in wanted], dy, retain_graph=True)
+
+
+def prepare_mixer(case: Case) -> Timed:
+    models = case.build("mixer", depth=1)
+    return _forward_and_backward(case, {form: model.blocks[0].attn for form, model in models.items()}, case.grid_size)
+
+
+def prepare_block(case: Case) -> Timed:
+    models = case.build("block", depth=1)
+    condition = case.randn(case.batch_size, next(iter(models.values())).config.hidden_size)
+    blocks = {form: model.blocks[0] for form, model in models.items()}
+    return _forward_and_backward(case, blocks, condition, case.grid_size)
+
+
+def _forward_and_backward(case: Case, modules: dict[str, nn.Module], *rest) -> Timed:
+    """Of modules that take tokens and the rest to tokens."""
+    D = case.options.model_config("atconv", case.resolution)["hidden_size"]
+    x, dy = (case.randn(case.batch_size, math.prod(case.grid_size), D) for _ in range(2))
+    leaf, runs = x.detach().requires_grad_(), {}
+    for form, module in modules.items():
+        run = case.compiled(form, module, lambda run: run(leaf, *rest))
+        wanted = [leaf, *module.parameters()]
+
+        def forward_and_backward(run=run, wanted=wanted):
+            return torch.autograd.grad(run(leaf, *rest), wanted, dy)
+
+        runs[form, "forward"] = torch.no_grad()(partial(run, x, *rest))
+        runs[form, "forward+backward"] = forward_and_backward
+    return Timed(runs, modules)
+
+
+def prepare_model(case: Case) -> Timed:
+    def forward(run: Callable) -> Tensor:
+        with torch.inference_mode():
+            return run(*case.inputs)
+
+    runs = {(form, "forward"): partial(forward, case.compiled(form, model, forward))
+            for form, model in case.models.items()}
+    return Timed(runs, case.models)
+
+
+def prepare_sampling(case: Case) -> Timed:
+    options, (noise, _, y) = case.options, case.inputs
+    # On a GPU several steps are under way at once; on a CPU each is as long as the last.
+    num_steps = 1 if case.device.type == "cpu" else min(options.steps, 10)
+
+    def sample(run: Callable) -> Tensor:
+        with torch.inference_mode():
+            return sample_ode(guided(run, y, cfg=options.cfg), noise, num_steps=num_steps)
+
+    runs = {(form, "sampling"): partial(sample, case.compiled(form, model, sample))
+            for form, model in case.models.items()}
+    extras = {}
+    if case.decoder is not None:
+        nn.Module.to(case.decoder, case.device, DTYPES[case.dtype])  # diffusers' own warns of casting no module at all
+        extras["decode"] = torch.inference_mode()(partial(case.decoder.decode, noise.to(DTYPES[case.dtype])))
+    return Timed(runs, case.models, scale=options.steps / num_steps, extras=extras)
+
+
+def prepare_train(case: Case) -> Timed:
+    autocast = partial(torch.autocast, case.device.type, DTYPES[case.dtype], enabled=case.dtype != "fp32")
+    data, _, y = case.inputs
+    with autocast():
+        models = case.build("train", training=True)
+
+    def forward(run: Callable) -> Tensor:
+        with autocast():
+            return run(*case.inputs)
+
+    runs, optimizers = {}, {}
+    for form, model in models.items():
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizers[form] = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
+        scaler = torch.amp.GradScaler(case.device.type, enabled=case.dtype == "fp16")
+
+        run = case.compiled(form, model, forward)
+
+        def step(run=run, null_label=model.null_label, optimizer=optimizers[form], scaler=scaler):
+            with autocast():
+                loss = FlowMatching().loss(run, data, y, case.generator, null_label).mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+        runs[form, "step"] = step
+    return Timed(runs, models, optimizers)
+
+
+PREPARE = {
+    "op": prepare_op,
+    "mixer": prepare_mixer,
+    "block": prepare_block,
+    "model": prepare_model,
+    "train": prepare_train,
+    "sampling": prepare_sampling,
+}
+
+
+# ------------------------------------------------------------------------------------------------ models, decoder
+
+def random_model(config: dict, dtype: str, device: torch.device) -> SiT:
+    """SiT(**config) with every parameter drawn from a normal distribution, the same at every call.
+
+    Weights have the variance 1 / fan-in and biases are not small, so that all parts of a block matter to its output
+    and disagreement shows. (A freshly initialised SiT outputs zeros, and zeros can also be faster.)
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.device("meta"):
+        model = SiT(**config)
+
+    def draw(tensor: Tensor) -> Tensor:
+        values = torch.randn(tensor.shape, generator=generator, device=device)
+        return values.mul_(0.3 if tensor.ndim == 1 else (len(tensor) / tensor.numel()) ** 0.5).to(DTYPES[dtype])
+
+    weights = {name: draw(tensor) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def open_decoder(options: SpeedOptions) -> nn.Module | None:
+    """The AutoencoderKL that decodes what is sampled, if any; decoding takes as long with random weights.
+
+    Raises:
+        ValueError: none can be loaded from there, or it decodes other latents than the models sample.
+    """
+    if options.decoder == "none" or "sampling" not in options.levels:
+        return None
+    if options.decoder == "sd-vae":
+        from diffusers import AutoencoderKL
+
+        blocks = 4
+        return AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=4,
+        ).eval().requires_grad_(False)
+    codec = VAECodec(options.decoder)
+    if (codec.downsample, codec.channels) != (options.downsample, options.channels):
+        raise ValueError(f"{options.decoder} decodes {codec.channels} channels of 1/{codec.downsample} the resolution, "
+                         f"not {options.channels} of 1/{options.downsample}: set downsample and channels")
+    return codec.vae
+
+
+def check_dtype(device: torch.device, dtype: str) -> None:
+    """ValueError: the device has no kernels for `dtype`, tried on a model of one narrow block of each mixer."""
+    tiny = dict(input_size=4, hidden_size=8, depth=2, num_heads=2, mixer="hybrid", num_classes=1)
+    model = random_model(tiny, dtype, device)
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, 4, 4, 4, device=device), torch.zeros(1, device=device),
+                  torch.zeros(1, device=device, dtype=torch.int64))
+    except RuntimeError:
+        others = " or ".join(name for name in DTYPES if name != dtype)
+        raise ValueError(f"{dtype} does not run on this {device.type}: use {others}") from None

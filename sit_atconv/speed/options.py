@@ -1,0 +1,92 @@
+"""What the speed comparison may be asked for."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from sit_atconv.models.sit import PRESETS, preset_config
+from sit_atconv.speed.costs import DEFAULTS
+from sit_atconv.speed.forms import FORMS, LEVELS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ATTENTION = FORMS["attention"].preset
+
+
+@dataclass(frozen=True)
+class SpeedOptions:
+    """What to time; the help of `eval/speed.py` says what each option means.
+
+    Raises:
+        ValueError: a value out of range, an unknown name, or values that do not fit each other.
+    """
+
+    preset: str = "S/2"
+    depth: int | None = None
+    forms: tuple[str, ...] = tuple(FORMS)
+    levels: tuple[str, ...] = ("model", "sampling")
+    baseline: str = "attention"
+    resolutions: tuple[int, ...] = (256, 512)
+    batch_sizes: tuple[int, ...] = (1,)
+    downsample: int = 8
+    channels: int = 4
+    dtypes: tuple[str, ...] = ("fp32",)
+    steps: int = 50
+    cfg: float = 4.0
+    decoder: str = "none"
+    compile: bool = False
+    rounds: int = 5
+    warmup: int = 1
+    device: str = "auto"
+
+    def __post_init__(self):
+        for name in ("depth", "downsample", "channels", "steps", "rounds"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.warmup < self.compile:
+            raise ValueError(f"warmup must not be negative, and at least 1 to compile in, not {self.warmup}")
+        if not math.isfinite(self.cfg):
+            raise ValueError(f"cfg must be a finite number, not {self.cfg}")
+        for name, known in (("forms", FORMS), ("levels", LEVELS), ("resolutions", None), ("dtypes", DTYPES)):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} must be one or more different values, not {list(values)}")
+            if known and (unknown := set(values) - set(known)):
+                raise ValueError(f"{name} must be among {', '.join(known)}, not {', '.join(sorted(unknown))}")
+        for level in self.levels:
+            if self.baseline not in (forms := self.forms_of(level)):
+                raise ValueError(f"the baseline {self.baseline!r} is not among the forms of the level {level!r} that "
+                                 f"are compared, {', '.join(forms) or 'none'}")
+        if len(self.batch_sizes) not in (1, len(self.resolutions)) or min(self.batch_sizes) < 1:
+            raise ValueError(f"batch_sizes must be one number of at least 1, or one for each of the "
+                             f"{len(self.resolutions)} resolutions, not {list(self.batch_sizes)}")
+        if ATTENTION.format(self.preset) not in PRESETS:
+            known = [name.removeprefix("SiT-") for name, config in PRESETS.items() if config["mixer"] == "attention"]
+            raise ValueError(f"there is no preset {self.preset!r}; give size and patch, one of {', '.join(known)}")
+        if self.decoder == "sd-vae" and (self.downsample, self.channels) != (8, 4):
+            raise ValueError(f"the SD-VAE decodes 4 channels of 1/8 the resolution, not {self.channels} of "
+                             f"1/{self.downsample}: set downsample and channels, or give decoder none")
+        tile = self.downsample * self.patch_size
+        for resolution in self.resolutions:
+            if resolution < tile or resolution % tile:
+                below = max(1, resolution // tile) * tile
+                raise ValueError(
+                    f"resolution {resolution} is not a multiple of {tile} (downsample {self.downsample} x patch "
+                    f"{self.patch_size}): give {below} or {below + tile}"
+                )
+
+    @property
+    def patch_size(self) -> int:
+        return preset_config(ATTENTION.format(self.preset))["patch_size"]
+
+    def batch_size(self, resolution: int) -> int:
+        return self.batch_sizes[self.resolutions.index(resolution) % len(self.batch_sizes)]
+
+    def forms_of(self, level: str) -> tuple[str, ...]:
+        return tuple(form for form in LEVELS[level] if form in self.forms)
+
+    def model_config(self, form: str, resolution: int) -> dict:
+        """The constructor's arguments of the form's model at this resolution."""
+        config = preset_config(FORMS[form].preset.format(self.preset))
+        overrides = {"input_size": resolution // self.downsample, "in_channels": self.channels}
+        return {**DEFAULTS, **config, **overrides, **({} if self.depth is None else {"depth": self.depth})}

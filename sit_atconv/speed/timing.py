@@ -1,0 +1,195 @@
+"""How things are timed: interleaved rounds, CUDA graphs, peak memory, and on what machine."""
+
+import contextlib
+import itertools
+import json
+import os
+import platform
+import statistics
+import tempfile
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import diffusers
+import timm
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+MAX_SETS = 256
+REPLAYS = 20  # so many graphs are launched at once, or the launch of the first would show
+
+
+# ---------------------------------------------------------------------------------------------------------- time
+
+@dataclass(frozen=True)
+class Rounds:
+    """One quantity in every round, and its median and quartiles."""
+
+    median: float
+    q1: float
+    q3: float
+    rounds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Rounds":
+        q1, median, q3 = statistics.quantiles(values, method="inclusive") if len(values) > 1 else values * 3
+        return cls(median, q1, q3, tuple(values))
+
+    def plus(self, other: "Rounds") -> "Rounds":
+        """The sum with another quantity of the same rounds."""
+        return Rounds.of([a + b for a, b in zip(self.rounds, other.rounds, strict=True)])
+
+    def over(self, other: "Rounds") -> "Rounds":
+        """The ratio to another quantity of the same rounds, taken round by round."""
+        return Rounds.of([a / b for a, b in zip(self.rounds, other.rounds, strict=True)])
+
+
+def time_interleaved(
+    runs: dict[Hashable, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int,
+    synchronize: Callable[[], object],
+    clock: Callable[[], float],
+    after_round: Callable[[], object] = lambda: None,
+) -> dict[Hashable, list[float]]:
+    """Runs all of `runs` in turn, round after round. The seconds that each took, but for the `warmup` first rounds."""
+    seconds = {name: [] for name in runs}
+    for number in range(-warmup, rounds):
+        for name, run in runs.items():
+            synchronize()
+            start = clock()
+            run()
+            synchronize()
+            elapsed = clock() - start
+            if number >= 0:
+                seconds[name].append(elapsed)
+        after_round()
+    return seconds
+
+
+class Rotation:
+    """Runs one computation on several sets of tensors in turn, so that none is found in the cache.
+
+    On CUDA one run is some replays of one graph, of the computation on every set, so that what launching costs is left
+    out; elsewhere one run is the computation on the next set.
+
+    Args:
+        device: where the tensors lie.
+        bytes_per_set: what the computation reads; the sets together exceed four times the L2 cache (up to MAX_SETS).
+            On a CPU, where every other form runs in between, they are two.
+    """
+
+    def __init__(self, device: torch.device, bytes_per_set: int):
+        self.device = device
+        self.num_sets, self.calls_per_run = 2, 1
+        if device.type == "cuda":
+            cache = torch.cuda.get_device_properties(device).L2_cache_size
+            self.num_sets = min(MAX_SETS, 4 * cache // bytes_per_set + 1)
+            self.calls_per_run = REPLAYS * self.num_sets
+            self.stream = torch.cuda.Stream(device)
+
+    def preparing(self) -> contextlib.AbstractContextManager:
+        """Tensors and autograd graphs are made in here: a backward runs on the stream of its forward."""
+        return torch.cuda.stream(self.stream) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def run(self, calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+        """What is to be timed, of one call for each set; it makes `calls_per_run` of them."""
+        if self.device.type != "cuda":
+            turns = itertools.cycle(calls)
+            return lambda: next(turns)()
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.stream(self.stream):
+            for call in calls[:3]:  # whatever is chosen or compiled at the first call is so before the capture
+                call()
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            results = [call() for call in calls]  # held together, so that each call writes to memory of its own
+        del results
+
+        def replay():
+            for _ in range(REPLAYS):
+                graph.replay()
+
+        return replay
+
+
+# -------------------------------------------------------------------------------------------------------- memory
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    """The largest sum of tensors that `run` has alive at once, beyond those alive before; None where it is not known.
+
+    On a CPU these are the blocks of torch's allocator; scratch memory inside the kernels' libraries stays unseen.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type == "cpu":
+        return _peak_of_trace(run)
+    return None
+
+
+def _peak_of_trace(run: Callable[[], object]) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library reports a missing GPU as an error
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        trace.export_chrome_trace(str(path))
+        events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        alive += event["args"]["Bytes"]  # negative where a block is freed
+        peak = max(peak, alive)
+    return peak
+
+
+# -------------------------------------------------------------------------------------------------------- device
+
+def open_device(name: str) -> torch.device:
+    """"auto" -> the accelerator if there is one, else the CPU. ValueError: torch cannot use that device here."""
+    if name == "auto":
+        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {name!r} cannot be used here ({reason}): give cpu, or leave it out") from None
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for all that was asked of the device; a CPU has nothing pending."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def describe_environment(device: torch.device) -> dict:
+    """Hardware, versions and date, without which a speed means nothing."""
+    on_cuda = device.type == "cuda"
+    return {
+        "device": device.type,
+        "hardware": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
+        "cpu_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if on_cuda else None,
+        "cudnn": torch.backends.cudnn.version() if on_cuda else None,
+        "diffusers": diffusers.__version__,
+        "timm": timm.__version__,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

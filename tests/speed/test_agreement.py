@@ -1,0 +1,127 @@
+"""A form that computes something else must be refused, in every dtype; these are such forms."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sit_atconv.models.atconv import ATConv
+from sit_atconv.models.sit import Attention
+from sit_atconv.ops.reference import dynamic_depthwise_conv2d_reference
+from sit_atconv.speed.agreement import BOUNDS, Check, check, check_attention, check_conv, require_agreement, take_form
+from sit_atconv.speed.forms import FORMS, FloorMixer, PublishedATConv, TimmAttention, attend, published_conv2d
+from sit_atconv.speed.levels import random_model
+from sit_atconv.speed.options import DTYPES, SpeedOptions
+
+CPU = torch.device("cpu")
+
+
+def taken(form, dtype="fp32", training=False) -> float:
+    config = SpeedOptions("Tiny/2", depth=3).model_config(form, 64)
+    model = random_model(config, "fp32" if training else dtype, CPU).train(training)
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 4, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.int64)
+    with torch.autocast("cpu", DTYPES[dtype], enabled=training and dtype != "fp32"):
+        found = take_form(model, form, *inputs)
+    kinds = {"attention": Attention, "timm": TimmAttention, "published": PublishedATConv, "atconv": ATConv,
+             "hybrid": (Attention, ATConv), "floor": FloorMixer}
+    assert len(model.blocks) == 3 and all(isinstance(block.attn, kinds[form]) for block in model.blocks)
+    return found.error
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_agree_and_rounding_is_well_below_the_bound(form, dtype, training):
+    assert taken(form, dtype, training) < BOUNDS[dtype] / 2.5
+
+
+def transposed_taps(x, kernels, grid_size):
+    return published_conv2d(x, kernels.transpose(-1, -2), grid_size)
+
+
+def wrong_edges(x, kernels, grid_size):
+    (B, N, C), (H, W) = x.shape, grid_size
+    image = F.pad(x.transpose(1, 2).reshape(1, B * C, H, W), [1] * 4, mode="circular")
+    y = F.conv2d(image, kernels.reshape(B * C, 1, 3, 3), groups=B * C)
+    return y.reshape(B, C, N).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("conv", [transposed_taps, wrong_edges])
+@pytest.mark.parametrize("form", ["published", "atconv", "hybrid", "floor"])
+def test_another_convolution_is_seen(monkeypatch, form, conv, dtype):
+    if form == "floor":  # its twin passes on the centre, and what stands beside it
+        monkeypatch.setattr(FloorMixer, "forward", lambda self, x, grid_size: self.proj(self.x_proj(x).roll(1, 1)))
+    monkeypatch.setattr("sit_atconv.speed.forms.published_conv2d", conv)
+    assert taken(form, dtype) > BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("form", ["published", "atconv"])
+def test_missing_inhibition_is_seen(monkeypatch, form, dtype):
+    generate = PublishedATConv.generate_kernels
+
+    def without(self, x):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "sigmoid", torch.zeros_like)
+            return generate(self, x)
+
+    monkeypatch.setattr(PublishedATConv, "generate_kernels", without)
+    assert taken(form, dtype) > BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("form", ["attention", "timm", "hybrid"])
+def test_another_attention_is_seen(monkeypatch, form, dtype):
+    forward = TimmAttention.forward
+    monkeypatch.setattr(TimmAttention, "forward", lambda self, x, grid_size: forward(self, x[:, :-1], None)[
+        :, [*range(x.shape[1] - 1), 0]])  # the last token is forgotten
+    assert taken(form, dtype) > BOUNDS[dtype]
+
+
+def test_a_wrong_gradient_is_seen_in_training_alone(monkeypatch):
+    """The value is right, and no weight gets a gradient."""
+    forward = PublishedATConv.forward
+
+    def detached(self, x, grid_size):
+        y = forward(self, x, grid_size)
+        return y.detach() + 0 * x if torch.is_grad_enabled() else y
+
+    monkeypatch.setattr(PublishedATConv, "forward", detached)
+    assert taken("published") < 1e-5
+    assert taken("published", training=True) > 0.5
+
+
+def test_the_operator_is_checked_with_its_gradients():
+    x, kernels, grid_size = torch.randn(2, 15, 4), torch.randn(2, 4, 3, 3), (3, 5)
+
+    def right(x, kernels):
+        return dynamic_depthwise_conv2d_reference(x, kernels, grid_size)
+
+    assert check_conv("right", right, x, kernels, grid_size).error == 0
+    for wrong in (lambda x, k: transposed_taps(x, k, grid_size), lambda x, k: right(x, k.detach()) + 0 * k.sum(),
+                  lambda x, k: right(x.detach(), k) + 0 * x):
+        assert check_conv("wrong", wrong, x, kernels, grid_size).error > 0.1
+
+
+def test_attentions_operator_is_checked():
+    qkv = torch.randn(2, 100, 3 * 8)
+    assert check_attention("right", lambda qkv: attend(qkv, 2), qkv, 2).error < 1e-6
+    assert check_attention("one head", lambda qkv: attend(qkv, 1), qkv, 2).error > 0.1
+
+
+@pytest.mark.parametrize("error", [2e-4, float("nan"), float("inf")])
+def test_disagreement_is_refused_and_named(error):
+    require_agreement(Check("a and b", 9e-5), "fp32", "here")
+    require_agreement(Check("a and b", 2e-4), "bf16", "here")
+    with pytest.raises(ValueError, match=f"because a and b do not agree at here: .* {error:.2g}, and may be"):
+        require_agreement(Check("a and b", error), "fp32", "here")
+
+
+def test_the_largest_error_counts_and_what_is_no_number_is_never_small():
+    zeros, ones, nan = torch.zeros(3), torch.ones(3), torch.full((3,), torch.nan)
+    assert check("", [zeros, ones], [zeros, ones]).error == 0
+    assert check("", [ones, ones, ones * 1.5], [ones, ones * 2, ones]).error == 0.5
+    assert check("", [ones], [zeros]).error > 1
+    for pair in ([nan], [ones]), ([ones], [nan]):
+        assert not check("", *pair).error <= 1e9
