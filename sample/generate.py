@@ -47,6 +47,8 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--no-ema", dest="ema", action="store_false", help="the weights as trained, not their average")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the model's arithmetic")
     parser.add_argument("--batch-size", type=at_least(1), default=64, help="images at a time; does not change them")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the model with torch.compile: a minute or more at the start, faster afterwards")
     parser.add_argument("--out", default=None, help="folder of the samples (default: RUN/samples/SETTINGS)")
     return parser
 

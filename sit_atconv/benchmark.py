@@ -13,6 +13,7 @@ from itertools import product
 import torch
 from tqdm import tqdm
 
+from sit_atconv.devices import keep_freed_memory
 from sit_atconv.speed.costs import cost
 from sit_atconv.speed.levels import PREPARE, Case, check_dtype, open_decoder
 from sit_atconv.speed.options import DTYPES, SpeedOptions
@@ -37,6 +38,7 @@ def compare(
             too little memory; a decoder that cannot be loaded or does not fit.
     """
     device = open_device(options.device)
+    keep_freed_memory()
     for dtype in options.dtypes:
         check_dtype(device, dtype)
     decoder = open_decoder(options)

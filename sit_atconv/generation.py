@@ -82,12 +82,13 @@ class GenerateOptions:
     ema: bool = True
     dtype: str = "fp32"
     batch_size: int = 64
+    compile: bool = False
     out: str | None = None
 
     def settings(self) -> dict:
         """What the images depend on, beside the weights."""
         options = dataclasses.asdict(self) | {"classes": list(self.classes)}
-        return {name: value for name, value in options.items() if name not in ("ckpt", "batch_size", "out")}
+        return {k: v for k, v in options.items() if k not in ("ckpt", "batch_size", "compile", "out")}
 
     def folder_name(self, step: int) -> str:
         """Names every setting, so that two never share a folder."""
@@ -148,6 +149,8 @@ def generate_samples(options: GenerateOptions) -> tuple[SamplesFolder, dict]:
     state.wait_for_everyone()
     mine = missing[state.process_index :: state.num_processes]
     model, codec = model.to(state.device, DTYPES[options.dtype]), codec.to(state.device)
+    if options.compile:
+        model = torch.compile(model)
 
     clock = time.perf_counter()
     with tqdm(total=len(mine), unit="image", disable=not state.is_main_process) as progress:
@@ -177,6 +180,7 @@ def generate_samples(options: GenerateOptions) -> tuple[SamplesFolder, dict]:
             "images_per_second": len(missing) / seconds,
             "processes": state.num_processes,
             "device": state.device.type,
+            "compiled": options.compile,
             "versions": versions(),
             "labels": y,
         }

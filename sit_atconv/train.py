@@ -89,6 +89,8 @@ def main(argv: list[str] | None = None) -> None:
         parameters, lr=train.lr, weight_decay=train.weight_decay, fused=device.type in ("cuda", "cpu", "mps", "xpu")
     )
     model, optimizer = accelerator.prepare(net, optimizer)
+    if train.compile:
+        model = torch.compile(model)
     state = TrainingState(net, ema, optimizer, accelerator.scaler)
     if checkpoint:
         with user_errors():
@@ -104,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"{'resuming' if start else 'training'} {run}: {size:.1f}M parameters, {len(images)} images of "
             f"{len(images.class_names)} classes, batch {train.batch_size}, {where}, {train.precision}, "
-            f"step {start} of {train.steps}",
+            f"step {start} of {train.steps}{', compiled' if train.compile else ''}",
             file=sys.stderr,
         )
 

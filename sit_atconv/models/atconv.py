@@ -63,7 +63,7 @@ class ATConv(nn.Module):
         p = pool_tokens(x, grid_size, k, self.pool)              # (B, k*k, C)
         K = self.kernel_act(self.kernel_proj(p))                 # (B, k*k, C)
         W, b = self.kernel_gen.weight, self.kernel_gen.bias      # one map of the taps for all channels
-        K = torch.baddbmm(b[:, None], W.expand(len(K), -1, -1), K)                    # (B, k*k, C)
+        K = torch.baddbmm(b[:, None], W.expand(K.shape[0], -1, -1), K)                    # (B, k*k, C)
         inhibition = torch.sigmoid(self.difference_control)                           # (C,)
         K = torch.addcmul(K, inhibition, K.mean(1, keepdim=True), value=-1)           # lateral, among the taps
         return K.transpose(1, 2).unflatten(2, (k, k))            # (B, C, k, k)

@@ -16,11 +16,12 @@ def dynamic_depthwise_conv2d_channels_last(x: Tensor, kernels: Tensor, grid_size
 
     The NCHW form of the published code transposes single numbers instead, there and back.
     """
-    large = x.device.type == "cpu" and not torch.compiler.is_exporting() and x[0].nbytes >= LARGE_SAMPLE
+    large = x.shape[1] * x.shape[2] * x.element_size() >= LARGE_SAMPLE
+    one_by_one = large and x.device.type == "cpu" and not torch.compiler.is_exporting()  # which leaves B open
     # Autocast would run the convolution in its own dtype; the contract is the dtype of x.
     with torch.autocast(x.device.type, enabled=False):
         kernels = kernels.to(x.dtype)
-        if not large or len(x) == 1:
+        if not one_by_one or x.shape[0] == 1:
             return _fold(x, kernels, grid_size)
         samples = zip(x.split(1), kernels.split(1), strict=True)
         return torch.cat([_fold(sample, kernel, grid_size) for sample, kernel in samples])

@@ -51,6 +51,16 @@ def test_samples_do_not_depend_on_batch_or_processes(launch, samples, tiny_run, 
         assert manifests[0]["processes"] == 2
 
 
+@pytest.mark.slow
+def test_compiled_samples_are_the_same(launch, samples, tiny_run, tmp_path):
+    codes, output = launch(GENERATE, options(tiny_run, tmp_path / "out", "--compile"))
+    assert codes == [0], output
+    images, expected = (np.load(folder / "samples.npz")["arr_0"].astype(int) for folder in (tmp_path / "out", samples))
+    assert np.abs(images - expected).max() <= 1 and (images != expected).mean() <= 1e-3
+    manifest, eager = (json.loads((folder / "manifest.json").read_text()) for folder in (tmp_path / "out", samples))
+    assert manifest["compiled"] and not eager["compiled"] and manifest["settings"] == eager["settings"]
+
+
 def test_a_kill_is_made_good_by_the_same_command(launch, samples, tiny_run, tmp_path, capsys):
     out = tmp_path / "out"
     launch(GENERATE, options(tiny_run, out))

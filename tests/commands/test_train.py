@@ -52,6 +52,19 @@ def test_four_steps_are_two_and_a_kill_and_two(launch, tmp_path, processes):
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_compiled_training_takes_the_same_steps(launch, tmp_path, processes):
+    argv = [*TINY_RUN, "--train.accumulation", "2", "--model.depth", "1", "--train.steps", "2"]
+    losses = {}
+    for compiled in ("true", "false"):
+        run = tmp_path / compiled
+        codes, output = launch(TRAIN, [*argv, "--train.compile", compiled, "--out", run], processes)
+        assert codes == [0] * processes and (", compiled" in output) == (compiled == "true"), output
+        assert "graph break" not in output
+        losses[compiled] = [json.loads(line)["loss"] for line in (run / "stats.jsonl").open()]
+    assert losses["true"] == pytest.approx(losses["false"], rel=1e-5)
+
+
 def test_what_a_run_leaves(tiny_run):
     stats = [json.loads(line) for line in (tiny_run / "stats.jsonl").open()]
     assert [line["step"] for line in stats] == [1, 2, 3, 4] and all(line["loss"] > 0 for line in stats)

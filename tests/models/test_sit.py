@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import ModelMixin
 
-from sit_atconv.models import PRESETS, ATConv, SiT
+from sit_atconv.models import PRESETS, ATConv, SiT, sit
 from sit_atconv.models.sit import Attention
 from sit_atconv.sampling import guided
 from tests.conftest import relative_error
@@ -55,6 +55,52 @@ def test_every_presets_blocks_hold_the_mixer_its_name_says():
         assert kinds == expected, name
         assert (model.pos_embed is None) == (Attention not in kinds), name
         assert name.split("/")[1][0] == str(model.config.patch_size)
+
+
+FOREIGN_GRID = (torch.randn(3, 4, 12, 20), torch.rand(3), torch.tensor([0, 10, 3]))
+
+
+def test_a_foreign_grids_table_is_made_once(monkeypatch):
+    model = randomised(mixer="attention")
+    calls = []
+    make = sit.sincos_pos_embed
+    monkeypatch.setattr(sit, "sincos_pos_embed", lambda *shape: calls.append(shape) or make(*shape))
+    sit._kept_pos_embed.cache_clear()
+    with torch.inference_mode():
+        first = model(*FOREIGN_GRID)
+    again = model(*FOREIGN_GRID)
+    again.square().mean().backward()  # an inference tensor could not be saved for it
+    assert torch.equal(first, again) and calls == [(48, (6, 10))]
+    assert torch.equal(model._positions((6, 10)), make(48, (6, 10)))
+
+
+@pytest.mark.parametrize("mixer", ["atconv", "attention", "hybrid"])
+@pytest.mark.parametrize("own_grid", [True, False])
+def test_compiles_into_one_graph(mixer, own_grid):
+    model = randomised(mixer=mixer)
+    x, t, y = FOREIGN_GRID
+    x = x[..., :8, :8] if own_grid else x
+    found = torch.compile(model, fullgraph=True, backend="aot_eager")(x, t, y)
+    assert relative_error(found, model(x, t, y)) < 1e-6
+
+
+@pytest.mark.parametrize("mixer", ["atconv", "attention", "hybrid"])
+def test_exports_with_a_batch_of_any_size(mixer):
+    model, B = randomised(mixer=mixer).eval(), torch.export.Dim("B", max=64)
+    program = torch.export.export(model, FOREIGN_GRID, dynamic_shapes=({0: B}, {0: B}, {0: B}))
+    seven = (torch.randn(7, 4, 12, 20), torch.rand(7), torch.arange(7))
+    assert relative_error(program.module()(*seven), model(*seven)) < 1e-6
+
+
+@pytest.mark.parametrize("mixer", ["atconv", "attention"])
+def test_under_autocast_the_residual_stream_stays_in_the_dtype_of_the_weights(mixer):
+    model = randomised(mixer=mixer)
+    streams = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, inputs, output: streams.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*FOREIGN_GRID)
+    assert streams == [torch.float32] * 2
 
 
 def test_initialisation_is_sits():
