@@ -4,7 +4,7 @@
     python eval/speed.py --preset XL/2 --levels op block model train sampling --resolutions 256 512 1024 \\
         --batch-size 64 16 4 --dtypes bf16 --decoder sd-vae --compile --device cuda
 
-Nothing is timed before the forms have been seen to compute the same values.
+Nothing is timed before each form has been seen to compute what it should, by a second computation of it.
 JSON goes to stdout, the table to stderr; both and a chart lie in --out as speed.json, speed.md and speed.png.
 One process measures: under torchrun the others leave at once.
 """
@@ -44,8 +44,8 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         usage="python eval/speed.py [--preset XL/2] [--levels model sampling] [--resolutions 256 512] [--out DIR] "
         "[options]",
-        description="Times what ATConv is compared with, interleaved in one run, after checking that all compute the "
-        "same values: milliseconds, images per second, ratios, multiply-adds and peak memory, as JSON, a table and a "
+        description="Times what ATConv is compared with, interleaved in one run, after checking each by a second "
+        "computation: milliseconds, images per second, ratios, multiply-adds and peak memory, as JSON, a table and a "
         "chart.",
     )
     parser.add_argument("--preset", default="S/2", metavar="SIZE/PATCH",

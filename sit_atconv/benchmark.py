@@ -71,6 +71,7 @@ def measure(
     options, device = case.options, case.device
     if options.compile:
         torch.compiler.reset()
+        torch._dynamo.config.recompile_limit = 64  # each form, with and without gradients, is one more
     timed = PREPARE[level](case)
     seconds = time_interleaved(
         {**timed.runs, **timed.extras},

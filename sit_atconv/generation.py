@@ -88,7 +88,7 @@ class GenerateOptions:
     def settings(self) -> dict:
         """What the images depend on, beside the weights."""
         options = dataclasses.asdict(self) | {"classes": list(self.classes)}
-        return {k: v for k, v in options.items() if k not in ("ckpt", "batch_size", "compile", "out")}
+        return {k: v for k, v in options.items() if k not in ("ckpt", "batch_size", "out")}
 
     def folder_name(self, step: int) -> str:
         """Names every setting, so that two never share a folder."""
@@ -100,6 +100,7 @@ class GenerateOptions:
             f"seed{self.seed}",
             f"n{self.num_samples}",
             *([self.dtype] if self.dtype != "fp32" else []),
+            *(["compiled"] if self.compile else []),
         ]
         return "-".join(parts)
 
@@ -180,7 +181,6 @@ def generate_samples(options: GenerateOptions) -> tuple[SamplesFolder, dict]:
             "images_per_second": len(missing) / seconds,
             "processes": state.num_processes,
             "device": state.device.type,
-            "compiled": options.compile,
             "versions": versions(),
             "labels": y,
         }

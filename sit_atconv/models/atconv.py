@@ -1,10 +1,10 @@
 """ATConv, Attentive Convolution (arXiv 2510.20092): a token mixer with a 3x3 kernel made from the content."""
 
+import functools
 import math
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from sit_atconv.ops import dynamic_depthwise_conv2d
@@ -62,8 +62,8 @@ class ATConv(nn.Module):
         k = self.kernel_size
         p = pool_tokens(x, grid_size, k, self.pool)              # (B, k*k, C)
         K = self.kernel_act(self.kernel_proj(p))                 # (B, k*k, C)
-        W, b = self.kernel_gen.weight, self.kernel_gen.bias      # one map of the taps for all channels
-        K = torch.baddbmm(b[:, None], W.expand(K.shape[0], -1, -1), K)                    # (B, k*k, C)
+        W_g, b_g = self.kernel_gen.weight, self.kernel_gen.bias  # one map of the taps for all channels
+        K = torch.baddbmm(b_g[:, None], W_g.expand(K.shape[0], -1, -1), K)            # (B, k*k, C)
         inhibition = torch.sigmoid(self.difference_control)                           # (C,)
         K = torch.addcmul(K, inhibition, K.mean(1, keepdim=True), value=-1)           # lateral, among the taps
         return K.transpose(1, 2).unflatten(2, (k, k))            # (B, C, k, k)
@@ -73,11 +73,35 @@ def pool_tokens(x: Tensor, grid_size: tuple[int, int], k: int, pool: str) -> Ten
     """Averages tokens (B, N, C) into k*k bins (B, k*k, C).
 
     "raster" sees the tokens as one column: bin i averages tokens floor(i*N/k^2) ... ceil((i+1)*N/k^2) - 1. "grid"
-    does the same along each side. Both are one adaptive pooling of a channels-last view, without a copy.
+    does the same along each side. Both are `adaptive_avg_pool2d`, written as a product with the bins' members: its own
+    backward has one core for each sample (4096 tokens of width 1152, forward and backward: 66 ms, this 8).
     """
-    size, bins = (grid_size, (k, k)) if pool == "grid" else ((x.shape[1], 1), (k * k, 1))
-    image = x.unflatten(1, size).permute(0, 3, 1, 2)
-    return F.adaptive_avg_pool2d(image, bins).flatten(2).transpose(1, 2)
+    make = bin_members if torch.compiler.is_compiling() else _kept_bin_members
+    members, counts = make(grid_size, k, pool, x.device, x.dtype)
+    return members @ x / counts
+
+
+def bin_members(
+    grid_size: tuple[int, int], k: int, pool: str, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Which token belongs to which bin, (k*k, N) of zeros and ones, and how many each bin has, (k*k, 1)."""
+
+    def along(n: int, bins: int) -> Tensor:
+        bin_, position = torch.arange(bins, device=device)[:, None], torch.arange(n, device=device)
+        return (position >= bin_ * n // bins) & (position < ((bin_ + 1) * n + bins - 1) // bins)      # (bins, n)
+
+    H, W = grid_size
+    if pool == "grid":
+        members = (along(H, k)[:, None, :, None] & along(W, k)[None, :, None, :]).reshape(k * k, H * W)
+    else:
+        members = along(H * W, k * k)
+    return members.to(dtype), members.sum(1, keepdim=True)
+
+
+@functools.lru_cache(maxsize=32)
+def _kept_bin_members(*arguments) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # or training could not use what sampling leaves here
+        return bin_members(*arguments)
 
 
 def square_grid(num_tokens: int) -> tuple[int, int]:

@@ -101,7 +101,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def add_gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """x + gate * branch (B, N, D), with a gate (B, D) for each sample, in one pass."""
-    return torch.addcmul(x, gate[:, None], branch)
+    with torch.autocast(x.device.type, enabled=False):  # which would first copy the branch into the dtype of x
+        return torch.addcmul(x, gate[:, None], branch)
 
 
 class Block(nn.Module):
@@ -273,7 +274,7 @@ class SiT(ModelMixin, ConfigMixin):
     def _positions(self, grid_size: tuple[int, int]) -> Tensor:
         if grid_size == self.grid_size:
             return self.pos_embed
-        if torch.compiler.is_compiling():  # a graph keeps its own
+        if torch.compiler.is_compiling():  # no table from outside becomes part of a graph
             return sincos_pos_embed(self.config.hidden_size, grid_size).to(self.pos_embed)
         return _kept_pos_embed(self.config.hidden_size, grid_size, self.pos_embed.device, self.pos_embed.dtype)
 

@@ -20,7 +20,14 @@ SPLIT = 16  # rows of the grid that one program sums for the gradient of the ker
 
 
 def dynamic_depthwise_conv2d_triton(x: Tensor, kernels: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """Cross-correlates tokens (B, N, C) with one kernel for each sample and channel (B, C, k, k)."""
+    """Cross-correlates tokens (B, N, C) with one kernel for each sample and channel (B, C, k, k).
+
+    Raises:
+        ValueError: a sample of 2^31 numbers or more, which offsets of 32 bits do not reach.
+    """
+    if x.shape[1] * x.shape[2] >= 2**31:
+        raise ValueError(f"impl 'triton' takes samples of less than 2^31 numbers, not {x.shape[1]} x {x.shape[2]}: "
+                         "give impl 'channels_last'")
     return convolve(x, kernels, *grid_size, False)
 
 
@@ -54,12 +61,15 @@ def correlate(gradient: Tensor, x: Tensor, height: int, width: int, k: int, dtyp
     gradient, x = gradient.contiguous(), x.contiguous()
     columns, channels = _tile(C, width, k)
     parts = triton.cdiv(height, SPLIT) * triton.cdiv(width, columns)
-    accumulator = _accumulator(x, gradient)
-    sums = torch.empty(B, parts, k * k, C, device=x.device, dtype=ACCUMULATORS[accumulator])
+    accumulator = tl.float64 if dtype == torch.float64 else _accumulator(x, gradient)
+    sums = torch.empty(
+        B, parts, k * k, C, device=x.device, dtype=dtype if parts == 1 else ACCUMULATORS[accumulator]
+    )
     grid = (parts, triton.cdiv(C, channels), B)
     with torch.cuda.device_of(x):
         _correlate[grid](gradient, x, sums, height, width, C, k, accumulator, SPLIT, columns, channels, num_warps=4)
-    return sums.sum(1).to(dtype).transpose(1, 2).unflatten(2, (k, k))
+    sums = sums[:, 0] if parts == 1 else sums.sum(1).to(dtype)
+    return sums.transpose(1, 2).unflatten(2, (k, k))
 
 
 @convolve.register_fake
@@ -113,6 +123,14 @@ def _tile(C: int, width: int, k: int) -> tuple[int, int]:
 # -------------------------------------------------------------------------------------------------------- kernels
 
 @triton.jit
+def _cast(value, dtype: tl.constexpr):
+    """There is no direct way between bfloat16 and float64."""
+    if value.dtype == tl.bfloat16 or dtype == tl.bfloat16:
+        value = value.to(tl.float32)
+    return value.to(dtype)
+
+
+@triton.jit
 def _convolve(
     x, taps, y, H, W, C,
     k: tl.constexpr, FLIP: tl.constexpr, ACC: tl.constexpr,
@@ -137,10 +155,10 @@ def _convolve(
         kernel = ()  # the taps of this column, from the top
         for i in tl.static_range(k):
             tap = (k * k - 1 - i * k - j) if FLIP else i * k + j
-            kernel = kernel + (tl.load(taps + tap * C + c, mask=c < C, other=0.0).to(ACC)[None, :],)
+            kernel = kernel + (_cast(tl.load(taps + tap * C + c, mask=c < C, other=0.0), ACC)[None, :],)
         for r in tl.static_range(ROWS + k - 1):
             h = (top + r - k // 2)[:, None]
-            row = tl.load(x + h * W * C + offsets, mask=inside & (h >= 0) & (h < H), other=0.0).to(ACC)
+            row = _cast(tl.load(x + h * W * C + offsets, mask=inside & (h >= 0) & (h < H), other=0.0), ACC)
             updated = ()
             for o in tl.static_range(ROWS):
                 if r - o >= 0 and r - o < k:
@@ -152,7 +170,7 @@ def _convolve(
     offsets = w[:, None] * C + c[None, :]
     for o in tl.static_range(ROWS):
         h = (top + o)[:, None]
-        tl.store(y + h * W * C + offsets, sums[o].to(y.dtype.element_ty), mask=inside & (h < H))
+        tl.store(y + h * W * C + offsets, _cast(sums[o], y.dtype.element_ty), mask=inside & (h < H))
 
 
 @triton.jit
@@ -182,7 +200,7 @@ def _correlate(
     for number in range(top - k // 2, bottom + k // 2):
         h = number + tl.arange(0, 1)[:, None]  # row h of x meets the rows h + k // 2 - i of the gradient
         entering = h + k // 2
-        row = tl.load(gradient + entering * W * C + offsets, mask=inside & (entering < bottom), other=0.0).to(ACC)
+        row = _cast(tl.load(gradient + entering * W * C + offsets, mask=inside & (entering < bottom), other=0.0), ACC)
         shifted = (row,)
         for i in tl.static_range(k - 1):
             shifted = shifted + (rows[i],)
@@ -192,10 +210,11 @@ def _correlate(
         for j in tl.static_range(k):
             column = w + j - k // 2
             there = ((column >= 0) & (column < W))[:, None] & (c < C)[None, :] & (h >= 0) & (h < H)
-            values = values + (tl.load(x + h * W * C + offsets + (j - k // 2) * C, mask=there, other=0.0).to(ACC),)
+            value = tl.load(x + h * W * C + offsets + (j - k // 2) * C, mask=there, other=0.0)
+            values = values + (_cast(value, ACC),)
         for i in tl.static_range(k):
             for j in tl.static_range(k):
                 updated = updated + (tl.fma(rows[i], values[j], partial[i * k + j]),)
         partial = updated
     for tap in tl.static_range(k * k):
-        tl.store(sums + tap * C + c, tl.sum(partial[tap], 0), mask=c < C)
+        tl.store(sums + tap * C + c, _cast(tl.sum(partial[tap], 0), sums.dtype.element_ty), mask=c < C)

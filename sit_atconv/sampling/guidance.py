@@ -54,13 +54,17 @@ def guided(
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         scales = [scale_at(s) if inside(s) else 1.0 for s in t.reshape(-1).tolist()]
-        t = t.to(x.device, torch.float32).expand(len(x))
+        if t.ndim == 0:  # filled in on the device: a copy from the CPU would wait for it
+            t = torch.full((len(x),), t.item(), device=x.device, dtype=torch.float32)
+        t = t.to(x.device, torch.float32)
         if all(scale == 1 for scale in scales):
             return model(x, t, y)
         if all(scale == 0 for scale in scales) and channels is None:
             return null_branch(x, t)
         cond, null = both_branches(x, t)
-        scale = torch.tensor(scales, device=x.device, dtype=x.dtype).view(-1, *[1] * (x.ndim - 1))
+        scale = scales[0]
+        if len(scales) > 1:
+            scale = torch.tensor(scales, device=x.device, dtype=x.dtype).view(-1, *[1] * (x.ndim - 1))
         v = null + scale * (cond - null)
         return v if channels is None else torch.cat([v[:, :channels], cond[:, channels:]], dim=1)
 

@@ -88,7 +88,9 @@ def predict(points: list[Measurement], baseline: str, decoding: dict[int, float]
         baseline: the form whose time at the first resolution is taken as it is.
         decoding: resolution -> ms per image that decoding adds to every form.
     """
-    start = min((m for m in points if m.form == baseline), key=lambda m: m.resolution)
+    start = min((m for m in points if m.form == baseline), key=lambda m: m.resolution, default=None)
+    if start is None or not start.multiply_adds:  # a floor has none between its projections
+        return {}
     rate = (start.ms_per_image.median - decoding.get(start.resolution, 0.0)) / start.multiply_adds
     return {(m.form, m.resolution): rate * m.multiply_adds + decoding.get(m.resolution, 0.0)
             for m in points if m.multiply_adds}

@@ -101,8 +101,9 @@ def _mixer(form: str, config: dict, N: int) -> tuple[int, int]:
     if form == "floor":
         return _sum(op, *[projection] * 2)
     kernel_proj = _linear(N if form == "published" else taps, D, D)
+    pooling = (0 if form == "published" else taps * N * D, 0)  # ours is a product with the bins' members
     kernel_gen = (D * taps * taps, (taps + 1) * taps)  # for every channel, with shared weights
-    return _sum(op, *[projection] * 2, kernel_proj, kernel_gen, (0, D))
+    return _sum(op, *[projection] * 2, pooling, kernel_proj, kernel_gen, (0, D))
 
 
 def _block(form: str, config: dict, N: int) -> tuple[int, int]:

@@ -73,7 +73,8 @@ class Case:
         for form in self.options.forms_of(level):
             config = {**self.options.model_config(form, self.resolution), **overrides}
             model = random_model(config, "fp32" if training else self.dtype, self.device).train(training)
-            self.require(take_form(model, form, *(tensor[:2] for tensor in self.inputs)))
+            few = [tensor[:2] for tensor in self.inputs]
+            self.require(take_form(model, form, *few, gradients=level in ("mixer", "block", "train")))
             models[form] = model
         return models
 
@@ -124,9 +125,10 @@ def prepare_op(case: Case) -> Timed:
     runs, sets = {}, range(rotation.num_sets)
     with rotation.preparing():
         x, dy = ([case.randn(B, N, D) for _ in sets] for _ in range(2))
-        kernels = [case.randn(B, D, k, k) for _ in sets]
+        kernels = [case.randn(B, k * k, D).transpose(1, 2).unflatten(2, (k, k)) for _ in sets]  # as ATConv makes them
         qkv = [case.randn(B, N, 3 * D) for _ in sets] if "attention" in case.options.forms else []
-    inputs = {"attention": list(zip(qkv)), "floor": list(zip(x))}
+    inputs = {"attention": list(zip(qkv)), "floor": list(zip(x)),
+              "published": [(a, b.contiguous()) for a, b in zip(x, kernels, strict=True)]}  # as its generator does
     for form in case.options.forms_of("op"):
         function, tensors = functions[form], inputs.get(form, list(zip(x, kernels, strict=True)))
         if form == "attention":
@@ -193,7 +195,7 @@ def prepare_model(case: Case) -> Timed:
 
 def prepare_sampling(case: Case) -> Timed:
     options, (noise, _, y) = case.options, case.inputs
-    # On a GPU several steps are under way at once; on a CPU each is as long as the last.
+    # Steps are alike: on a CPU one is timed, on a GPU ten, so that what lies between them counts.
     num_steps = 1 if case.device.type == "cpu" else min(options.steps, 10)
 
     def sample(run: Callable) -> Tensor:
@@ -223,7 +225,8 @@ def prepare_train(case: Case) -> Timed:
     for form, model in models.items():
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizers[form] = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
-        scaler = torch.amp.GradScaler(case.device.type, enabled=case.dtype == "fp16")
+        # Small enough to overflow nowhere: a step that is skipped is no step.
+        scaler = torch.amp.GradScaler(case.device.type, init_scale=2.0**8, enabled=case.dtype == "fp16")
 
         run = case.compiled(form, model, forward)
 
@@ -304,6 +307,6 @@ def check_dtype(device: torch.device, dtype: str) -> None:
         with torch.inference_mode():
             model(torch.zeros(1, 4, 4, 4, device=device), torch.zeros(1, device=device),
                   torch.zeros(1, device=device, dtype=torch.int64))
-    except RuntimeError:
-        others = " or ".join(name for name in DTYPES if name != dtype)
-        raise ValueError(f"{dtype} does not run on this {device.type}: use {others}") from None
+    except RuntimeError as error:
+        others, reason = " or ".join(name for name in DTYPES if name != dtype), str(error).partition("\n")[0]
+        raise ValueError(f"{dtype} does not run on this {device.type} ({reason}): use {others}") from None

@@ -12,8 +12,8 @@ def table(comparison: Comparison) -> str:
     lines = [
         f"# Speed of {comparison.title}",
         "",
-        f"{comparison.where}. {len(checks)} checks that the forms compute the same values passed; the largest relative "
-        f"error was {max(check['error'] for check in checks):.1g}.",
+        f"{comparison.where}. {len(checks)} checks that the forms compute what they should passed; the largest "
+        f"relative error was {max((check['error'] for check in checks), default=0):.1g}.",
     ]
     for level in options.levels:
         rows = [m for m in comparison.measurements if m.level == level]

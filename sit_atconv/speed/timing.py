@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import tempfile
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,6 +16,8 @@ import diffusers
 import timm
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from sit_atconv.ops import fastest_implementation
 
 MAX_SETS = 256
 REPLAYS = 20  # so many graphs are launched at once, or the launch of the first would show
@@ -91,9 +93,15 @@ class Rotation:
             self.calls_per_run = REPLAYS * self.num_sets
             self.stream = torch.cuda.Stream(device)
 
-    def preparing(self) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
         """Tensors and autograd graphs are made in here: a backward runs on the stream of its forward."""
-        return torch.cuda.stream(self.stream) if self.device.type == "cuda" else contextlib.nullcontext()
+        if self.device.type != "cuda":
+            yield
+            return
+        with torch.cuda.stream(self.stream):
+            yield
+        self.stream.synchronize()
 
     def run(self, calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
         """What is to be timed, of one call for each set; it makes `calls_per_run` of them."""
@@ -183,6 +191,7 @@ def describe_environment(device: torch.device) -> dict:
         "cudnn": torch.backends.cudnn.version() if on_cuda else None,
         "diffusers": diffusers.__version__,
         "timm": timm.__version__,
+        "operator": fastest_implementation(device),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

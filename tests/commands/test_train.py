@@ -53,14 +53,15 @@ def test_four_steps_are_two_and_a_kill_and_two(launch, tmp_path, processes):
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_compiled_training_takes_the_same_steps(launch, tmp_path, processes):
+def test_compiled_training_takes_the_same_steps(launch, tmp_path, processes, monkeypatch):
+    monkeypatch.setenv("TORCH_LOGS", "graph_breaks")
     argv = [*TINY_RUN, "--train.accumulation", "2", "--model.depth", "1", "--train.steps", "2"]
     losses = {}
     for compiled in ("true", "false"):
         run = tmp_path / compiled
         codes, output = launch(TRAIN, [*argv, "--train.compile", compiled, "--out", run], processes)
         assert codes == [0] * processes and (", compiled" in output) == (compiled == "true"), output
-        assert "graph break" not in output
+        assert "graph break" not in output.lower()
         losses[compiled] = [json.loads(line)["loss"] for line in (run / "stats.jsonl").open()]
     assert losses["true"] == pytest.approx(losses["false"], rel=1e-5)
 

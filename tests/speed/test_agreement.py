@@ -21,7 +21,7 @@ def taken(form, dtype="fp32", training=False) -> float:
     torch.manual_seed(0)
     inputs = torch.randn(2, 4, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.int64)
     with torch.autocast("cpu", DTYPES[dtype], enabled=training and dtype != "fp32"):
-        found = take_form(model, form, *inputs)
+        found = take_form(model, form, *inputs, gradients=training)
     kinds = {"attention": Attention, "timm": TimmAttention, "published": PublishedATConv, "atconv": ATConv,
              "hybrid": (Attention, ATConv), "floor": FloorMixer}
     assert len(model.blocks) == 3 and all(isinstance(block.attn, kinds[form]) for block in model.blocks)

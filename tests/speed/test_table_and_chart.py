@@ -60,7 +60,7 @@ def test_the_table_has_a_section_for_each_level_and_a_row_for_each_measurement(c
         assert ("images/s" in section) == (level == "sampling")
     assert "50 Euler steps, cfg 4; decoded by the SD-VAE's architecture with random weights" in text
     assert comparison.environment["hardware"] in text
-    assert "7 checks that the forms compute the same values passed; the largest relative error was 3e-07" in text
+    assert "7 checks that the forms compute what they should passed; the largest relative error was 3e-07" in text
 
 
 def test_growth_is_the_power_of_the_number_of_tokens():
