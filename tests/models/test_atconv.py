@@ -55,6 +55,19 @@ def test_full_inhibition_takes_the_mean_of_the_taps_away():
     assert torch.allclose(kernels - inhibited, kernels.mean((-1, -2), keepdim=True).expand_as(kernels), atol=1e-6)
 
 
+@pytest.mark.parametrize("grid", [(1, 2), (3, 3), (5, 7), (16, 9)])
+@pytest.mark.parametrize("k", [3, 5])
+@pytest.mark.parametrize("pool", ["raster", "grid"])
+def test_pooling_is_torchs_adaptive_one(grid, k, pool):
+    (H, W), x = grid, torch.randn(2, grid[0] * grid[1], 4, dtype=torch.float64, requires_grad=True)
+    size, bins = ((H, W), (k, k)) if pool == "grid" else ((H * W, 1), (k * k, 1))
+    expected = F.adaptive_avg_pool2d(x.transpose(1, 2).unflatten(2, size), bins).flatten(2).transpose(1, 2)
+    pooled, cotangent = pool_tokens(x, grid, k, pool), torch.randn_like(expected)
+    assert relative_error(pooled, expected) < 1e-14
+    gradients = [torch.autograd.grad(y, x, cotangent)[0] for y in (pooled, expected)]
+    assert relative_error(*gradients) < 1e-14
+
+
 @pytest.mark.parametrize("options", [{"kernel_size": 7}, {"act": "silu"}, {"pool": "grid"}])
 def test_variants_are_other_functions_of_the_same_shape(options):
     x = torch.randn(2, 6 * 10, 8)
