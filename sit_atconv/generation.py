@@ -149,7 +149,8 @@ def generate_samples(options: GenerateOptions) -> tuple[SamplesFolder, dict]:
     missing = folder.missing(options.num_samples)
     state.wait_for_everyone()
     mine = missing[state.process_index :: state.num_processes]
-    model, codec = model.to(state.device, DTYPES[options.dtype]), codec.to(state.device)
+    torch.nn.Module.to(model, state.device, DTYPES[options.dtype])  # diffusers' own warns of casting no module at all
+    codec = codec.to(state.device)
     if options.compile:
         model = torch.compile(model)
 
