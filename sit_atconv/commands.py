@@ -39,6 +39,13 @@ def finite(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
 
 
+def positive(text: str) -> float:
+    """The type of an option that is a number above 0."""
+    if (value := finite(text)) > 0:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+
+
 def at_least(smallest: int) -> Callable[[str], int]:
     """The type of an option that is a whole number from `smallest` on."""
 

@@ -3,8 +3,10 @@
 Each dataclass lives beside what reads it; those of training itself are here, since commands define no classes.
 """
 
+import json
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,18 +16,19 @@ import torch
 import yaml
 
 from sit_atconv.commands import fail, is_main_process, user_errors
-from sit_atconv.data.images import DataConfig
+from sit_atconv.data.sources import DataConfig
 from sit_atconv.devices import on_cpu
+from sit_atconv.files import write_aside
 from sit_atconv.flow import FlowMatching
 from sit_atconv.models.sit import SiT, preset_config
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.yaml"
 # Options of the model that are no options of a run, since the data set and the codec know them.
 FROM_DATA = {"num_classes", "in_channels", "input_size"}
-# Options that may change when a run is resumed.
+# Options that may change when a run is resumed. (Data may have moved; what they are is compared by data.json.)
 MAY_CHANGE = {
-    "out", "data.num_workers", "train.steps", "train.compile", "train.cpu_threads", "train.log_every",
-    "train.checkpoint_every", "train.keep_checkpoints",
+    "out", "data.images", "data.latents", "data.codec", "data.num_workers", "train.steps", "train.compile",
+    "train.cpu_threads", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
 }
 
 
@@ -141,26 +144,30 @@ class Config:
         if self.preview.cfg != 1:
             raise ValueError("model.has_null_label is false: there is no guidance; set preview.cfg to 1")
 
-    def check_resumable(self, step: int) -> None:
-        """Raises ValueError where a run in `out` that stands at `step` cannot go on as this configuration asks."""
+    def check_resumable(self, step: int, data: dict) -> None:
+        """Raises ValueError where a run in `out` that stands at `step` cannot go on as asked, with these data."""
         if (self.out / "config.yaml").exists() and (changes := self.changes(self.out)):
             raise ValueError(f"{self.out} was started with other options ({'; '.join(changes)}): "
                              "go on with those, or give another --out")
+        if (self.out / "data.json").exists():
+            then = json.loads((self.out / "data.json").read_text())
+            if changes := _differences(then, data):
+                raise ValueError(f"{self.out} was started with other data ({'; '.join(changes)}): "
+                                 "go on with those, or give another --out")
         if step > self.train.steps:
             raise ValueError(f"{self.out} stands at step {step} already, beyond train.steps {self.train.steps}")
 
-    def save(self, folder: Path) -> None:
-        (folder / "config.yaml").write_text(yaml.safe_dump(self.options, sort_keys=False))
+    def save(self, folder: Path, data: dict | None = None) -> None:
+        """Writes config.yaml, and data.json where the data's description is given."""
+        options = yaml.safe_dump(self.options, sort_keys=False)
+        write_aside(folder / "config.yaml", lambda path: path.write_text(options))
+        if data is not None:
+            write_aside(folder / "data.json", lambda path: path.write_text(json.dumps(data, indent=1)))
 
     def changes(self, folder: Path) -> list[str]:
         """What a run in `folder` was started with and may not change on resuming, as "name: then -> now"."""
-        then = _flatten(yaml.safe_load((folder / "config.yaml").read_text()))
-        now = _flatten(self.options)
-        return [
-            f"{name}: {then.get(name)} -> {now.get(name)}"
-            for name in sorted({*then, *now})
-            if then.get(name) != now.get(name) and name not in MAY_CHANGE and not name.startswith("preview.")
-        ]
+        changes = _differences(yaml.safe_load((folder / "config.yaml").read_text()), self.options, MAY_CHANGE)
+        return [change for change in changes if not change.startswith("preview.")]
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -229,6 +236,13 @@ def _make_parser() -> Parser:
     parser.add_argument("--train", type=TrainConfig, default=TrainConfig())
     parser.add_argument("--preview", type=PreviewConfig, default=PreviewConfig())
     return parser
+
+
+def _differences(then: dict, now: dict, may_change: Iterable[str] = ()) -> list[str]:
+    """Of two nested dictionaries, as "group.name: then -> now"."""
+    then, now = _flatten(then), _flatten(now)
+    return [f"{name}: {then.get(name)} -> {now.get(name)}" for name in sorted({*then, *now})
+            if then.get(name) != now.get(name) and name not in may_change]
 
 
 def _flatten(options: dict, prefix: str = "") -> dict:

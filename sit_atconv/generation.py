@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from sit_atconv.checkpointing.weights import Recipe, load_weights, versions
 from sit_atconv.data.codecs import Codec, open_codec
-from sit_atconv.data.images import UINT8_RULE, to_uint8
+from sit_atconv.data.pixels import UINT8_RULE, to_uint8
 from sit_atconv.devices import keep_freed_memory, on_cpu, share_cores
 from sit_atconv.flow import as_velocity, get_interpolant
 from sit_atconv.pictures import save_sample_grid
@@ -88,7 +88,7 @@ class GenerateOptions:
     def settings(self) -> dict:
         """What the images depend on, beside the weights."""
         options = dataclasses.asdict(self) | {"classes": list(self.classes)}
-        return {k: v for k, v in options.items() if k not in ("ckpt", "batch_size", "out")}
+        return {name: value for name, value in options.items() if name not in ("ckpt", "batch_size", "out")}
 
     def folder_name(self, step: int) -> str:
         """Names every setting, so that two never share a folder."""

@@ -1,11 +1,12 @@
 """Pictures for people: labelled grids of samples and loss curves. Needs matplotlib."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from sit_atconv.files import write_aside
 
 
 def save_sample_grid(
@@ -62,7 +63,4 @@ def save_loss_curve(steps: Sequence[int], losses: Sequence[float], path: Path, t
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Written aside and renamed, so that a picture on disk is always whole."""
-    partial = path.with_name(f".partial-{path.name}")
-    figure.savefig(partial, dpi=120)
-    os.replace(partial, path)
+    write_aside(path, lambda partial: figure.savefig(partial, dpi=120))

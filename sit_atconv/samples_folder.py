@@ -1,16 +1,15 @@
 """The folder that samples are written to; what is in it is always whole, and of one setting."""
 
 import json
-import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from sit_atconv.data.images import to_pil
+from sit_atconv.data.pixels import to_pil
+from sit_atconv.files import write_aside
 
 
 class SamplesFolder:
@@ -54,11 +53,11 @@ class SamplesFolder:
         return [i for i in range(num_samples) if not self._image(i).exists()]
 
     def write_manifest(self, content: dict) -> None:
-        _write_aside(self.manifest, lambda path: path.write_text(json.dumps(content, indent=1)))
+        write_aside(self.manifest, lambda path: path.write_text(json.dumps(content, indent=1)))
 
     def write_image(self, index: int, image: Tensor) -> None:
         """uint8 (C, H, W), one or three channels."""
-        _write_aside(self._image(index), lambda path: to_pil(image).save(path, format="PNG"))
+        write_aside(self._image(index), lambda path: to_pil(image).save(path, format="PNG"))
 
     def read_image(self, index: int) -> np.ndarray:
         """uint8 (H, W, 3)"""
@@ -75,14 +74,7 @@ class SamplesFolder:
                 for index in range(num_samples):
                     file.write(self.read_image(index).tobytes())
 
-        _write_aside(self.npz, write)
+        write_aside(self.npz, write)
 
     def _image(self, index: int) -> Path:
         return self.images / f"{index:06d}.png"
-
-
-def _write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes under another name and renames: a file under its own name is whole."""
-    partial = path.with_name(f".partial-{path.name}")
-    write(partial)
-    os.replace(partial, path)

@@ -32,8 +32,8 @@ from sit_atconv.checkpointing.runs import (
 from sit_atconv.checkpointing.weights import Recipe
 from sit_atconv.commands import fail, is_main_process, user_errors
 from sit_atconv.config import parse
-from sit_atconv.data.codecs import IdentityCodec, VAECodec
 from sit_atconv.data.order import BatchOrder, step_seed
+from sit_atconv.data.sources import describe_data
 from sit_atconv.devices import keep_freed_memory, on_cpu, share_cores
 from sit_atconv.generation import draw_preview
 from sit_atconv.models import SiT
@@ -47,27 +47,27 @@ def main(argv: list[str] | None = None) -> None:
 
     # All that can be wrong with what was asked is found here, before any process group starts.
     with user_errors():
-        images = config.data.open_images()
-        codec = IdentityCodec(images.channels) if config.data.codec == "identity" else VAECodec(config.data.codec)
+        data, codec = config.data.open()
         order = BatchOrder(
-            len(images),
+            len(data),
             train.batch_size,
             seed=train.seed,
             accumulation=train.accumulation,
             rank=int(os.environ.get("RANK", "0")),
             num_processes=int(os.environ.get("WORLD_SIZE", "1")),
+            mirror=config.data.mirror,
         )
         torch.manual_seed(train.seed)
         net = SiT(
             **config.model,
-            num_classes=len(images.class_names),
+            num_classes=len(data.class_names),
             in_channels=codec.channels,
-            input_size=codec.latent_size(images.image_size),
+            input_size=codec.latent_size(data.image_size),
         )
         config.check_guidance(net.null_label)
         checkpoint = newest_checkpoint(run)
         start = checkpoint_step(checkpoint) if checkpoint else 0
-        config.check_resumable(start)
+        config.check_resumable(start, description := describe_data(data, codec))
     if start == train.steps:
         if is_main_process():
             print(f"{run} is complete: {start} steps, in {checkpoint}\nsample: {sampling}")
@@ -97,15 +97,15 @@ def main(argv: list[str] | None = None) -> None:
             load_checkpoint(checkpoint, state)
     if main_process:
         run.mkdir(parents=True, exist_ok=True)
-        config.save(run)
+        config.save(run, description)
         rewind_stats(run, start)
         size = sum(p.numel() for p in parameters) / 1e6
         where = f"{accelerator.num_processes} x {device.type}"
         if device.type == "cpu":
             where += f" with {torch.get_num_threads()} threads"
         print(
-            f"{'resuming' if start else 'training'} {run}: {size:.1f}M parameters, {len(images)} images of "
-            f"{len(images.class_names)} classes, batch {train.batch_size}, {where}, {train.precision}, "
+            f"{'resuming' if start else 'training'} {run}: {size:.1f}M parameters, {len(data)} images of "
+            f"{len(data.class_names)} classes, batch {train.batch_size}, {where}, {train.precision}, "
             f"step {start} of {train.steps}{', compiled' if train.compile else ''}",
             file=sys.stderr,
         )
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     averaged = [p for p, q in zip(ema.parameters(), net.parameters(), strict=True) if q.requires_grad]
     generator = torch.Generator(device)
     loader = DataLoader(
-        images,
+        data,
         batch_sampler=order.starting_at(start),
         num_workers=config.data.num_workers,
         pin_memory=device.type == "cuda",
@@ -128,14 +128,12 @@ def main(argv: list[str] | None = None) -> None:
 
         for micro_batch in range(train.accumulation):
             generator.manual_seed(step_seed(train.seed, step, micro_batch, accelerator.process_index))
-            pixels, y = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-            if config.data.mirror:
-                flipped = torch.rand(len(pixels), 1, 1, 1, device=device, generator=generator) < 0.5
-                pixels = torch.where(flipped, pixels.flip(-1), pixels)
-            data = codec.latents(codec.encode(pixels), generator)
+            inputs, y = (tensor.to(device, non_blocking=True) for tensor in next(batches))
+            stored = inputs if data.is_encoded else codec.encode(inputs)
+            latents = codec.latents(stored, generator)
 
             with accelerator.accumulate(model):  # gradients are averaged over processes in the last micro-batch only
-                loss = config.flow.loss(model, data, y, generator, net.null_label).mean()
+                loss = config.flow.loss(model, latents, y, generator, net.null_label).mean()
                 accelerator.backward(loss)
                 if train.max_grad_norm and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(parameters, train.max_grad_norm)
@@ -165,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
             loss_sum, loss_count, clock = torch.zeros_like(loss_sum), 0, time.perf_counter()
 
         if main_process and (saving or drawing):
-            recipe = Recipe(config.flow.path, config.flow.prediction, codec.describe(), list(images.class_names), done)
+            recipe = Recipe(config.flow.path, config.flow.prediction, codec.describe(), list(data.class_names), done)
             if saving:
                 save_checkpoint(run, state, recipe, train.ema_decay, train.keep_checkpoints)
                 stats = read_stats(run)

@@ -1,15 +1,22 @@
 """What tests share: golden tensors, a tiny trained run, and commands in processes that start in no time."""
 
 import contextlib
+import functools
 import importlib.util
+import itertools
 import multiprocessing
 import os
+import re
+import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 if not torch.cuda.is_available():
@@ -42,26 +49,34 @@ def golden():
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory):
-    """launch(command, argv, processes=1, stop_at_checkpoint=False) -> (exit codes, what was printed).
+    """launch(command, argv, processes=1, die=None, kill_at=None) -> (exit codes, what was printed).
 
-    Runs a command's main() as torchrun would, in processes forked from one that has imported everything.
+    Runs a command's main() as torchrun would, in processes forked from one that has imported everything. `die` names
+    one of DEATHS; `kill_at` is the count of its progress bar at which the first process gets its kill -9.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sit_atconv.train", "sit_atconv.generation", "torchdiffeq"])
+    context.set_forkserver_preload(["sit_atconv.train", "sit_atconv.generation", "sit_atconv.encoding", "torchdiffeq",
+                                    "diffusers.models.autoencoders.autoencoder_kl"])
     logs = tmp_path_factory.mktemp("logs")
 
-    def run(command: str, argv: list, processes: int = 1, stop_at_checkpoint: bool = False) -> tuple[list[int], str]:
+    def run(
+        command: str, argv: list, processes: int = 1, die: str | None = None, kill_at: int | None = None
+    ) -> tuple[list[int], str]:
         log = logs / f"{len(list(logs.iterdir()))}.txt"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         workers = [
-            context.Process(target=_worker, args=(command, list(map(str, argv)), rank, processes, port, log,
-                                                  stop_at_checkpoint))
+            context.Process(target=_worker, args=(command, list(map(str, argv)), rank, processes, port, log, die))
             for rank in range(processes)
         ]
         for worker in workers:
             worker.start()
+        while kill_at is not None and workers[0].is_alive():
+            counts = re.findall(r"(\d+)/\d+ \[", log.read_text() if log.exists() else "")
+            if counts and int(counts[-1]) >= kill_at:
+                workers[0].kill()
+            time.sleep(0.001)
         for worker in workers:
             worker.join(120)
             if worker.is_alive():
@@ -71,21 +86,67 @@ def launch(tmp_path_factory):
     return run
 
 
-def _worker(command, argv, rank, processes, port, log, stop_at_checkpoint):
+def _worker(command, argv, rank, processes, port, log, die):
     output = open(log, "a", buffering=1)  # noqa: SIM115
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of a loader's workers: not from a server once more
+    os.environ["TQDM_MININTERVAL"] = "0"
     if processes > 1:
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
             "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }
-    if stop_at_checkpoint:
-        from accelerate import Accelerator
-
-        Accelerator.wait_for_everyone = lambda self: os._exit(9)  # as if killed after the first checkpoint
+    if die:
+        DEATHS[die]()
     load_command(command).main(argv)
+
+
+def _kill(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _die_at_replace(number: int, before: bool):
+    """In the `number`th renaming of a file into its place."""
+    replace, counter = os.replace, itertools.count(1)
+
+    def patched(source, target):
+        last = next(counter) == number
+        if last and before:
+            _kill()
+        replace(source, target)
+        if last:
+            _kill()
+
+    os.replace = patched
+
+
+def _die_after_checkpoint():
+    from accelerate import Accelerator
+
+    Accelerator.wait_for_everyone = _kill
+
+
+def _die_before_index():
+    from sit_atconv.data.latent_folder import Layout
+
+    Layout.write_index = _kill
+
+
+def _limit_file_size():
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+DEATHS = {
+    "after the first checkpoint": _die_after_checkpoint,
+    "before the second renaming": functools.partial(_die_at_replace, 2, before=True),
+    "after the second renaming": functools.partial(_die_at_replace, 2, before=False),
+    "before the index": _die_before_index,
+    "files of 100 kB are too large": _limit_file_size,
+}
 
 
 def load_command(path: str):
@@ -103,6 +164,56 @@ def tiny_run(launch, tmp_path_factory):
     codes, output = launch("sit_atconv/train.py", [*TINY_RUN, "--out", run])
     assert codes == [0], output
     return run
+
+
+@pytest.fixture(scope="session")
+def make_vae(tmp_path_factory):
+    """make_vae(seed=0, **config) -> folder of a tiny autoencoder in the real format."""
+    from diffusers import AutoencoderKL
+
+    def make(seed: int = 0, **config) -> Path:
+        torch.manual_seed(seed)
+        folder = tmp_path_factory.mktemp("vae")
+        config = dict(latent_channels=4, scaling_factor=0.5, shift_factor=0.1) | config
+        AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
+            block_out_channels=(8, 8), layers_per_block=1, **config,
+        ).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def vae(make_vae):
+    return make_vae()
+
+
+@pytest.fixture(scope="session")
+def digit_folder(tmp_path_factory):
+    """120 digits as 16x16 PNGs, in one subfolder for each class."""
+    from sit_atconv.data.images import load_digits
+
+    folder = tmp_path_factory.mktemp("digits")
+    for i, (image, label) in enumerate(zip(*(array[:120] for array in load_digits()), strict=True)):
+        (folder / f"digit {label}").mkdir(exist_ok=True)
+        Image.fromarray(np.kron(image, np.ones((2, 2), np.uint8))).save(folder / f"digit {label}" / f"{i:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def latents(launch, digit_folder, vae, tmp_path_factory):
+    """Those digits encoded, in float32, in six shards."""
+    folder = tmp_path_factory.mktemp("latents") / "digits"
+    codes, output = launch("sit_atconv/encode.py", encode_argv(digit_folder, vae, folder))
+    assert codes == [0], output
+    return folder
+
+
+def encode_argv(images: Path, vae: Path, out: Path) -> list:
+    """Small batches and shards: 5 and 20 images in float32."""
+    return ["--images", images, "--vae", vae, "--out", out, "--image-size", 32, "--dtype", "float32", "--batch-size", 5,
+            "--shard-mib", 0.35, "--num-workers", 1, "--cpu-threads", 1]
 
 
 @pytest.fixture

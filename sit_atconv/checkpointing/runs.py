@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sit_atconv.checkpointing.weights import WEIGHTS_FILE, Recipe, save_weights
+from sit_atconv.files import write_aside
 
 if TYPE_CHECKING:  # finding a checkpoint must not wait for torch: it is imported where it is used
     import torch
@@ -102,7 +103,6 @@ def load_checkpoint(checkpoint: Path, state: TrainingState) -> int:
     return step
 
 
-
 def append_stats(run: Path, **values) -> None:
     """Adds one line to stats.jsonl."""
     with open(run / "stats.jsonl", "a") as file:
@@ -122,7 +122,5 @@ def read_stats(run: Path, up_to_step: int | None = None) -> list[dict]:
 
 def rewind_stats(run: Path, step: int) -> None:
     """Drops what was logged after the step that a run goes on from, since it will be logged again."""
-    kept = read_stats(run, step)
-    partial = run / "partial-stats.jsonl"
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(partial, run / "stats.jsonl")
+    kept = "".join(json.dumps(line) + "\n" for line in read_stats(run, step))
+    write_aside(run / "stats.jsonl", lambda path: path.write_text(kept))

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sit_atconv import __version__
+from sit_atconv.files import sha256_of
 
 if TYPE_CHECKING:  # finding weights must not wait for torch: it is imported where it is used
     from sit_atconv.models import SiT
@@ -60,12 +60,7 @@ class Weights:
 
     def identity(self) -> str:
         """sha256 of the weights, over all shards."""
-        digest = hashlib.sha256()
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with open(path, "rb") as file:
-                while chunk := file.read(1 << 24):
-                    digest.update(chunk)
-        return digest.hexdigest()
+        return sha256_of(*sorted(self.folder.glob("*.safetensors")))
 
 
 def versions() -> dict[str, str]:

@@ -9,10 +9,15 @@ A codec has `channels` and `downsample` and four verbs:
 """
 
 import contextlib
+import hashlib
 import logging
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _Codec:
@@ -23,6 +28,19 @@ class _Codec:
         if image_size % self.downsample:
             raise ValueError(f"image size {image_size} is not divisible by the codec's downsampling {self.downsample}")
         return image_size // self.downsample
+
+    def check(self, description: dict, made: str) -> None:
+        """Raises ValueError where this is not the codec described, by its weights, scale, shift, ...
+
+        Args:
+            description: what `describe()` once returned. Where the codec lies does not matter.
+            made: what was made with that one, for the message: "the weights were trained".
+        """
+        for key, value in self.describe().items():
+            if key != "source" and key in description and description[key] != value:
+                here, there = (str(x)[:12] for x in (value, description[key]))  # enough of a checksum
+                name = getattr(self, "source", "identity")
+                raise ValueError(f"the codec {name} has {key} {here}, but {made} with {there}")
 
 
 class IdentityCodec(_Codec):
@@ -54,24 +72,31 @@ class VAECodec(_Codec):
 
     Args:
         source: hub id (`stabilityai/sd-vae-ft-ema`) or a folder that `save_pretrained` wrote.
+        precision: of its arithmetic; "tf32" is float32 but for a GPU's convolutions, which PyTorch does in TF32 too.
+        slicing: one image after another: the memory of one, whatever the batch.
+        tiling: images larger than the VAE was made for in overlapping tiles, blended at the seams: approximate.
 
     Raises:
         ValueError: nothing there can be loaded; the message names `source` and the remedy.
     """
 
-    def __init__(self, source: str):
+    def __init__(self, source: str, precision: Precision = "tf32", *, slicing: bool = False, tiling: bool = False):
         from diffusers import AutoencoderKL
 
         self.source = source
         try:
             with _quiet("diffusers"):
-                self.vae = AutoencoderKL.from_pretrained(source).eval().requires_grad_(False)
+                self.vae = AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32)
         except Exception as error:  # diffusers raises a dozen types; the user needs the place and the remedy
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
                 f"no VAE could be loaded from {source!r} ({reason}). Give the path of a downloaded AutoencoderKL "
                 "folder (config.json and weights), or connect to the network once so that the hub id is cached."
             ) from error
+        self.weights = _sha256(self.vae.state_dict())
+        self.precision, self.dtype, self.device = precision, DTYPES[precision], torch.device("cpu")
+        torch.nn.Module.to(self.vae.eval().requires_grad_(False), self.dtype)
+        self.vae.use_slicing, self.vae.use_tiling = slicing, tiling
         config = self.vae.config
         self.channels = config.latent_channels
         self.downsample = 2 ** (len(config.block_out_channels) - 1)
@@ -80,25 +105,26 @@ class VAECodec(_Codec):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> posterior mean and log-variance (B, 2C, h, w), unscaled."""
-        with torch.no_grad():
-            return self.vae.encode(images.to(self.vae.dtype)).latent_dist.parameters.to(images.dtype)
+        with torch.no_grad(), self._arithmetic():
+            return self.vae.encode(images.to(self.dtype)).latent_dist.parameters.to(images.dtype)
 
     def latents(self, stored: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Moments (B, 2C, h, w) -> a posterior draw, minus shift, times scale (B, C, h, w)."""
-        mean, log_variance = stored.chunk(2, dim=1)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        """Moments (B, 2C, h, w) -> a posterior draw, minus shift, times scale (B, C, h, w), float32."""
+        mean, log_variance = stored.float().chunk(2, dim=1)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         draw = mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise
         return (draw - self.shift) * self.scale
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1]."""
-        with torch.no_grad():
-            return self.vae.decode((z / self.scale + self.shift).to(self.vae.dtype)).sample.to(z.dtype)
+        with torch.no_grad(), self._arithmetic():
+            return self.vae.decode((z / self.scale + self.shift).to(self.dtype)).sample.to(z.dtype)
 
     def describe(self) -> dict:
         return {
             "kind": "autoencoder_kl",
             "source": self.source,
+            "weights": self.weights,
             "channels": self.channels,
             "downsample": self.downsample,
             "scale": self.scale,
@@ -106,30 +132,50 @@ class VAECodec(_Codec):
         }
 
     def to(self, device: torch.device | str) -> "VAECodec":
-        self.vae = self.vae.to(device)
+        self.vae, self.device = self.vae.to(device), torch.device(device)
         return self
+
+    @contextlib.contextmanager
+    def _arithmetic(self):
+        before = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.allow_tf32 = before
 
 
 Codec = IdentityCodec | VAECodec
 
 
-def open_codec(description: dict) -> Codec:
+def open_codec(description: dict, made: str = "the weights were trained", precision: Precision = "tf32") -> Codec:
     """What `describe()` returned -> the codec.
 
+    Args:
+        description: of the codec; `source` is where it lies now.
+        made: what was made with it, for the message of an error.
+        precision: of a VAE's arithmetic.
+
     Raises:
-        ValueError: an unknown kind, or a VAE whose scale, shift, channels or downsampling are not those described.
+        ValueError: an unknown kind, or a VAE whose weights, scale, shift, ... are not those described.
     """
     kind = description.get("kind")
     if kind == "identity":
         return IdentityCodec(description["channels"])
     if kind != "autoencoder_kl":
         raise ValueError(f"codec kind must be 'identity' or 'autoencoder_kl', not {kind!r}")
-    codec = VAECodec(description["source"])
-    for key, value in codec.describe().items():
-        if key in description and description[key] != value:
-            recorded = description[key]
-            raise ValueError(f"the VAE {codec.source} has {key} {value}, but the weights were trained with {recorded}")
+    codec = VAECodec(description["source"], precision)
+    codec.check(description, made)
     return codec
+
+
+def _sha256(tensors: dict[str, Tensor]) -> str:
+    """Of names and values: the same for the same weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + b"\0")
+        digest.update(tensors[name].contiguous().numpy())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

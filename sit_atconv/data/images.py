@@ -1,53 +1,24 @@
-"""Data sets of images: the embedded digits, and folders with one subfolder for each class.
+"""Data sets of images: the embedded digits, and folders.
 
-Every data set yields (image, label): float32 (C, H, W) in [-1, 1] and an int, and has `class_names`, `channels` and
-`image_size`. Pixels become uint8 and back in one place, here.
+Every data set is indexed by (image, mirrored), as `order.py` draws them, and yields an input and an int label: here
+float32 (C, H, W) in [-1, 1]. It has `class_names` and `image_size`; `is_encoded` says whether its inputs are what
+`Codec.encode` returns, and `describe()` what a run must find again to resume.
 """
 
-from dataclasses import dataclass
+import hashlib
+import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sit_atconv.data.pixels import CROP_RULE, read_image, to_float, to_uint8
+
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] -> uint8 by clamp(127.5 x + 128, 0, 255), truncated: the rule of DiT and SiT."""
-    return (127.5 * images.float() + 128.0).clamp(0, 255).to(torch.uint8)
-
-
-UINT8_RULE = "clamp(127.5 * x + 128, 0, 255), truncated"
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """uint8 (C, H, W), one or three channels -> RGB picture (greyscale repeated)."""
-    return Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
-
-
-def center_crop(picture: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop (arXiv 2105.05233): halved by box filter while possible, then bicubic, then cut."""
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
-
-
-def find_images(folder: str | Path) -> list[Path]:
-    """All image files below a folder, sorted by path. ValueError: there is no such folder, or no image in it."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder of images")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    if not paths:
-        raise ValueError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return paths
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -65,73 +36,153 @@ class Digits(Dataset):
     class_names = tuple("0123456789")
     channels = 1
     image_size = 8
+    is_encoded = False
 
     def __init__(self):
         images, self.labels = load_digits()
-        self.images = (torch.from_numpy(images).float() - 127.5) / 127.5
+        self.images = to_float(torch.from_numpy(images))
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index][None], int(self.labels[index])
+    def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor, int]:
+        index, mirrored = item
+        image = self.images[index][None]
+        return image.flip(-1) if mirrored else image, int(self.labels[index])
+
+    def describe(self) -> dict:
+        return {"kind": "digits", "images": len(self)}
 
 
 class ImageFolder(Dataset):
-    """Images in one subfolder for each class, or all in one class when there are no subfolders.
+    """A folder of images and their labels.
+
+    Labels are those of `dataset.json` where the folder holds one, as StyleGAN, EDM2 and REPA write it:
+    `{"labels": [["00000/img00000000.png", 6], ...]}`, or null for one class. Else every subfolder is a class, in the
+    order of their names, and a folder without subfolders is one class.
 
     Args:
         folder: where the images lie.
         image_size: side in pixels after ADM's centre crop.
 
     Raises:
-        ValueError: no such folder, no images, or images both beside and inside subfolders.
+        ValueError: no such folder, no images, images both beside and inside subfolders, a class without images, or a
+            `dataset.json` that does not fit the images.
     """
 
     channels = 3
+    is_encoded = False
 
     def __init__(self, folder: str | Path, image_size: int):
-        self.paths = find_images(folder)
+        self.folder = Path(folder)
         self.image_size = image_size
-        top = [path.relative_to(folder).parts[:-1][:1] for path in self.paths]
-        if len({bool(parts) for parts in top}) == 2:
-            stray = next(path for path, parts in zip(self.paths, top, strict=True) if not parts)
-            raise ValueError(f"{stray} lies beside class folders: move it into one of them")
-        self.class_names = tuple(sorted({parts[0] for parts in top if parts})) or ("images",)
-        index = {name: label for label, name in enumerate(self.class_names)}
-        self.labels = [index[parts[0]] if parts else 0 for parts in top]
+        names = list_images(self.folder)
+        if (self.folder / "dataset.json").is_file():
+            self.class_names, labels = _labels_of_dataset_json(self.folder / "dataset.json", names)
+        else:
+            self.class_names, labels = _labels_of_subfolders(self.folder, names)
+        # Arrays, not lists: millions of small objects would be copied into every loading process, one after another.
+        self.names = np.array([os.fsencode(name) for name in names])
+        self.labels = np.array(labels, np.int64)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor, int]:
+        index, mirrored = item
         try:
-            with Image.open(self.paths[index]) as file:
-                picture = center_crop(ImageOps.exif_transpose(file).convert("RGB"), self.image_size)
-        except OSError as error:
-            raise ValueError(f"{self.paths[index]} cannot be read as an image: {error}") from error
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        return pixels.float() / 127.5 - 1, self.labels[index]
+            image = to_float(self.read(index))
+        except ValueError as error:
+            raise ValueError(f"{self.folder / self.name(index)} {error}") from error
+        return image.flip(-1) if mirrored else image, int(self.labels[index])
+
+    def read(self, index: int) -> Tensor:
+        """uint8 (3, H, W). ValueError: the file cannot be read."""
+        return read_image(self.folder / self.name(index), self.image_size)
+
+    def name(self, index: int) -> str:
+        """Of an image, relative to the folder."""
+        return os.fsdecode(self.names[index])
+
+    def describe(self) -> dict:
+        return {"kind": "images", "images": len(self), "image_size": self.image_size, "crop": CROP_RULE,
+                "files": self.files_sha256()}
+
+    def files_sha256(self) -> str:
+        """Of all names, labels and class names: what makes an index mean the same image again."""
+        digest = hashlib.sha256(json.dumps(list(self.class_names)).encode())
+        for name in self.names:
+            digest.update(name + b"\0")
+        digest.update(self.labels.astype("<i8").tobytes())
+        return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """What the model is trained on.
+def list_images(folder: Path) -> list[str]:
+    """The names of all image files below a folder, relative to it, in the order of their bytes.
 
-    Args:
-        images: "digits" (embedded, 8x8) or a folder with one subfolder of images for each class.
-        image_size: side in pixels of the images of a folder, after a centre crop.
-        codec: "identity" (pixel space), or the hub id or folder of a diffusers AutoencoderKL.
-        mirror: flip every other image at random, left to right.
-        num_workers: processes that load images, for each training process.
+    Links are followed; what begins with a dot is left out. ValueError: there is no such folder, no image in it, or a
+    link to a folder that holds it.
     """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder of images")
+    names = []
+    for place, subfolders, files in os.walk(folder, followlinks=True, onerror=_raise):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for link in (os.path.join(place, name) for name in subfolders):
+            if os.path.islink(link) and (os.path.realpath(place) + os.sep).startswith(os.path.realpath(link) + os.sep):
+                raise ValueError(f"{link} is a link to a folder that holds it: remove it")
+        prefix = "" if place == str(folder) else os.path.relpath(place, folder) + os.sep
+        names += [prefix + name for name in files
+                  if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+    if not names:
+        raise ValueError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return sorted(names, key=os.fsencode)
 
-    images: str = "digits"
-    image_size: int = 256
-    codec: str = "identity"
-    mirror: bool = False
-    num_workers: int = 0
 
-    def open_images(self) -> Digits | ImageFolder:
-        """Raises ValueError for a folder without images."""
-        return Digits() if self.images == "digits" else ImageFolder(self.images, self.image_size)
+def find_images(folder: str | Path) -> list[Path]:
+    """`list_images` as paths."""
+    return [Path(folder, name) for name in list_images(Path(folder))]
+
+
+def _raise(error: OSError):
+    raise error
+
+
+def _labels_of_subfolders(folder: Path, names: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
+    classes = [name.split(os.sep)[0] if os.sep in name else "" for name in names]
+    if (found := set(classes)) == {""}:
+        return ("images",), [0] * len(names)
+    if "" in found:
+        stray = folder / names[classes.index("")]
+        raise ValueError(f"{stray} lies beside class folders: move it into one of them")
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and not entry.name.startswith(".") and entry.name not in found:
+            raise ValueError(f"{entry} is a class without images: fill it or remove it")
+    label = {name: index for index, name in enumerate(sorted(found))}
+    return tuple(label), [label[name] for name in classes]
+
+
+def _labels_of_dataset_json(path: Path, names: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
+    try:
+        pairs = json.loads(path.read_bytes())["labels"]
+        if pairs is None:
+            return ("images",), [0] * len(names)
+        labels = {os.path.normpath(name): label for name, label in pairs if _is_image(name)}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path} is not {{"labels": [["folder/name.png", 3], ...]}} ({error})') from error
+    for name, label in labels.items():
+        if type(label) is not int or label < 0:
+            raise ValueError(f"{path} gives {name} the label {label!r}: labels are whole numbers from 0 on")
+    images = set(names)
+    for missing, fault in (
+        ([name for name in names if name not in labels], "gives no label to"),
+        ([name for name in labels if name not in images], "labels images that are not there:"),
+    ):
+        if missing:
+            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ValueError(f"{path} {fault} {missing[0]}{others}")
+    return tuple(map(str, range(max(labels.values()) + 1))), [labels[name] for name in names]
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES

@@ -1,6 +1,7 @@
 """The training command: what it leaves, exact resume, and its errors."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sit_atconv.models import SiT
-from tests.conftest import ROOT, TINY_RUN, load_command, python, working_folder
+from tests.conftest import ROOT, TINY_RUN, encode_argv, load_command, python, working_folder
 
 TRAIN = "sit_atconv/train.py"
 EXACT = [*TINY_RUN, "--train.accumulation", "2", "--train.lr", "1e-3", "--train.lr_decay", "cosine",
@@ -36,8 +37,8 @@ def test_four_steps_are_two_and_a_kill_and_two(launch, tmp_path, processes):
     codes, output = launch(TRAIN, [*EXACT, "--out", tmp_path / "whole"], processes)
     assert codes == [0] * processes, output
     resumed = [*EXACT, "--out", tmp_path / "resumed"]
-    codes, output = launch(TRAIN, resumed, processes, stop_at_checkpoint=True)
-    assert codes == [9] * processes, output
+    codes, output = launch(TRAIN, resumed, processes, die="after the first checkpoint")
+    assert codes == [-9] * processes, output
     assert [path.name for path in (tmp_path / "resumed" / "checkpoints").iterdir()] == ["step-0000002"]
     codes, output = launch(TRAIN, resumed, processes)
     assert codes == [0] * processes and "step 2 of 4" in output, output
@@ -108,9 +109,8 @@ def test_as_typed_from_another_folder(tmp_path):
     assert (tmp_path / "runs" / "digits" / "loss.png").exists()
 
 
-def test_images_of_ones_own(launch, tmp_path):
-    """A folder of class folders, in pixel space and through an autoencoder."""
-    from diffusers import AutoencoderKL
+def test_images_of_ones_own(launch, vae, tmp_path):
+    """A folder of class folders, through an autoencoder."""
     from sklearn.datasets import load_sample_image
 
     for name in ("china", "flower"):
@@ -118,10 +118,8 @@ def test_images_of_ones_own(launch, tmp_path):
         picture = Image.fromarray(load_sample_image(f"{name}.jpg"))
         for i in range(2):
             picture.crop((i * 90, 40, i * 90 + 200, 240)).save(tmp_path / "images" / name / f"{i}.png")
-    AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-                  norm_num_groups=4, block_out_channels=(8, 8)).save_pretrained(tmp_path / "vae")
     options = [*TINY_RUN, "--data.images", tmp_path / "images", "--data.image_size", 32, "--data.mirror", "true",
-               "--train.batch_size", 4, "--train.steps", 2, "--out", tmp_path / "run", "--data.codec", tmp_path / "vae"]
+               "--train.batch_size", 4, "--train.steps", 2, "--out", tmp_path / "run", "--data.codec", vae]
     codes, output = launch(TRAIN, options)
     assert codes == [0], output
     weights = json.loads((tmp_path / "run" / "checkpoints" / "step-0000002" / "ema" / "config.json").read_text())
@@ -130,6 +128,60 @@ def test_images_of_ones_own(launch, tmp_path):
     assert codes == [0], output
     picture = Image.open(next((tmp_path / "run").glob("samples/*cfg4*/images/000000.png")))
     assert picture.size == (32, 32) and picture.mode == "RGB"
+
+
+def latent_options(latents, run, **options):
+    options = {"train.batch_size": 20, "train.accumulation": 2, "train.steps": 4, "data.mirror": "true"} | options
+    argv = [*TINY_RUN, "--data.latents", latents, "--out", run]
+    return argv + [text for name, value in options.items() for text in (f"--{name}", value)]
+
+
+def test_cached_latents_with_other_workers_after_a_kill(launch, latents, tmp_path):
+    """An epoch of six steps, left in its middle; weights and losses bitwise those of an undisturbed run."""
+    codes, output = launch(TRAIN, latent_options(latents, tmp_path / "whole"))
+    assert codes == [0] and "120 images of 10 classes" in output, output
+    resumed = tmp_path / "resumed"
+    launch(TRAIN, latent_options(latents, resumed), die="after the first checkpoint")
+    moved = shutil.copytree(latents, tmp_path / "moved")
+    codes, output = launch(TRAIN, latent_options(moved, resumed, **{"data.num_workers": 2}))
+    assert codes == [0] and "step 2 of 4" in output, output
+    whole, again = state_of(tmp_path / "whole", 4), state_of(resumed, 4)
+    assert whole.keys() == again.keys()
+    assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+    config = json.loads((resumed / "checkpoints" / "step-0000004" / "ema" / "config.json").read_text())
+    assert (config["num_classes"], config["in_channels"], config["input_size"]) == (10, 4, 16)  # from the index
+    codes, output = launch("sample/generate.py", ["--ckpt", resumed, "--num-samples", 2, "--steps", 2])
+    assert codes == [0], output
+
+
+def test_cached_latents_train_as_the_images_do(launch, latents, digit_folder, vae, tmp_path):
+    """In float32 they are the same to rounding, mirror images too."""
+    losses = []
+    for name, options in (("cached", ["--data.latents", latents]),
+                          ("images", ["--data.images", digit_folder, "--data.image_size", 32, "--data.codec", vae])):
+        codes, output = launch(TRAIN, [*TINY_RUN, *options, "--data.mirror", "true", "--train.batch_size", 40,
+                                       "--train.steps", 3, "--out", tmp_path / name])
+        assert codes == [0], output
+        losses.append([json.loads(line)["loss"] for line in (tmp_path / name / "stats.jsonl").open()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 3
+
+
+def test_other_data_under_the_same_options_are_refused(launch, fails, latents, digit_folder, vae, make_vae, tmp_path):
+    run, cached = tmp_path / "run", shutil.copytree(latents, tmp_path / "cached")
+    argv = latent_options(cached, run)
+    codes, output = launch(TRAIN, argv)
+    assert codes == [0], output
+    argv = [*argv, "--train.steps", 6]
+    main = load_command(TRAIN).main
+    assert "was encoded with" in fails(main, [*argv, "--data.codec", make_vae(1)])
+    assert "was encoded at 32" in fails(main, [*argv, "--data.image_size", 64])
+    assert "kind: latents -> digits" in fails(main, [*TINY_RUN, *argv[argv.index("--out"):]])
+    shutil.rmtree(cached)
+    codes, output = launch("sit_atconv/encode.py", [*encode_argv(digit_folder, vae, cached), "--dtype", "float16"])
+    assert codes == [0], output
+    assert f"{run} was started with other data (index: " in fails(main, argv)
+    (cached / "shard-00001.safetensors").unlink()
+    assert "shard-00001.safetensors is missing" in fails(main, argv)
 
 
 @pytest.mark.parametrize(
@@ -170,8 +222,6 @@ def test_resuming_with_other_options_shows_the_difference(fails, tiny_run):
 
 
 def test_a_damaged_checkpoint_stops_before_anything_is_lost(fails, tiny_run, tmp_path):
-    import shutil
-
     shutil.copytree(tiny_run, run := tmp_path / "run")
     (run / "checkpoints" / "step-0000004" / "optimizer.pt").write_bytes(b"cut")
     assert "delete it" in fails(load_command(TRAIN).main, [*TINY_RUN, "--train.steps", "6", "--out", run])

@@ -1,21 +1,18 @@
+import shutil
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from sklearn.datasets import load_sample_image
 
 from sit_atconv.data.codecs import IdentityCodec, VAECodec, open_codec
+from sit_atconv.data.pixels import to_float
 from tests.conftest import relative_error
 
 
 @pytest.fixture(scope="module")
-def vae_folder(tmp_path_factory):
-    """A tiny autoencoder in the real format, with a scale and a shift of its own."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("vae")
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
-        block_out_channels=(8, 8), latent_channels=4, layers_per_block=1, scaling_factor=0.5, shift_factor=0.1,
-    ).save_pretrained(folder)
-    return str(folder)
+def vae_folder(vae):
+    return str(vae)
 
 
 def test_identity_changes_nothing():
@@ -39,10 +36,36 @@ def test_decoding_undoes_scale_and_shift(vae_folder):
     assert torch.equal(codec.decode(z), codec.vae.decode(z / 0.5 + 0.1).sample)
 
 
+def test_slicing_and_bf16_change_rounding_alone_and_tiling_what_is_larger_than_a_tile(vae_folder):
+    photograph = torch.from_numpy(load_sample_image("china.jpg")[:96, :96].copy()).permute(2, 0, 1)
+    images = to_float(torch.stack([photograph, photograph.flip(-1)]))
+    plain = VAECodec(vae_folder).encode(images)
+    sliced = VAECodec(vae_folder, slicing=True)
+    assert relative_error(sliced.encode(images), plain) < 1e-5
+    z = sliced.latents(plain, torch.Generator().manual_seed(0))
+    assert relative_error(sliced.decode(z), VAECodec(vae_folder).decode(z)) < 1e-5
+    coarse = VAECodec(vae_folder, "bf16")
+    assert coarse.vae.dtype == torch.bfloat16 and coarse.encode(images).dtype == torch.float32
+    assert 1e-4 < relative_error(coarse.encode(images), plain) < 3e-2
+    tiled = VAECodec(vae_folder, tiling=True)
+    assert tiled.vae.config.sample_size == 32  # a tile
+    assert tiled.encode(images).shape == plain.shape and relative_error(tiled.encode(images), plain) > 1e-4
+    assert torch.equal(tiled.encode(images[..., :32, :32]), VAECodec(vae_folder).encode(images[..., :32, :32]))
+
+
+def test_the_same_weights_are_the_same_wherever_they_lie(vae_folder, make_vae, tmp_path):
+    shutil.copytree(vae_folder, tmp_path / "copy")
+    here, there = VAECodec(vae_folder), VAECodec(str(tmp_path / "copy"), "bf16")
+    there.check(here.describe(), "it was made")
+    with pytest.raises(ValueError, match=r"has weights [0-9a-f]{12}, but it was made with [0-9a-f]{12}$"):
+        VAECodec(str(make_vae(1))).check(here.describe(), "it was made")
+
+
 def test_a_description_opens_the_same_vae_and_notices_another(vae_folder):
     description = VAECodec(vae_folder).describe()
-    assert description | {"source": ""} == {
-        "kind": "autoencoder_kl", "source": "", "channels": 4, "downsample": 2, "scale": 0.5, "shift": 0.1,
+    assert len(description["weights"]) == 64
+    assert {key: value for key, value in description.items() if key not in ("source", "weights")} == {
+        "kind": "autoencoder_kl", "channels": 4, "downsample": 2, "scale": 0.5, "shift": 0.1,
     }
     assert open_codec(description).describe() == description
     with pytest.raises(ValueError, match=r"scale 0\.5, but the weights were trained with 0\.9"):

@@ -6,7 +6,10 @@ from sit_atconv.data.order import BatchOrder, step_seed
 
 
 def take(order, count):
-    return list(islice(order, count))
+    """The images of so many micro-batches, where none is mirrored."""
+    batches = list(islice(order, count))
+    assert not any(mirrored for batch in batches for _, mirrored in batch)
+    return [[index for index, _ in batch] for batch in batches]
 
 
 def test_an_epoch_shows_every_image_once_in_another_order_each_time():
@@ -33,6 +36,21 @@ def test_processes_and_micro_batches_share_the_batches_of_one():
     for step, batch in enumerate(alone):
         parts = [ranks[rank][2 * step + micro] for micro in (0, 1) for rank in (0, 1)]
         assert list(chain(*parts)) == batch and all(len(part) == 2 for part in parts)
+
+
+def test_mirroring_is_a_function_of_seed_epoch_and_position():
+    order = BatchOrder(1000, 100, seed=0, mirror=True)
+    plain = BatchOrder(1000, 100, seed=0)
+    batches = list(islice(order, 20))
+    assert [[index for index, _ in batch] for batch in batches] == take(plain, 20)  # the order stays
+    epochs = [[mirrored for batch in batches[i : i + 10] for _, mirrored in batch] for i in (0, 10)]
+    assert all(440 < sum(epoch) < 560 for epoch in epochs) and epochs[0] != epochs[1]
+    assert list(islice(order.starting_at(13), 7)) == batches[13:]
+    options = dict(seed=0, mirror=True, num_processes=2)
+    ranks = [list(islice(BatchOrder(1000, 100, rank=rank, **options), 20)) for rank in (0, 1)]
+    assert [first + second for first, second in zip(*ranks, strict=True)] == batches
+    other = list(islice(BatchOrder(1000, 100, seed=1, mirror=True), 10))
+    assert [mirrored for batch in other for _, mirrored in batch] != epochs[0]
 
 
 def test_arithmetic_that_does_not_come_out():

@@ -1,0 +1,64 @@
+"""The data set of cached latents."""
+
+import bisect
+import itertools
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sit_atconv.data.latent_folder import as_tensor, open_shard, read_index
+
+
+class CachedLatents(Dataset):
+    """What `encode.py` wrote, mapped into memory: yields posterior moments (2C, h, w) and an int label.
+
+    Args:
+        folder: LATENTS.
+        mirror: whether mirror images will be asked for.
+
+    Raises:
+        ValueError: no index, a shard that is missing or of another size than it had, or no mirror images.
+    """
+
+    is_encoded = True
+
+    def __init__(self, folder: str | Path, mirror: bool = False):
+        self.folder = Path(folder)
+        self.index = read_index(folder)
+        settings = self.index["settings"]
+        if mirror and not settings["mirrored"]:
+            raise ValueError(f"{folder} has no mirror images: set data.mirror to false, or encode with them")
+        for entry in self.index["shards"]:
+            path = self.folder / entry["file"]
+            if not path.exists():
+                raise ValueError(f"{path} is missing: run the same sit_atconv/encode.py again")
+            if (size := path.stat().st_size) != entry["bytes"]:
+                raise ValueError(f"{path} has {size} bytes, and {entry['bytes']} by the index: delete it and run the "
+                                 "same sit_atconv/encode.py again")
+        self.class_names = tuple(self.index["class_names"])
+        self.image_size = settings["image_size"]
+        self.dtype = settings["dtype"]
+        self.codec = settings["codec"] | {"source": self.index["vae"]}  # as Codec.describe() has it
+        self.ends = list(itertools.accumulate(entry["images"] for entry in self.index["shards"]))
+        self.shards: dict[int, dict[str, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor, int]:
+        index, mirrored = item
+        shard = bisect.bisect_right(self.ends, index)
+        if shard not in self.shards:
+            self.shards[shard] = open_shard(self.folder / self.index["shards"][shard]["file"]).arrays
+        arrays = self.shards[shard]
+        position = index - self.ends[shard]  # from the end, as negative numbers count
+        moments = arrays["mirrored" if mirrored else "moments"][position]
+        return as_tensor(moments, self.dtype), int(arrays["labels"][position])
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"shards": {}}  # each process opens its own
+
+    def describe(self) -> dict:
+        return {"kind": "latents", "images": len(self), "index": self.index["checksum"]}

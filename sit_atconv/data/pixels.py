@@ -1,0 +1,66 @@
+"""From image files to pixels and back: reading, ADM's crop, and the one rule by which pixels become uint8."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+UINT8_RULE = "clamp(127.5 * x + 128, 0, 255), truncated"
+CROP_RULE = "upright by EXIF, RGB, halved by box filter while twice as large, bicubic, centre (ADM)"
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] -> uint8 by clamp(127.5 x + 128, 0, 255), truncated: the rule of DiT and SiT."""
+    return (127.5 * images.float() + 128.0).clamp(0, 255).to(torch.uint8)
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]; `to_uint8` undoes it."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """uint8 (C, H, W), one or three channels -> RGB picture (greyscale repeated)."""
+    return Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+
+
+def center_crop(picture: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop (arXiv 2105.05233): halved by box filter while possible, then bicubic, then cut."""
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
+
+
+def read_image(path: Path, size: int) -> Tensor:
+    """An image file, upright, as RGB and cropped to a square -> uint8 (3, size, size).
+
+    Greyscale is repeated, 16 bits become 8, transparency is dropped. ValueError: it cannot be read; the message says
+    why, and leaves the file's name to the caller.
+    """
+    try:
+        with Image.open(path) as file:
+            picture = center_crop(to_rgb(ImageOps.exif_transpose(file)), size)
+    except Exception as error:  # Pillow's readers raise whatever a damaged file makes them raise
+        reason = (str(error) or type(error).__name__).splitlines()[0].replace(f" {str(path)!r}", "")
+        raise ValueError(f"cannot be read as an image: {reason}") from error
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Any picture of 8 or 16 bits as RGB. ValueError: values that are neither, as in float or 32-bit TIFFs.
+
+    (Pillow's own `convert` cuts 16-bit greyscale off at 255: nearly all of it would be white.)
+    """
+    if picture.mode.startswith("I"):
+        levels = np.array(picture)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError(f"its values reach from {levels.min()} to {levels.max()}, not 0 to 65535")
+        picture = Image.fromarray(((levels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    if picture.mode == "F":
+        raise ValueError("its values are floating point, not 8 or 16 bits")
+    return picture.convert("RGB")

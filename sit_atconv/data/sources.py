@@ -1,0 +1,56 @@
+"""What a model is trained on: the embedded digits, a folder of images, or cached latents."""
+
+from dataclasses import dataclass
+
+from sit_atconv.data.codecs import Codec, IdentityCodec, Precision, VAECodec, open_codec
+from sit_atconv.data.images import Digits, ImageFolder
+from sit_atconv.data.latents import CachedLatents
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the model is trained on.
+
+    Args:
+        images: "digits" (embedded, 8x8), or a folder of images: labels from its dataset.json or its subfolders.
+        latents: a folder that encode.py wrote, instead of images; its index knows size, classes and VAE.
+        image_size: side in pixels after a centre crop. Not given, it is what the latents have, or 256.
+        codec: "identity" (pixel space), or the hub id or folder of a diffusers AutoencoderKL; with latents the place
+            of the VAE that made them, if it is another one here. Not given, it is what the latents name, or "identity".
+        codec_precision: of the VAE's arithmetic.
+        mirror: take the mirror image every other time, at random.
+        num_workers: processes that load images, for each training process.
+    """
+
+    images: str = "digits"
+    latents: str | None = None
+    image_size: int | None = None
+    codec: str | None = None
+    codec_precision: Precision = "tf32"
+    mirror: bool = False
+    num_workers: int = 0
+
+    def open(self) -> tuple[Digits | ImageFolder | CachedLatents, Codec]:
+        """The data set, and the codec whose latents the model sees.
+
+        Raises:
+            ValueError: no images or latents there, no codec, or another one, or another size, than the latents have.
+        """
+        if self.latents is not None:
+            latents = CachedLatents(self.latents, self.mirror)
+            if self.image_size not in (None, latents.image_size):
+                raise ValueError(f"data.image_size is {self.image_size}, but {self.latents} was encoded at "
+                                 f"{latents.image_size}: encode the images at {self.image_size}, or leave it out")
+            codec = open_codec(latents.codec | {"source": self.codec or latents.codec["source"]},
+                               f"{self.latents} was encoded", self.codec_precision)
+            return latents, codec
+        images = Digits() if self.images == "digits" else ImageFolder(self.images, self.image_size or 256)
+        if self.codec in (None, "identity"):
+            return images, IdentityCodec(images.channels)
+        return images, VAECodec(self.codec, self.codec_precision)
+
+
+def describe_data(data: Digits | ImageFolder | CachedLatents, codec: Codec) -> dict:
+    """What a run must find again to resume exactly, wherever it lies by then."""
+    codec = {key: value for key, value in codec.describe().items() if key != "source"}
+    return data.describe() | {"classes": len(data.class_names), "codec": codec}

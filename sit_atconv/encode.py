@@ -1,0 +1,100 @@
+"""Encodes a folder of images into latents that training reads, once and for all.
+
+    accelerate launch sit_atconv/encode.py --images IMAGENET/train --out LATENTS [--vae ID_OR_FOLDER] [--image-size 256]
+    python sit_atconv/encode.py --verify LATENTS
+
+Labels are those of the images' dataset.json, or of their subfolders, or one for all. Stored are the posterior moments
+of each image and of its mirror image. Stopped at any moment, the same command goes on where it was, with any number of
+processes, and ends with the same bytes.
+"""
+
+import shlex
+from pathlib import Path
+
+from sit_atconv.commands import ArgumentParser, at_least, fail, is_main_process, positive, user_errors
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
+    options = vars(parser.parse_args(argv))
+    if latents := options.pop("verify"):
+        if is_main_process():
+            check(latents)
+        return
+    for name in ("images", "out"):
+        if options[name] is None:
+            parser.error(f"give --{name}")
+    with user_errors():
+        if not Path(options["images"]).is_dir():  # found before torch is imported
+            raise ValueError(f"{options['images']} is not a folder of images")
+        from sit_atconv.encoding import EncodeOptions, encode_images
+        from sit_atconv.files import gigabytes
+
+        index, rate = encode_images(EncodeOptions(**options))
+    if is_main_process():
+        out, size = options["out"], gigabytes(sum(shard["bytes"] for shard in index["shards"]))
+        left_out = f", {len(index['skipped'])} left out" if index["skipped"] else ""
+        speed = f", {rate:.1f} images/s" if rate else ""
+        print(f"{out} is complete: {index['images']} images of {len(index['class_names'])} classes in "
+              f"{len(index['shards'])} shards, {size}{left_out}{speed}\n"
+              f"picture: {out / 'preview.png'}\ncounts and settings: {out / 'index.json'}\n"
+              f"train: accelerate launch sit_atconv/train.py --config FILE --data.latents {shlex.quote(str(out))}")
+
+
+def check(latents: Path) -> None:
+    """Reads every byte and says what is wrong; leaves with exit code 1 where anything is."""
+    with user_errors():
+        from tqdm import tqdm
+
+        from sit_atconv.data.latent_folder import read_index, verify
+        from sit_atconv.files import gigabytes
+
+        index = read_index(latents)
+        size = sum(shard["bytes"] for shard in index["shards"])
+        with tqdm(total=size, unit="B", unit_scale=True, desc="verifying") as progress:
+            faults = verify(latents, progress.update)
+    if faults:
+        fail("\n".join([f"{latents} is damaged; delete the shards named and run the same sit_atconv/encode.py again",
+                        *faults]))
+    print(f"{latents} is whole: {index['images']} images of {len(index['class_names'])} classes in "
+          f"{len(index['shards'])} shards, {gigabytes(size)}, as they were written")
+
+
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        usage="accelerate launch sit_atconv/encode.py --images DIR --out LATENTS [--vae ID_OR_FOLDER] "
+        "[--image-size 256] [options]",
+        description="Encodes a folder of images into latents that training reads with --data.latents. The same "
+        "command again goes on where it was stopped.",
+    )
+    parser.add_argument("--images", metavar="DIR",
+                        help="images in one subfolder for each class, or with a dataset.json, or of one class")
+    parser.add_argument("--out", type=Path, metavar="LATENTS", help="folder of the latents")
+    parser.add_argument("--vae", default="stabilityai/sd-vae-ft-ema", metavar="ID_OR_FOLDER",
+                        help="a diffusers AutoencoderKL: hub id, or folder of a downloaded one")
+    parser.add_argument("--image-size", type=at_least(1), default=256, metavar="PX",
+                        help="side of the images after ADM's centre crop")
+    parser.add_argument("--verify", type=Path, metavar="LATENTS",
+                        help="encode nothing, but check checksums, counts and values of this folder")
+    parser.add_argument("--skip-unreadable", action="store_true",
+                        help="leave images that cannot be read out, and record them in the index")
+    parser.add_argument("--no-mirror", dest="mirror", action="store_false",
+                        help="do not encode mirror images too: half the time and room")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16",
+                        help="in which the moments are stored")
+    parser.add_argument("--batch-size", type=at_least(1), default=32, help="images that are encoded together")
+    parser.add_argument("--shard-mib", type=positive, default=128, metavar="MIB", help="size of a shard, at most")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp16"), default="tf32",
+                        help="of the VAE's arithmetic; tf32 is fp32 but for the convolutions of a GPU")
+    parser.add_argument("--slicing", action="store_true", help="encode one image after another, to save memory")
+    parser.add_argument("--tiling", action="store_true",
+                        help="encode images larger than the VAE was made for in blended tiles: approximate")
+    parser.add_argument("--num-workers", type=at_least(0), default=None,
+                        help="processes that read images, for each that encodes (default: its cores, at most 8)")
+    parser.add_argument("--cpu-threads", type=at_least(1), default=None,
+                        help="threads of each process on a CPU (default: its share of the cores)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Files that are whole or not there, folders that one command holds at a time, and room on the disk."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+PARTIAL = ".partial-"  # what a file is called until it is whole
+
+
+def write_aside(path: Path, write: Callable[[Path], object], durable: bool = False) -> None:
+    """Writes under another name and renames: a file under its own name is whole, whatever happens meanwhile.
+
+    Args:
+        path: where it shall lie.
+        write: is called with the name to write to; where it fails nothing is left behind.
+        durable: also outlast a power failure.
+    """
+    partial = path.with_name(PARTIAL + path.name)
+    try:
+        write(partial)
+        if durable:
+            _flush(partial)
+        os.replace(partial, path)
+        if durable:
+            _flush(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Makes the folder and holds it for this process, until left or dead. ValueError: another one holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    while True:
+        file = open(path, "a+")  # noqa: SIM115
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no worker of a loader inherits it
+        except OSError:
+            file.seek(0)
+            raise ValueError(f"{folder} is in use by {file.read() or 'another process'}: wait until that has ended, "
+                             "or give another --out") from None
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            break
+        file.close()  # whoever held it removed it before we locked it: what we hold is nobody's any more
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def sha256_of(*paths: Path) -> str:
+    """Of the files' content, one after another."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises ValueError where the disk that `folder` is on, or will be, has less than `needed` bytes free."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ValueError(f"{folder} needs {gigabytes(needed)} and its disk has {gigabytes(free)} free")
+
+
+def gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -1,0 +1,101 @@
+"""The data set of cached latents, and that what is drawn from it depends on seed and position alone."""
+
+import pickle
+import shutil
+from itertools import islice
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from sit_atconv.data.codecs import VAECodec
+from sit_atconv.data.images import ImageFolder
+from sit_atconv.data.latents import CachedLatents
+from sit_atconv.data.order import BatchOrder
+from sit_atconv.data.sources import DataConfig, describe_data
+from tests.conftest import encode_argv, relative_error
+
+
+def test_they_are_the_moments_of_images_and_mirror_images(latents, digit_folder, vae):
+    cached, images, codec = CachedLatents(latents), ImageFolder(digit_folder, 32), VAECodec(str(vae))
+    assert len(cached) == 120 and cached.class_names == images.class_names and cached.image_size == 32
+    for i in (0, 19, 20, 119):
+        for mirrored in (False, True):
+            moments, label = cached[i, mirrored]
+            pixels, expected = images[i, mirrored]
+            assert relative_error(moments, codec.encode(pixels[None])[0]) < 1e-5 and label == expected
+    moments, mirrored = cached[7, False][0], cached[7, True][0]
+    assert relative_error(mirrored, moments.flip(-1)) > 1e-3  # encoded separately, not flipped
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("bfloat16", 8e-3)])
+def test_decoding_what_is_stored_is_what_the_vae_gives(launch, latents, digit_folder, vae, tmp_path, dtype, tolerance):
+    argv = encode_argv(digit_folder, vae, tmp_path / "half")
+    argv[argv.index("--dtype") + 1] = dtype
+    codes, output = launch("sit_atconv/encode.py", argv)
+    assert codes == [0], output
+    half, whole, codec = CachedLatents(tmp_path / "half"), CachedLatents(latents), VAECodec(str(vae))
+    pixels = ImageFolder(digit_folder, 32)[77, False][0][None]
+    stored = half[77, False][0]
+    assert stored.dtype == getattr(torch, dtype)
+    assert relative_error(stored, whole[77, False][0]) < tolerance
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    decoded = codec.decode(codec.latents(stored[None], generators[0]))
+    direct = codec.decode(codec.latents(codec.encode(pixels), generators[1]))
+    assert decoded.dtype == torch.float32 and relative_error(decoded, direct) < 2 * tolerance
+
+
+def batches(latents, workers, start=0, count=12):
+    order = BatchOrder(120, 20, seed=3, accumulation=2, mirror=True).starting_at(start)
+    loader = DataLoader(CachedLatents(latents, mirror=True), batch_sampler=order, num_workers=workers)
+    return list(islice(loader, count))
+
+
+def test_batches_are_the_same_for_any_number_of_workers_and_from_any_step(latents):
+    """An epoch has six steps, of two micro-batches each; bitwise."""
+    alone = batches(latents, 0, count=16)
+    for workers, start in ((1, 0), (3, 0), (2, 3), (0, 7)):
+        others = batches(latents, workers, start, count=16 - 2 * start)
+        for (x, y), (other_x, other_y) in zip(alone[2 * start :], others, strict=True):
+            assert torch.equal(x, other_x) and torch.equal(y, other_y)
+    assert not torch.equal(alone[0][0], alone[12][0])
+
+
+def test_it_can_be_sent_to_a_process_that_was_not_forked(latents):
+    cached = CachedLatents(latents)
+    before = cached[5, False]
+    again = pickle.loads(pickle.dumps(cached))
+    assert torch.equal(again[5, False][0], before[0]) and again.shards.keys() == cached.shards.keys()
+
+
+def test_errors_before_anything_starts(latents, vae, make_vae, tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere holds no index\.json"):
+        DataConfig(latents=str(tmp_path / "nowhere")).open()
+    with pytest.raises(ValueError, match=r"data.image_size is 64, but .* was encoded at 32"):
+        DataConfig(latents=str(latents), image_size=64).open()
+    with pytest.raises(ValueError, match=r"has weights [0-9a-f]{12}, but .* was encoded with [0-9a-f]{12}"):
+        DataConfig(latents=str(latents), codec=str(make_vae(1))).open()
+    with pytest.raises(ValueError, match=r"has scale 0\.25, but .* was encoded with 0\.5"):
+        DataConfig(latents=str(latents), codec=str(make_vae(scaling_factor=0.25))).open()
+    with pytest.raises(ValueError, match="no VAE could be loaded from '/nowhere/vae'"):
+        DataConfig(latents=str(latents), codec="/nowhere/vae").open()
+    copy = shutil.copytree(latents, tmp_path / "copy")
+    shard = copy / "shard-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"shard-00002\.safetensors has \d+ bytes, and \d+ by the index: delete it"):
+        DataConfig(latents=str(copy)).open()
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"shard-00002\.safetensors is missing: run the same"):
+        DataConfig(latents=str(copy)).open()
+
+
+def test_what_a_run_must_find_again(latents, vae, make_vae, tmp_path):
+    """The same data elsewhere are the same; the same images encoded on the fly are not."""
+    here = DataConfig(latents=str(latents))
+    description = describe_data(*here.open())
+    shutil.copytree(vae, tmp_path / "vae")
+    moved = DataConfig(latents=str(shutil.copytree(latents, tmp_path / "moved")), codec=str(tmp_path / "vae"))
+    assert describe_data(*moved.open()) == description
+    assert description["classes"] == 10 and description["kind"] == "latents"
+    data, codec = here.open()
+    assert codec.describe()["source"] == str(vae) and data.is_encoded
