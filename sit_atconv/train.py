@@ -33,6 +33,7 @@ from sit_atconv.checkpointing.weights import Recipe
 from sit_atconv.commands import fail, is_main_process, user_errors
 from sit_atconv.config import parse
 from sit_atconv.data.order import BatchOrder, step_seed
+from sit_atconv.data.pixels import to_float
 from sit_atconv.data.sources import describe_data
 from sit_atconv.devices import keep_freed_memory, on_cpu, share_cores
 from sit_atconv.generation import draw_preview
@@ -129,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         for micro_batch in range(train.accumulation):
             generator.manual_seed(step_seed(train.seed, step, micro_batch, accelerator.process_index))
             inputs, y = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-            stored = inputs if data.is_encoded else codec.encode(inputs)
+            stored = inputs if data.is_encoded else codec.encode(to_float(inputs))
             latents = codec.latents(stored, generator)
 
             with accelerator.accumulate(model):  # gradients are averaged over processes in the last micro-batch only

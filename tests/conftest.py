@@ -52,7 +52,7 @@ def launch(tmp_path_factory):
     """launch(command, argv, processes=1, die=None, kill_at=None) -> (exit codes, what was printed).
 
     Runs a command's main() as torchrun would, in processes forked from one that has imported everything. `die` names
-    one of DEATHS; `kill_at` is the count of its progress bar at which the first process gets its kill -9.
+    one of DEATHS; `kill_at` is the count of the progress bar at which all of them get their kill -9.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sit_atconv.train", "sit_atconv.generation", "sit_atconv.encoding", "torchdiffeq",
@@ -75,7 +75,8 @@ def launch(tmp_path_factory):
         while kill_at is not None and workers[0].is_alive():
             counts = re.findall(r"(\d+)/\d+ \[", log.read_text() if log.exists() else "")
             if counts and int(counts[-1]) >= kill_at:
-                workers[0].kill()
+                for worker in workers:
+                    worker.kill()
             time.sleep(0.001)
         for worker in workers:
             worker.join(120)

@@ -1,8 +1,8 @@
 """Data sets of images: the embedded digits, and folders.
 
-Every data set is indexed by (image, mirrored), as `order.py` draws them, and yields an input and an int label: here
-float32 (C, H, W) in [-1, 1]. It has `class_names` and `image_size`; `is_encoded` says whether its inputs are what
-`Codec.encode` returns, and `describe()` what a run must find again to resume.
+Every data set is indexed by (image, mirrored), as `order.py` draws them, and yields what is stored of it and an int
+label: here pixels, uint8 (C, H, W), a quarter of what floats would be to hand on. It has `class_names`, `image_size`;
+`is_encoded` says whether it yields what `Codec.encode` returns, and `describe()` what a run must find again to resume.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sit_atconv.data.pixels import CROP_RULE, read_image, to_float, to_uint8
+from sit_atconv.data.pixels import CROP_RULE, read_image, to_uint8
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 
@@ -40,14 +40,14 @@ class Digits(Dataset):
 
     def __init__(self):
         images, self.labels = load_digits()
-        self.images = to_float(torch.from_numpy(images))
+        self.images = torch.from_numpy(images)[:, None]
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor, int]:
         index, mirrored = item
-        image = self.images[index][None]
+        image = self.images[index]
         return image.flip(-1) if mirrored else image, int(self.labels[index])
 
     def describe(self) -> dict:
@@ -91,7 +91,7 @@ class ImageFolder(Dataset):
     def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor, int]:
         index, mirrored = item
         try:
-            image = to_float(self.read(index))
+            image = self.read(index)
         except ValueError as error:
             raise ValueError(f"{self.folder / self.name(index)} {error}") from error
         return image.flip(-1) if mirrored else image, int(self.labels[index])

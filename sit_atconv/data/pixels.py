@@ -48,7 +48,7 @@ def read_image(path: Path, size: int) -> Tensor:
     except Exception as error:  # Pillow's readers raise whatever a damaged file makes them raise
         reason = (str(error) or type(error).__name__).splitlines()[0].replace(f" {str(path)!r}", "")
         raise ValueError(f"cannot be read as an image: {reason}") from error
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import trange
 
-from sit_atconv.data.images import Digits
+from sit_atconv.data.images import load_digits
+from sit_atconv.data.pixels import to_float
 from sit_atconv.evaluation.digit_features import WEIGHTS, DigitClassifier
 
 SEED, EPOCHS, BATCH_SIZE, HELD_OUT = 0, 40, 64, 360
@@ -27,9 +28,9 @@ def main() -> None:
     out = parser.parse_args().out
 
     torch.manual_seed(SEED)
-    digits = Digits()
-    train, held_out = split(len(digits))
-    images, labels = digits.images[:, None], torch.tensor(digits.labels)
+    pixels, labels = map(torch.from_numpy, load_digits())
+    train, held_out = split(len(pixels))
+    images = to_float(pixels)[:, None]
     classifier = DigitClassifier()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)

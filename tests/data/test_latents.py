@@ -12,6 +12,7 @@ from sit_atconv.data.codecs import VAECodec
 from sit_atconv.data.images import ImageFolder
 from sit_atconv.data.latents import CachedLatents
 from sit_atconv.data.order import BatchOrder
+from sit_atconv.data.pixels import to_float
 from sit_atconv.data.sources import DataConfig, describe_data
 from tests.conftest import encode_argv, relative_error
 
@@ -23,7 +24,7 @@ def test_they_are_the_moments_of_images_and_mirror_images(latents, digit_folder,
         for mirrored in (False, True):
             moments, label = cached[i, mirrored]
             pixels, expected = images[i, mirrored]
-            assert relative_error(moments, codec.encode(pixels[None])[0]) < 1e-5 and label == expected
+            assert relative_error(moments, codec.encode(to_float(pixels[None]))[0]) < 1e-5 and label == expected
     moments, mirrored = cached[7, False][0], cached[7, True][0]
     assert relative_error(mirrored, moments.flip(-1)) > 1e-3  # encoded separately, not flipped
 
@@ -41,7 +42,7 @@ def test_decoding_what_is_stored_is_what_the_vae_gives(launch, latents, digit_fo
     assert relative_error(stored, whole[77, False][0]) < tolerance
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     decoded = codec.decode(codec.latents(stored[None], generators[0]))
-    direct = codec.decode(codec.latents(codec.encode(pixels), generators[1]))
+    direct = codec.decode(codec.latents(codec.encode(to_float(pixels)), generators[1]))
     assert decoded.dtype == torch.float32 and relative_error(decoded, direct) < 2 * tolerance
 
 

@@ -8,7 +8,8 @@ from torch_fidelity import register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from sit_atconv.data.images import Digits, load_digits
+from sit_atconv.data.images import load_digits
+from sit_atconv.data.pixels import to_float
 from sit_atconv.evaluation import extractors
 from sit_atconv.evaluation.digit_features import WEIGHTS, DigitClassifier
 from sit_atconv.evaluation.extractors import open_extractor
@@ -129,11 +130,11 @@ def test_the_shipped_classifier():
     with safe_open(WEIGHTS, "pt") as file:
         metadata = file.metadata()
     assert metadata["command"] == "python -m sit_atconv.evaluation.train_digit_features"
-    digits, (_, held_out) = Digits(), split(1797)
+    (pixels, labels), (_, held_out) = map(torch.from_numpy, load_digits()), split(1797)
     network = open_extractor("digits").network.classifier
     assert isinstance(network, DigitClassifier)
     with torch.inference_mode():
-        correct = network(digits.images[held_out][:, None])[1].argmax(1) == torch.tensor(digits.labels)[held_out]
+        correct = network(to_float(pixels[held_out])[:, None])[1].argmax(1) == labels[held_out]
     assert correct.float().mean().item() == pytest.approx(float(metadata["held_out_accuracy"]), abs=0.003)
     assert correct.float().mean() > 0.98
 

@@ -1,0 +1,105 @@
+"""How fast training data are read: samples a second, seconds to the first batch, private memory of the workers."""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from sit_atconv.data.latent_folder import DTYPES, Layout, inspect_shard
+from sit_atconv.data.order import BatchOrder
+
+
+@dataclass(frozen=True)
+class LoadingSpeed:
+    """What was measured of one source.
+
+    Args:
+        samples: of the whole data set.
+        samples_per_second: median over the rounds; `rounds` holds them all.
+        startup_seconds: from opening the source to its first batch, workers started.
+        private_mib: the most that RssAnon of all workers together came to; None where the system does not tell.
+    """
+
+    samples: int
+    samples_per_second: float
+    rounds: list[float]
+    startup_seconds: float
+    private_mib: float | None
+
+
+def measure_loading(
+    sources: dict[str, Callable[[], Dataset]],
+    *,
+    batch_size: int = 256,
+    num_workers: int = 2,
+    rounds: int = 5,
+    seconds: float = 3.0,
+    mirror: bool = True,
+    progress: bool = False,
+) -> dict[str, LoadingSpeed]:
+    """Reads each source in training's order, by turns: every round reads each for some seconds.
+
+    Args:
+        sources: what opens each of them.
+        batch_size: samples of a batch.
+        num_workers: processes that read; 0 reads in this one, whose memory is told then.
+        rounds, seconds: how often each is read, and how long.
+        mirror: every other time the mirror image, as `BatchOrder` draws it.
+        progress: draw a bar on stderr.
+
+    Raises:
+        ValueError: a source that cannot be opened, or is smaller than a batch.
+    """
+    loaders, sizes, startups, rates = {}, {}, {}, {name: [] for name in sources}
+    for name, open_source in sources.items():
+        clock = time.perf_counter()
+        data = open_source()
+        order = BatchOrder(len(data), batch_size, seed=0, mirror=mirror)
+        loaders[name], sizes[name] = iter(DataLoader(data, batch_sampler=order, num_workers=num_workers)), len(data)
+        next(loaders[name])
+        startups[name] = time.perf_counter() - clock
+    memory = dict.fromkeys(sources, 0.0)
+    for name in tqdm(list(sources) * rounds, unit="round", disable=not progress):
+        for _ in range(2 * num_workers):  # read while the other source was being timed
+            next(loaders[name])
+        clock, count = time.perf_counter(), 0
+        while time.perf_counter() - clock < seconds:
+            next(loaders[name])
+            count += batch_size
+        rates[name].append(count / (time.perf_counter() - clock))
+        pids = [worker.pid for worker in loaders[name]._workers] if num_workers else ["self"]
+        memory[name] = max(memory[name], sum(map(private_mib, pids)))
+    return {name: LoadingSpeed(sizes[name], median(rates[name]), rates[name], startups[name], memory[name] or None)
+            for name in sources}
+
+
+def private_mib(pid: int | str) -> float:
+    """RssAnon of a process: what it holds alone, without files mapped. 0 where the system does not tell."""
+    status = Path("/proc", str(pid), "status")
+    found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) / 1024 if found else 0.0
+
+
+def write_random_latents(folder: Path, num_images: int, moments_shape: tuple[int, int, int] = (8, 32, 32)) -> None:
+    """A folder of latents that are random numbers, float16, with mirror images: for measuring."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"images": num_images, "images_per_shard": 4096, "batch_size": 32, "image_size": 8 * moments_shape[-1],
+                "dtype": "float16", "mirrored": True, "moments_shape": list(moments_shape), "codec": {}}
+    layout, entries = Layout(folder, settings), []
+    generator = torch.Generator().manual_seed(0)
+    for shard in tqdm(range(layout.num_shards), unit="shard", desc="writing random latents"):
+        count = len(layout.images(shard))
+        tensors = {
+            name: torch.randn((count, *moments_shape), generator=generator).to(DTYPES["float16"])
+            for name in ("moments", "mirrored")
+        }
+        labels = torch.randint(0, 10, (count,), generator=generator)
+        layout.write(shard, tensors | {"labels": labels}, list(map(str, layout.images(shard))), {})
+        entries.append(inspect_shard(layout.path(shard), settings, 10)[0])
+    layout.write_index("random", list(map(str, range(10))), entries, {})

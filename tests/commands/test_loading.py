@@ -1,0 +1,25 @@
+"""The command that measures how fast training data are read."""
+
+import json
+
+from tests.conftest import load_command
+
+LOADING = "eval/loading.py"
+
+
+def test_latents_and_images_by_turns(latents, digit_folder, capsys):
+    options = ["--latents", latents, "--images", digit_folder, "--image-size", 32, "--random-gb", 0.01,
+               "--batch-size", 10, "--num-workers", 0, "--rounds", 2, "--seconds", 0.02]
+    load_command(LOADING).main(list(map(str, options)))
+    found = json.loads(capsys.readouterr().out)
+    assert [speed["samples"] for speed in found.values()] == [120, 305, 120]
+    assert list(found) == ["latents", "random latents", "images"] and all(len(s["rounds"]) == 2 for s in found.values())
+
+
+def test_errors(fails, latents, tmp_path):
+    main = load_command(LOADING).main
+    assert "give --latents, --images or --random-gb" in fails(main, [])
+    assert "nowhere holds no index.json" in fails(main, ["--latents", "nowhere"])
+    assert "batch_size 256 exceeds the 120 images" in fails(main, ["--latents", latents])
+    assert "nowhere is not a folder" in fails(main, ["--images", "nowhere"])
+    assert "No such file" in fails(main, ["--random-gb", "0.01", "--scratch", tmp_path / "nowhere"])
