@@ -12,6 +12,7 @@ import shlex
 from pathlib import Path
 
 from sit_atconv.commands import ArgumentParser, at_least, fail, is_main_process, positive, user_errors
+from sit_atconv.data import DEFAULT_VAE
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,7 +71,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--images", metavar="DIR",
                         help="images in one subfolder for each class, or with a dataset.json, or of one class")
     parser.add_argument("--out", type=Path, metavar="LATENTS", help="folder of the latents")
-    parser.add_argument("--vae", default="stabilityai/sd-vae-ft-ema", metavar="ID_OR_FOLDER",
+    parser.add_argument("--vae", default=DEFAULT_VAE, metavar="ID_OR_FOLDER",
                         help="a diffusers AutoencoderKL: hub id, or folder of a downloaded one")
     parser.add_argument("--image-size", type=at_least(1), default=256, metavar="PX",
                         help="side of the images after ADM's centre crop")

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from sit_atconv.commands import is_main_process
+from sit_atconv.data import DEFAULT_VAE
 from sit_atconv.data.codecs import VAECodec
 from sit_atconv.data.images import ImageFolder
 from sit_atconv.data.latent_folder import (
@@ -43,7 +44,7 @@ class EncodeOptions:
 
     images: str
     out: Path
-    vae: str = "stabilityai/sd-vae-ft-ema"
+    vae: str = DEFAULT_VAE
     image_size: int = 256
     dtype: str = "float16"
     mirror: bool = True

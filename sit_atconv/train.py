@@ -106,7 +106,8 @@ def main(argv: list[str] | None = None) -> None:
             where += f" with {torch.get_num_threads()} threads"
         print(
             f"{'resuming' if start else 'training'} {run}: {size:.1f}M parameters, {len(data)} images of "
-            f"{len(data.class_names)} classes, batch {train.batch_size}, {where}, {train.precision}, "
+            f"{len(data.class_names)} classes as {codec.channels}x{net.config.input_size}x{net.config.input_size}, "
+            f"batch {train.batch_size}, {where}, {train.precision}, "
             f"step {start} of {train.steps}{', compiled' if train.compile else ''}",
             file=sys.stderr,
         )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from sit_atconv.data import DEFAULT_VAE
 from sit_atconv.data.codecs import Codec, IdentityCodec, Precision, VAECodec, open_codec
 from sit_atconv.data.images import Digits, ImageFolder
 from sit_atconv.data.latents import CachedLatents
@@ -15,8 +16,8 @@ class DataConfig:
         images: "digits" (embedded, 8x8), or a folder of images: labels from its dataset.json or its subfolders.
         latents: a folder that encode.py wrote, instead of images; its index knows size, classes and VAE.
         image_size: side in pixels after a centre crop. Not given, it is what the latents have, or 256.
-        codec: "identity" (pixel space), or the hub id or folder of a diffusers AutoencoderKL; with latents the place
-            of the VAE that made them, if it is another one here. Not given, it is what the latents name, or "identity".
+        codec: the hub id or folder of a diffusers AutoencoderKL, or "identity" for pixel space. Not given, it is
+            the VAE that made the latents, stabilityai/sd-vae-ft-ema for a folder of images, "identity" for digits.
         codec_precision: of the VAE's arithmetic.
         mirror: take the mirror image every other time, at random.
         num_workers: processes that load images, for each training process.
@@ -44,10 +45,13 @@ class DataConfig:
             codec = open_codec(latents.codec | {"source": self.codec or latents.codec["source"]},
                                f"{self.latents} was encoded", self.codec_precision)
             return latents, codec
-        images = Digits() if self.images == "digits" else ImageFolder(self.images, self.image_size or 256)
-        if self.codec in (None, "identity"):
+        if self.images == "digits":
+            images, default = Digits(), "identity"
+        else:
+            images, default = ImageFolder(self.images, self.image_size or 256), DEFAULT_VAE
+        if (codec := self.codec or default) == "identity":
             return images, IdentityCodec(images.channels)
-        return images, VAECodec(self.codec, self.codec_precision)
+        return images, VAECodec(codec, self.codec_precision)
 
 
 def describe_data(data: Digits | ImageFolder | CachedLatents, codec: Codec) -> dict:
