@@ -5,7 +5,8 @@
         --batch-size 64 16 4 --dtypes bf16 --decoder sd-vae --compile --device cuda
 
 Nothing is timed before each form has been seen to compute what it should, by a second computation of it.
-JSON goes to stdout, the table to stderr; both and a chart lie in --out as speed.json, speed.md and speed.png.
+JSON goes to stdout, the table to stderr; both lie in --out as speed.json and speed.md, as far as they have come whenever
+a resolution is done, and in the end a chart, speed.png.
 One process measures: under torchrun the others leave at once.
 """
 
@@ -27,14 +28,19 @@ def main(argv: list[str] | None = None) -> None:
         out = options.pop("out")
         out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is found before torch is imported
         from sit_atconv.benchmark import compare
+        from sit_atconv.files import write_aside
         from sit_atconv.speed.chart import save_chart
         from sit_atconv.speed.options import SpeedOptions
         from sit_atconv.speed.table import table
 
-        comparison = compare(SpeedOptions(**options), progress=True)
-    result, text = json.dumps(comparison.to_json(), indent=1), table(comparison)
-    (out / "speed.json").write_text(result + "\n")
-    (out / "speed.md").write_text(text + "\n")
+        def save(comparison) -> tuple[str, str]:
+            result, text = json.dumps(comparison.to_json(), indent=1), table(comparison)
+            write_aside(out / "speed.json", result + "\n")
+            write_aside(out / "speed.md", text + "\n")
+            return result, text
+
+        comparison = compare(SpeedOptions(**options), progress=True, after_case=save)
+    result, text = save(comparison)
     save_chart(comparison, out / "speed.png")
     print(text, f"\nchart: {out / 'speed.png'}", sep="\n", file=sys.stderr)
     print(result)

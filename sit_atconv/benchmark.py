@@ -24,7 +24,11 @@ MEMORY = ("train", "sampling")  # levels whose peak is measured
 
 
 def compare(
-    options: SpeedOptions, *, clock: Callable[[], float] = time.perf_counter, progress: bool = False
+    options: SpeedOptions,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: bool = False,
+    after_case: Callable[[Comparison], object] = lambda comparison: None,
 ) -> Comparison:
     """Times the forms at every level, at each resolution and in each dtype.
 
@@ -32,6 +36,7 @@ def compare(
         options: what to time.
         clock: returns seconds.
         progress: draw a bar on stderr.
+        after_case: is given what has been found whenever a resolution is done, so that a long run loses little.
 
     Raises:
         ValueError: forms that do not agree; a device that is not there, does not compute in one of the dtypes, or has
@@ -43,7 +48,7 @@ def compare(
         check_dtype(device, dtype)
     decoder = open_decoder(options)
     cases = [Case(options, px, dtype, device, decoder) for dtype, px in product(options.dtypes, options.resolutions)]
-    agreement, measurements = [], []
+    comparison = Comparison(options, describe_environment(device), [], [])
     total = len(cases) * len(options.levels) * (options.rounds + options.warmup)
     with tqdm(total=total, unit="round", disable=not progress) as bar:
         while cases:
@@ -51,13 +56,16 @@ def compare(
             for level in options.levels:
                 bar.set_description(f"{options.preset} {level} {case.resolution} px {case.dtype}")
                 try:
-                    measurements += measure(case, level, clock=clock, after_round=bar.update)
+                    comparison.measurements.extend(measure(case, level, clock=clock, after_round=bar.update))
                 except torch.OutOfMemoryError:
                     raise ValueError(f"{level} at {case.resolution} px in {case.dtype} with batch size "
                                      f"{case.batch_size} does not fit into the memory of {device}: lower the batch "
                                      "size") from None
-            agreement += [{"resolution": case.resolution, "dtype": case.dtype, **asdict(c)} for c in case.checks]
-    return Comparison(options, describe_environment(device), agreement, measurements)
+            comparison.agreement.extend(
+                {"resolution": case.resolution, "dtype": case.dtype, **asdict(check)} for check in case.checks
+            )
+            after_case(comparison)
+    return comparison
 
 
 def measure(

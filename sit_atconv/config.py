@@ -160,9 +160,9 @@ class Config:
     def save(self, folder: Path, data: dict | None = None) -> None:
         """Writes config.yaml, and data.json where the data's description is given."""
         options = yaml.safe_dump(self.options, sort_keys=False)
-        write_aside(folder / "config.yaml", lambda path: path.write_text(options))
+        write_aside(folder / "config.yaml", options)
         if data is not None:
-            write_aside(folder / "data.json", lambda path: path.write_text(json.dumps(data, indent=1)))
+            write_aside(folder / "data.json", json.dumps(data, indent=1))
 
     def changes(self, folder: Path) -> list[str]:
         """What a run in `folder` was started with and may not change on resuming, as "name: then -> now"."""

@@ -12,17 +12,20 @@ from pathlib import Path
 PARTIAL = ".partial-"  # what a file is called until it is whole
 
 
-def write_aside(path: Path, write: Callable[[Path], object], durable: bool = False) -> None:
+def write_aside(path: Path, content: str | bytes | Callable[[Path], object], durable: bool = False) -> None:
     """Writes under another name and renames: a file under its own name is whole, whatever happens meanwhile.
 
     Args:
         path: where it shall lie.
-        write: is called with the name to write to; where it fails nothing is left behind.
+        content: text, bytes, or what is called with the name to write to. Where it fails nothing is left behind.
         durable: also outlast a power failure.
     """
     partial = path.with_name(PARTIAL + path.name)
     try:
-        write(partial)
+        if callable(content):
+            content(partial)
+        else:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
         if durable:
             _flush(partial)
         os.replace(partial, path)

@@ -53,7 +53,7 @@ class SamplesFolder:
         return [i for i in range(num_samples) if not self._image(i).exists()]
 
     def write_manifest(self, content: dict) -> None:
-        write_aside(self.manifest, lambda path: path.write_text(json.dumps(content, indent=1)))
+        write_aside(self.manifest, json.dumps(content, indent=1))
 
     def write_image(self, index: int, image: Tensor) -> None:
         """uint8 (C, H, W), one or three channels."""

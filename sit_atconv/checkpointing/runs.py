@@ -122,5 +122,4 @@ def read_stats(run: Path, up_to_step: int | None = None) -> list[dict]:
 
 def rewind_stats(run: Path, step: int) -> None:
     """Drops what was logged after the step that a run goes on from, since it will be logged again."""
-    kept = "".join(json.dumps(line) + "\n" for line in read_stats(run, step))
-    write_aside(run / "stats.jsonl", lambda path: path.write_text(kept))
+    write_aside(run / "stats.jsonl", "".join(json.dumps(line) + "\n" for line in read_stats(run, step)))

@@ -100,9 +100,8 @@ class Layout:
 
         # One entry, since safetensors writes several in an order that changes from run to run.
         metadata = {"latents": json.dumps({"settings": self.settings, "names": names, "skipped": skipped})}
-        content = save(tensors, metadata)
         try:
-            write_aside(self.path(shard), lambda path: path.write_bytes(content), durable=True)
+            write_aside(self.path(shard), save(tensors, metadata), durable=True)
         except OSError as error:
             raise OSError(f"{self.path(shard)} cannot be written ({error.strerror}): mend that, and the same command "
                           "goes on from there") from error
@@ -131,8 +130,7 @@ class Layout:
             "versions": {name: version(name) for name in ("torch", "diffusers", "pillow", "safetensors")},
         }
         index["checksum"] = _checksum(index)
-        text = json.dumps(index, indent=1)
-        write_aside(self.folder / INDEX, lambda path: path.write_text(text + "\n"), durable=True)
+        write_aside(self.folder / INDEX, json.dumps(index, indent=1) + "\n", durable=True)
 
 
 def _readable(settings: dict) -> dict:

@@ -1,12 +1,12 @@
 """ATConv, Attentive Convolution (arXiv 2510.20092): a token mixer with a 3x3 kernel made from the content."""
 
-import functools
 import math
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from sit_atconv.models.tables import kept
 from sit_atconv.ops import dynamic_depthwise_conv2d
 
 ACTIVATIONS = {"gelu_tanh": lambda: nn.GELU(approximate="tanh"), "silu": nn.SiLU}
@@ -74,13 +74,13 @@ def pool_tokens(x: Tensor, grid_size: tuple[int, int], k: int, pool: str) -> Ten
 
     "raster" sees the tokens as one column: bin i averages tokens floor(i*N/k^2) ... ceil((i+1)*N/k^2) - 1. "grid"
     does the same along each side. Both are `adaptive_avg_pool2d`, written as a product with the bins' members: its own
-    backward has one core for each sample (4096 tokens of width 1152, forward and backward: 66 ms, this 8).
+    backward has one core for each sample (docs/speed.md, "What makes it fast", times both).
     """
-    make = bin_members if torch.compiler.is_compiling() else _kept_bin_members
-    members, counts = make(grid_size, k, pool, x.device, x.dtype)
+    members, counts = bin_members(grid_size, k, pool, x.device, x.dtype)
     return members @ x / counts
 
 
+@kept
 def bin_members(
     grid_size: tuple[int, int], k: int, pool: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -96,12 +96,6 @@ def bin_members(
     else:
         members = along(H * W, k * k)
     return members.to(dtype), members.sum(1, keepdim=True)
-
-
-@functools.lru_cache(maxsize=32)
-def _kept_bin_members(*arguments) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):  # or training could not use what sampling leaves here
-        return bin_members(*arguments)
 
 
 def square_grid(num_tokens: int) -> tuple[int, int]:

@@ -4,7 +4,6 @@ Parameter names and initialisation are those published, so that published weight
 """
 
 import difflib
-import functools
 import math
 
 import torch
@@ -17,6 +16,7 @@ from timm.layers import Mlp, PatchEmbed
 from torch import Tensor
 
 from sit_atconv.models.atconv import ATConv
+from sit_atconv.models.tables import kept
 
 MIXERS = ("atconv", "attention")
 
@@ -66,11 +66,10 @@ def sincos_pos_embed(hidden_size: int, grid_size: tuple[int, int]) -> Tensor:
     return torch.cat(halves, dim=1)[None].float()
 
 
-@functools.lru_cache(maxsize=8)
-def _kept_pos_embed(hidden_size: int, grid_size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`sincos_pos_embed` on the device, made when it is first asked for."""
-    with torch.inference_mode(False):  # or training could not use what sampling leaves here
-        return sincos_pos_embed(hidden_size, grid_size).to(device, dtype)
+@kept
+def pos_embed_on(hidden_size: int, grid_size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`sincos_pos_embed` on a device."""
+    return sincos_pos_embed(hidden_size, grid_size).to(device, dtype)
 
 
 # --------------------------------------------------------------------------------------------------------- block
@@ -274,9 +273,7 @@ class SiT(ModelMixin, ConfigMixin):
     def _positions(self, grid_size: tuple[int, int]) -> Tensor:
         if grid_size == self.grid_size:
             return self.pos_embed
-        if torch.compiler.is_compiling():  # no table from outside becomes part of a graph
-            return sincos_pos_embed(self.config.hidden_size, grid_size).to(self.pos_embed)
-        return _kept_pos_embed(self.config.hidden_size, grid_size, self.pos_embed.device, self.pos_embed.dtype)
+        return pos_embed_on(self.config.hidden_size, grid_size, self.pos_embed.device, self.pos_embed.dtype)
 
     def _unpatchify(self, patches: Tensor, grid_size: tuple[int, int]) -> Tensor:
         (h, w), p = grid_size, self.config.patch_size

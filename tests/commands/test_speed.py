@@ -44,6 +44,26 @@ def test_json_on_stdout_and_all_files_in_the_folder(main, tmp_path, capsys):
         assert picture.width > 600
 
 
+def test_what_was_found_before_a_kill_is_there(main, tmp_path, monkeypatch):
+    """Of two resolutions the second never ends."""
+    import sit_atconv.benchmark as benchmark
+
+    measure = benchmark.measure
+
+    def interrupted(case, level, **options):
+        if case.resolution == 64:
+            raise KeyboardInterrupt
+        return measure(case, level, **options)
+
+    monkeypatch.setattr(benchmark, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main([*QUICK, "--resolutions", "32", "64", "--levels", "op"])
+    folder = tmp_path / "runs" / "speed"
+    result = json.loads((folder / "speed.json").read_text())
+    assert {m["resolution"] for m in result["measurements"]} == {32} and result["agreement"]
+    assert "| atconv |" in (folder / "speed.md").read_text()
+
+
 def test_the_command_offers_every_form_and_level():
     command = load_command("eval/speed.py")
     assert list(command.FORMS) == list(FORMS)
