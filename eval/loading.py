@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors(), tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         from sit_atconv.data.images import ImageFolder
         from sit_atconv.data.latents import CachedLatents
-        from sit_atconv.data.loading_speed import measure_loading, write_random_latents
+        from sit_atconv.data.loading_speed import forget_files, measure_loading, write_random_latents
 
         sources = {}
         if options.latents:
@@ -32,8 +32,10 @@ def main(argv: list[str] | None = None) -> None:
             sources["random latents"] = lambda: CachedLatents(scratch)
         if options.images:
             sources["images"] = lambda: ImageFolder(options.images, options.image_size)
+        folders = [Path(folder) for folder in (options.latents, options.random_gb and scratch) if folder]
+        cold = {"before_round": lambda: [forget_files(folder) for folder in folders]} if options.cold else {}
         found = measure_loading(sources, batch_size=options.batch_size, num_workers=options.num_workers,
-                                rounds=options.rounds, seconds=options.seconds, progress=True)
+                                rounds=options.rounds, seconds=options.seconds, progress=True, **cold)
     print(json.dumps({name: dataclasses.asdict(speed) for name, speed in found.items()}, indent=1))
 
 
@@ -48,6 +50,8 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--random-gb", type=positive, default=None, metavar="GB",
                         help="write latents of 32x32x4 of this size, random numbers, and measure those")
     parser.add_argument("--scratch", default=None, metavar="DIR", help="where those lie meanwhile")
+    parser.add_argument("--cold", action="store_true",
+                        help="from the disk: have the system forget the latents it keeps in memory before each round")
     parser.add_argument("--batch-size", type=at_least(1), default=256, help="samples of a batch")
     parser.add_argument("--num-workers", type=at_least(0), default=2, help="processes that read")
     parser.add_argument("--rounds", type=at_least(1), default=5, help="how often each is read")

@@ -5,8 +5,8 @@
         --batch-size 64 16 4 --dtypes bf16 --decoder sd-vae --compile --device cuda
 
 Nothing is timed before each form has been seen to compute what it should, by a second computation of it.
-JSON goes to stdout, the table to stderr; both lie in --out as speed.json and speed.md, as far as they have come whenever
-a resolution is done, and in the end a chart, speed.png.
+JSON goes to stdout, the table to stderr. Both lie in --out, as speed.json and speed.md, as far as they have come
+whenever a resolution is done; in the end there is a chart, speed.png.
 One process measures: under torchrun the others leave at once.
 """
 

@@ -33,11 +33,11 @@ def main(argv: list[str] | None = None) -> None:
 
         index, rate = encode_images(EncodeOptions(**options))
     if is_main_process():
-        out, size = options["out"], gigabytes(sum(shard["bytes"] for shard in index["shards"]))
-        left_out = f", {len(index['skipped'])} left out" if index["skipped"] else ""
+        out = options["out"]
+        left_out = f", {len(index.skipped)} left out" if index.skipped else ""
         speed = f", {rate:.1f} images/s" if rate else ""
-        print(f"{out} is complete: {index['images']} images of {len(index['class_names'])} classes in "
-              f"{len(index['shards'])} shards, {size}{left_out}{speed}\n"
+        print(f"{out} is complete: {index.num_images} images of {len(index.class_names)} classes in "
+              f"{len(index.shards)} shards, {gigabytes(index.num_bytes)}{left_out}{speed}\n"
               f"picture: {out / 'preview.png'}\ncounts and settings: {out / 'index.json'}\n"
               f"train: accelerate launch sit_atconv/train.py --config FILE --data.latents {shlex.quote(str(out))}")
 
@@ -51,14 +51,13 @@ def check(latents: Path) -> None:
         from sit_atconv.files import gigabytes
 
         index = read_index(latents)
-        size = sum(shard["bytes"] for shard in index["shards"])
-        with tqdm(total=size, unit="B", unit_scale=True, desc="verifying") as progress:
+        with tqdm(total=index.num_bytes, unit="B", unit_scale=True, desc="verifying") as progress:
             faults = verify(latents, progress.update)
     if faults:
         fail("\n".join([f"{latents} is damaged; delete the shards named and run the same sit_atconv/encode.py again",
                         *faults]))
-    print(f"{latents} is whole: {index['images']} images of {len(index['class_names'])} classes in "
-          f"{len(index['shards'])} shards, {gigabytes(size)}, as they were written")
+    print(f"{latents} is whole: {index.num_images} images of {len(index.class_names)} classes in "
+          f"{len(index.shards)} shards, {gigabytes(index.num_bytes)}, as they were written")
 
 
 def make_parser() -> ArgumentParser:
@@ -84,7 +83,8 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16",
                         help="in which the moments are stored")
     parser.add_argument("--batch-size", type=at_least(1), default=32, help="images that are encoded together")
-    parser.add_argument("--shard-mib", type=positive, default=128, metavar="MIB", help="size of a shard, at most")
+    parser.add_argument("--shard-mib", type=positive, default=128, metavar="MIB",
+                        help="size of a shard, at most, but never less than a batch")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp16"), default="tf32",
                         help="of the VAE's arithmetic; tf32 is fp32 but for the convolutions of a GPU")
     parser.add_argument("--slicing", action="store_true", help="encode one image after another, to save memory")

@@ -1,11 +1,13 @@
 """From a folder of images to a folder of latents: shared by several processes, and gone on with after any kill."""
 
 import contextlib
-import math
+import dataclasses
+import itertools
 import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,21 +20,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sit_atconv.commands import is_main_process
-from sit_atconv.data import DEFAULT_VAE
 from sit_atconv.data.codecs import VAECodec
 from sit_atconv.data.images import ImageFolder
 from sit_atconv.data.latent_folder import (
-    DTYPES,
     INDEX,
     PREVIEW,
-    Layout,
-    as_tensor,
+    STORED_DTYPES,
+    LatentFolder,
+    LatentIndex,
+    LatentSettings,
+    ShardReport,
     inspect_shard,
+    locate,
     open_shard,
     read_index,
 )
-from sit_atconv.data.pixels import CROP_RULE, read_image, to_float, to_uint8
+from sit_atconv.data.pixels import CROP_RULE, to_float, to_uint8
 from sit_atconv.devices import keep_freed_memory, on_cpu, share_cores
 from sit_atconv.files import PARTIAL, check_room, exclusive, gigabytes
 from sit_atconv.pictures import save_sample_grid
@@ -40,22 +43,43 @@ from sit_atconv.pictures import save_sample_grid
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What to encode; the help of `encode.py` says what each option means."""
+    """What to encode; the help of `encode.py` says what each option means, and has the defaults."""
 
     images: str
     out: Path
-    vae: str = DEFAULT_VAE
-    image_size: int = 256
-    dtype: str = "float16"
-    mirror: bool = True
-    batch_size: int = 32
-    shard_mib: float = 128
-    precision: str = "tf32"
-    slicing: bool = False
-    tiling: bool = False
-    skip_unreadable: bool = False
-    num_workers: int | None = None
-    cpu_threads: int | None = None
+    vae: str
+    image_size: int
+    dtype: str
+    mirror: bool
+    batch_size: int
+    shard_mib: float
+    precision: str
+    slicing: bool
+    tiling: bool
+    skip_unreadable: bool
+    num_workers: int | None
+    cpu_threads: int | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is encoded, by what, into what; and which of several processes this is."""
+
+    options: EncodeOptions
+    images: ImageFolder
+    codec: VAECodec
+    folder: LatentFolder
+    state: PartialState
+
+
+@dataclass(frozen=True)
+class EncodedShard:
+    """What `LatentFolder.write` wants, and the images whose moments the stored dtype cannot hold."""
+
+    tensors: dict[str, Tensor]
+    names: list[str]
+    skipped: dict[str, str]
+    overflowing: list[str]
 
 
 class Pictures(Dataset):
@@ -71,7 +95,7 @@ class Pictures(Dataset):
             return torch.zeros(3, self.images.image_size, self.images.image_size, dtype=torch.uint8), str(error)
 
 
-def encode_images(options: EncodeOptions) -> tuple[dict, float]:
+def encode_images(options: EncodeOptions) -> tuple[LatentIndex, float]:
     """Encodes what is missing of a folder of latents, on all processes together, and completes it with its index.
 
     Neither the number of processes nor a kill on the way changes a byte (but for the last bits of a VAE's arithmetic
@@ -83,68 +107,64 @@ def encode_images(options: EncodeOptions) -> tuple[dict, float]:
     Raises:
         ValueError: images, VAE or size that cannot be; a folder that holds something else or is in use; too little
             room; images that cannot be read, all of them named.
-        OSError: a shard that could not be written.
+        OSError: what could not be written, or is damaged.
     """
     images = ImageFolder(options.images, options.image_size)
     codec = VAECodec(options.vae, options.precision, slicing=options.slicing, tiling=options.tiling)
-    layout = Layout(options.out, _settings(options, images, codec))
-    _check_folder(options)
-    missing = layout.missing()
-    if not missing and (layout.folder / INDEX).exists():
+    folder = LatentFolder(options.out, latent_settings(options, images, codec))
+    _check_out(options)
+    missing = folder.missing(options.skip_unreadable)
+    if not missing and (folder.path / INDEX).exists():
         with contextlib.suppress(ValueError):  # a damaged index is made again
-            return read_index(layout.folder), 0.0
-    room = _bytes_per_image(layout.settings) * sum(len(layout.images(shard)) for shard in missing)
-    check_room(options.out, room)
+            return read_index(folder.path), 0.0
+    room = folder.settings.bytes_per_image * sum(len(folder.images(number)) for number in missing)
+    check_room(folder.path, room)
 
-    with exclusive(options.out) if is_main_process() else contextlib.nullcontext():
-        state = PartialState(cpu=on_cpu(), timeout=timedelta(days=7))  # one may wait long for another's last shard
-        if state.device.type == "cpu":
-            share_cores(options.cpu_threads)
-            keep_freed_memory()
+    state = PartialState(cpu=on_cpu(), timeout=timedelta(days=7))  # one may wait long for another's last shard
+    if state.device.type == "cpu":
+        share_cores(options.cpu_threads)
+        keep_freed_memory()
+    job = Job(options, images, codec.to(state.device), folder, state)
+    with _held(job):
         if state.is_main_process:
-            for partial in options.out.glob(f"{PARTIAL}*"):  # of a process that was killed
+            for partial in folder.path.glob(f"{PARTIAL}*"):  # of a process that was killed
                 partial.unlink()
-            print(f"encoding {len(images)} images of {len(images.class_names)} classes into {options.out}, "
-                  f"{state.num_processes} x {state.device.type}: {layout.num_shards - len(missing)} of "
-                  f"{layout.num_shards} shards are there, the others take {gigabytes(room)}", file=sys.stderr)
+            print(f"encoding {len(images)} images of {len(images.class_names)} classes into {folder.path}, "
+                  f"{state.num_processes} x {state.device.type}: {folder.num_shards - len(missing)} of "
+                  f"{folder.num_shards} shards are there, the others take {gigabytes(room)}", file=sys.stderr)
         state.wait_for_everyone()
-        missing = layout.missing()
+        missing = folder.missing(options.skip_unreadable)
+        state.wait_for_everyone()  # all have listed them before one writes: all share out the same
+        rate = _encode_missing(job, missing)
+        _complete(job)
         state.wait_for_everyone()
-        codec = codec.to(state.device)
-        rate = _encode_shards(missing, layout, images, codec, options, state)
-        _complete(layout, images, codec, options, state)
-        state.wait_for_everyone()
-    return read_index(options.out), rate
+    return read_index(folder.path), rate
 
 
-def _settings(options: EncodeOptions, images: ImageFolder, codec: VAECodec) -> dict:
-    """All that the bytes of the shards depend on. ValueError: the VAE cannot encode images of this size."""
-    size = codec.latent_size(options.image_size)
-    settings = {
-        "images": len(images),
-        "files": images.files_sha256(),
-        "image_size": options.image_size,
-        "crop": CROP_RULE,
-        "codec": {key: value for key, value in codec.describe().items() if key != "source"},
-        "precision": options.precision,
-        "slicing": options.slicing,
-        "tiling": options.tiling,
-        "mirrored": options.mirror,
-        "dtype": options.dtype,
-        "moments_shape": [2 * codec.channels, size, size],
-        "batch_size": options.batch_size,
-    }
-    batches = int(options.shard_mib * 2**20) // (_bytes_per_image(settings) * options.batch_size)
-    return settings | {"images_per_shard": max(1, batches) * options.batch_size}
+def latent_settings(options: EncodeOptions, images: ImageFolder, codec: VAECodec) -> LatentSettings:
+    """ValueError: the VAE cannot encode images of this size."""
+    side = codec.latent_size(options.image_size)
+    settings = LatentSettings(
+        num_images=len(images),
+        files=images.files_sha256(),
+        image_size=options.image_size,
+        crop=CROP_RULE,
+        codec={key: value for key, value in codec.describe().items() if key != "source"},
+        precision=options.precision,
+        slicing=options.slicing,
+        tiling=options.tiling,
+        mirrored=options.mirror,
+        dtype=options.dtype,
+        moments_shape=[2 * codec.channels, side, side],
+        batch_size=options.batch_size,
+        images_per_shard=options.batch_size,
+    )
+    batches = int(options.shard_mib * 2**20) // (settings.bytes_per_image * options.batch_size)
+    return dataclasses.replace(settings, images_per_shard=max(1, batches) * options.batch_size)
 
 
-def _bytes_per_image(settings: dict) -> int:
-    moments = math.prod(settings["moments_shape"]) * DTYPES[settings["dtype"]].itemsize
-    return moments * (2 if settings["mirrored"] else 1) + 128  # and its name and label
-
-
-def _check_folder(options: EncodeOptions) -> None:
-    """Raises ValueError where the folder holds something else, or the images."""
+def _check_out(options: EncodeOptions) -> None:
+    """Raises ValueError where the folder holds something else, or lies among the images."""
     if options.out.is_file():
         raise ValueError(f"{options.out} is a file: give another --out")
     if options.out.resolve().is_relative_to(Path(options.images).resolve()):
@@ -155,107 +175,119 @@ def _check_folder(options: EncodeOptions) -> None:
             raise ValueError(f"{options.out} holds something else ({path.name}): give another --out")
 
 
-def _encode_shards(
-    missing: list[int], layout: Layout, images: ImageFolder, codec: VAECodec, options: EncodeOptions,
-    state: PartialState,
-) -> float:
-    """Encodes this process's part and returns the images a second of all. Raises on all processes what one found."""
-    mine = missing[state.process_index :: state.num_processes]
-    batches = [batch for shard in mine for batch in layout.batches(shard)]
-    workers = _share_of_cores(options.num_workers)
-    loader = iter(DataLoader(Pictures(images), batch_sampler=batches, num_workers=workers,
-                             pin_memory=state.device.type == "cuda"))
-    unreadable, faults, clock = [], [], time.perf_counter()
-    which = f"encoding, process 1 of {state.num_processes}" if state.num_processes > 1 else "encoding"
-    with tqdm(total=sum(map(len, batches)), unit="image", desc=which, disable=not state.is_main_process) as progress:
-        for shard in mine:
-            tensors, reasons = _encode_shard(len(layout.batches(shard)), loader, codec, options, progress)
-            indices = layout.images(shard)
-            skipped = {images.name(i): reason for i, reason in zip(indices, reasons, strict=True) if reason}
-            read = [i for i, reason in zip(indices, reasons, strict=True) if not reason]
-            unreadable += skipped.items()
-            for name, values in tensors.items():
-                finite = values.isfinite().flatten(1).all(1).tolist()
-                faults += [f"{images.name(i)}: its {name} exceed {options.dtype}, give --dtype float32"
-                           for i, fits in zip(read, finite, strict=True) if not fits]
-            if faults or (skipped and not options.skip_unreadable):
-                continue
-            tensors["labels"] = torch.from_numpy(images.labels[read])
+@contextlib.contextmanager
+def _held(job: Job) -> Iterator[None]:
+    """Holds the folder, by the main process for all. Raises on all of them where another command holds it."""
+    with contextlib.ExitStack() as stack:
+        faults = []
+        if job.state.is_main_process:
             try:
-                layout.write(shard, tensors, [images.name(i) for i in read], skipped)
+                stack.enter_context(exclusive(job.folder.path))
+            except (ValueError, OSError) as error:
+                faults.append(str(error))
+        _raise_together(faults)
+        yield
+
+
+def _raise_together(faults: list[str]) -> None:
+    """Raises on every process what any of them found, so that none waits for another that has left."""
+    if faults := sorted(gather_object(faults)):
+        raise OSError("\n".join(faults))
+
+
+def _encode_missing(job: Job, missing: list[int]) -> float:
+    """Encodes this process's part. Returns the images a second of all; raises on all processes what one found."""
+    mine = missing[job.state.process_index :: job.state.num_processes]
+    batches = [batch for number in mine for batch in job.folder.batches(number)]
+    loader = iter(DataLoader(Pictures(job.images), batch_sampler=batches, pin_memory=job.state.device.type == "cuda",
+                             num_workers=_num_workers(job.options)))
+    several = job.state.num_processes > 1
+    progress = tqdm(total=sum(map(len, batches)), unit="image", disable=not job.state.is_main_process,
+                    desc=f"encoding, process 1 of {job.state.num_processes}" if several else "encoding")
+    unreadable, faults, clock = [], [], time.perf_counter()
+    with progress:
+        for number in mine:
+            shard = _encode_shard(job, number, loader, progress)
+            unreadable += [f"{job.images.folder / name} {why}" for name, why in shard.skipped.items()]
+            if shard.overflowing:
+                faults += [f"{job.images.folder / name}: its latents exceed {job.options.dtype}, give --dtype float32"
+                           for name in shard.overflowing]
+                break
+            if shard.skipped and not job.options.skip_unreadable:
+                continue
+            try:
+                job.folder.write(number, shard.tensors, shard.names, shard.skipped)
             except OSError as error:
                 faults.append(str(error))
                 break
-    rate = sum(len(layout.images(shard)) for shard in missing) / (time.perf_counter() - clock)
-    _stop_on([] if options.skip_unreadable else unreadable, faults, options)
+    rate = sum(len(job.folder.images(number)) for number in missing) / (time.perf_counter() - clock)
+    _raise_together(faults)
+    if (unreadable := sorted(gather_object(unreadable))) and not job.options.skip_unreadable:
+        raise ValueError("\n".join([f"{len(unreadable)} images cannot be read: mend them and run the same command "
+                                    "again, or give --skip-unreadable to leave them out", *unreadable]))
     return rate
 
 
-def _encode_shard(num_batches: int, loader, codec: VAECodec, options: EncodeOptions, progress: tqdm):
-    """The next batches of the loader -> moments of those that could be read, and for each image why not, or ""."""
-    stored, reasons = {"moments": [], **({"mirrored": []} if options.mirror else {})}, []
-    for _ in range(num_batches):
+def _encode_shard(job: Job, number: int, loader: Iterator, progress: tqdm) -> EncodedShard:
+    """Takes the shard's batches from the loader."""
+    indices, reasons = job.folder.images(number), []
+    parts = {kind: [] for kind in job.folder.settings.kinds}
+    for _ in job.folder.batches(number):
         pixels, why = next(loader)
         reasons += why
-        x = to_float(pixels.to(codec.device, non_blocking=True))
+        x = to_float(pixels.to(job.state.device, non_blocking=True))
         read = torch.tensor([not reason for reason in why])
-        for name, parts in stored.items():
-            moments = codec.encode(x.flip(-1) if name == "mirrored" else x)
-            parts.append(moments.to(DTYPES[options.dtype]).cpu()[read])
+        for kind in parts:
+            moments = job.codec.encode(x.flip(-1) if kind == "mirrored" else x)
+            parts[kind].append(moments.to(STORED_DTYPES[job.options.dtype]).cpu()[read])
         progress.update(len(why))
-    return {name: torch.cat(parts).contiguous() for name, parts in stored.items()}, reasons
+    tensors = {kind: torch.cat(moments).contiguous() for kind, moments in parts.items()}
+    kept = [i for i, reason in zip(indices, reasons, strict=True) if not reason]
+    names = [job.images.name(i) for i in kept]
+    skipped = {job.images.name(i): reason for i, reason in zip(indices, reasons, strict=True) if reason}
+    finite = torch.stack([moments.isfinite().flatten(1).all(1) for moments in tensors.values()]).all(0).tolist()
+    overflowing = [name for name, fits in zip(names, finite, strict=True) if not fits]
+    return EncodedShard(tensors | {"labels": torch.from_numpy(job.images.labels[kept])}, names, skipped, overflowing)
 
 
-def _complete(
-    layout: Layout, images: ImageFolder, codec: VAECodec, options: EncodeOptions, state: PartialState
-) -> None:
-    """Reads all shards again, each process some, and writes preview and index. Raises where something is wrong."""
-    entries, skipped, faults = [], [], []
-    for shard in range(layout.num_shards)[state.process_index :: state.num_processes]:
-        entry, wrong = inspect_shard(layout.path(shard), layout.settings, len(images.class_names))
-        entries.append(entry)
-        skipped += open_shard(layout.path(shard)).skipped.items()
-        faults += [f"{fault}: delete it and run the same command again" for fault in wrong]
-    _stop_on([] if options.skip_unreadable else skipped, faults, options)
-    entries, skipped = sorted(gather_object(entries), key=lambda entry: entry["file"]), sorted(gather_object(skipped))
-    if not any(entry["images"] for entry in entries):
-        raise ValueError(f"none of the {len(images)} images of {options.images} can be read")
-    if state.is_main_process:
-        _draw_preview(layout, [entry["images"] for entry in entries], images, codec)
-        layout.write_index(options.vae, list(images.class_names), entries, dict(skipped))
-
-
-def _stop_on(unreadable: list[tuple[str, str]], faults: list[str], options: EncodeOptions) -> None:
-    """Raises on every process, and says there, what any of them found."""
-    unreadable, faults = sorted(gather_object(unreadable)), sorted(gather_object(faults))
-    if faults:
-        raise OSError("\n".join(faults))
-    if unreadable:
-        named = "".join(f"\n{Path(options.images, name)} {reason}" for name, reason in unreadable)
-        raise ValueError(f"{len(unreadable)} images cannot be read: mend them and run the same command again, or give "
-                         f"--skip-unreadable to leave them out{named}")
-
-
-def _share_of_cores(num_workers: int | None) -> int:
-    if num_workers is not None:
-        return num_workers
+def _num_workers(options: EncodeOptions) -> int:
+    if options.num_workers is not None:
+        return options.num_workers
     return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def _draw_preview(layout: Layout, sizes: list[int], images: ImageFolder, codec: VAECodec, columns: int = 5) -> None:
+def _complete(job: Job) -> None:
+    """Reads all shards again, each process some, and writes preview and index. Raises where something is wrong."""
+    reports, faults = [], []
+    for number in range(job.folder.num_shards)[job.state.process_index :: job.state.num_processes]:
+        path = job.folder.shard(number)
+        try:
+            reports.append(inspect_shard(path, job.folder.settings, len(job.images.class_names)))
+            faults += reports[-1].faults
+        except (ValueError, OSError) as error:
+            faults.append(str(error))
+    _raise_together([f"{fault}: delete that file and run the same command again" for fault in faults])
+    reports = sorted(gather_object(reports), key=lambda report: report.entry["file"])
+    if not any(report.entry["num_images"] for report in reports):
+        raise ValueError(f"none of the {len(job.images)} images of {job.images.folder} can be read")
+    if job.state.is_main_process:
+        _draw_preview(job, reports)
+        job.folder.write_index(job.options.vae, list(job.images.class_names), reports)
+
+
+def _draw_preview(job: Job, reports: list[ShardReport], columns: int = 5) -> None:
     """Some images, from all over the set, above what is decoded from their latents and from those of their mirror."""
-    kinds = ["moments", "mirrored"] if layout.settings["mirrored"] else ["moments"]
-    rows = {"image": []} | {f"decoded {name}": [] for name in kinds}
-    ends = np.cumsum(sizes)
-    for position in np.linspace(0, ends[-1] - 1, min(columns, ends[-1])).astype(int):
-        number = int(np.searchsorted(ends, position, side="right"))
-        shard = open_shard(layout.path(number))
-        place = position - ends[number]  # from the end, as negative numbers count
-        rows["image"].append(read_image(images.folder / shard.names[place], images.image_size))
-        for name in kinds:
-            moments = as_tensor(shard.arrays[name][place], layout.settings["dtype"])
-            z = codec.latents(moments[None].to(codec.device), torch.Generator(codec.device).manual_seed(0))
-            rows[f"decoded {name}"].append(to_uint8(codec.decode(z))[0].cpu())
+    rows = {"image": []} | {f"decoded {kind}": [] for kind in job.folder.settings.kinds}
+    ends = list(itertools.accumulate(report.entry["num_images"] for report in reports))
+    for index in np.linspace(0, ends[-1] - 1, min(columns, ends[-1])).astype(int).tolist():
+        number, place = locate(ends, index)
+        shard = open_shard(job.folder.shard(number))
+        kept = [i for i in job.folder.images(number) if job.images.name(i) not in shard.skipped]
+        rows["image"].append(job.images[kept[place], False][0])
+        for kind in job.folder.settings.kinds:
+            moments = shard.tensors[kind][place][None].to(job.state.device)
+            z = job.codec.latents(moments, torch.Generator(job.state.device).manual_seed(0))
+            rows[f"decoded {kind}"].append(to_uint8(job.codec.decode(z))[0].cpu())
     pixels = torch.stack([image for row in rows.values() for image in row]).permute(0, 2, 3, 1).numpy()
     labels = [label for label, row in enumerate(rows.values()) for _ in row]
-    save_sample_grid(pixels, labels, list(rows), layout.folder / PREVIEW, "images, and what their latents decode to")
+    save_sample_grid(pixels, labels, list(rows), job.folder.path / PREVIEW, "images, and what their latents decode to")

@@ -1,7 +1,6 @@
 """Files that are whole or not there, folders that one command holds at a time, and room on the disk."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -19,6 +18,9 @@ def write_aside(path: Path, content: str | bytes | Callable[[Path], object], dur
         path: where it shall lie.
         content: text, bytes, or what is called with the name to write to. Where it fails nothing is left behind.
         durable: also outlast a power failure.
+
+    Raises:
+        OSError: the disk is full, ...; the message names the file.
     """
     partial = path.with_name(PARTIAL + path.name)
     try:
@@ -31,8 +33,12 @@ def write_aside(path: Path, content: str | bytes | Callable[[Path], object], dur
         os.replace(partial, path)
         if durable:
             _flush(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError):
+            raise OSError(f"{path} cannot be written ({error.strerror or error}): mend that and run the same command "
+                          "again") from error
         raise
 
 
@@ -47,6 +53,8 @@ def _flush(path: Path) -> None:
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Makes the folder and holds it for this process, until left or dead. ValueError: another one holds it."""
+    import fcntl  # not on Windows, where everything else works
+
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     while True:
@@ -55,8 +63,8 @@ def exclusive(folder: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no worker of a loader inherits it
         except OSError:
             file.seek(0)
-            raise ValueError(f"{folder} is in use by {file.read() or 'another process'}: wait until that has ended, "
-                             "or give another --out") from None
+            raise ValueError(f"{folder} is in use by {file.read() or 'another process'}: wait until that has "
+                             "ended") from None
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             break
         file.close()  # whoever held it removed it before we locked it: what we hold is nobody's any more

@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
         config.check_guidance(net.null_label)
         checkpoint = newest_checkpoint(run)
         start = checkpoint_step(checkpoint) if checkpoint else 0
-        config.check_resumable(start, description := describe_data(data, codec))
+        description = describe_data(data, codec)
+        config.check_resumable(start, description)
     if start == train.steps:
         if is_main_process():
             print(f"{run} is complete: {start} steps, in {checkpoint}\nsample: {sampling}")

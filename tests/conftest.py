@@ -130,9 +130,9 @@ def _die_after_checkpoint():
 
 
 def _die_before_index():
-    from sit_atconv.data.latent_folder import Layout
+    from sit_atconv.data.latent_folder import LatentFolder
 
-    Layout.write_index = _kill
+    LatentFolder.write_index = _kill
 
 
 def _limit_file_size():

@@ -37,6 +37,7 @@ def test_imports_run_one_way():
         for path in (ROOT / "sit_atconv" / part).rglob("*.py"):
             parts = {name.split(".")[1] for name in imports_of(path) if name.startswith("sit_atconv.")}
             assert parts <= allowed | {part, "files"}, path
+    assert not [name for name in imports_of(ROOT / "sit_atconv" / "files.py") if name.startswith("sit_atconv")]
     for path in (ROOT / "sit_atconv" / "ops").rglob("*.py"):
         allowed = {"torch", "sit_atconv", "os", "warnings", "triton"}
         assert {name.split(".")[0] for name in imports_of(path)} <= allowed, path

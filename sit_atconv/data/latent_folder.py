@@ -3,23 +3,27 @@
     LATENTS/shard-00000.safetensors     moments (n, 2C, h, w), mirrored (the same, of the mirror images), labels (n,);
                                         in the metadata the settings, the files' names and what was left out
     LATENTS/index.json                  settings, class names and counts, every shard's size and checksum
-    LATENTS/preview.png                 images beside what decodes from their latents
+    LATENTS/preview.png                 images above what decodes from their latents
 
 Image i belongs to shard i // images_per_shard, and there to a batch fixed by i, whoever encodes it and whatever is
 there already. A shard appears whole, and the index last: a folder with an index is complete.
 """
 
+import bisect
+import ctypes
+import dataclasses
 import hashlib
 import json
 import math
 import mmap
 import os
+import sys
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,109 +32,58 @@ from sit_atconv.files import sha256_of, write_aside
 FORMAT = 1
 INDEX = "index.json"
 PREVIEW = "preview.png"
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-VIEWS = {"F16": np.float16, "BF16": np.int16, "F32": np.float32, "I64": np.int64}  # numpy has no bfloat16
+STORED_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
 
 
 @dataclass(frozen=True)
-class Shard:
-    """An opened shard.
+class LatentSettings:
+    """All that the bytes of the shards depend on.
 
     Args:
-        arrays: moments, labels and perhaps mirrored; on disk, read where they are touched; bfloat16 as int16.
-        names: of the image files, relative to their folder.
-        skipped: images left out, name -> why.
-        settings: what the shard was made with.
+        num_images: images in the folder they came from.
+        files: sha256 of their names, labels and class names.
+        image_size: side of the images in pixels.
+        crop: how they came to that size.
+        codec: what `Codec.describe()` said, but for where the codec lies.
+        precision: of the codec's arithmetic.
+        slicing, tiling: whether it took images one by one, and in tiles.
+        mirrored: whether mirror images are there too.
+        dtype: in which the moments are stored.
+        moments_shape: [2C, h, w].
+        batch_size: images encoded together.
+        images_per_shard: a multiple of that.
     """
 
-    arrays: dict[str, np.ndarray]
-    names: list[str]
-    skipped: dict[str, str]
-    settings: dict
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which images are in which shard.
-
-    Args:
-        folder: LATENTS.
-        settings: all that the bytes of the shards depend on. `images`, `images_per_shard` and `batch_size` say where
-            each image belongs; `codec`, `image_size`, `dtype`, ... what is stored of it.
-    """
-
-    folder: Path
-    settings: dict
+    num_images: int
+    files: str
+    image_size: int
+    crop: str
+    codec: dict
+    precision: str
+    slicing: bool
+    tiling: bool
+    mirrored: bool
+    dtype: str
+    moments_shape: list[int]
+    batch_size: int
+    images_per_shard: int
 
     @property
-    def num_shards(self) -> int:
-        return math.ceil(self.settings["images"] / self.settings["images_per_shard"])
+    def kinds(self) -> list[str]:
+        """The tensors of moments in a shard."""
+        return ["moments", "mirrored"] if self.mirrored else ["moments"]
 
-    def path(self, shard: int) -> Path:
-        return self.folder / f"shard-{shard:05d}.safetensors"
+    @property
+    def bytes_per_image(self) -> int:
+        """In a shard, name and label included."""
+        return math.prod(self.moments_shape) * STORED_DTYPES[self.dtype].itemsize * len(self.kinds) + 128
 
-    def images(self, shard: int) -> range:
-        first = shard * self.settings["images_per_shard"]
-        return range(first, min(first + self.settings["images_per_shard"], self.settings["images"]))
-
-    def batches(self, shard: int) -> list[range]:
-        """The images of a shard, as they are encoded together."""
-        images, size = self.images(shard), self.settings["batch_size"]
-        return [images[start : start + size] for start in range(0, len(images), size)]
-
-    def missing(self) -> list[int]:
-        """The shards that are not there, or not whole. ValueError: one was made with other settings."""
-        return [shard for shard in range(self.num_shards) if not self._holds(shard)]
-
-    def _holds(self, shard: int) -> bool:
-        try:
-            found = open_shard(self.path(shard)).settings
-        except (ValueError, OSError):
-            return False
-        then, now = _readable(found), _readable(self.settings)
-        for key in {**now, **then}:
-            if then.get(key) != now.get(key):
-                raise ValueError(f"{self.path(shard)} was encoded with {key} {then.get(key)}, now it is "
-                                 f"{now.get(key)}: go on with the former, or give another --out")
-        return True
-
-    def write(self, shard: int, tensors: dict[str, Tensor], names: list[str], skipped: dict[str, str]) -> None:
-        """`tensors` are those of `Shard.arrays`. OSError: the disk is full, ...; nothing is left behind then."""
-        from safetensors.torch import save
-
-        # One entry, since safetensors writes several in an order that changes from run to run.
-        metadata = {"latents": json.dumps({"settings": self.settings, "names": names, "skipped": skipped})}
-        try:
-            write_aside(self.path(shard), save(tensors, metadata), durable=True)
-        except OSError as error:
-            raise OSError(f"{self.path(shard)} cannot be written ({error.strerror}): mend that, and the same command "
-                          "goes on from there") from error
-
-    def write_index(self, source: str, class_names: list[str], entries: list[dict], skipped: dict[str, str]) -> None:
-        """Completes the folder.
-
-        Args:
-            source: hub id or folder of the VAE.
-            class_names: names of labels 0, 1, ...
-            entries: what `inspect_shard` found, of all shards in order.
-            skipped: images left out, name -> why.
-        """
-        from importlib.metadata import version
-
-        counts = np.sum([np.bincount(entry.pop("labels"), minlength=len(class_names)) for entry in entries], axis=0)
-        index = {
-            "format": FORMAT,
-            "images": int(counts.sum()),
-            "vae": source,
-            "settings": self.settings,
-            "class_names": class_names,
-            "class_counts": counts.tolist(),
-            "skipped": skipped,
-            "shards": entries,
-            "versions": {name: version(name) for name in ("torch", "diffusers", "pillow", "safetensors")},
-        }
-        index["checksum"] = _checksum(index)
-        write_aside(self.folder / INDEX, json.dumps(index, indent=1) + "\n", durable=True)
+    def difference(self, then: dict) -> str | None:
+        """What differs from the settings of a shard, as a user would say it; None: nothing does."""
+        then, now = _readable(then), _readable(dataclasses.asdict(self))
+        changed = [key for key in {**now, **then} if then.get(key) != now.get(key)]
+        return f"{changed[0]} {then.get(changed[0])}, now it is {now.get(changed[0])}" if changed else None
 
 
 def _readable(settings: dict) -> dict:
@@ -139,73 +92,245 @@ def _readable(settings: dict) -> dict:
     return {key: str(value)[:12] for key, value in flat.items() if key != "codec"}
 
 
-def open_shard(path: Path) -> Shard:
-    """OSError: there is none. ValueError: it is not whole. (Whether its values are as written, `verify` says.)"""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+@dataclass(frozen=True)
+class Shard:
+    """A shard, mapped into memory: a tensor is read from disk where it is touched.
+
+    Args:
+        tensors: moments, labels and perhaps mirrored.
+        names: of the image files, relative to their folder.
+        skipped: images left out, name -> why.
+        settings: what the shard was made with.
+    """
+
+    tensors: dict[str, Tensor]
+    names: list[str]
+    skipped: dict[str, str]
+    settings: dict
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What is in a shard, having read all of it.
+
+    Args:
+        entry: file, num_images, bytes, sha256, as the index has it.
+        class_counts: images of each class.
+        skipped: images left out, name -> why.
+        faults: what is wrong with it.
+    """
+
+    entry: dict
+    class_counts: list[int]
+    skipped: dict[str, str]
+    faults: list[str]
+
+
+@dataclass(frozen=True)
+class LatentIndex:
+    """The index of a complete folder.
+
+    Args:
+        num_images: images that are in the shards.
+        vae: hub id or folder of the VAE, as it was given.
+        settings: what all shards share.
+        class_names: names of labels 0, 1, ...
+        class_counts: images of each.
+        skipped: images left out, name -> why.
+        shards: file, num_images, bytes, sha256 of each.
+        versions: of the libraries that completed it.
+    """
+
+    num_images: int
+    vae: str
+    settings: LatentSettings
+    class_names: list[str]
+    class_counts: list[int]
+    skipped: dict[str, str]
+    shards: list[dict]
+    versions: dict[str, str]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry["bytes"] for entry in self.shards)
+
+    def identity(self) -> str:
+        """The same for the same data, wherever they and the VAE lie."""
+        return _sha256({"settings": dataclasses.asdict(self.settings), "class_names": self.class_names,
+                        "shards": self.shards})
+
+
+@dataclass(frozen=True)
+class LatentFolder:
+    """A folder that is being filled, and which images belong where in it."""
+
+    path: Path
+    settings: LatentSettings
+
+    @property
+    def num_shards(self) -> int:
+        return math.ceil(self.settings.num_images / self.settings.images_per_shard)
+
+    def shard(self, number: int) -> Path:
+        return self.path / f"shard-{number:05d}.safetensors"
+
+    def images(self, number: int) -> range:
+        """The images that belong to a shard."""
+        first = number * self.settings.images_per_shard
+        return range(first, min(first + self.settings.images_per_shard, self.settings.num_images))
+
+    def batches(self, number: int) -> list[range]:
+        """The images of a shard, as they are encoded together."""
+        images, size = self.images(number), self.settings.batch_size
+        return [images[start : start + size] for start in range(0, len(images), size)]
+
+    def missing(self, may_skip: bool = False) -> list[int]:
+        """The shards to be made: not there, not whole, or, unless they may, leaving images out.
+
+        Raises:
+            ValueError: a shard was made with other settings.
+        """
+        return [number for number in range(self.num_shards) if not self._has(number, may_skip)]
+
+    def _has(self, number: int, may_skip: bool) -> bool:
         try:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(start - 8 if start <= size else 0))
-            metadata = json.loads(header.pop("__metadata__")["latents"])
-            places = {name: (VIEWS[entry["dtype"]], entry["shape"], start + entry["data_offsets"][0])
-                      for name, entry in header.items()}
-            end = start + max(entry["data_offsets"][1] for entry in header.values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged: its header cannot be read") from error
-        if end != size:
-            raise ValueError(f"{path} is damaged: it has {size} bytes, and {end} by its header")
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_RANDOM"):
-        content.madvise(mmap.MADV_RANDOM)  # reads no neighbours: more samples/s from what is not in memory yet
-    arrays = {name: np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape)
-              for name, (dtype, shape, offset) in places.items()}
-    return Shard(arrays, metadata["names"], metadata["skipped"], metadata["settings"])
+            shard = open_shard(self.shard(number))
+        except (ValueError, OSError):
+            return False
+        if difference := self.settings.difference(shard.settings):
+            raise ValueError(f"{self.shard(number)} was encoded with {difference}: go on with the former, or give "
+                             "another --out")
+        return may_skip or not shard.skipped
+
+    def write(self, number: int, tensors: dict[str, Tensor], names: list[str], skipped: dict[str, str]) -> None:
+        """Writes a shard; the arguments are those of `Shard`. OSError: the disk is full, ...; nothing is left then."""
+        from safetensors.torch import save
+
+        content = {"settings": dataclasses.asdict(self.settings), "names": names, "skipped": skipped}
+        # One entry, since safetensors writes several in an order that changes from run to run.
+        metadata = {"latents": json.dumps({"content": content, "crc32": _crc32(tensors, content)})}
+        write_aside(self.shard(number), save(tensors, metadata), durable=True)
+
+    def write_index(self, vae: str, class_names: list[str], reports: list[ShardReport]) -> None:
+        """Completes the folder; `reports` are those of all shards in order."""
+        from importlib.metadata import version
+
+        index = LatentIndex(
+            num_images=sum(report.entry["num_images"] for report in reports),
+            vae=vae,
+            settings=self.settings,
+            class_names=class_names,
+            class_counts=[sum(counts) for counts in zip(*(report.class_counts for report in reports), strict=True)],
+            skipped={name: why for report in reports for name, why in report.skipped.items()},
+            shards=[report.entry for report in reports],
+            versions={name: version(name) for name in ("torch", "diffusers", "pillow", "safetensors")},
+        )
+        write_index(self.path, index)
 
 
-def read_index(folder: str | Path) -> dict:
-    """What `Layout.write_index` wrote. ValueError: there is none, or it is damaged."""
-    path = Path(folder) / INDEX
+def open_shard(path: Path, check: bool = False) -> Shard:
+    """Maps a shard into memory.
+
+    Args:
+        path: of the shard.
+        check: read all of it, and compare with the checksums written with it.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is not whole, or not as it was written.
+    """
+    size = os.stat(path).st_size
     try:
-        index = json.loads(path.read_text())
-        if index["format"] != FORMAT:
-            raise ValueError(f"{path} has format {index['format']}, not {FORMAT}: encode the images again")
-        if index["checksum"] != _checksum(index):
-            raise ValueError(f"{path} is not as it was written: run the same sit_atconv/encode.py again")
+        with open(path, "rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(start - 8) if start <= size else b"")
+        metadata = json.loads(header.pop("__metadata__")["latents"])
+        end = start + max(entry["data_offsets"][1] for entry in header.values())
+        if end != size:
+            raise ValueError(f"it has {size} bytes, and {end} by its header")
+        stored = _map(path, size)
+        tensors = {
+            name: stored[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
+            .view(SAFETENSORS_DTYPES[entry["dtype"]]).view(entry["shape"])
+            for name, entry in header.items()
+        }
+        if not {"moments", "labels"} <= tensors.keys():
+            raise ValueError(f"it holds {', '.join(tensors)} only")
+        if check and metadata["crc32"] != _crc32(tensors, metadata["content"]):
+            raise ValueError("its content is not as it was written")
+        return Shard(tensors, **metadata["content"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # whatever a flipped byte leads to
+        reason = str(error).splitlines()[0] if type(error) is ValueError else "its header cannot be read"
+        raise ValueError(f"{path} is damaged: {reason}") from error
+
+
+def _map(path: Path, size: int) -> Tensor:
+    """A file as uint8 (size,). Unlike Python's own mappings, a tensor's keeps no descriptor of the file open."""
+    content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    if sys.platform == "linux":  # read no neighbours: 1.6 times the samples/s from a disk
+        place, length = ctypes.c_void_p(content.data_ptr()), ctypes.c_size_t(size)
+        ctypes.CDLL(None).madvise(place, length, mmap.MADV_RANDOM)
+    return content
+
+
+def _crc32(tensors: dict[str, Tensor], content: dict) -> dict[str, int]:
+    sums = {name: zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy()) for name, tensor in sorted(tensors.items())}
+    return sums | {"content": zlib.crc32(json.dumps(content).encode())}
+
+
+def locate(ends: list[int], index: int) -> tuple[int, int]:
+    """Which shard, and which of its images: `ends` are the running totals of images in them."""
+    number = bisect.bisect_right(ends, index)
+    return number, index - (ends[number - 1] if number else 0)
+
+
+def inspect_shard(path: Path, settings: LatentSettings, num_classes: int) -> ShardReport:
+    """Reads all of a shard. OSError, ValueError: as `open_shard`."""
+    entry = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    shard, faults = open_shard(path, check=True), []
+    labels, n = shard.tensors["labels"], len(shard.names)
+    for kind in settings.kinds:
+        values = shard.tensors.get(kind, torch.empty(0))
+        expected = (n, *settings.moments_shape), STORED_DTYPES[settings.dtype]
+        if (values.shape, values.dtype) != expected:
+            faults.append(f"{path} holds {kind} {tuple(values.shape)} {values.dtype}, and not {expected}")
+            continue
+        for start in range(0, n, 64):
+            finite = values[start : start + 64].isfinite().flatten(1).all(1)
+            faults += [f"{path} holds values that are not finite, of {shard.names[start + i]}"
+                       for i in (~finite).nonzero()[:, 0].tolist()]
+    known = labels[(labels >= 0) & (labels < num_classes)]
+    if len(known) != n:
+        faults.append(f"{path} holds labels that are not 0 ... {num_classes - 1}, one for each image")
+    return ShardReport(entry | {"num_images": n}, known.bincount(minlength=num_classes).tolist(), shard.skipped, faults)
+
+
+def read_index(folder: str | Path) -> LatentIndex:
+    """What `write_index` wrote. ValueError: there is none, or it is damaged."""
+    path = Path(folder) / INDEX
+    again = "run the same sit_atconv/encode.py again"
+    try:
+        content = json.loads(path.read_bytes())
+        if content.pop("format") != FORMAT:
+            raise ValueError(f"{path} is of another version: encode the images again")
+        if content.pop("sha256") != _sha256(content):
+            raise ValueError(f"{path} is not as it was written: {again}")
+        return LatentIndex(**content | {"settings": LatentSettings(**content["settings"])})
     except OSError as error:
         raise ValueError(f"{folder} holds no {INDEX}: encode images into it with sit_atconv/encode.py, or let that "
                          "finish") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: run the same sit_atconv/encode.py again") from error
-    return index
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {again}") from error
 
 
-def _checksum(index: dict) -> str:
-    content = {key: value for key, value in index.items() if key != "checksum"}
+def write_index(folder: Path, index: LatentIndex) -> None:
+    content = dataclasses.asdict(index)
+    stamped = {"format": FORMAT, **content, "sha256": _sha256(content)}
+    write_aside(folder / INDEX, json.dumps(stamped, indent=1) + "\n", durable=True)
+
+
+def _sha256(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def inspect_shard(path: Path, settings: dict, num_classes: int) -> tuple[dict, list[str]]:
-    """Reads all of a shard: what the index says of it (and its labels), and what is wrong with its values."""
-    entry = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    shard = open_shard(path)
-    labels, faults = shard.arrays["labels"], []
-    for name in ("moments", *(["mirrored"] if settings["mirrored"] else [])):
-        values = shard.arrays[name]
-        if values.shape != (len(shard.names), *settings["moments_shape"]):
-            faults.append(f"{path} holds {name} {values.shape} of {len(shard.names)} images")
-            continue
-        for start in range(0, len(values), 64):
-            finite = as_tensor(values[start : start + 64], settings["dtype"]).isfinite().flatten(1).all(1)
-            faults += [f"{path} holds values that are not finite, of {shard.names[start + i]}"
-                       for i in (~finite).nonzero()[:, 0].tolist()]
-    if len(labels) != len(shard.names) or not all(0 <= label < num_classes for label in labels):
-        faults.append(f"{path} holds labels that are not 0 ... {num_classes - 1}, one for each image")
-    return entry | {"images": len(shard.names), "labels": labels}, faults
-
-
-def as_tensor(values: np.ndarray, dtype: str) -> Tensor:
-    """A copy of what is on disk, in its true dtype."""
-    return torch.from_numpy(np.array(values)).view(DTYPES[dtype])
 
 
 def verify(folder: Path, after_shard: Callable[[int], object] = lambda size: None) -> list[str]:
@@ -219,29 +344,29 @@ def verify(folder: Path, after_shard: Callable[[int], object] = lambda size: Non
         ValueError: the index itself cannot be read.
     """
     index, faults = read_index(folder), []
-    counts = np.zeros(len(index["class_names"]), np.int64)
+    counts = torch.zeros(len(index.class_names), dtype=torch.int64)
 
-    def compare(entry: dict) -> tuple[np.ndarray | int, list[str]]:
+    def compare(entry: dict) -> tuple[list[int], list[str]]:
         path = Path(folder, entry["file"])
         try:
-            found, wrong = inspect_shard(path, index["settings"], len(counts))
+            report = inspect_shard(path, index.settings, len(counts))
         except FileNotFoundError:
-            return 0, [f"{path} is missing"]
+            return [0] * len(counts), [f"{path} is missing"]
         except (ValueError, OSError) as error:
-            return 0, [str(error)]
-        labels = found.pop("labels")
-        in_shard = np.bincount(labels[(labels >= 0) & (labels < len(counts))], minlength=len(counts))
-        return in_shard, wrong + [f"{path} has {key} {found[key]}, and {entry[key]} by the index"
-                                  for key in entry if found[key] != entry[key]]
+            return [0] * len(counts), [str(error)]
+        return report.class_counts, report.faults + [
+            f"{path} has {key} {report.entry[key]}, and {entry[key]} by the index"
+            for key in entry if report.entry[key] != entry[key]
+        ]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # checksums are most of the work, and leave Python meanwhile
-        for entry, (in_shard, wrong) in zip(index["shards"], pool.map(compare, index["shards"]), strict=True):
-            counts += in_shard
+        for entry, (of_shard, wrong) in zip(index.shards, pool.map(compare, index.shards), strict=True):
+            counts += torch.tensor(of_shard)
             faults += wrong
             after_shard(entry["bytes"])
-    for name, count, recorded in zip(index["class_names"], counts.tolist(), index["class_counts"], strict=True):
-        if count != recorded and not faults:
-            faults.append(f"class {name} has {count} images, and {recorded} by the index")
-    known = {entry["file"] for entry in index["shards"]}
+    if not faults:
+        faults += [f"class {name} has {count} images, and {recorded} by the index" for name, count, recorded
+                   in zip(index.class_names, counts.tolist(), index.class_counts, strict=True) if count != recorded]
+    known = {entry["file"] for entry in index.shards}
     faults += [f"{path} is not in the index" for path in sorted(Path(folder).glob("shard-*")) if path.name not in known]
     return faults

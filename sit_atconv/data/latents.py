@@ -1,14 +1,12 @@
 """The data set of cached latents."""
 
-import bisect
 import itertools
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sit_atconv.data.latent_folder import as_tensor, open_shard, read_index
+from sit_atconv.data.latent_folder import locate, open_shard, read_index
 
 
 class CachedLatents(Dataset):
@@ -27,38 +25,36 @@ class CachedLatents(Dataset):
     def __init__(self, folder: str | Path, mirror: bool = False):
         self.folder = Path(folder)
         self.index = read_index(folder)
-        settings = self.index["settings"]
-        if mirror and not settings["mirrored"]:
+        settings = self.index.settings
+        if mirror and not settings.mirrored:
             raise ValueError(f"{folder} has no mirror images: set data.mirror to false, or encode with them")
-        for entry in self.index["shards"]:
+        for entry in self.index.shards:
             path = self.folder / entry["file"]
             if not path.exists():
                 raise ValueError(f"{path} is missing: run the same sit_atconv/encode.py again")
             if (size := path.stat().st_size) != entry["bytes"]:
                 raise ValueError(f"{path} has {size} bytes, and {entry['bytes']} by the index: delete it and run the "
                                  "same sit_atconv/encode.py again")
-        self.class_names = tuple(self.index["class_names"])
-        self.image_size = settings["image_size"]
-        self.dtype = settings["dtype"]
-        self.codec = settings["codec"] | {"source": self.index["vae"]}  # as Codec.describe() has it
-        self.ends = list(itertools.accumulate(entry["images"] for entry in self.index["shards"]))
-        self.shards: dict[int, dict[str, np.ndarray]] = {}
+        self.class_names = tuple(self.index.class_names)
+        self.image_size = settings.image_size
+        self.codec = settings.codec | {"source": self.index.vae}  # as Codec.describe() has it
+        self.ends = list(itertools.accumulate(entry["num_images"] for entry in self.index.shards))
+        self.shards: dict[int, dict[str, Tensor]] = {}  # opened so far, without their names
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor, int]:
         index, mirrored = item
-        shard = bisect.bisect_right(self.ends, index)
+        shard, position = locate(self.ends, index)
         if shard not in self.shards:
-            self.shards[shard] = open_shard(self.folder / self.index["shards"][shard]["file"]).arrays
-        arrays = self.shards[shard]
-        position = index - self.ends[shard]  # from the end, as negative numbers count
-        moments = arrays["mirrored" if mirrored else "moments"][position]
-        return as_tensor(moments, self.dtype), int(arrays["labels"][position])
+            self.shards[shard] = open_shard(self.folder / self.index.shards[shard]["file"]).tensors
+        tensors = self.shards[shard]
+        moments = tensors["mirrored" if mirrored else "moments"][position]
+        return moments.clone(), int(tensors["labels"][position])
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"shards": {}}  # each process opens its own
 
     def describe(self) -> dict:
-        return {"kind": "latents", "images": len(self), "index": self.index["checksum"]}
+        return {"kind": "latents", "images": len(self), "index": self.index.identity()}

@@ -1,5 +1,6 @@
 """How fast training data are read: samples a second, seconds to the first batch, private memory of the workers."""
 
+import os
 import re
 import time
 from collections.abc import Callable
@@ -9,9 +10,9 @@ from statistics import median
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
-from sit_atconv.data.latent_folder import DTYPES, Layout, inspect_shard
+from sit_atconv.data.latent_folder import LatentFolder, LatentSettings, inspect_shard
 from sit_atconv.data.order import BatchOrder
 
 
@@ -41,6 +42,7 @@ def measure_loading(
     rounds: int = 5,
     seconds: float = 3.0,
     mirror: bool = True,
+    before_round: Callable[[], object] = lambda: None,
     progress: bool = False,
 ) -> dict[str, LoadingSpeed]:
     """Reads each source in training's order, by turns: every round reads each for some seconds.
@@ -51,6 +53,7 @@ def measure_loading(
         num_workers: processes that read; 0 reads in this one, whose memory is told then.
         rounds, seconds: how often each is read, and how long.
         mirror: every other time the mirror image, as `BatchOrder` draws it.
+        before_round: is called before each is read, untimed.
         progress: draw a bar on stderr.
 
     Raises:
@@ -68,6 +71,7 @@ def measure_loading(
     for name in tqdm(list(sources) * rounds, unit="round", disable=not progress):
         for _ in range(2 * num_workers):  # read while the other source was being timed
             next(loaders[name])
+        before_round()
         clock, count = time.perf_counter(), 0
         while time.perf_counter() - clock < seconds:
             next(loaders[name])
@@ -77,6 +81,15 @@ def measure_loading(
         memory[name] = max(memory[name], sum(map(private_mib, pids)))
     return {name: LoadingSpeed(sizes[name], median(rates[name]), rates[name], startups[name], memory[name] or None)
             for name in sources}
+
+
+def forget_files(folder: Path) -> None:
+    """Has the system forget what it keeps of a folder's files in memory, so that they are read from the disk again."""
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)  # it keeps what is not on the disk yet
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def private_mib(pid: int | str) -> float:
@@ -89,17 +102,17 @@ def private_mib(pid: int | str) -> float:
 def write_random_latents(folder: Path, num_images: int, moments_shape: tuple[int, int, int] = (8, 32, 32)) -> None:
     """A folder of latents that are random numbers, float16, with mirror images: for measuring."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"images": num_images, "images_per_shard": 4096, "batch_size": 32, "image_size": 8 * moments_shape[-1],
-                "dtype": "float16", "mirrored": True, "moments_shape": list(moments_shape), "codec": {}}
-    layout, entries = Layout(folder, settings), []
-    generator = torch.Generator().manual_seed(0)
-    for shard in tqdm(range(layout.num_shards), unit="shard", desc="writing random latents"):
-        count = len(layout.images(shard))
-        tensors = {
-            name: torch.randn((count, *moments_shape), generator=generator).to(DTYPES["float16"])
-            for name in ("moments", "mirrored")
-        }
-        labels = torch.randint(0, 10, (count,), generator=generator)
-        layout.write(shard, tensors | {"labels": labels}, list(map(str, layout.images(shard))), {})
-        entries.append(inspect_shard(layout.path(shard), settings, 10)[0])
-    layout.write_index("random", list(map(str, range(10))), entries, {})
+    settings = LatentSettings(
+        num_images, files="random", image_size=8 * moments_shape[-1], crop="none", codec={}, precision="fp32",
+        slicing=False, tiling=False, mirrored=True, dtype="float16", moments_shape=list(moments_shape), batch_size=32,
+        images_per_shard=4096,
+    )
+    latents, reports, generator = LatentFolder(folder, settings), [], torch.Generator().manual_seed(0)
+    for number in trange(latents.num_shards, unit="shard", desc="writing random latents"):
+        images = latents.images(number)
+        tensors = {kind: torch.randn((len(images), *moments_shape), generator=generator).to(torch.float16)
+                   for kind in settings.kinds}
+        labels = torch.randint(0, 10, (len(images),), generator=generator)
+        latents.write(number, tensors | {"labels": labels}, list(map(str, images)), {})
+        reports.append(inspect_shard(latents.shard(number), settings, 10))
+    latents.write_index("random", list(map(str, range(10))), reports)

@@ -103,6 +103,21 @@ def test_what_is_lost_or_damaged_is_made_again(launch, latents, argv, tmp_path, 
     assert same(out, latents)
 
 
+def test_what_changed_on_the_disk_is_not_indexed_anew(launch, latents, argv, tmp_path):
+    """One shard is missing and made again; another one has a flipped byte."""
+    out = shutil.copytree(latents, tmp_path / "out")
+    (out / "shard-00002.safetensors").unlink()
+    flipped = out / "shard-00004.safetensors"
+    content_ = bytearray(flipped.read_bytes())
+    content_[-1000] ^= 4
+    flipped.write_bytes(content_)
+    codes, output = launch(ENCODE, argv)
+    assert codes == [1] and f"{flipped} is damaged: its content is not as it was written: delete that file" in output
+    flipped.unlink()
+    codes, output = launch(ENCODE, argv)
+    assert codes == [0] and same(out, latents), output
+
+
 def test_verify(launch, latents, fails, tmp_path, capsys):
     load_command(ENCODE).main(["--verify", str(latents)])
     assert "is whole: 120 images of 10 classes in 6 shards, 2.0 MB" in capsys.readouterr().out
@@ -115,7 +130,8 @@ def test_verify(launch, latents, fails, tmp_path, capsys):
         load_command(ENCODE).main(["--verify", str(out)])
     error = capsys.readouterr().err
     assert stop.value.code == 1 and f"error: {out} is damaged; delete the shards named" in error
-    assert "shard-00002.safetensors is missing" in error and "shard-00004.safetensors has sha256" in error
+    assert "shard-00002.safetensors is missing" in error
+    assert "shard-00004.safetensors is damaged: its content is not as it was written" in error
 
 
 @pytest.fixture
@@ -167,15 +183,21 @@ def test_unreadable_images_are_left_out_if_asked_and_recorded(launch, mixed, vae
     codes, output = launch(ENCODE, [*encode_argv(mixed, vae, out), "--skip-unreadable"], processes=2)
     assert codes == [0, 0] and "15 images of 2 classes in 1 shards" in output and "2 left out" in output, output
     index = read_index(out)
-    assert index["class_counts"] == [8, 7] and index["skipped"].keys() == UNREADABLE.keys()
-    assert all("cannot be read as an image" in why and str(tmp_path) not in why for why in index["skipped"].values())
+    assert index.class_counts == [8, 7] and index.skipped.keys() == UNREADABLE.keys()
+    assert all("cannot be read as an image" in why and str(tmp_path) not in why for why in index.skipped.values())
     read, complete = (open_shard(folder / "shard-00000.safetensors") for folder in (out, whole))
     kept = [i for i, name in enumerate(complete.names) if name not in UNREADABLE]
     assert [complete.names[i] for i in kept] == read.names
-    assert np.array_equal(complete.arrays["moments"][kept], read.arrays["moments"])
-    assert np.array_equal(complete.arrays["labels"][kept], read.arrays["labels"])
+    for name in ("moments", "mirrored", "labels"):
+        assert torch.equal(complete.tensors[name][kept], read.tensors[name])
+    codes, output = launch(ENCODE, [*encode_argv(mixed, vae, out), "--skip-unreadable"])
+    assert codes == [0] and "2 left out" in output and "images/s" not in output
+    codes, output = launch(ENCODE, encode_argv(mixed, vae, out))  # not asked to leave them out any more
+    assert codes == [1] and "2 images cannot be read: mend them" in output
+    for name in UNREADABLE:
+        Image.new("RGB", (40, 40)).save(mixed / name)
     codes, output = launch(ENCODE, encode_argv(mixed, vae, out))
-    assert codes == [0] and "2 left out" in output  # it is complete, and says so
+    assert codes == [0] and same(out, whole), output
 
 
 def test_without_mirror_images(launch, mixed, vae, tmp_path):
@@ -197,7 +219,7 @@ def test_values_that_the_dtype_cannot_hold(launch, mixed, make_vae, tmp_path):
     argv = encode_argv(mixed, vae, tmp_path / "out")
     argv[argv.index("float32")] = "float16"
     codes, output = launch(ENCODE, argv)
-    assert codes == [1] and "class 0/cmyk.jpg: its moments exceed float16, give --dtype float32" in output
+    assert codes == [1] and "class 0/cmyk.jpg: its latents exceed float16, give --dtype float32" in output
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -210,8 +232,8 @@ def test_dataset_json_and_a_codec_of_16_channels_with_shift(launch, mixed, make_
     codes, output = launch(ENCODE, [*encode_argv(mixed, vae, tmp_path / "out"), "--precision", "bf16", "--slicing"])
     assert codes == [0], output
     index, cached = read_index(tmp_path / "out"), CachedLatents(tmp_path / "out")
-    assert index["class_counts"] == [3] * 5 and index["settings"]["moments_shape"] == [32, 16, 16]
-    assert (index["settings"]["codec"]["scale"], index["settings"]["codec"]["shift"]) == (0.3611, 0.1159)
+    assert index.class_counts == [3] * 5 and index.settings.moments_shape == [32, 16, 16]
+    assert (index.settings.codec["scale"], index.settings.codec["shift"]) == (0.3611, 0.1159)
     labels = {name: i % 5 for i, name in enumerate(names)}
     stored = [name for path in sorted((tmp_path / "out").glob("shard-*")) for name in open_shard(path).names]
     assert [labels[name] for name in stored] == [cached[i, False][1] for i in range(15)]
@@ -242,10 +264,11 @@ def test_errors(fails, digit_folder, vae, make_vae, argv, latents, tmp_path, mon
     assert not (tmp_path / "out").exists()
 
 
-def test_two_at_once_are_refused(launch, argv, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_two_at_once_are_refused(launch, argv, tmp_path, processes):
     with exclusive(tmp_path / "out"):
-        codes, output = launch(ENCODE, argv)
-    assert codes == [1] and "is in use by process" in output and "Traceback" not in output
+        codes, output = launch(ENCODE, argv, processes)
+    assert codes == [1] * processes and "is in use by process" in output and "Traceback" not in output
 
 
 @pytest.mark.parametrize("processes", [1, 2])

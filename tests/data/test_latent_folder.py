@@ -1,14 +1,27 @@
 """The folder of latents: what belongs where, what is whole, what is damaged."""
 
-import json
+import dataclasses
+import resource
 import shutil
 
-import numpy as np
 import pytest
 import torch
 
-from sit_atconv.data.latent_folder import Layout, open_shard, read_index, verify
+from sit_atconv.data.latent_folder import LatentFolder, LatentSettings, open_shard, read_index, verify, write_index
 from sit_atconv.files import sha256_of
+
+
+def settings(**options) -> LatentSettings:
+    """Of small shards of made-up values."""
+    values = dict(num_images=4, files="", image_size=2, crop="", codec={}, precision="fp32", slicing=False,
+                  tiling=False, mirrored=False, dtype="float32", moments_shape=[2, 2, 2], batch_size=4,
+                  images_per_shard=4)
+    return LatentSettings(**values | options)
+
+
+def moments(count: int) -> dict[str, torch.Tensor]:
+    values = torch.arange(count * 8.0).reshape(count, 2, 2, 2)
+    return {"moments": values, "labels": torch.zeros(count, dtype=torch.int64)}
 
 
 @pytest.fixture
@@ -22,25 +35,25 @@ def shard(copy):
 
 
 def test_images_belong_to_shards_and_batches_by_their_index(tmp_path):
-    layout = Layout(tmp_path, {"images": 103, "images_per_shard": 20, "batch_size": 8})
-    assert layout.num_shards == 6 and layout.missing() == list(range(6))
-    batches = [list(map(list, layout.batches(shard))) for shard in range(6)]
+    folder = LatentFolder(tmp_path, settings(num_images=103, images_per_shard=20, batch_size=8))
+    assert folder.num_shards == 6 and folder.missing() == list(range(6))
+    batches = [list(map(list, folder.batches(number))) for number in range(6)]
     assert [[len(batch) for batch in shard] for shard in batches] == [[8, 8, 4]] * 5 + [[3]]
     assert [i for shard in batches for batch in shard for i in batch] == list(range(103))
 
 
 def test_what_the_index_says(latents, digit_folder, vae):
     index = read_index(latents)
-    assert index["images"] == 120 == sum(index["class_counts"]) and index["vae"] == str(vae)
-    assert index["class_names"] == [f"digit {i}" for i in range(10)] and index["skipped"] == {}
-    counts = [len(list((digit_folder / name).iterdir())) for name in index["class_names"]]
-    assert index["class_counts"] == counts
-    assert index["settings"]["moments_shape"] == [8, 16, 16] and index["settings"]["codec"]["scale"] == 0.5
-    for entry in index["shards"]:
+    assert index.num_images == 120 == sum(index.class_counts) and index.vae == str(vae)
+    assert index.class_names == [f"digit {i}" for i in range(10)] and index.skipped == {}
+    assert index.class_counts == [len(list((digit_folder / name).iterdir())) for name in index.class_names]
+    assert index.settings.moments_shape == [8, 16, 16] and index.settings.codec["scale"] == 0.5
+    for entry in index.shards:
         path = latents / entry["file"]
         assert (path.stat().st_size, sha256_of(path)) == (entry["bytes"], entry["sha256"])
-        assert path.stat().st_size <= 0.35 * 2**20 and len(open_shard(path).names) == entry["images"]
-    assert len(index["shards"]) == 6
+        assert path.stat().st_size <= 0.35 * 2**20 and len(open_shard(path).names) == entry["num_images"]
+    assert len(index.shards) == 6
+    assert all(str(latents.parent) not in path.read_bytes().decode(errors="ignore") for path in latents.iterdir())
 
 
 def test_a_whole_folder_is_whole(latents):
@@ -57,14 +70,31 @@ def flip_a_byte(path, position=-100):
 
 def test_a_flipped_byte(copy, shard):
     flip_a_byte(shard)
-    (fault,) = verify(copy)
-    assert f"{shard} has sha256" in fault and "by the index" in fault
+    assert verify(copy) == [f"{shard} is damaged: its content is not as it was written"]
+
+
+def test_a_flipped_byte_anywhere_is_a_message_that_names_the_shard(copy, shard):
+    """In the header, too: no other error, and never unnoticed."""
+    whole = shard.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for position in [*range(0, header, 7), *range(header, len(whole), 20011)]:
+        for bit in (0, 5):
+            content = bytearray(whole)
+            content[position] ^= 1 << bit
+            shard.write_bytes(content)
+            try:
+                opened = open_shard(shard, check=True)
+            except ValueError as error:
+                assert str(error).startswith(f"{shard} is damaged: "), position
+            else:
+                assert position < header and opened.settings, position  # padding, or what inspection compares
+    assert any("by the index" in fault or "is damaged" in fault for fault in verify(copy))
 
 
 def test_a_truncated_shard(copy, shard):
     shard.write_bytes(shard.read_bytes()[:-1])
     (fault,) = verify(copy)
-    assert f"{shard} is damaged: it has" in fault
+    assert f"{shard} is damaged: it has" in fault and "by its header" in fault
     shard.write_bytes(shard.read_bytes()[:100])
     (fault,) = verify(copy)
     assert f"{shard} is damaged: its header cannot be read" in fault
@@ -77,41 +107,41 @@ def test_a_missing_shard_and_one_too_many(copy, shard):
     assert verify(copy) == [f"{shard} is missing", f"{copy / 'shard-00009.safetensors'} is not in the index"]
 
 
-def test_values_that_are_not_finite(copy, shard):
-    """Written like that, with a checksum that fits."""
-    settings = open_shard(shard).settings
-    tensors = {name: torch.from_numpy(array.copy()) for name, array in open_shard(shard).arrays.items()}
-    tensors["mirrored"][3, 2, 0, 0] = float("nan")
-    names = open_shard(shard).names
-    Layout(copy, settings).write(1, tensors, names, {})
+def rewrite(copy, shard, change) -> list[str]:
+    """Has `change` alter a shard's tensors, with checksums that fit; returns the names in it."""
+    opened = open_shard(shard)
+    tensors = {name: tensor.clone() for name, tensor in opened.tensors.items()}
+    change(tensors)
+    LatentFolder(copy, LatentSettings(**opened.settings)).write(1, tensors, opened.names, {})
     index = read_index(copy)
-    index["shards"][1] |= {"sha256": sha256_of(shard), "bytes": shard.stat().st_size}
+    index.shards[1].update(sha256=sha256_of(shard), bytes=shard.stat().st_size)
     write_index(copy, index)
+    return opened.names
+
+
+def test_values_that_are_not_finite(copy, shard):
+    names = rewrite(copy, shard, lambda tensors: tensors["mirrored"][3, 2, 0, 0].fill_(float("nan")))
     assert verify(copy) == [f"{shard} holds values that are not finite, of {names[3]}"]
 
 
-def write_index(folder, index):
-    from sit_atconv.data.latent_folder import _checksum
+def test_labels_out_of_range(copy, shard):
+    for wrong in (10, -1):
+        rewrite(copy, shard, lambda tensors, wrong=wrong: tensors["labels"][:1].fill_(wrong))
+        assert verify(copy) == [f"{shard} holds labels that are not 0 ... 9, one for each image"]
 
-    index["checksum"] = _checksum(index)
-    (folder / "index.json").write_text(json.dumps(index))
+
+def test_moments_of_another_dtype(copy, shard):
+    rewrite(copy, shard, lambda tensors: tensors.update(moments=tensors["moments"].half()))
+    (fault,) = verify(copy)
+    assert f"{shard} holds moments (20, 8, 16, 16) torch.float16" in fault
 
 
 def test_counts_that_do_not_add_up(copy):
     index = read_index(copy)
-    index["class_counts"][3] += 1
+    index.class_counts[3] += 1
     write_index(copy, index)
-    assert verify(copy) == [f"class digit 3 has {index['class_counts'][3] - 1} images, and "
-                            f"{index['class_counts'][3]} by the index"]
-
-
-def test_labels_out_of_range(copy, shard):
-    opened = open_shard(shard)
-    tensors = {name: torch.from_numpy(array.copy()) for name, array in opened.arrays.items()}
-    tensors["labels"][0] = 10
-    Layout(copy, opened.settings).write(1, tensors, opened.names, {})
-    faults = verify(copy)
-    assert f"{shard} holds labels that are not 0 ... 9, one for each image" in faults
+    assert verify(copy) == [f"class digit 3 has {index.class_counts[3] - 1} images, and "
+                            f"{index.class_counts[3]} by the index"]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +152,7 @@ def test_labels_out_of_range(copy, shard):
         (lambda path: path.write_text(path.read_text().replace("digit 3", "digit 8")), "is not as it was written"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "is damaged"),
         (lambda path: path.write_text("[]"), "is damaged"),
-        (lambda path: path.write_text(path.read_text().replace('"format": 1', '"format": 9')), "has format 9, not 1"),
+        (lambda path: path.write_text(path.read_text().replace('"format": 1', '"format": 9')), "is of another version"),
     ],
 )
 def test_a_damaged_index(copy, spoil, message):
@@ -133,44 +163,57 @@ def test_a_damaged_index(copy, spoil, message):
 
 def test_nothing_is_left_of_a_shard_that_could_not_be_written(tmp_path, monkeypatch):
     """As on a full disk."""
-    layout = Layout(tmp_path, {"images": 4, "images_per_shard": 4, "batch_size": 4})
-    tensors = {"moments": torch.zeros(4, 2, 2, 2), "labels": torch.zeros(4, dtype=torch.int64)}
+    folder = LatentFolder(tmp_path, settings())
 
     def full(path, content):
         with open(path, "wb") as file:
             file.write(content[:10])
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
-    with pytest.raises(OSError, match=r"shard-00000\.safetensors cannot be written \(No space left on device\)"):
-        layout.write(0, tensors, list("abcd"), {})
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_bytes", full)
+        with pytest.raises(OSError, match=r"shard-00000\.safetensors cannot be written \(No space left on device\)"):
+            folder.write(0, moments(4), list("abcd"), {})
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.undo()
-    layout.write(0, tensors, list("abcd"), {"e": "why"})
-    assert open_shard(layout.path(0)).names == list("abcd") and open_shard(layout.path(0)).skipped == {"e": "why"}
-    assert layout.missing() == [] and [path.name for path in tmp_path.iterdir()] == ["shard-00000.safetensors"]
+    folder.write(0, moments(4), list("abcd"), {})
+    assert open_shard(folder.shard(0)).names == list("abcd")
+    assert folder.missing() == [] and [path.name for path in tmp_path.iterdir()] == ["shard-00000.safetensors"]
 
 
-def test_an_empty_shard(tmp_path):
-    layout = Layout(tmp_path, {"images": 2, "images_per_shard": 2, "batch_size": 2})
-    layout.write(0, {"moments": torch.zeros(0, 2, 2, 2), "labels": torch.zeros(0, dtype=torch.int64)}, [], {"a": "x"})
-    assert open_shard(layout.path(0)).arrays["moments"].shape == (0, 2, 2, 2) and layout.missing() == []
+def test_a_shard_that_leaves_images_out_is_missing_unless_it_may(tmp_path):
+    folder = LatentFolder(tmp_path, settings(num_images=2))
+    folder.write(0, moments(0), [], {"a": "why", "b": "why"})
+    assert open_shard(folder.shard(0)).tensors["moments"].shape == (0, 2, 2, 2)
+    assert folder.missing() == [0] and folder.missing(may_skip=True) == []
 
 
 def test_shards_of_other_settings_are_an_error_that_shows_them(copy, shard):
-    settings = open_shard(shard).settings
+    other = dataclasses.replace(read_index(copy).settings, image_size=64)
     with pytest.raises(ValueError, match=r"shard-00000\.safetensors was encoded with image_size 32, now it is 64"):
-        Layout(copy, settings | {"image_size": 64}).missing()
+        LatentFolder(copy, other).missing()
 
 
 def test_the_same_content_is_the_same_bytes(tmp_path):
-    """Whatever the order in which tensors and metadata come."""
-    values = torch.from_numpy(np.arange(16, dtype=np.float32).reshape(2, 2, 2, 2))
-    tensors = {"moments": values, "labels": torch.tensor([0, 1]), "mirrored": values.flip(-1)}
+    """Whatever the order in which the tensors come."""
     content = []
     for turn in range(4):
-        layout = Layout(tmp_path / str(turn), {"images": 2, "images_per_shard": 2, "batch_size": 2})
-        layout.folder.mkdir()
-        layout.write(0, dict(reversed(tensors.items())) if turn % 2 else tensors, ["a", "b"], {})
-        content.append(layout.path(0).read_bytes())
+        folder = LatentFolder(tmp_path / str(turn), settings())
+        folder.path.mkdir()
+        tensors = moments(4) | {"mirrored": moments(4)["moments"].flip(-1)}
+        folder.write(0, dict(reversed(tensors.items())) if turn % 2 else tensors, list("abcd"), {})
+        content.append(folder.shard(0).read_bytes())
     assert len(set(content)) == 1
+
+
+def test_any_number_of_shards_is_open_at_once(tmp_path):
+    """More than the system lets a process have files open."""
+    folder = LatentFolder(tmp_path, settings(num_images=100, batch_size=1, images_per_shard=1))
+    for number in range(100):
+        folder.write(number, moments(1), ["a"], {})
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
+    try:
+        shards = [open_shard(folder.shard(number)) for number in range(100)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(shards) == 100 and shards[99].tensors["moments"][0, 1, 1, 1] == 7
