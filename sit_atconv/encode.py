@@ -31,7 +31,10 @@ def main(argv: list[str] | None = None) -> None:
         from sit_atconv.encoding import EncodeOptions, encode_images
         from sit_atconv.files import gigabytes
 
-        index, rate = encode_images(EncodeOptions(**options))
+        try:
+            index, rate = encode_images(EncodeOptions(**options))
+        except KeyboardInterrupt:
+            fail("interrupted: the same command goes on from here", code=130)
     if is_main_process():
         out = options["out"]
         left_out = f", {len(index.skipped)} left out" if index.skipped else ""

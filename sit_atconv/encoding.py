@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -74,25 +75,31 @@ class Job:
 
 @dataclass(frozen=True)
 class EncodedShard:
-    """What `LatentFolder.write` wants, and the images whose moments the stored dtype cannot hold."""
+    """What `LatentFolder.write` wants, and what must not be left out but stops the work: a disk that fails, ..."""
 
     tensors: dict[str, Tensor]
     names: list[str]
     skipped: dict[str, str]
-    overflowing: list[str]
+    faults: list[str]
 
 
 class Pictures(Dataset):
-    """Image i as uint8 (3, H, W), and ""; of an unreadable one zeros, so that its batch keeps its shape, and why."""
+    """Image i as uint8 (3, H, W), why it is no image, and why its file cannot be read; "" where all is well.
+
+    What cannot be had is zeros, so that its batch keeps its shape and the others' bits stay what they are.
+    """
 
     def __init__(self, images: ImageFolder):
         self.images = images
 
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+    def __getitem__(self, index: int) -> tuple[Tensor, str, str]:
+        nothing = torch.zeros(3, self.images.image_size, self.images.image_size, dtype=torch.uint8)
         try:
-            return self.images.read(index), ""
+            return self.images.read(index), "", ""
         except ValueError as error:
-            return torch.zeros(3, self.images.image_size, self.images.image_size, dtype=torch.uint8), str(error)
+            return nothing, str(error), ""
+        except OSError as error:
+            return nothing, "", str(error)
 
 
 def encode_images(options: EncodeOptions) -> tuple[LatentIndex, float]:
@@ -114,9 +121,8 @@ def encode_images(options: EncodeOptions) -> tuple[LatentIndex, float]:
     folder = LatentFolder(options.out, latent_settings(options, images, codec))
     _check_out(options)
     missing = folder.missing(options.skip_unreadable)
-    if not missing and (folder.path / INDEX).exists():
-        with contextlib.suppress(ValueError):  # a damaged index is made again
-            return read_index(folder.path), 0.0
+    if not missing and (index := _finished(folder)):
+        return index, 0.0
     room = folder.settings.bytes_per_image * sum(len(folder.images(number)) for number in missing)
     check_room(folder.path, room)
 
@@ -129,6 +135,7 @@ def encode_images(options: EncodeOptions) -> tuple[LatentIndex, float]:
         if state.is_main_process:
             for partial in folder.path.glob(f"{PARTIAL}*"):  # of a process that was killed
                 partial.unlink()
+            (folder.path / INDEX).unlink(missing_ok=True)  # of what was there before, and is not complete any more
             print(f"encoding {len(images)} images of {len(images.class_names)} classes into {folder.path}, "
                   f"{state.num_processes} x {state.device.type}: {folder.num_shards - len(missing)} of "
                   f"{folder.num_shards} shards are there, the others take {gigabytes(room)}", file=sys.stderr)
@@ -139,6 +146,17 @@ def encode_images(options: EncodeOptions) -> tuple[LatentIndex, float]:
         _complete(job)
         state.wait_for_everyone()
     return read_index(folder.path), rate
+
+
+def _finished(folder: LatentFolder) -> LatentIndex | None:
+    """The index, if it is that of the shards which are there; a damaged one is made again."""
+    try:
+        index = read_index(folder.path)
+    except ValueError:
+        return None
+    sizes = [folder.shard(number).stat().st_size for number in range(folder.num_shards)]
+    fits = index.settings == folder.settings and [entry["bytes"] for entry in index.shards] == sizes
+    return index if fits else None
 
 
 def latent_settings(options: EncodeOptions, images: ImageFolder, codec: VAECodec) -> LatentSettings:
@@ -191,7 +209,7 @@ def _held(job: Job) -> Iterator[None]:
 
 def _raise_together(faults: list[str]) -> None:
     """Raises on every process what any of them found, so that none waits for another that has left."""
-    if faults := sorted(gather_object(faults)):
+    if faults := sorted(set(gather_object(faults))):
         raise OSError("\n".join(faults))
 
 
@@ -200,7 +218,7 @@ def _encode_missing(job: Job, missing: list[int]) -> float:
     mine = missing[job.state.process_index :: job.state.num_processes]
     batches = [batch for number in mine for batch in job.folder.batches(number)]
     loader = iter(DataLoader(Pictures(job.images), batch_sampler=batches, pin_memory=job.state.device.type == "cuda",
-                             num_workers=_num_workers(job.options)))
+                             num_workers=_num_workers(job.options), worker_init_fn=_leave_interrupts_to_parent))
     several = job.state.num_processes > 1
     progress = tqdm(total=sum(map(len, batches)), unit="image", disable=not job.state.is_main_process,
                     desc=f"encoding, process 1 of {job.state.num_processes}" if several else "encoding")
@@ -209,9 +227,8 @@ def _encode_missing(job: Job, missing: list[int]) -> float:
         for number in mine:
             shard = _encode_shard(job, number, loader, progress)
             unreadable += [f"{job.images.folder / name} {why}" for name, why in shard.skipped.items()]
-            if shard.overflowing:
-                faults += [f"{job.images.folder / name}: its latents exceed {job.options.dtype}, give --dtype float32"
-                           for name in shard.overflowing]
+            if shard.faults:
+                faults += shard.faults
                 break
             if shard.skipped and not job.options.skip_unreadable:
                 continue
@@ -221,20 +238,21 @@ def _encode_missing(job: Job, missing: list[int]) -> float:
                 faults.append(str(error))
                 break
     rate = sum(len(job.folder.images(number)) for number in missing) / (time.perf_counter() - clock)
-    _raise_together(faults)
     if (unreadable := sorted(gather_object(unreadable))) and not job.options.skip_unreadable:
-        raise ValueError("\n".join([f"{len(unreadable)} images cannot be read: mend them and run the same command "
-                                    "again, or give --skip-unreadable to leave them out", *unreadable]))
+        faults.append("\n".join([f"{len(unreadable)} images cannot be read: mend them and run the same command again, "
+                                 "or give --skip-unreadable to leave them out", *unreadable]))
+    _raise_together(faults)
     return rate
 
 
 def _encode_shard(job: Job, number: int, loader: Iterator, progress: tqdm) -> EncodedShard:
     """Takes the shard's batches from the loader."""
-    indices, reasons = job.folder.images(number), []
+    indices, reasons, faults = job.folder.images(number), [], []
     parts = {kind: [] for kind in job.folder.settings.kinds}
     for _ in job.folder.batches(number):
-        pixels, why = next(loader)
+        pixels, why, wrong = next(loader)
         reasons += why
+        faults += filter(None, wrong)
         x = to_float(pixels.to(job.state.device, non_blocking=True))
         read = torch.tensor([not reason for reason in why])
         for kind in parts:
@@ -246,8 +264,14 @@ def _encode_shard(job: Job, number: int, loader: Iterator, progress: tqdm) -> En
     names = [job.images.name(i) for i in kept]
     skipped = {job.images.name(i): reason for i, reason in zip(indices, reasons, strict=True) if reason}
     finite = torch.stack([moments.isfinite().flatten(1).all(1) for moments in tensors.values()]).all(0).tolist()
-    overflowing = [name for name, fits in zip(names, finite, strict=True) if not fits]
-    return EncodedShard(tensors | {"labels": torch.from_numpy(job.images.labels[kept])}, names, skipped, overflowing)
+    faults += [f"{job.images.folder / name}: its latents do not fit into {job.options.dtype}: give --dtype float32, or "
+               "--precision fp32 if they do not fit into the VAE's arithmetic"
+               for name, fits in zip(names, finite, strict=True) if not fits]
+    return EncodedShard(tensors | {"labels": torch.from_numpy(job.images.labels[kept])}, names, skipped, faults)
+
+
+def _leave_interrupts_to_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _num_workers(options: EncodeOptions) -> int:
@@ -270,20 +294,26 @@ def _complete(job: Job) -> None:
     reports = sorted(gather_object(reports), key=lambda report: report.entry["file"])
     if not any(report.entry["num_images"] for report in reports):
         raise ValueError(f"none of the {len(job.images)} images of {job.images.folder} can be read")
+    faults = []
     if job.state.is_main_process:
-        _draw_preview(job, reports)
-        job.folder.write_index(job.options.vae, list(job.images.class_names), reports)
+        try:
+            _draw_preview(job, reports)
+            job.folder.write_index(job.options.vae, list(job.images.class_names), reports)
+        except OSError as error:
+            faults.append(str(error))
+    _raise_together(faults)
 
 
 def _draw_preview(job: Job, reports: list[ShardReport], columns: int = 5) -> None:
     """Some images, from all over the set, above what is decoded from their latents and from those of their mirror."""
     rows = {"image": []} | {f"decoded {kind}": [] for kind in job.folder.settings.kinds}
+    pictures = Pictures(job.images)
     ends = list(itertools.accumulate(report.entry["num_images"] for report in reports))
     for index in np.linspace(0, ends[-1] - 1, min(columns, ends[-1])).astype(int).tolist():
         number, place = locate(ends, index)
         shard = open_shard(job.folder.shard(number))
         kept = [i for i in job.folder.images(number) if job.images.name(i) not in shard.skipped]
-        rows["image"].append(job.images[kept[place], False][0])
+        rows["image"].append(pictures[kept[place]][0])
         for kind in job.folder.settings.kinds:
             moments = shard.tensors[kind][place][None].to(job.state.device)
             z = job.codec.latents(moments, torch.Generator(job.state.device).manual_seed(0))

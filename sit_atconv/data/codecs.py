@@ -10,6 +10,7 @@ A codec has `channels` and `downsample` and four verbs:
 
 import contextlib
 import hashlib
+import json
 import logging
 from typing import Literal
 
@@ -87,17 +88,20 @@ class VAECodec(_Codec):
         try:
             with _quiet("diffusers"):
                 self.vae = AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32)
+            self.weights = _identity(self.vae)
+            torch.nn.Module.to(self.vae.eval().requires_grad_(False), DTYPES[precision])
         except Exception as error:  # diffusers raises a dozen types; the user needs the place and the remedy
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
                 f"no VAE could be loaded from {source!r} ({reason}). Give the path of a downloaded AutoencoderKL "
                 "folder (config.json and weights), or connect to the network once so that the hub id is cached."
             ) from error
-        self.weights = _sha256(self.vae.state_dict())
         self.precision, self.dtype, self.device = precision, DTYPES[precision], torch.device("cpu")
-        torch.nn.Module.to(self.vae.eval().requires_grad_(False), self.dtype)
         self.vae.use_slicing, self.vae.use_tiling = slicing, tiling
         config = self.vae.config
+        if (config.in_channels, config.out_channels) != (3, 3):
+            raise ValueError(f"the VAE {source} takes {config.in_channels} channels and gives {config.out_channels}: "
+                             "images have 3")
         self.channels = config.latent_channels
         self.downsample = 2 ** (len(config.block_out_channels) - 1)
         self.scale = config.scaling_factor
@@ -169,12 +173,14 @@ def open_codec(description: dict, made: str = "the weights were trained", precis
     return codec
 
 
-def _sha256(tensors: dict[str, Tensor]) -> str:
-    """Of names and values: the same for the same weights, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
+def _identity(vae) -> str:
+    """sha256 of architecture, names and values: the same for the same VAE, whatever file it came from."""
+    architecture = ("act_fn", "norm_num_groups", "down_block_types", "layers_per_block", "mid_block_add_attention",
+                    "sample_size")
+    digest = hashlib.sha256(json.dumps([vae.config.get(key) for key in architecture]).encode())
+    for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode() + b"\0")
-        digest.update(tensors[name].contiguous().numpy())
+        digest.update(tensor.contiguous().numpy())
     return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ label: here pixels, uint8 (C, H, W), a quarter of what floats would be to hand o
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset
 
 from sit_atconv.data.pixels import CROP_RULE, read_image, to_uint8
 
+MOST_CLASSES = 10**6  # beyond that a label is no class
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 
 
@@ -128,12 +130,12 @@ def list_images(folder: Path) -> list[str]:
     names = []
     for place, subfolders, files in os.walk(folder, followlinks=True, onerror=_raise):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for link in (os.path.join(place, name) for name in subfolders):
-            if os.path.islink(link) and (os.path.realpath(place) + os.sep).startswith(os.path.realpath(link) + os.sep):
+        for link in (Path(place, name) for name in subfolders):
+            if link.is_symlink() and any(parent.resolve().is_relative_to(link.resolve()) for parent in link.parents):
                 raise ValueError(f"{link} is a link to a folder that holds it: remove it")
         prefix = "" if place == str(folder) else os.path.relpath(place, folder) + os.sep
         names += [prefix + name for name in files
-                  if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+                  if not name.startswith(".") and _is_image(name)]
     if not names:
         raise ValueError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return sorted(names, key=os.fsencode)
@@ -159,7 +161,8 @@ def _labels_of_subfolders(folder: Path, names: Sequence[str]) -> tuple[tuple[str
         if entry.is_dir() and not entry.name.startswith(".") and entry.name not in found:
             raise ValueError(f"{entry} is a class without images: fill it or remove it")
     label = {name: index for index, name in enumerate(sorted(found))}
-    return tuple(label), [label[name] for name in classes]
+    readable = (os.fsencode(name).decode(errors="replace") for name in label)  # names that no picture could show
+    return tuple(readable), [label[name] for name in classes]
 
 
 def _labels_of_dataset_json(path: Path, names: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
@@ -167,13 +170,17 @@ def _labels_of_dataset_json(path: Path, names: Sequence[str]) -> tuple[tuple[str
         pairs = json.loads(path.read_bytes())["labels"]
         if pairs is None:
             return ("images",), [0] * len(names)
-        labels = {os.path.normpath(name): label for name, label in pairs if _is_image(name)}
+        labels = [(os.path.normpath(name), label) for name, label in pairs if _is_image(name)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} is not {{"labels": [["folder/name.png", 3], ...]}} ({error})') from error
-    for name, label in labels.items():
-        if type(label) is not int or label < 0:
-            raise ValueError(f"{path} gives {name} the label {label!r}: labels are whole numbers from 0 on")
-    images = set(names)
+    for name, label in labels:
+        if type(label) is not int or not 0 <= label < MOST_CLASSES:
+            raise ValueError(f"{path} gives {name} the label {label!r}: labels are whole numbers from 0 to "
+                             f"{MOST_CLASSES - 1}")
+    for name, times in Counter(name for name, _ in set(labels)).items():
+        if times > 1:
+            raise ValueError(f"{path} gives {name} {times} different labels")
+    labels, images = dict(labels), set(names)
     for missing, fault in (
         ([name for name in names if name not in labels], "gives no label to"),
         ([name for name in labels if name not in images], "labels images that are not there:"),

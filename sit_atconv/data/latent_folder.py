@@ -32,6 +32,7 @@ from sit_atconv.files import sha256_of, write_aside
 FORMAT = 1
 INDEX = "index.json"
 PREVIEW = "preview.png"
+CHECKSUMS = ("files", "codec weights")  # a dozen digits tell one from another
 STORED_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
 
@@ -81,15 +82,17 @@ class LatentSettings:
 
     def difference(self, then: dict) -> str | None:
         """What differs from the settings of a shard, as a user would say it; None: nothing does."""
-        then, now = _readable(then), _readable(dataclasses.asdict(self))
-        changed = [key for key in {**now, **then} if then.get(key) != now.get(key)]
-        return f"{changed[0]} {then.get(changed[0])}, now it is {now.get(changed[0])}" if changed else None
+        then, now = _one_by_one(then), _one_by_one(dataclasses.asdict(self))
+        for key in {**now, **then}:
+            if then.get(key) != now.get(key):
+                shown = [str(value)[:12] if key in CHECKSUMS else value for value in (then.get(key), now.get(key))]
+                return f"{key} {shown[0]}, now it is {shown[1]}"
+        return None
 
 
-def _readable(settings: dict) -> dict:
-    """Settings one by one; of a checksum as much as tells it from another."""
-    flat = settings | {f"codec {key}": value for key, value in settings.get("codec", {}).items()}
-    return {key: str(value)[:12] for key, value in flat.items() if key != "codec"}
+def _one_by_one(settings: dict) -> dict:
+    codec = {f"codec {key}": value for key, value in settings["codec"].items()}
+    return {key: value for key, value in settings.items() if key != "codec"} | codec
 
 
 @dataclass(frozen=True)
@@ -188,18 +191,26 @@ class LatentFolder:
         """The shards to be made: not there, not whole, or, unless they may, leaving images out.
 
         Raises:
-            ValueError: a shard was made with other settings.
+            ValueError: a shard was made with other settings, or there is one too many.
         """
-        return [number for number in range(self.num_shards) if not self._has(number, may_skip)]
+        missing = [number for number in range(self.num_shards) if not self._has(number, may_skip)]
+        known = {self.shard(number).name for number in range(self.num_shards)}
+        for path in sorted(self.path.glob("shard-*")):
+            if path.name not in known:
+                raise ValueError(f"{path} is none of the {self.num_shards} shards that this will have: delete it, or "
+                                 "give another --out")
+        return missing
 
     def _has(self, number: int, may_skip: bool) -> bool:
+        path = self.shard(number)
         try:
-            shard = open_shard(self.shard(number))
+            shard = open_shard(path)
+            if difference := self.settings.difference(shard.settings):
+                open_shard(path, check=True)  # or it is damaged, and missing
         except (ValueError, OSError):
             return False
-        if difference := self.settings.difference(shard.settings):
-            raise ValueError(f"{self.shard(number)} was encoded with {difference}: go on with the former, or give "
-                             "another --out")
+        if difference:
+            raise ValueError(f"{path} was encoded with {difference}: go on with the former, or give another --out")
         return may_skip or not shard.skipped
 
     def write(self, number: int, tensors: dict[str, Tensor], names: list[str], skipped: dict[str, str]) -> None:
@@ -258,7 +269,9 @@ def open_shard(path: Path, check: bool = False) -> Shard:
             raise ValueError(f"it holds {', '.join(tensors)} only")
         if check and metadata["crc32"] != _crc32(tensors, metadata["content"]):
             raise ValueError("its content is not as it was written")
-        return Shard(tensors, **metadata["content"])
+        shard = Shard(tensors, **metadata["content"])
+        _one_by_one(shard.settings)  # they are settings at all
+        return shard
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # whatever a flipped byte leads to
         reason = str(error).splitlines()[0] if type(error) is ValueError else "its header cannot be read"
         raise ValueError(f"{path} is damaged: {reason}") from error

@@ -48,10 +48,16 @@ class CachedLatents(Dataset):
         index, mirrored = item
         shard, position = locate(self.ends, index)
         if shard not in self.shards:
-            self.shards[shard] = open_shard(self.folder / self.index.shards[shard]["file"]).tensors
+            self.shards[shard] = self._open(self.folder / self.index.shards[shard]["file"])
         tensors = self.shards[shard]
         moments = tensors["mirrored" if mirrored else "moments"][position]
         return moments.clone(), int(tensors["labels"][position])
+
+    def _open(self, path: Path) -> dict[str, Tensor]:
+        shard = open_shard(path)
+        if difference := self.index.settings.difference(shard.settings):
+            raise ValueError(f"{path} was encoded with {difference}: run the same sit_atconv/encode.py again")
+        return shard.tensors
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"shards": {}}  # each process opens its own

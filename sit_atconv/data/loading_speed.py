@@ -14,6 +14,7 @@ from tqdm import tqdm, trange
 
 from sit_atconv.data.latent_folder import LatentFolder, LatentSettings, inspect_shard
 from sit_atconv.data.order import BatchOrder
+from sit_atconv.files import check_room
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,13 @@ def private_mib(pid: int | str) -> float:
 
 def write_random_latents(folder: Path, num_images: int, moments_shape: tuple[int, int, int] = (8, 32, 32)) -> None:
     """A folder of latents that are random numbers, float16, with mirror images: for measuring."""
-    folder.mkdir(parents=True, exist_ok=True)
     settings = LatentSettings(
         num_images, files="random", image_size=8 * moments_shape[-1], crop="none", codec={}, precision="fp32",
         slicing=False, tiling=False, mirrored=True, dtype="float16", moments_shape=list(moments_shape), batch_size=32,
         images_per_shard=4096,
     )
+    check_room(folder, num_images * settings.bytes_per_image)
+    folder.mkdir(parents=True, exist_ok=True)
     latents, reports, generator = LatentFolder(folder, settings), [], torch.Generator().manual_seed(0)
     for number in trange(latents.num_shards, unit="shard", desc="writing random latents"):
         images = latents.images(number)

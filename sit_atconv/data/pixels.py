@@ -39,13 +39,22 @@ def center_crop(picture: Image.Image, size: int) -> Image.Image:
 def read_image(path: Path, size: int) -> Tensor:
     """An image file, upright, as RGB and cropped to a square -> uint8 (3, size, size).
 
-    Greyscale is repeated, 16 bits become 8, transparency is dropped. ValueError: it cannot be read; the message says
-    why, and leaves the file's name to the caller.
+    Greyscale is repeated, 16 bits become 8, transparency is dropped.
+
+    Raises:
+        OSError: the file itself cannot be read: there is none, the disk fails, ...
+        ValueError: what is in it is no image, or half of one; the message leaves the file's name to the caller.
     """
+    if not path.is_file() and path.exists():
+        raise ValueError("cannot be read as an image: it is no regular file")
     try:
         with Image.open(path) as file:
             picture = center_crop(to_rgb(ImageOps.exif_transpose(file)), size)
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's readers raise whatever a damaged file makes them raise
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(f"{path} cannot be read: {error.strerror}") from error
         reason = (str(error) or type(error).__name__).splitlines()[0].replace(f" {str(path)!r}", "")
         raise ValueError(f"cannot be read as an image: {reason}") from error
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()

@@ -38,13 +38,17 @@ class DataConfig:
             ValueError: no images or latents there, no codec, or another one, or another size, than the latents have.
         """
         if self.latents is not None:
+            if self.images != "digits":
+                raise ValueError(f"data.images {self.images} and data.latents {self.latents}: give one of them")
             latents = CachedLatents(self.latents, self.mirror)
             if self.image_size not in (None, latents.image_size):
                 raise ValueError(f"data.image_size is {self.image_size}, but {self.latents} was encoded at "
                                  f"{latents.image_size}: encode the images at {self.image_size}, or leave it out")
-            codec = open_codec(latents.codec | {"source": self.codec or latents.codec["source"]},
-                               f"{self.latents} was encoded", self.codec_precision)
-            return latents, codec
+            description = latents.codec | {"source": self.codec or latents.codec["source"]}
+            try:
+                return latents, open_codec(description, f"{self.latents} was encoded", self.codec_precision)
+            except ValueError as error:
+                raise ValueError(f"{error} (data.codec says where the VAE of {self.latents} lies)") from error
         if self.images == "digits":
             images, default = Digits(), "identity"
         else:

@@ -103,6 +103,30 @@ def test_what_is_lost_or_damaged_is_made_again(launch, latents, argv, tmp_path, 
     assert same(out, latents)
 
 
+def test_an_index_of_other_shards_is_not_believed(launch, latents, digit_folder, make_vae, argv, tmp_path):
+    """Shards are taken away, another VAE's are put there, and a kill comes before the index."""
+    out = shutil.copytree(latents, tmp_path / "out")
+    for shard in out.glob("shard-*"):
+        shard.unlink()
+    other = encode_argv(digit_folder, make_vae(1), out)
+    assert launch(ENCODE, other, die="before the second renaming")[0] == [-9]
+    assert not (out / "index.json").exists()
+    codes, output = launch(ENCODE, other)
+    assert codes == [0], output
+    shutil.copy(latents / "index.json", out / "index.json")
+    codes, output = launch(ENCODE, other)  # and should one be there all the same
+    assert codes == [0], output
+    assert read_index(out).settings.codec["weights"] != read_index(latents).settings.codec["weights"]
+
+
+def test_a_failing_disk_is_not_skipped(launch, mixed, vae, tmp_path):
+    (mixed / "class 1" / "gone.png").symlink_to("nowhere")
+    spoil(mixed)
+    codes, output = launch(ENCODE, [*encode_argv(mixed, vae, tmp_path / "out"), "--skip-unreadable"])
+    assert codes == [1] and f"{mixed / 'class 1' / 'gone.png'} cannot be read: No such file" in output
+    assert "Traceback" not in output and not (tmp_path / "out" / "index.json").exists()
+
+
 def test_what_changed_on_the_disk_is_not_indexed_anew(launch, latents, argv, tmp_path):
     """One shard is missing and made again; another one has a flipped byte."""
     out = shutil.copytree(latents, tmp_path / "out")
@@ -219,7 +243,7 @@ def test_values_that_the_dtype_cannot_hold(launch, mixed, make_vae, tmp_path):
     argv = encode_argv(mixed, vae, tmp_path / "out")
     argv[argv.index("float32")] = "float16"
     codes, output = launch(ENCODE, argv)
-    assert codes == [1] and "class 0/cmyk.jpg: its latents exceed float16, give --dtype float32" in output
+    assert codes == [1] and "class 0/cmyk.jpg: its latents do not fit into float16: give --dtype float32" in output
     assert list((tmp_path / "out").iterdir()) == []
 
 

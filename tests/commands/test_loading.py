@@ -12,7 +12,7 @@ def test_latents_and_images_by_turns(latents, digit_folder, capsys):
                "--batch-size", 10, "--num-workers", 0, "--rounds", 2, "--seconds", 0.02]
     load_command(LOADING).main(list(map(str, options)))
     found = json.loads(capsys.readouterr().out)
-    assert [speed["samples"] for speed in found.values()] == [120, 305, 120]
+    assert [speed["samples"] for speed in found.values()] == [120, 306, 120]
     assert list(found) == ["latents", "random latents", "images"] and all(len(s["rounds"]) == 2 for s in found.values())
 
 
@@ -20,6 +20,7 @@ def test_errors(fails, latents, tmp_path):
     main = load_command(LOADING).main
     assert "give --latents, --images or --random-gb" in fails(main, [])
     assert "nowhere holds no index.json" in fails(main, ["--latents", "nowhere"])
+    assert "needs 100390.6 GB" in fails(main, ["--random-gb", "1e5"])
     assert "batch_size 256 exceeds the 120 images" in fails(main, ["--latents", latents])
     assert "nowhere is not a folder" in fails(main, ["--images", "nowhere"])
     assert "No such file" in fails(main, ["--random-gb", "0.01", "--scratch", tmp_path / "nowhere"])

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -61,6 +62,14 @@ def test_the_same_weights_are_the_same_wherever_they_lie(vae_folder, make_vae, t
         VAECodec(str(make_vae(1))).check(here.describe(), "it was made")
 
 
+@pytest.mark.parametrize(("key", "value"), [("norm_num_groups", 8), ("act_fn", "relu"), ("sample_size", 16)])
+def test_the_same_weights_in_another_architecture_are_another_vae(vae_folder, tmp_path, key, value):
+    copy = shutil.copytree(vae_folder, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {key: value}))
+    assert VAECodec(str(copy)).weights != VAECodec(vae_folder).weights
+
+
 def test_a_description_opens_the_same_vae_and_notices_another(vae_folder):
     description = VAECodec(vae_folder).describe()
     assert len(description["weights"]) == 64
@@ -84,6 +93,14 @@ def test_the_scale_that_sd_vae_says_nothing_of(vae_folder, tmp_path):
 def test_errors(tmp_path):
     with pytest.raises(ValueError, match=r"no VAE could be loaded from .*nowhere"):
         VAECodec(str(tmp_path / "nowhere"))
+    AutoencoderKL(in_channels=1, block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "grey")
+    with pytest.raises(ValueError, match="grey takes 1 channels and gives 3: images have 3"):
+        VAECodec(str(tmp_path / "grey"))
+    lacking = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    del lacking.decoder.conv_out
+    lacking.save_pretrained(tmp_path / "lacking")
+    with pytest.raises(ValueError, match=r"no VAE could be loaded from .*lacking"):
+        VAECodec(str(tmp_path / "lacking"))
     with pytest.raises(ValueError, match="'jpeg'"):
         open_codec({"kind": "jpeg"})
     codec = IdentityCodec(1)

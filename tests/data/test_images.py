@@ -1,6 +1,7 @@
 """Data sets of images: which files, in which order, with which labels."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -77,6 +78,17 @@ def test_linked_classes_count_and_circles_are_found(photographs, tmp_path_factor
     (photographs / "flower" / "circle").symlink_to(photographs)
     with pytest.raises(ValueError, match="circle is a link to a folder that holds it"):
         ImageFolder(photographs, 8)
+    (photographs / "flower" / "circle").unlink()
+    (photographs / "flower" / "to china").symlink_to("../china")
+    (photographs / "china" / "to flower").symlink_to("../flower")
+    with pytest.raises(ValueError, match=r"to .* is a link to a folder that holds it"):
+        ImageFolder(photographs, 8)
+
+
+def test_a_class_name_that_is_no_text_is_shown_as_one(photographs):
+    (photographs / "flower").rename(photographs / os.fsdecode(b"fl\xff"))
+    images = ImageFolder(photographs, 8)
+    assert images.class_names == ("china", "fl\ufffd") and images[3, False][1] == 1
 
 
 def write_labels(folder, labels):
@@ -101,6 +113,8 @@ def test_labels_of_dataset_json(photographs):
         ('{"labels": [["china/colour.png", 0.5]]}', r"gives china/colour.png the label 0.5"),
         ('{"labels": [["china/colour.png", -1]]}', "the label -1"),
         ('{"labels": [["china/colour.png", true]]}', "the label True"),
+        ('{"labels": [["china/colour.png", 2000000]]}', "whole numbers from 0 to 999999"),
+        ('{"labels": [["china/colour.png", 1], ["./china/colour.png", 2]]}', "colour.png 2 different labels"),
         ('{"labels": {"china/colour.png": 1}}', r'is not \{"labels": \[\["folder/name.png", 3\]'),
         ("{}", "dataset.json is not"),
         ("[", "dataset.json is not"),

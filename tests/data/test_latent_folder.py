@@ -193,6 +193,19 @@ def test_shards_of_other_settings_are_an_error_that_shows_them(copy, shard):
         LatentFolder(copy, other).missing()
 
 
+def test_a_shard_too_many_is_an_error(copy, shard):
+    shutil.copy(shard, copy / "shard-00006.safetensors")
+    with pytest.raises(ValueError, match=r"shard-00006\.safetensors is none of the 6 shards that this will have"):
+        LatentFolder(copy, read_index(copy).settings).missing()
+
+
+def test_a_damaged_header_is_not_taken_for_other_settings(copy, shard):
+    whole = shard.read_bytes()
+    shard.write_bytes(whole.replace(b'image_size\\": 32', b'image_size\\": 33', 1))
+    assert shard.read_bytes() != whole and open_shard(shard).settings["image_size"] == 33
+    assert LatentFolder(copy, read_index(copy).settings).missing() == [1]
+
+
 def test_the_same_content_is_the_same_bytes(tmp_path):
     """Whatever the order in which the tensors come."""
     content = []

@@ -1,5 +1,6 @@
 """The data set of cached latents, and that what is drawn from it depends on seed and position alone."""
 
+import dataclasses
 import pickle
 import shutil
 from itertools import islice
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from sit_atconv.data.codecs import VAECodec
 from sit_atconv.data.images import ImageFolder
+from sit_atconv.data.latent_folder import read_index, write_index
 from sit_atconv.data.latents import CachedLatents
 from sit_atconv.data.order import BatchOrder
 from sit_atconv.data.pixels import to_float
@@ -78,8 +80,10 @@ def test_errors_before_anything_starts(latents, vae, make_vae, tmp_path):
         DataConfig(latents=str(latents), codec=str(make_vae(1))).open()
     with pytest.raises(ValueError, match=r"has scale 0\.25, but .* was encoded with 0\.5"):
         DataConfig(latents=str(latents), codec=str(make_vae(scaling_factor=0.25))).open()
-    with pytest.raises(ValueError, match="no VAE could be loaded from '/nowhere/vae'"):
+    with pytest.raises(ValueError, match=r"no VAE could be loaded from '/nowhere/vae'.*data\.codec says where"):
         DataConfig(latents=str(latents), codec="/nowhere/vae").open()
+    with pytest.raises(ValueError, match=r"data\.images here and data\.latents .*: give one of them"):
+        DataConfig(images="here", latents=str(latents)).open()
     copy = shutil.copytree(latents, tmp_path / "copy")
     shard = copy / "shard-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -88,6 +92,14 @@ def test_errors_before_anything_starts(latents, vae, make_vae, tmp_path):
     shard.unlink()
     with pytest.raises(ValueError, match=r"shard-00002\.safetensors is missing: run the same"):
         DataConfig(latents=str(copy)).open()
+
+
+def test_a_shard_of_other_settings_is_found_where_it_is_read(latents, tmp_path):
+    copy = shutil.copytree(latents, tmp_path / "copy")
+    index = read_index(copy)
+    write_index(copy, dataclasses.replace(index, settings=dataclasses.replace(index.settings, crop="none")))
+    with pytest.raises(ValueError, match=r"shard-00000.safetensors was encoded with crop upright .*, now it is none"):
+        CachedLatents(copy)[0, False]
 
 
 def test_what_a_run_must_find_again(latents, vae, make_vae, tmp_path):

@@ -1,5 +1,7 @@
 """Image files of every kind become upright RGB, and pixels become uint8 by one rule."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -82,7 +84,7 @@ def save_cut(path):
         ("cut.jpg", save_cut, "truncated"),
         ("float.tif", save_float, "floating point"),
         ("large.tif", save_32_bit, "1000000"),
-        ("link.png", lambda path: path.symlink_to("nowhere"), "No such file"),
+        ("pipe.png", lambda path: os.mkfifo(path), "it is no regular file"),
         ("broken.png", lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40)), ""),
     ],
 )
@@ -91,3 +93,18 @@ def test_what_cannot_be_read_is_an_error_with_its_reason(tmp_path, name, write, 
     with pytest.raises(ValueError, match=f"cannot be read as an image: .*{reason}") as error:
         read_image(tmp_path / name, 8)
     assert str(tmp_path) not in str(error.value)  # the caller says where
+
+
+def test_a_file_that_the_disk_does_not_give_is_another_error(tmp_path, monkeypatch):
+    """Which nobody may skip: it may be there the next time."""
+    (tmp_path / "link.png").symlink_to("nowhere")
+    with pytest.raises(OSError, match=r"link\.png cannot be read: No such file"):
+        read_image(tmp_path / "link.png", 8)
+
+    def fails(path):
+        raise OSError(5, "Input/output error")
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(OSError, match=r"image\.png cannot be read: Input/output error"):
+        read_image(tmp_path / "image.png", 8)
