@@ -295,11 +295,10 @@ def test_two_at_once_are_refused(launch, argv, tmp_path, processes):
     assert codes == [1] * processes and "is in use by process" in output and "Traceback" not in output
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_full_disk(launch, argv, latents, tmp_path, processes):
+def test_a_full_disk(launch, argv, latents, tmp_path):
     """A limit of the file's size stands for it: the system refuses the same call."""
-    codes, output = launch(ENCODE, argv, processes, die="files of 100 kB are too large")
-    assert codes == [1] * processes and "shard-00000.safetensors cannot be written (File too large)" in output, output
+    codes, output = launch(ENCODE, argv, 2, die="files of 100 kB are too large")
+    assert codes == [1, 1] and "shard-00000.safetensors cannot be written (File too large)" in output, output
     assert "Traceback" not in output and list((tmp_path / "out").iterdir()) == []
-    codes, output = launch(ENCODE, argv, processes)
-    assert codes == [0] * processes and same(tmp_path / "out", latents), output
+    codes, output = launch(ENCODE, argv, 2)
+    assert codes == [0, 0] and same(tmp_path / "out", latents), output

@@ -19,10 +19,10 @@ def test_sources_are_measured_by_turns(latents, digit_folder):
 
 
 def test_random_latents_are_a_whole_folder(tmp_path):
-    write_random_latents(tmp_path, 5000)
+    write_random_latents(tmp_path, 5000, (8, 4, 4))
     assert verify(tmp_path) == [] and len(CachedLatents(tmp_path)) == 5000 and len(list(tmp_path.glob("shard*"))) == 2
     moments, label = CachedLatents(tmp_path)[4999, True]
-    assert moments.shape == (8, 32, 32) and 0.9 < moments.float().std() < 1.1 and 0 <= label < 10
+    assert moments.shape == (8, 4, 4) and 0.5 < moments.float().std() < 1.5 and 0 <= label < 10
 
 
 @pytest.mark.slow
