@@ -40,6 +40,8 @@ class DataConfig:
         if self.latents is not None:
             if self.images != "digits":
                 raise ValueError(f"data.images {self.images} and data.latents {self.latents}: give one of them")
+            if self.codec == "identity":
+                raise ValueError(f"data.codec identity is pixel space, and {self.latents} holds a VAE's latents")
             latents = CachedLatents(self.latents, self.mirror)
             if self.image_size not in (None, latents.image_size):
                 raise ValueError(f"data.image_size is {self.image_size}, but {self.latents} was encoded at "

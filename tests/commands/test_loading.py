@@ -1,8 +1,12 @@
 """The command that measures how fast training data are read."""
 
 import json
+import subprocess
 
-from tests.conftest import load_command
+import pytest
+
+from sit_atconv.data.loading_speed import private_mib
+from tests.conftest import ROOT, load_command, python
 
 LOADING = "eval/loading.py"
 
@@ -24,3 +28,17 @@ def test_errors(fails, latents, tmp_path):
     assert "batch_size 256 exceeds the 120 images" in fails(main, ["--latents", latents])
     assert "nowhere is not a folder" in fails(main, ["--images", "nowhere"])
     assert "No such file" in fails(main, ["--random-gb", "0.01", "--scratch", tmp_path / "nowhere"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not private_mib("self"), reason="this system tells no RssAnon")
+def test_ten_gigabytes_of_latents_are_read_in_less_than_one_of_private_memory(tmp_path):
+    """In a process of its own, since workers begin with all that their parent holds."""
+    done = subprocess.run(python(ROOT / LOADING, "--random-gb", 10, "--scratch", tmp_path, "--rounds", 8),
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    speed = json.loads(done.stdout)["random latents"]
+    print(f"\n{speed}")
+    assert speed["samples"] >= 10e9 / (2 * 2 * 8 * 32 * 32)
+    assert sum(speed["rounds"]) * 3 > speed["samples"] / 2  # much of it has been touched
+    assert speed["private_mib"] < 1024

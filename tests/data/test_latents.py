@@ -84,6 +84,8 @@ def test_errors_before_anything_starts(latents, vae, make_vae, tmp_path):
         DataConfig(latents=str(latents), codec="/nowhere/vae").open()
     with pytest.raises(ValueError, match=r"data\.images here and data\.latents .*: give one of them"):
         DataConfig(images="here", latents=str(latents)).open()
+    with pytest.raises(ValueError, match=r"data\.codec identity is pixel space"):
+        DataConfig(latents=str(latents), codec="identity").open()
     copy = shutil.copytree(latents, tmp_path / "copy")
     shard = copy / "shard-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])

@@ -1,11 +1,9 @@
 """The measurement of reading: what it reads, and how little memory that takes."""
 
-import pytest
-
 from sit_atconv.data.images import ImageFolder
 from sit_atconv.data.latent_folder import verify
 from sit_atconv.data.latents import CachedLatents
-from sit_atconv.data.loading_speed import measure_loading, private_mib, write_random_latents
+from sit_atconv.data.loading_speed import measure_loading, write_random_latents
 
 
 def test_sources_are_measured_by_turns(latents, digit_folder):
@@ -23,15 +21,3 @@ def test_random_latents_are_a_whole_folder(tmp_path):
     assert verify(tmp_path) == [] and len(CachedLatents(tmp_path)) == 5000 and len(list(tmp_path.glob("shard*"))) == 2
     moments, label = CachedLatents(tmp_path)[4999, True]
     assert moments.shape == (8, 4, 4) and 0.5 < moments.float().std() < 1.5 and 0 <= label < 10
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not private_mib("self"), reason="this system tells no RssAnon")
-def test_ten_gigabytes_of_latents_are_read_in_less_than_one_of_private_memory(tmp_path):
-    write_random_latents(tmp_path, 305_176)
-    assert sum(path.stat().st_size for path in tmp_path.glob("shard*")) > 10e9
-    found = measure_loading({"latents": lambda: CachedLatents(tmp_path, mirror=True)}, num_workers=2, rounds=8)
-    speed = found["latents"]
-    print(f"\n{speed}")
-    assert sum(speed.rounds) * 3 > len(CachedLatents(tmp_path)) / 2  # much of it has been touched
-    assert speed.private_mib < 1024
