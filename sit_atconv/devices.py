@@ -30,9 +30,8 @@ def share_cores(threads: int | None = None) -> None:
 def keep_freed_memory() -> None:
     """Lets this process use large blocks that it has freed again, instead of returning each to the system.
 
-    glibc returns what is above 32 MiB at once, and the system clears every page anew at the next allocation. With this
-    call four XL blocks at 256, 512 and 1024 px ran 1.29, 1.38 and 1.20 times as fast (forward in float32, batch 4, 2
-    and 1, two cores, torch 2.15, 2026-11-21). Does nothing where there is no glibc.
+    glibc returns what is above 32 MiB at once, and the system clears every page anew at the next allocation.
+    Does nothing where there is no glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:

@@ -5,10 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # On a CPU samples of at least this size are convolved one by one, without a copy of x; smaller ones all in one call.
-# What the convolution adds between its two projections in ms, in one call / one by one (C = 1152, two AVX-512 cores,
-# torch 2.15): float32 forward (4, 32x32) 8.8 / 7.0, (2, 64x64) 22 / 18, forward and backward 25 / 21, 55 / 39; where
-# freed memory goes back to the system (devices.py), forward 20 / 8, 52 / 23. Small samples lose: 64 of (8x8, C = 128)
-# take 0.6 / 3.9, bfloat16 (16, 16x16) 9.7 / 13.9. A graph is compiled faster, and for any batch, from one call.
+# docs/speed.md, "What makes it fast", times both: large samples are as fast and need no copy, many small ones would
+# lose. A graph is compiled faster, and for any batch, from one call.
 LARGE_SAMPLE = 2**20  # bytes
 
 
