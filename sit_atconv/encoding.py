@@ -167,7 +167,7 @@ def latent_settings(options: EncodeOptions, images: ImageFolder, codec: VAECodec
         files=images.files_sha256(),
         image_size=options.image_size,
         crop=CROP_RULE,
-        codec={key: value for key, value in codec.describe().items() if key != "source"},
+        codec=codec.identity(),
         precision=options.precision,
         slicing=options.slicing,
         tiling=options.tiling,

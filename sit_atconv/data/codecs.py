@@ -30,15 +30,19 @@ class _Codec:
             raise ValueError(f"image size {image_size} is not divisible by the codec's downsampling {self.downsample}")
         return image_size // self.downsample
 
+    def identity(self) -> dict:
+        """`describe()` but for where the codec lies."""
+        return {key: value for key, value in self.describe().items() if key != "source"}
+
     def check(self, description: dict, made: str) -> None:
         """Raises ValueError where this is not the codec described, by its weights, scale, shift, ...
 
         Args:
-            description: what `describe()` once returned. Where the codec lies does not matter.
+            description: what `describe()` once returned; where that codec lay does not matter.
             made: what was made with that one, for the message: "the weights were trained".
         """
-        for key, value in self.describe().items():
-            if key != "source" and key in description and description[key] != value:
+        for key, value in self.identity().items():
+            if key in description and description[key] != value:
                 here, there = (str(x)[:12] for x in (value, description[key]))  # enough of a checksum
                 name = getattr(self, "source", "identity")
                 raise ValueError(f"the codec {name} has {key} {here}, but {made} with {there}")
@@ -88,7 +92,7 @@ class VAECodec(_Codec):
         try:
             with _quiet("diffusers"):
                 self.vae = AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32)
-            self.weights = _identity(self.vae)
+            self.weights = _weights_sha256(self.vae)
             torch.nn.Module.to(self.vae.eval().requires_grad_(False), DTYPES[precision])
         except Exception as error:  # diffusers raises a dozen types; the user needs the place and the remedy
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -173,8 +177,8 @@ def open_codec(description: dict, made: str = "the weights were trained", precis
     return codec
 
 
-def _identity(vae) -> str:
-    """sha256 of architecture, names and values: the same for the same VAE, whatever file it came from."""
+def _weights_sha256(vae) -> str:
+    """Of architecture, names and values: the same for the same VAE, whatever file it came from."""
     architecture = ("act_fn", "norm_num_groups", "down_block_types", "layers_per_block", "mid_block_add_attention",
                     "sample_size")
     digest = hashlib.sha256(json.dumps([vae.config.get(key) for key in architecture]).encode())

@@ -46,7 +46,7 @@ class LatentSettings:
         files: sha256 of their names, labels and class names.
         image_size: side of the images in pixels.
         crop: how they came to that size.
-        codec: what `Codec.describe()` said, but for where the codec lies.
+        codec: what `Codec.identity()` said.
         precision: of the codec's arithmetic.
         slicing, tiling: whether it took images one by one, and in tiles.
         mirrored: whether mirror images are there too.

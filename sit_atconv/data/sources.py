@@ -62,5 +62,4 @@ class DataConfig:
 
 def describe_data(data: Digits | ImageFolder | CachedLatents, codec: Codec) -> dict:
     """What a run must find again to resume exactly, wherever it lies by then."""
-    codec = {key: value for key, value in codec.describe().items() if key != "source"}
-    return data.describe() | {"classes": len(data.class_names), "codec": codec}
+    return data.describe() | {"classes": len(data.class_names), "codec": codec.identity()}
