@@ -1,0 +1,272 @@
+"""Training that starts from weights there are: what fits the new model is kept, and all else is said aloud."""
+
+import itertools
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from sit_atconv.checkpointing.published import read_published
+from sit_atconv.checkpointing.weights import Recipe, load_weights
+from sit_atconv.models.sit import SiT, sincos_pos_embed
+
+LABELS = "y_embedder.embedding_table.weight"
+POSITIONS = "pos_embed"
+OUTPUT = ("final_layer.linear.weight", "final_layer.linear.bias")
+LEARNED = 1e-4  # a position table further than this from sines and cosines was trained
+LISTED = 3  # of the tensors that do not fit
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights to start from.
+
+    Args:
+        tensors: name -> tensor, on the CPU.
+        kind: which weights they are, for the user.
+        config: the options of their model, as far as known.
+        recipe: of our own weights; published ones have none.
+        lines: what reading them has to say.
+    """
+
+    tensors: dict[str, Tensor]
+    kind: list[str]
+    config: dict
+    recipe: Recipe | None = None
+    lines: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Special:
+    """Tensors that are not simply copied.
+
+    Args:
+        names: theirs, in the weights and in the model.
+        values: name -> what the model gets; those without stay as they were initialised.
+        lines: what to tell the user.
+    """
+
+    names: set[str] = field(default_factory=set)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+
+def start_from(
+    net: SiT, ckpt: str, flow_path: str, prediction: str, codec: dict, *, class_names: list[str] | None = None
+) -> list[str]:
+    """Copies into `net` what can be kept of the weights that `ckpt` names; the rest stays as it was initialised.
+
+    Kept is what has the same name and shape. Never in the way are another class count, another resolution, other
+    mixers and `learn_sigma` on one side only; whatever else differs is an error.
+
+    Args:
+        net: changed in place, all or nothing.
+        ckpt: a file of published weights, or what `load_weights` takes (of which the EMA weights).
+        flow_path: the interpolant that training will use.
+        prediction: what the model's output will stand for.
+        codec: what `Codec.describe()` returns.
+        class_names: of the data to train on; None leaves them uncompared.
+
+    Returns:
+        Lines for the user: what was kept, what starts afresh and what is different from the training of the weights.
+
+    Raises:
+        ValueError: the weights cannot be read, or are of a model of another width, depth, patch or channels.
+    """
+    source = _open(ckpt)
+    here = net.state_dict()  # shares its memory with the model
+    specials = [
+        _position_table(net, source.tensors),
+        _mixers(here, source.tensors),
+        _label_table(net, here, source),
+        _output_layer(net, here, source.tensors),
+    ]
+    settled = set().union(*(special.names for special in specials))
+    plain = {name: tensor for name, tensor in source.tensors.items() if name not in settled}
+    _check_same(plain, {name: tensor for name, tensor in here.items() if name not in settled}, ckpt)
+
+    values = plain | {name: value for special in specials for name, value in special.values.items()}
+    for name, value in values.items():
+        here[name].copy_(value)
+    wanted = values.keys() | here.keys() - {POSITIONS}  # the table is computed, not wanted
+    kind = f" ({', '.join(source.kind)})" if source.kind else ""
+    return [
+        f"started from {ckpt}{kind}: {len(values)} of {len(wanted)} tensors kept",
+        *source.lines,
+        *(line for special in specials for line in special.lines),
+        *_silent_options(net, here, source),
+        *(_recipe_differences(source.recipe, flow_path, prediction, codec) if source.recipe else []),
+        *_class_name_differences(net, source, class_names),
+    ]
+
+
+def _open(ckpt: str) -> Source:
+    if Path(ckpt).is_file():
+        published = read_published(Path(ckpt))
+        kind = {True: ["EMA"], False: ["as trained"], None: []}[published.ema]
+        config, lines = {}, []
+        if published.repa:  # whose port of ATConv has SiLU, which no tensor shows
+            config, lines = {"kernel_act": "silu"}, ["these are REPA's weights: their direction of time was turned"]
+        return Source(published.tensors, kind, config, lines=lines)
+    weights = load_weights(ckpt)
+    kind = ["EMA" if weights.recipe.ema_decay is not None else "as trained", f"step {weights.recipe.step}"]
+    return Source(weights.model.state_dict(), kind, dict(weights.model.config), weights.recipe)
+
+
+def _position_table(net: SiT, there: dict[str, Tensor]) -> Special:
+    """The table follows from the resolution, so it is not copied, unless somebody has trained it."""
+    table = there.get(POSITIONS)
+    if net.pos_embed is None:
+        lines = [] if table is None else ["position embedding left out: this model has none"]
+        return Special({POSITIONS}, lines=lines)
+    if table is None:
+        return Special({POSITIONS}, lines=["position embedding added: the weights have none"])
+    computed = sincos_pos_embed(net.config.hidden_size, net.grid_size).to(table.dtype)  # rounded as theirs
+    if table.shape != computed.shape or (table.double() - computed.double()).abs().max() <= LEARNED:
+        return Special({POSITIONS})
+    return Special({POSITIONS}, {POSITIONS: table}, ["position embedding copied: theirs is learned (frozen here)"])
+
+
+def _mixers(here: dict[str, Tensor], there: dict[str, Tensor]) -> Special:
+    """Blocks with another mixer keep none of it: projections of the same name and shape mean something else there."""
+    kinds, kinds_there = _mixer_kinds(here), _mixer_kinds(there)
+    fresh: dict[tuple[str, str], list[int]] = {}
+    for i, kind in kinds.items():
+        if kinds_there.get(i, kind) != kind:
+            fresh.setdefault((kinds_there[i], kind), []).append(i)
+    if not fresh:
+        return Special()
+    prefixes = tuple(f"blocks.{i}.attn." for blocks in fresh.values() for i in blocks)
+    names = {name for name in itertools.chain(here, there) if name.startswith(prefixes)}
+    groups = [f"{_blocks(blocks, len(kinds))} ({a} there, {b} here)" for (a, b), blocks in fresh.items()]
+    return Special(names, lines=[f"mixers of {' and of '.join(groups)} start afresh"])
+
+
+def _mixer_kinds(tensors: dict[str, Tensor]) -> dict[int, str]:
+    """Block -> its mixer, for the user, of those blocks that show one."""
+    kinds = {}
+    for name, tensor in tensors.items():
+        found = re.fullmatch(r"blocks\.(\d+)\.attn\.(qkv|kernel_gen)\.weight", name)
+        if found and found[2] == "qkv":
+            normed = f"blocks.{found[1]}.attn.q_norm.weight" in tensors
+            kinds[int(found[1])] = "attention with qk_norm" if normed else "attention"
+        elif found:
+            k = math.isqrt(math.isqrt(tensor.numel()))  # of k^2 taps to k^2 taps
+            kinds[int(found[1])] = f"{k}x{k} ATConv"
+    return dict(sorted(kinds.items()))
+
+
+def _blocks(blocks: list[int], depth: int) -> str:
+    """[0, 1, 2, 5] -> "blocks 0-2, 5"; [1, 3, 5, 7] -> "blocks 1, 3, ..., 7"."""
+    if len(blocks) == depth:
+        return f"all {depth} blocks"
+    steps = {b - a for a, b in itertools.pairwise(blocks)}
+    if len(blocks) > 3 and len(steps) == 1 and steps != {1}:
+        return f"blocks {blocks[0]}, {blocks[1]}, ..., {blocks[-1]}"
+    runs: list[list[int]] = []
+    for i in blocks:
+        if runs and runs[-1][-1] == i - 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    spoken = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"block{'s' if len(blocks) > 1 else ''} {spoken}"
+
+
+def _label_table(net: SiT, here: dict[str, Tensor], source: Source) -> Special:
+    """Rows of other classes are of no use; a null label more or less leaves those of the classes as they are."""
+    fresh, table, classes = here[LABELS], source.tensors.get(LABELS), net.config.num_classes
+    if table is None or table.shape[1:] != fresh.shape[1:]:
+        return Special()  # an error like any other
+    if _num_classes(source, classes) != classes:
+        there = f"{source.config['num_classes']} classes" if "num_classes" in source.config else f"{len(table)} rows"
+        null = " and the null label" if net.config.has_null_label else ""
+        return Special({LABELS}, lines=[f"the label table starts afresh: {there} there, {classes} classes{null} here"])
+    if len(table) == len(fresh):
+        return Special()
+    value = fresh.clone()
+    value[:classes] = table[:classes]
+    if len(table) > len(fresh):
+        line = "the null label's row is left out: this model has none (has_null_label is false)"
+    else:
+        line = "the null label's row starts afresh: the weights have none (guidance needs it trained)"
+    return Special({LABELS}, {LABELS: value}, [line])
+
+
+def _num_classes(source: Source, expected: int) -> int | None:
+    """How many classes the weights know. Published ones do not say: as many as expected, if their rows allow it."""
+    if "num_classes" in source.config:
+        return source.config["num_classes"]
+    return expected if len(source.tensors[LABELS]) - expected in (0, 1) else None
+
+
+def _output_layer(net: SiT, here: dict[str, Tensor], there: dict[str, Tensor]) -> Special:
+    """With `learn_sigma` on one side only, the channels that both have: of rows (p, q, c), the first of c."""
+    p, channels, ours = net.config.patch_size, net.config.in_channels, len(here[OUTPUT[1]])
+    theirs = p * p * channels * (1 if net.config.learn_sigma else 2)
+    if any(name not in there or there[name].shape != (theirs, *here[name].shape[1:]) for name in OUTPUT):
+        return Special()
+    values = {}
+    for name in OUTPUT:
+        values[name] = here[name].clone()
+        shared = [t.unflatten(0, (p * p, -1))[:, :channels] for t in (values[name], there[name])]
+        shared[0].copy_(shared[1])
+    if ours > theirs:
+        line = f"of the output layer, the {channels} channels of learn_sigma start afresh: the weights have none"
+    else:
+        line = f"of the output layer, the {channels} channels of learn_sigma are left out: this model has none"
+    return Special(set(OUTPUT), values, [line])
+
+
+def _check_same(there: dict[str, Tensor], here: dict[str, Tensor], ckpt: str) -> None:
+    wrong = [
+        f"{name} {tuple(there[name].shape)} there, {tuple(tensor.shape)} here" if name in there
+        else f"{name} missing there, {tuple(tensor.shape)} here"
+        for name, tensor in here.items() if name not in there or there[name].shape != tensor.shape
+    ]
+    wrong += [f"{name} {tuple(tensor.shape)} there, none here" for name, tensor in there.items() if name not in here]
+    if wrong:
+        more = f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
+        raise ValueError(
+            f"the weights of {ckpt} are of another model: {'; '.join(wrong[:LISTED])}{more}. Give the --preset that "
+            "they have, or their model.hidden_size, depth, patch_size, in_channels, mlp_ratio"
+        )
+
+
+def _silent_options(net: SiT, here: dict[str, Tensor], source: Source) -> list[str]:
+    """Options that no tensor's shape shows, where mixers that they concern are kept."""
+    there = _mixer_kinds(source.tensors)
+    kept = " ".join(kind for i, kind in _mixer_kinds(here).items() if there[i] == kind)
+    return [
+        f"model.{name} is {source.config[name]} there, {net.config[name]} here: mixers that are kept know the former"
+        for name, kind in (("kernel_act", "ATConv"), ("kernel_pool", "ATConv"), ("num_heads", "attention"))
+        if kind in kept and source.config.get(name, net.config[name]) != net.config[name]
+    ]
+
+
+def _recipe_differences(recipe: Recipe, flow_path: str, prediction: str, codec: dict) -> list[str]:
+    lines = [
+        f"the {what} is {there} there, {here} here"
+        for what, there, here in (("interpolant", recipe.interpolant, flow_path),
+                                  ("prediction", recipe.prediction, prediction)) if there != here
+    ]
+    changes = [
+        f"{key} {str(recipe.codec[key])[:12]} there, {str(value)[:12]} here"  # enough of a checksum
+        for key, value in codec.items() if key != "source" and recipe.codec.get(key, value) != value
+    ]
+    return lines + ([f"the codec is another: {'; '.join(changes)}"] if changes else [])
+
+
+def _class_name_differences(net: SiT, source: Source, class_names: list[str] | None) -> list[str]:
+    """Rows of the label table go by number: a class under another number would start as a stranger."""
+    if not source.recipe or not class_names or source.config["num_classes"] != net.config.num_classes:
+        return []
+    pairs = zip(source.recipe.class_names, class_names, strict=False)
+    changed = [(i, there, here) for i, (there, here) in enumerate(pairs) if there != here]
+    if not changed:
+        return []
+    i, there, here = changed[0]
+    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+    return [f"class names differ, and the label table is kept: label {i} is {there!r} there, {here!r} here{more}"]

@@ -1,0 +1,130 @@
+"""Weights as others publish them: training files of SiT and REPA, and bare state dicts, read without running code.
+
+    {"model": ..., "ema": ..., "opt": ..., "args": argparse.Namespace}        or        {"blocks.0. ...": tensor, ...}
+"""
+
+import argparse
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
+POINTWISE = re.compile(r"blocks\.\d+\.attn\.(kernel_proj|x_proj|proj)\.weight")  # 1x1 convolutions in REPA's port
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a file of published weights holds, in our names and our direction of time.
+
+    Args:
+        tensors: name -> tensor, on the CPU.
+        ema: whether these are the averaged weights or those as trained; None where the file does not say.
+        repa: whether they came in REPA's convention, and were converted.
+    """
+
+    tensors: dict[str, Tensor]
+    ema: bool | None
+    repa: bool
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of `read_published`."""
+    return read_published(path).tensors
+
+
+def read_published(path: Path) -> Published:
+    """Reads a `.safetensors` file, or anything that `torch.save` wrote (`.pt`, `.pth`, `.ckpt`).
+
+    Of a training file, the EMA weights where there are any. REPA's are recognised by `projectors.*`, which every
+    training file of REPA has whatever its mixers, or by ATConv's projections as 1x1 convolutions. (A bare state dict of
+    REPA with attention alone, its projectors removed, cannot be told from SiT's.)
+
+    Raises:
+        ValueError: there is no such file, it is damaged, it would run code, or it holds no weights.
+    """
+    content = _read(path)
+    keys = list(content) if isinstance(content, dict) else []
+    part = next((key for key in ("ema", "model") if key in keys and _is_state_dict(content[key])), None)
+    tensors = content[part] if part else content
+    if not _is_state_dict(tensors):
+        held = f"only {', '.join(map(str, keys[:5]))}" if keys else type(content).__name__
+        raise ValueError(f"{path} holds no weights ({held}): give a file with 'ema' or 'model' in it, or a state dict")
+    tensors = {_unwrapped(name): tensor for name, tensor in tensors.items()}
+    repa = any(name.startswith("projectors.") or _is_pointwise(name, tensor) for name, tensor in tensors.items())
+    if repa:
+        try:
+            tensors = _from_repa(tensors)
+        except KeyError as error:
+            raise ValueError(f"{path} is of REPA's form but has no {error.args[0]}: give a file of whole "
+                             "weights") from error
+    return Published(tensors, {"ema": True, "model": False, None: None}[part], repa)
+
+
+def _read(path: Path) -> object:
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: give a .pt or .safetensors file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        mapped = zipfile.is_zipfile(path)  # the older format cannot be; the optimizer's state then stays on the disk
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # a damaged file raises whatever its reader raises
+        called = re.search(r"GLOBAL (\S+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and called:
+            raise ValueError(
+                f"{path} is not loaded: it holds more than tensors and could run code ({called[1]}). Look for the "
+                "weights as .safetensors, or, if you trust the file, save its state dict alone"
+            ) from error
+        telling = isinstance(error, (RuntimeError, OSError, SafetensorError)) and str(error)
+        reason = str(error).splitlines()[0].split(". ")[0] if telling else "not a pickle of tensors"
+        raise ValueError(
+            f"{path} is no checkpoint, or is incomplete or damaged ({reason}): download or copy it again"
+        ) from error
+
+
+def _is_state_dict(content: object) -> bool:
+    return (isinstance(content, dict) and len(content) > 0
+            and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()))
+
+
+def _unwrapped(name: str) -> str:
+    while name.startswith(WRAPPERS):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def _is_pointwise(name: str, tensor: Tensor) -> bool:
+    return bool(POINTWISE.fullmatch(name)) and tensor.shape[2:] == (1, 1)
+
+
+def _from_repa(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """REPA's weights -> ours: v(x, t) = -v_repa(x, 1 - t), its time running from data to noise.
+
+    The features of 1 - t are linear in those of t: with the angle f of t = 1, cos(f - ft) = cos f cos ft + sin f sin ft
+    and sin(f - ft) = sin f cos ft - cos f sin ft. So the first layer after them takes the reversal up exactly.
+
+    Raises:
+        KeyError: a tensor that the reversal changes is missing.
+    """
+    ours = {
+        name: tensor.flatten(1) if _is_pointwise(name, tensor) else tensor
+        for name, tensor in tensors.items() if not name.startswith("projectors.")
+    }
+    weight = ours["t_embedder.mlp.0.weight"]                                        # (D, 2F)
+    on_cos, on_sin = weight.double().chunk(2, dim=1)                                # (D, F) each
+    num_frequencies = on_cos.shape[1]
+    f = 10000.0 ** (-torch.arange(num_frequencies, dtype=torch.float64) / num_frequencies)
+    cos, sin = f.cos(), f.sin()
+    reversed_ = torch.cat([on_cos * cos + on_sin * sin, on_cos * sin - on_sin * cos], dim=1)
+    ours["t_embedder.mlp.0.weight"] = reversed_.to(weight.dtype)
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        ours[name] = -ours[name]
+    return ours
