@@ -7,26 +7,31 @@ import os
 import sys
 from collections.abc import Callable
 
+from tqdm import tqdm
+
 
 def is_main_process() -> bool:
     """Whether this is the process that prints; known before any process group starts."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def fail(message: object, code: int = 1):
-    """Says what is wrong (main process only) and leaves."""
-    if is_main_process():
-        print(f"error: {message}", file=sys.stderr)
+def fail(message: object, code: int = 1, everywhere: bool = False):
+    """Says what is wrong and leaves; other processes than the main one leave in silence, unless `everywhere`."""
+    if is_main_process() or everywhere:
+        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own where there is a progress bar
     raise SystemExit(code)
 
 
 @contextlib.contextmanager
-def user_errors():
-    """Turns a ValueError or OSError into `fail`. For the part of a command that checks what the user gave."""
+def user_errors(everywhere: bool = False):
+    """Turns a ValueError or OSError into `fail`. For the part of a command that checks what the user gave.
+
+    `everywhere`: what can go wrong in one process alone.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
-        fail(error)
+        fail(error, everywhere=everywhere)
 
 
 def finite(text: str) -> float:

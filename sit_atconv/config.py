@@ -27,8 +27,9 @@ DIGITS = Path(__file__).parents[1] / "configs" / "digits.yaml"
 FROM_DATA = {"num_classes", "in_channels", "input_size"}
 # Options that may change when a run is resumed. (Data may have moved; what they are is compared by data.json.)
 MAY_CHANGE = {
-    "out", "data.images", "data.latents", "data.codec", "data.num_workers", "train.steps", "train.compile",
-    "train.cpu_threads", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
+    "out", "data.images", "data.latents", "data.codec", "data.num_workers", "train.steps", "train.accumulation",
+    "train.activation_checkpointing", "train.compile", "train.cpu_threads", "train.log_every", "train.held_out_every",
+    "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.tracker", "train.peak_tflops",
 }
 
 
@@ -37,23 +38,33 @@ class TrainConfig:
     """How the model is optimised and what is kept.
 
     Args:
-        steps: optimizer steps in all.
+        steps: optimizer steps in all. A finished run goes on where more are asked for (a falling learning rate is
+            then that of the longer run).
         batch_size: images in one optimizer step, over all processes and micro-batches.
         accumulation: micro-batches in one step.
         lr: learning rate of AdamW.
         warmup_steps: steps over which the learning rate rises linearly from 0.
         lr_decay: how it falls after the warm-up, to 0 at the last step.
-        weight_decay: decoupled weight decay.
+        weight_decay: decoupled weight decay of matrices; norms, biases and embeddings have none.
         max_grad_norm: clip the gradient to this norm; off if not given.
-        ema_decay: decay of the exponential moving average of the weights, constant as in SiT.
+        ema_decay: decay of the exponential moving average of the weights, constant as in SiT; or several, of which
+            previews and samples take the first.
+        ema_warmup: let the decay rise to that, as min(decay, (1 + step) / (10 + step)).
         precision: of the forward and backward pass; weights stay in fp32. "auto" is bf16 where the device computes
             it fast (CUDA and ROCm that support it, CPUs with AMX), else fp32.
+        tf32: on CUDA, fp32 products in TF32.
+        activation_checkpointing: keep only what enters each block and compute the rest again in the backward pass:
+            a third more arithmetic, far less memory.
         compile: compile the model with torch.compile: a minute or more at the start, faster steps afterwards.
         cpu_threads: threads of each process on a CPU; null shares the cores among the processes.
         seed: of initialisation, data order, noise, times and label dropout.
         log_every: steps between two lines of stats.jsonl.
+        held_out_every: steps between two evaluations of the loss on the images that data.held_out keeps.
         checkpoint_every: steps between two checkpoints; the last step always makes one.
         keep_checkpoints: how many of the newest to keep.
+        keep_every: keep also those whose step is divisible by this, for good.
+        tracker: show the log in TensorBoard or wandb as well.
+        peak_tflops: what one device computes at most, for the share of it that is used; known for common GPUs.
     """
 
     steps: int = 400_000
@@ -64,28 +75,42 @@ class TrainConfig:
     lr_decay: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
-    ema_decay: float = 0.9999
+    ema_decay: float | list[float] = 0.9999
+    ema_warmup: bool = False
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    tf32: bool = True
+    activation_checkpointing: bool = False
     compile: bool = False
     cpu_threads: int | None = None
     seed: int = 0
     log_every: int = 100
+    held_out_every: int = 1000
     checkpoint_every: int = 50_000
     keep_checkpoints: int = 2
+    keep_every: int | None = None
+    tracker: Literal["tensorboard", "wandb"] | None = None
+    peak_tflops: float | None = None
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("steps", "batch_size", "accumulation", "log_every", "held_out_every", "checkpoint_every",
+                     "keep_checkpoints", "keep_every", "cpu_threads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"train.{name} must be at least 1, not {value}")
         for name in ("seed", "warmup_steps", "weight_decay", "lr"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"train.{name} must not be negative: {getattr(self, name)}")
-        if self.cpu_threads is not None and self.cpu_threads < 1:
-            raise ValueError(f"train.cpu_threads must be at least 1, not {self.cpu_threads}")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise ValueError(f"train.max_grad_norm must be positive, not {self.max_grad_norm}; null is no clipping")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"train.ema_decay must lie in [0, 1), not {self.ema_decay}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"train.{name} must not be negative (or infinite): {getattr(self, name)}")
+        for name in ("max_grad_norm", "peak_tflops"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"train.{name} must be positive, not {value}; null is none")
+        if not self.ema_decays or len(set(self.ema_decays)) < len(self.ema_decays):
+            raise ValueError(f"train.ema_decay must be one or more different numbers, not {self.ema_decay}")
+        for decay in self.ema_decays:
+            if not 0 <= decay < 1:
+                raise ValueError(f"train.ema_decay must lie in [0, 1), not {decay}")
+
+    @property
+    def ema_decays(self) -> list[float]:
+        return self.ema_decay if isinstance(self.ema_decay, list) else [self.ema_decay]
 
     @property
     def mixed_precision(self) -> str:
@@ -127,6 +152,8 @@ class Config:
 
     out: Path
     preset: str | None
+    init_from: str | None
+    dry_run: bool
     model: dict
     data: DataConfig
     flow: FlowMatching
@@ -144,8 +171,8 @@ class Config:
         if self.preview.cfg != 1:
             raise ValueError("model.has_null_label is false: there is no guidance; set preview.cfg to 1")
 
-    def check_resumable(self, step: int, data: dict) -> None:
-        """Raises ValueError where a run in `out` that stands at `step` cannot go on as asked, with these data."""
+    def check_resumable(self, data: dict) -> None:
+        """Raises ValueError where a run in `out` cannot go on as asked, with these data."""
         if (self.out / "config.yaml").exists() and (changes := self.changes(self.out)):
             raise ValueError(f"{self.out} was started with other options ({'; '.join(changes)}): "
                              "go on with those, or give another --out")
@@ -154,8 +181,9 @@ class Config:
             if changes := _differences(then, data):
                 raise ValueError(f"{self.out} was started with other data ({'; '.join(changes)}): "
                                  "go on with those, or give another --out")
-        if step > self.train.steps:
-            raise ValueError(f"{self.out} stands at step {step} already, beyond train.steps {self.train.steps}")
+    def flat_options(self) -> dict:
+        """All options as "group.name": value."""
+        return _flatten(self.options)
 
     def save(self, folder: Path, data: dict | None = None) -> None:
         """Writes config.yaml, and data.json where the data's description is given."""
@@ -194,12 +222,17 @@ def parse(argv: list[str] | None = None) -> Config:
             parser.set_defaults({f"model.{name}": value for name, value in preset_config(preset).items()})
     namespace = parser.parse_args(argv)
     options = yaml.safe_load(parser.dump(namespace, skip_none=False))
+    del options["dry_run"]  # of this one call, not of the run
+    if options["out"] is None:
+        options["out"] = default_out(argv, preset)
     with user_errors():
         options["train"]["precision"] = resolve_precision(options["train"]["precision"])
         values = parser.instantiate(parser.parse_object(options))
     return Config(
-        out=Path(namespace.out),
+        out=Path(options["out"]),
         preset=preset,
+        init_from=namespace.init_from,
+        dry_run=namespace.dry_run,
         model=options["model"],
         data=values.data,
         flow=values.flow,
@@ -207,6 +240,13 @@ def parse(argv: list[str] | None = None) -> Config:
         preview=values.preview,
         options=options,
     )
+
+
+def default_out(argv: list[str], preset: str | None) -> str:
+    """runs/CONFIG-PRESET: ["--config", "configs/imagenet256.yaml"], "SiT-B/2" -> runs/imagenet256-sit-b2."""
+    flag = max(i for i, argument in enumerate(argv) if argument.split("=")[0] == "--config")
+    name = argv[flag].partition("=")[2] or argv[flag + 1]
+    return f"runs/{Path(name).stem}" + (f"-{preset.lower().replace('/', '')}" if preset else "")
 
 
 def resolve_precision(precision: str) -> str:
@@ -228,8 +268,13 @@ def _make_parser() -> Parser:
         "digits. The same command again resumes the run in --out from its newest checkpoint.",
     )
     parser.add_argument("--config", action="config", help="YAML of any options below; what follows overrides it")
-    parser.add_argument("--out", type=str, default="runs/train", help="folder of the run")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print the model's size, the memory, time and disk the run will need, and leave")
+    parser.add_argument("--out", type=str | None, help="folder of the run (default: runs/CONFIG-PRESET)")
     parser.add_argument("--preset", type=str | None, help="e.g. SiT-ATConv-XL/2; --model.* override it")
+    parser.add_argument("--init-from", type=str | None,
+                        help="start from these weights: a run, an exported folder, a hub id or a file of published "
+                        "weights; other classes, resolution or mixers begin afresh, which is said aloud")
     parser.add_class_arguments(SiT, "model", instantiate=False, skip=FROM_DATA)
     parser.add_argument("--data", type=DataConfig, default=DataConfig())
     parser.add_argument("--flow", type=FlowMatching, default=FlowMatching())

@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,10 +30,10 @@ def write_aside(path: Path, content: str | bytes | Callable[[Path], object], dur
         else:
             partial.write_bytes(content.encode() if isinstance(content, str) else content)
         if durable:
-            _flush(partial)
+            flush(partial)
         os.replace(partial, path)
         if durable:
-            _flush(path.parent)
+            flush(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -42,7 +43,8 @@ def write_aside(path: Path, content: str | bytes | Callable[[Path], object], dur
         raise
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Has the disk keep a file or a folder's names, whatever happens to the power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -52,19 +54,30 @@ def _flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Makes the folder and holds it for this process, until left or dead. ValueError: another one holds it."""
+    """Makes the folder and holds it for this process, until left or dead.
+
+    Raises:
+        ValueError: another process holds it; the message says which.
+        OSError: it cannot be written to.
+    """
     import fcntl  # not on Windows, where everything else works
 
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     while True:
-        file = open(path, "a+")  # noqa: SIM115
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+")  # noqa: SIM115
+        except OSError as error:
+            raise OSError(f"{folder} cannot be written to ({error.strerror or error}): give another --out") from error
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no worker of a loader inherits it
-        except OSError:
+        except (BlockingIOError, PermissionError):
             file.seek(0)
             raise ValueError(f"{folder} is in use by {file.read() or 'another process'}: wait until that has "
                              "ended") from None
+        except OSError as error:  # a file system without locks
+            print(f"warning: {folder} cannot be locked ({error.strerror}): see to it that one command at a time "
+                  "writes there", file=sys.stderr)
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             break
         file.close()  # whoever held it removed it before we locked it: what we hold is nobody's any more

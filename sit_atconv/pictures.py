@@ -1,9 +1,11 @@
 """Pictures for people: labelled grids of samples and loss curves. Needs matplotlib."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from sit_atconv.files import write_aside
@@ -50,15 +52,36 @@ def save_sample_grid(
     _save(figure, path)
 
 
-def save_loss_curve(steps: Sequence[int], losses: Sequence[float], path: Path, title: str) -> None:
-    """Training loss against optimizer steps."""
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(steps, losses, color="#2a6f97", linewidth=1.5)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("training loss")
-    axes.set_title(title, fontsize=9)
-    axes.grid(alpha=0.3)
+def save_loss_curves(stats: Sequence[dict], path: Path, title: str) -> None:
+    """The lines of stats.jsonl: training and held-out loss against steps, and the training loss by time.
+
+    Does nothing where there is no line yet.
+    """
+    if not stats:
+        return
+    steps = [line["step"] for line in stats]
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(steps, [line["loss"] for line in stats], color="#2a6f97", linewidth=1.2, label="training")
+    if held_out := [(line["step"], line["held_out_loss"]) for line in stats if "held_out_loss" in line]:
+        left.plot(*zip(*held_out, strict=True), "o-", color="#d1495b", markersize=3, linewidth=1.2,
+                  label="held out, EMA weights")
+        left.legend(frameon=False)
+    left.set_ylabel("loss")
+    buckets = max(len(line["loss_by_time"]) for line in stats)
+    for bucket in range(buckets):
+        points = [(line["step"], line["loss_by_time"][bucket]) for line in stats]
+        name = f"t {bucket / buckets:.1f}-{(bucket + 1) / buckets:.1f}"
+        right.plot(*zip(*[p for p in points if p[1] is not None] or [(steps[0], math.nan)], strict=True),
+                   color=colormaps["viridis"](bucket / buckets), linewidth=1.2, label=name)
+    right.set_ylabel("training loss by time (0 noise, 1 data)")
+    right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.set_xlabel("optimizer step")
+        axes.grid(alpha=0.3)
+        if all(line["loss"] > 0 for line in stats):
+            axes.set_yscale("log")
+    figure.suptitle(title, fontsize=9)
     _save(figure, path)
 
 

@@ -4,51 +4,74 @@
 
 Without --config it trains the embedded digits. The same command again goes on from the newest checkpoint: data order,
 noise, times, label dropout and learning rate are functions of (seed, step), so a resumed run repeats nothing and ends
-where an undisturbed one does.
+where an undisturbed one does. SIGTERM and SIGUSR1 save and leave. docs/training.md tells the rest.
 """
 
-import copy
-import math
+import contextlib
 import os
 import shlex
+import signal
 import sys
-import time
 
 import torch
-from accelerate import Accelerator
-from torch.utils.data import DataLoader
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
+from sit_atconv.checkpointing.initial import start_from
 from sit_atconv.checkpointing.runs import (
     TrainingState,
     append_stats,
-    checkpoint_step,
+    find_resumable,
+    list_checkpoints,
     load_checkpoint,
-    newest_checkpoint,
     read_stats,
     rewind_stats,
     save_checkpoint,
+    set_aside,
 )
 from sit_atconv.checkpointing.weights import Recipe
 from sit_atconv.commands import fail, is_main_process, user_errors
-from sit_atconv.config import parse
-from sit_atconv.data.order import BatchOrder, step_seed
+from sit_atconv.config import Config, parse
+from sit_atconv.data.codecs import Codec
+from sit_atconv.data.loading import load_batches
+from sit_atconv.data.order import BatchOrder, hold_out, step_seed
 from sit_atconv.data.pixels import to_float
 from sit_atconv.data.sources import describe_data
 from sit_atconv.devices import keep_freed_memory, on_cpu, share_cores
+from sit_atconv.files import check_room, exclusive
 from sit_atconv.generation import draw_preview
 from sit_atconv.models import SiT
-from sit_atconv.pictures import save_loss_curve
+from sit_atconv.pictures import save_loss_curves
+from sit_atconv.training.averages import Averages, parameter_groups
+from sit_atconv.training.estimate import (
+    Plan,
+    checkpoint_bytes,
+    checkpoints_at_once,
+    estimate,
+    multiply_adds,
+    report,
+    time_step,
+)
+from sit_atconv.training.guards import Agreement, FiniteWatch, StopRequest, leave_signals_to_the_trainer, poisoned
+from sit_atconv.training.held_out import HeldOut
+from sit_atconv.training.meter import Meter, Tracker, check_tracker, peak_tflops
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(argv)
+    with contextlib.ExitStack() as to_release:  # the run's folder, and the processes that load its data
+        train_model(config, to_release)
+
+
+def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
     run, train = config.out, config.train
     sampling = f"python sample/generate.py --ckpt {shlex.quote(str(run))}"
 
     # All that can be wrong with what was asked is found here, before any process group starts.
     with user_errors():
         data, codec = config.data.open()
+        held_out = hold_out(len(data), config.data.held_out)
         order = BatchOrder(
             len(data),
             train.batch_size,
@@ -57,131 +80,222 @@ def main(argv: list[str] | None = None) -> None:
             rank=int(os.environ.get("RANK", "0")),
             num_processes=int(os.environ.get("WORLD_SIZE", "1")),
             mirror=config.data.mirror,
+            held_out=held_out,
         )
+        size = codec.latent_size(data.image_size)
         torch.manual_seed(train.seed)
-        net = SiT(
-            **config.model,
-            num_classes=len(data.class_names),
-            in_channels=codec.channels,
-            input_size=codec.latent_size(data.image_size),
-        )
+        net = SiT(**config.model, num_classes=len(data.class_names), in_channels=codec.channels, input_size=size)
         config.check_guidance(net.null_label)
-        checkpoint = newest_checkpoint(run)
-        start = checkpoint_step(checkpoint) if checkpoint else 0
+        check_tracker(train.tracker)
+        plan = Plan.of(train, order)
+        if config.dry_run:
+            if is_main_process():
+                print(dry_run(net, config, plan))
+            return
         description = describe_data(data, codec)
-        config.check_resumable(start, description)
-    if start == train.steps:
+        config.check_resumable(description)
         if is_main_process():
-            print(f"{run} is complete: {start} steps, in {checkpoint}\nsample: {sampling}")
-        return
+            to_release.enter_context(exclusive(run))
+        found = find_resumable(run)
+        if found.step > train.steps:
+            raise ValueError(f"{run} stands at step {found.step} already, beyond train.steps {train.steps}")
+        if found.step == train.steps:
+            if is_main_process():
+                print(f"{run} is complete: {train.steps} steps, in {found.checkpoint}\nsample: {sampling}")
+            return
+        planned = checkpoints_at_once(plan) - len(list_checkpoints(run))
+        check_room(run, max(1, planned) * checkpoint_bytes(net, plan.num_averages))
+        origin = []
+        if config.init_from and not found.checkpoint:
+            origin = start_from(net, config.init_from, config.flow.path, config.flow.prediction, codec.describe(),
+                                class_names=[*data.class_names])
 
     accelerator = Accelerator(
-        cpu=on_cpu(), mixed_precision=train.mixed_precision, gradient_accumulation_steps=train.accumulation
+        cpu=on_cpu(),
+        mixed_precision=train.mixed_precision,
+        gradient_accumulation_steps=train.accumulation,
+        log_with=train.tracker,
+        project_dir=run,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     assert accelerator.num_processes == order.num_processes
+    stop, agreement, watch = StopRequest(), Agreement(), FiniteWatch()
     device, main_process = accelerator.device, accelerator.is_main_process
     if device.type == "cpu":
         share_cores(train.cpu_threads)
         keep_freed_memory()
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.tf32
+
     codec = codec.to(device)
     net = net.to(device)
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=train.lr, weight_decay=train.weight_decay, fused=device.type in ("cuda", "cpu", "mps", "xpu")
-    )
-    model, optimizer = accelerator.prepare(net, optimizer)
+    if train.activation_checkpointing:
+        net.enable_gradient_checkpointing()
+    averages = Averages(net, train.ema_decays, train.ema_warmup)
+    fused = device.type in ("cuda", "cpu", "mps", "xpu")
+    adamw = torch.optim.AdamW(parameter_groups(net, train.weight_decay), lr=train.lr, fused=fused)
+    model, optimizer = accelerator.prepare(net, adamw)
     if train.compile:
         model = torch.compile(model)
-    state = TrainingState(net, ema, optimizer, accelerator.scaler)
-    if checkpoint:
-        with user_errors():
-            load_checkpoint(checkpoint, state)
-    if main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        config.save(run, description)
-        rewind_stats(run, start)
-        size = sum(p.numel() for p in parameters) / 1e6
-        where = f"{accelerator.num_processes} x {device.type}"
-        if device.type == "cpu":
-            where += f" with {torch.get_num_threads()} threads"
-        print(
-            f"{'resuming' if start else 'training'} {run}: {size:.1f}M parameters, {len(data)} images of "
-            f"{len(data.class_names)} classes as {codec.channels}x{net.config.input_size}x{net.config.input_size}, "
-            f"batch {train.batch_size}, {where}, {train.precision}, "
-            f"step {start} of {train.steps}{', compiled' if train.compile else ''}",
-            file=sys.stderr,
-        )
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    state = TrainingState(net, averages.models, adamw, accelerator.scaler)
+    computed_on = {
+        "processes": accelerator.num_processes,
+        "accumulation": train.accumulation,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "compile": train.compile,
+        "torch": torch.__version__,
+    }
+    with user_errors():
+        before = load_checkpoint(found.checkpoint, state) if found.checkpoint else computed_on
+        if main_process:
+            for damaged in found.damaged:
+                set_aside(damaged)
+            config.save(run, description)
+            rewind_stats(run, found.step)
+        tracker = Tracker(accelerator, train.tracker, run, config.flat_options())
 
-    averaged = [p for p, q in zip(ema.parameters(), net.parameters(), strict=True) if q.requires_grad]
+    def say(text: str) -> None:
+        if main_process:
+            tqdm.write(text, file=sys.stderr)
+
+    for damaged, problem in found.damaged.items():
+        say(f"warning: {damaged} is damaged: {problem}. It is set aside as damaged-{damaged.name}")
+    say(introduction(config, net, data, codec, accelerator, found.step))
+    for line in origin:
+        say(line)
+    if changed := [f"{key} {now} instead of {before.get(key)}" for key, now in computed_on.items()
+                   if before.get(key) != now]:
+        say(f"goes on with {', '.join(changed)}: an undisturbed run's weights to rounding, not to the bit")
+
+    shape = (train.batch_size, codec.channels, size, size)
     generator = torch.Generator(device)
-    loader = DataLoader(
-        data,
-        batch_sampler=order.starting_at(start),
-        num_workers=config.data.num_workers,
-        pin_memory=device.type == "cuda",
-    )
-    batches = iter(loader)
-    loss_sum, loss_count, clock = torch.zeros((), device=device), 0, time.perf_counter()
+    batches = to_release.enter_context(contextlib.closing(load_batches(
+        data, order.starting_at(found.step), config.data.num_workers, device, leave_signals_to_the_trainer
+    )))
+    with user_errors(everywhere=True):
+        test = HeldOut(data, held_out.tolist(), codec, config.flow, batch_size=train.batch_size // train.accumulation,
+                       device=device, rank=order.rank, num_processes=order.num_processes)
+    meter = Meter(device, 3 * 2 * multiply_adds(net) / 1e9,
+                  train.peak_tflops or peak_tflops(device, train.precision, train.tf32))
+    last_checkpoint = found.checkpoint
 
-    progress = tqdm(range(start, train.steps), initial=start, total=train.steps, disable=not main_process, unit="step")
+    progress = tqdm(range(found.step, train.steps), initial=found.step, total=train.steps, disable=not main_process,
+                    unit="step")
     for step in progress:
-        for group in optimizer.param_groups:
+        for group in adamw.param_groups:
             group["lr"] = train.learning_rate(step)
+        generator.manual_seed(step_seed(train.seed, step))
+        draw = config.flow.draw(shape, generator)  # for the whole batch, on every process: all the same
+        posterior = torch.randn(shape, generator=generator, device=device)
+        finite = torch.ones((), dtype=torch.bool, device=device)
 
         for micro_batch in range(train.accumulation):
-            generator.manual_seed(step_seed(train.seed, step, micro_batch, accelerator.process_index))
-            inputs, y = (tensor.to(device, non_blocking=True) for tensor in next(batches))
+            with meter.waiting(), user_errors(everywhere=True):
+                inputs, y = next(batches)
+            rows = order.rows(micro_batch)
             stored = inputs if data.is_encoded else codec.encode(to_float(inputs))
-            latents = codec.latents(stored, generator)
-
+            latents = codec.latents(stored, noise=posterior[rows])
             with accelerator.accumulate(model):  # gradients are averaged over processes in the last micro-batch only
-                loss = config.flow.loss(model, latents, y, generator, net.null_label).mean()
-                accelerator.backward(loss)
-                if train.max_grad_norm and accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(parameters, train.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            loss_sum += loss.detach()
-            loss_count += 1
+                losses = config.flow.loss(model, latents, y, draw[rows], net.null_label)
+                loss = losses.mean()
+                accelerator.backward(poisoned(loss))
+            meter.add(losses.detach(), draw.t[rows])
+            finite &= loss.isfinite()
 
-        with torch.no_grad():
-            torch._foreach_lerp_(averaged, parameters, 1 - train.ema_decay)
+        accelerator.unscale_gradients(optimizer)
+        norm = get_total_norm([p.grad for p in parameters], foreach=True)
+        if train.max_grad_norm:
+            clip_grads_with_norm_(parameters, train.max_grad_norm, norm)
+        updated = norm.isfinite()
+        if accelerator.scaler is None:  # which would withhold such an update itself, and go on at a lower scale
+            adamw.found_inf = (~updated).float()
+            finite &= updated
+        optimizer.step()
+        optimizer.zero_grad()
+        averages.update(step, updated)
+        meter.add_step(norm)
 
         done = step + 1
+        watch.note(done, finite)
         last = done == train.steps
-        saving = done % train.checkpoint_every == 0 or last
-        drawing = done % config.preview.every == 0 or last
-        if done % train.log_every == 0 or saving:  # so what is saved has been seen to be finite
-            loss = accelerator.reduce(loss_sum / loss_count, "mean").item()
-            seconds = time.perf_counter() - clock
-            rate = loss_count * train.batch_size / train.accumulation / seconds
-            if not math.isfinite(loss):
-                fail(f"the loss is {loss} at step {done}: lower train.lr or set train.max_grad_norm; "
-                     f"the last checkpoint is {newest_checkpoint(run)}")
-            progress.set_postfix(loss=f"{loss:.4f}")
+        saving = last or done % train.checkpoint_every == 0
+        drawing = last or done % config.preview.every == 0
+        testing = len(held_out) > 0 and (last or done % train.held_out_every == 0)
+        logging = saving or testing or done % train.log_every == 0
+        received, bad_step = agreement.largest(stop.number, watch.look(wait=logging), now=logging)
+        if received and not logging:  # nothing is saved that has not been seen to be finite
+            logging = True
+            received, bad_step = agreement.largest(received, watch.look(wait=True), now=True)
+        if bad_step:
+            fail(f"loss or gradient were not finite in step {bad_step}, and no weight was changed by it; last good "
+                 f"checkpoint: {last_checkpoint or 'none yet'}. Lower train.lr, set train.max_grad_norm, or look at "
+                 f"the images of that batch: {order.batch(bad_step - 1)}")
+        saving = saving or received > 0
+
+        if logging:
+            line = {"step": done, "epoch": done / order.steps_per_epoch, "lr": train.learning_rate(step)}
+            line |= meter.read(accelerator)
+            if testing:
+                with meter.aside():
+                    share = test.loss(averages.first, accelerator.autocast)
+                    line["held_out_loss"] = accelerator.reduce(share, "sum").item()
+            progress.set_postfix(loss=f"{line['loss']:.4f}")
             if main_process:
-                append_stats(run, step=done, epoch=done / order.steps_per_epoch, loss=loss,
-                             lr=train.learning_rate(step), images_per_second=rate)
-            loss_sum, loss_count, clock = torch.zeros_like(loss_sum), 0, time.perf_counter()
+                append_stats(run, line)
+            tracker.log(line, done)
 
-        if main_process and (saving or drawing):
-            recipe = Recipe(config.flow.path, config.flow.prediction, codec.describe(), list(data.class_names), done)
-            if saving:
-                save_checkpoint(run, state, recipe, train.ema_decay, train.keep_checkpoints)
-                stats = read_stats(run)
-                save_loss_curve([s["step"] for s in stats], [s["loss"] for s in stats], run / "loss.png", str(run))
-            if drawing:
-                draw_preview(ema, codec, recipe, config.preview, run / "samples" / f"step-{done:07d}.png")
         if saving or drawing:
-            accelerator.wait_for_everyone()
-            clock = time.perf_counter()
+            with meter.aside():
+                recipe = Recipe(config.flow.path, config.flow.prediction, codec.describe(), [*data.class_names], done)
+                with user_errors():
+                    if saving and main_process:
+                        last_checkpoint = save_checkpoint(
+                            run, state, recipe, train.keep_checkpoints, train.keep_every, computed_on
+                        )
+                    if main_process:
+                        save_loss_curves(read_stats(run), run / "loss.png", str(run))
+                    if drawing and main_process:
+                        draw_preview(averages.first, codec, recipe, config.preview,
+                                     run / "samples" / f"step-{done:07d}.png")
+                accelerator.wait_for_everyone()
+        if received and not last:
+            progress.close()
+            if main_process:
+                print(f"stopped by {signal.Signals(received).name} at step {done} of {train.steps}, saved in "
+                      f"{last_checkpoint}: the same command goes on from there")
+            break
+    else:
+        if main_process:
+            print(f"{run} is complete: {train.steps} steps, in {last_checkpoint}\n"
+                  f"loss: {run / 'loss.png'}, samples: {run / 'samples'}\n"
+                  f"sample: {sampling}")
+    tracker.end()
+    accelerator.state.destroy_process_group()
 
-    if main_process:
-        print(f"{run} is complete: {train.steps} steps, in {newest_checkpoint(run)}\n"
-              f"loss: {run / 'loss.png'}, samples: {run / 'samples'}\n"
-              f"sample: {sampling}")
-    accelerator.end_training()
+
+def dry_run(net: SiT, config: Config, plan: Plan) -> str:
+    """What the run will need, some of it measured on this process's device."""
+    device = torch.device("cpu") if on_cpu() else torch.accelerator.current_accelerator()
+    if device.type == "cpu":
+        share_cores(config.train.cpu_threads)
+    found = estimate(net, plan)
+    if config.train.activation_checkpointing:
+        net.enable_gradient_checkpointing()
+    return report(found, time_step(net.to(device), config.flow, plan, found.memory, device))
+
+
+def introduction(config: Config, net: SiT, data, codec: Codec, accelerator: Accelerator, step: int) -> str:
+    """What is about to be trained, on what."""
+    threads = f" with {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
+    return (
+        f"{'resuming' if step else 'training'} {config.out}: {net.num_parameters(only_trainable=True) / 1e6:.1f}M "
+        f"parameters, {len(data)} images of {len(data.class_names)} classes as "
+        f"{codec.channels}x{net.config.input_size}x{net.config.input_size}, batch {config.train.batch_size}, "
+        f"{accelerator.num_processes} x {accelerator.device.type}{threads}, {config.train.precision}, step {step} of "
+        f"{config.train.steps}{', compiled' if config.train.compile else ''}"
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import itertools
 import multiprocessing
+import multiprocessing.util
 import os
 import re
 import signal
@@ -26,7 +27,8 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 TINY_RUN = [
     "--preset", "SiT-ATConv-Tiny/2", "--model.learn_sigma", "false", "--train.batch_size", "512",
-    "--train.steps", "4", "--train.log_every", "1", "--train.checkpoint_every", "2", "--train.precision", "fp32",
+    "--data.held_out", "0", "--train.steps", "4", "--train.log_every", "1",
+    "--train.checkpoint_every", "2", "--train.precision", "fp32",
     "--preview.every", "100", "--preview.num_steps", "2", "--preview.per_class", "2",
 ]  # an epoch of three steps
 
@@ -49,10 +51,11 @@ def golden():
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory):
-    """launch(command, argv, processes=1, die=None, kill_at=None) -> (exit codes, what was printed).
+    """launch(command, argv, processes=1, die=None, kill_at=None, ...) -> (exit codes, what was printed).
 
     Runs a command's main() as torchrun would, in processes forked from one that has imported everything. `die` names
-    one of DEATHS; `kill_at` is the count of the progress bar at which all of them get their kill -9.
+    one of DEATHS, or is the number of the write to the folder --out in which it dies; `kill_at` is the count of the
+    progress bar at which all of them, or `kill_rank` alone, get their kill -9, or `kill_with`. They have `seconds`.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sit_atconv.train", "sit_atconv.generation", "sit_atconv.encoding", "torchdiffeq",
@@ -60,7 +63,8 @@ def launch(tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
 
     def run(
-        command: str, argv: list, processes: int = 1, die: str | None = None, kill_at: int | None = None
+        command: str, argv: list, processes: int = 1, die: str | int | None = None, kill_at: int | None = None,
+        kill_with: int = signal.SIGKILL, kill_rank: int | None = None, seconds: int = 120,
     ) -> tuple[list[int], str]:
         log = logs / f"{len(list(logs.iterdir()))}.txt"
         with socket.socket() as probe:
@@ -75,11 +79,12 @@ def launch(tmp_path_factory):
         while kill_at is not None and workers[0].is_alive():
             counts = re.findall(r"(\d+)/\d+ \[", log.read_text() if log.exists() else "")
             if counts and int(counts[-1]) >= kill_at:
-                for worker in workers:
-                    worker.kill()
+                for worker in workers if kill_rank is None else [workers[kill_rank]]:
+                    os.kill(worker.pid, kill_with)
+                break
             time.sleep(0.001)
         for worker in workers:
-            worker.join(120)
+            worker.join(seconds)
             if worker.is_alive():
                 worker.kill()
         return [worker.exitcode for worker in workers], log.read_text()
@@ -99,7 +104,9 @@ def _worker(command, argv, rank, processes, port, log, die):
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
             "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }
-    if die:
+    if isinstance(die, int):
+        _die_at_write(die, argv[argv.index("--out") + 1])
+    elif die:
         DEATHS[die]()
     load_command(command).main(argv)
 
@@ -123,6 +130,19 @@ def _die_at_replace(number: int, before: bool):
     os.replace = patched
 
 
+def _die_at_write(number: int, folder: str):
+    """Before the `number`th file or folder under `folder` is opened for writing, made, renamed or deleted."""
+    counter = itertools.count(1)
+
+    def hook(event: str, arguments: tuple):
+        writes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod") or (
+            event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if writes and folder in str(arguments[0]) and next(counter) == number:
+            _kill()
+
+    sys.addaudithook(hook)
+
+
 def _die_after_checkpoint():
     from accelerate import Accelerator
 
@@ -141,12 +161,44 @@ def _limit_file_size():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
+def _make_third_loss_nan():
+    from sit_atconv.flow import FlowMatching
+
+    loss, counter = FlowMatching.loss, itertools.count(1)
+    FlowMatching.loss = lambda *args: loss(*args) * (float("nan") if next(counter) == 3 else 1.0)
+
+
+def _break_tracker():
+    from accelerate import Accelerator
+
+    Accelerator.log = lambda *args, **kwargs: os.listdir("/nowhere")
+
+
+def _count_waiting():
+    """Prints, at the end, how often the host asked for the content of a tensor."""
+    from collections import Counter
+
+    counts = Counter()
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        method = getattr(torch.Tensor, name)
+
+        def counted(self, *args, name=name, method=method, **kwargs):
+            counts[name] += 1
+            return method(self, *args, **kwargs)
+
+        setattr(torch.Tensor, name, counted)
+    multiprocessing.util.Finalize(counts, lambda: print("waited:", sum(counts.values())), exitpriority=0)
+
+
 DEATHS = {
     "after the first checkpoint": _die_after_checkpoint,
     "before the second renaming": functools.partial(_die_at_replace, 2, before=True),
     "after the second renaming": functools.partial(_die_at_replace, 2, before=False),
     "before the index": _die_before_index,
     "files of 100 kB are too large": _limit_file_size,
+    "the third loss is not a number": _make_third_loss_nan,
+    "the tracker fails": _break_tracker,
+    "waiting is counted": _count_waiting,
 }
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sit_atconv.config import parse
 from sit_atconv.data.images import load_digits
 from tests.conftest import python
 from tests.digits_quality import measure_quality
@@ -26,6 +27,27 @@ def test_copies_of_training_images_fail():
     """They are perfect but for being copies."""
     copies = np.stack([real_images[real_labels == label][i // 10] for i, label in enumerate(WANTED)])
     assert measure_quality(copies, WANTED).failures() == ["nearest"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["linear", "gvp", "vp"])
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "score", "data"])
+def test_each_prediction_and_interpolant_learns_the_digits(launch, tmp_path, path, prediction):
+    """In a third of the quickstart's steps."""
+    steps = parse([]).train.steps // 3
+    run, samples = tmp_path / "run", tmp_path / "samples"
+    codes, output = launch("sit_atconv/train.py", [
+        "--train.steps", steps, "--flow.path", path, "--flow.prediction", prediction, "--out", run],
+        seconds=1200)
+    assert codes == [0], output
+    codes, output = launch("sample/generate.py", [
+        "--ckpt", run, "--cfg", 2, "--num-samples", 500, "--labels", "balanced", "--steps", 100, "--batch-size", 125,
+        "--out", samples], seconds=1200)
+    assert codes == [0], output
+    labels = np.array(json.loads((samples / "manifest.json").read_text())["labels"])
+    quality = measure_quality(np.load(samples / "samples.npz")["arr_0"][..., 0], labels)
+    print(f"\n| {path} | {prediction} | {quality.accuracy:.1%} | {quality.frechet_to_half:.2f} |")
+    assert quality.accuracy >= 0.9
 
 
 @pytest.mark.slow

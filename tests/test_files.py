@@ -52,6 +52,16 @@ def test_a_folder_is_held_until_left_or_dead(tmp_path):
     assert list(folder.iterdir()) == []
 
 
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+    def lockf(*args):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    with exclusive(tmp_path):
+        pass
+    assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
+
+
 def test_room_on_the_disk(tmp_path):
     check_room(tmp_path / "not" / "there", 1000)
     with pytest.raises(ValueError, match=r"there needs 1000000000\.0 GB and its disk has \d+\.\d GB free"):

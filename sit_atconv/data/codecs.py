@@ -59,7 +59,9 @@ class IdentityCodec(_Codec):
     def encode(self, images: Tensor) -> Tensor:
         return images
 
-    def latents(self, stored: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def latents(
+        self, stored: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
+    ) -> Tensor:
         return stored
 
     def decode(self, z: Tensor) -> Tensor:
@@ -116,10 +118,16 @@ class VAECodec(_Codec):
         with torch.no_grad(), self._arithmetic():
             return self.vae.encode(images.to(self.dtype)).latent_dist.parameters.to(images.dtype)
 
-    def latents(self, stored: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Moments (B, 2C, h, w) -> a posterior draw, minus shift, times scale (B, C, h, w), float32."""
+    def latents(
+        self, stored: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """Moments (B, 2C, h, w) -> a posterior draw, minus shift, times scale (B, C, h, w), float32.
+
+        The draw is made with `noise` (B, C, h, w) where it is given, else with the generator's.
+        """
         mean, log_variance = stored.float().chunk(2, dim=1)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        if noise is None:
+            noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         draw = mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise
         return (draw - self.shift) * self.scale
 

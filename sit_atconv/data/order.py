@@ -1,7 +1,8 @@
 """The order of training data: a function of (seed, step), so that resuming needs no state and repeats no image."""
 
 import copy
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -10,8 +11,8 @@ class BatchOrder:
     """The images of every micro-batch, for one of several processes; endless. Yields lists of (index, mirrored).
 
     Each epoch is a fresh permutation, a function of (seed, epoch), cut into whole batches; what is left over at its
-    end is skipped. A step's batch is cut into `accumulation` x `num_processes` micro-batches. A `batch_sampler` for
-    a DataLoader that needs no preparing by accelerate.
+    end is skipped. A step's batch is cut into `accumulation` x `num_processes` micro-batches, so that neither changes
+    what the step as a whole sees. A `batch_sampler` for a DataLoader that needs no preparing by accelerate.
 
     Args:
         num_images: size of the data set.
@@ -20,9 +21,10 @@ class BatchOrder:
         accumulation: micro-batches in one step.
         rank, num_processes: which process this is, of how many.
         mirror: take the mirror image every other time, a function of (seed, epoch, position).
+        held_out: images that are never taken, as `hold_out` returns them.
 
     Raises:
-        ValueError: batch arithmetic that does not come out even, or a batch larger than the data set.
+        ValueError: batch arithmetic that does not come out even, or a batch larger than what there is to train on.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class BatchOrder:
         rank: int = 0,
         num_processes: int = 1,
         mirror: bool = False,
+        held_out: Sequence[int] = (),
     ):
         if batch_size < 1 or accumulation < 1:
             raise ValueError(f"batch_size and accumulation must be at least 1, not {batch_size} and {accumulation}")
@@ -42,9 +45,11 @@ class BatchOrder:
             raise ValueError(
                 f"batch_size {batch_size} is not divisible by accumulation {accumulation} x {num_processes} processes"
             )
-        if batch_size > num_images:
-            raise ValueError(f"batch_size {batch_size} exceeds the {num_images} images of the data set")
-        self.num_images = num_images
+        self.images = np.setdiff1d(np.arange(num_images), held_out)
+        self.num_images = len(self.images)
+        if batch_size > self.num_images:
+            less = f", {len(held_out)} of them held out" if len(held_out) else ""
+            raise ValueError(f"batch_size {batch_size} exceeds the {num_images} images of the data set{less}")
         self.batch_size = batch_size
         self.seed = seed
         self.accumulation = accumulation
@@ -63,21 +68,31 @@ class BatchOrder:
         order.first_step = step
         return order
 
+    def rows(self, micro_batch: int) -> slice:
+        """Which of a step's `batch_size` samples this process takes in one micro-batch."""
+        size = self.batch_size // (self.accumulation * self.num_processes)
+        first = (micro_batch * self.num_processes + self.rank) * size
+        return slice(first, first + size)
+
+    def batch(self, step: int) -> list[int]:
+        """The images of a whole step."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return self.permutation(epoch)[position * self.batch_size :][: self.batch_size].tolist()
+
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        step = self.first_step
-        while True:
-            epoch, first = divmod(step, self.steps_per_epoch)
+        first_epoch, first = divmod(self.first_step, self.steps_per_epoch)
+        for epoch in itertools.count(first_epoch):
             permutation, mirrored = self.permutation(epoch), self.mirrored(epoch)
             for position in range(first, self.steps_per_epoch):
-                batch = np.arange(position * self.batch_size, (position + 1) * self.batch_size)
-                for micro_batch in np.split(batch, self.accumulation):
-                    mine = np.split(micro_batch, self.num_processes)[self.rank]
-                    yield list(zip(permutation[mine].tolist(), mirrored[mine].tolist(), strict=True))
-                step += 1
+                batch = slice(position * self.batch_size, (position + 1) * self.batch_size)
+                items = list(zip(permutation[batch].tolist(), mirrored[batch].tolist(), strict=True))
+                for micro_batch in range(self.accumulation):
+                    yield items[self.rows(micro_batch)]
+            first = 0
 
     def permutation(self, epoch: int) -> np.ndarray:
         """The order of all images in one epoch, (num_images,)."""
-        return np.random.default_rng(np.random.SeedSequence((self.seed, epoch))).permutation(self.num_images)
+        return np.random.default_rng(np.random.SeedSequence((self.seed, epoch))).permutation(self.images)
 
     def mirrored(self, epoch: int) -> np.ndarray:
         """Which positions of one epoch take the mirror image, (num_images,)."""
@@ -87,6 +102,14 @@ class BatchOrder:
         return np.random.default_rng(seed).random(self.num_images) < 0.5
 
 
-def step_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
-    """The seed of all that is drawn for one micro-batch of one process: noise, times, label dropout."""
-    return int(np.random.SeedSequence((seed, step, micro_batch, rank)).generate_state(1, np.uint64)[0])
+def hold_out(num_images: int, count: int) -> np.ndarray:
+    """`count` of them to be kept from training, in no order: the same for every seed and model."""
+    if count >= num_images:
+        raise ValueError(f"data.held_out {count} leaves nothing of {num_images} images to train on: lower it, or "
+                         "set it to 0")
+    return np.random.default_rng(0).permutation(num_images)[:count]
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of all that is drawn in one step: posterior and path noise, times, label dropout."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])

@@ -21,6 +21,7 @@ class DataConfig:
         codec_precision: of the VAE's arithmetic.
         mirror: take the mirror image every other time, at random.
         num_workers: processes that load images, for each training process.
+        held_out: images that are never trained on; their loss, at fixed noise and times, compares models.
     """
 
     images: str = "digits"
@@ -30,6 +31,12 @@ class DataConfig:
     codec_precision: Precision = "tf32"
     mirror: bool = False
     num_workers: int = 0
+    held_out: int = 0
+
+    def __post_init__(self):
+        for name in ("num_workers", "held_out"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name} must not be negative: {getattr(self, name)}")
 
     def open(self) -> tuple[Digits | ImageFolder | CachedLatents, Codec]:
         """The data set, and the codec whose latents the model sees.

@@ -141,7 +141,8 @@ class SiT(ModelMixin, ConfigMixin):
     """Predicts the velocity (or what the objective asks for) of noisy images or latents, conditioned on time and class.
 
     A diffusers model: `save_pretrained`, `from_pretrained`, dtype and device handling come from there. Labels are
-    never dropped in here, so `train()` and `eval()` give the same output.
+    never dropped in here, so `train()` and `eval()` give the same output. `enable_gradient_checkpointing()` has each
+    block computed again in the backward: training keeps the blocks' inputs alone, for a third more arithmetic.
 
     Args:
         input_size: side of the square input seen in training; only the position table depends on it.
@@ -164,6 +165,8 @@ class SiT(ModelMixin, ConfigMixin):
     Raises:
         ValueError: names or sizes that do not fit each other.
     """
+
+    _supports_gradient_checkpointing = True  # what diffusers asks
 
     @register_to_config
     def __init__(
@@ -208,6 +211,7 @@ class SiT(ModelMixin, ConfigMixin):
             self.register_parameter("pos_embed", None)
         self.blocks = nn.ModuleList(Block(hidden_size, mlp_ratio, make_mixer(name)) for name in names)
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
+        self.gradient_checkpointing = False  # diffusers' switch, set by enable_gradient_checkpointing()
         self.initialize_weights()
 
     @classmethod
@@ -259,10 +263,15 @@ class SiT(ModelMixin, ConfigMixin):
             tokens = tokens + self._positions(grid_size)                    # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y)                         # (B, D)
         for block in self.blocks:
-            tokens = block(tokens, c, grid_size)                            # (B, N, D)
+            tokens = self._apply_block(block, tokens, c, grid_size)         # (B, N, D)
         patches = self.final_layer(tokens, c)                               # (B, N, p*p*C_out)
         image = self._unpatchify(patches, grid_size)                        # (B, C_out, H, W)
         return image[:, : self.config.in_channels].to(x.dtype)              # (B, C, H, W)
+
+    def _apply_block(self, block: Block, tokens: Tensor, c: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, tokens, c, grid_size)
+        return block(tokens, c, grid_size)
 
     def _grid_size(self, height: int, width: int) -> tuple[int, int]:
         p = self.config.patch_size

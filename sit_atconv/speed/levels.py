@@ -221,7 +221,7 @@ def prepare_train(case: Case) -> Timed:
         with autocast():
             return run(*case.inputs)
 
-    runs, optimizers = {}, {}
+    flow, runs, optimizers = FlowMatching(), {}, {}
     for form, model in models.items():
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizers[form] = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
@@ -230,13 +230,20 @@ def prepare_train(case: Case) -> Timed:
 
         run = case.compiled(form, model, forward)
 
-        def step(run=run, null_label=model.null_label, optimizer=optimizers[form], scaler=scaler):
+        averaged = [p.detach().clone() for p in parameters]
+
+        def step(run=run, null_label=model.null_label, optimizer=optimizers[form], scaler=scaler,
+                 parameters=parameters, averaged=averaged):
             with autocast():
-                loss = FlowMatching().loss(run, data, y, case.generator, null_label).mean()
+                loss = flow.loss(run, data, y, flow.draw(data.shape, case.generator), null_label).mean()
             scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                torch._foreach_lerp_(averaged, parameters, 1e-4)
 
         runs[form, "step"] = step
     return Timed(runs, models, optimizers)

@@ -12,8 +12,8 @@ DEFINITIONS = {
     "take turns, on CUDA as replays of a graph over sets that together exceed four times the L2 cache",
     "mixer, block": "one token mixer; one transformer block; weights and arithmetic in the dtype",
     "model": "one forward of the batch, no guidance",
-    "train": "one training step: forward, flow-matching loss, backward and fused AdamW; weights in fp32, arithmetic "
-    "autocast to the dtype; inputs are at hand",
+    "train": "one training step: forward, flow-matching loss, backward, clipping, fused AdamW and the average of the "
+    "weights; weights in fp32, arithmetic autocast to the dtype; inputs are at hand",
     "sampling": "one batch from noise to image: steps x the measured Euler step + decoding; with guidance (cfg other "
     "than 0 or 1) each step is one forward of both branches, twice the batch",
     "milliseconds": "for one batch",

@@ -68,8 +68,8 @@ def test_the_same_model_is_copied_and_nothing_more_is_said(start, mixer, publish
 def test_a_runs_ema_and_a_training_files_ema(tmp_path):
     model, ema, net = randomised(), fresh(), fresh()
     torch.nn.init.ones_(ema.final_layer.linear.weight)
-    save_checkpoint(tmp_path / "run", TrainingState(model, ema, torch.optim.SGD(model.parameters())),
-                    dataclasses.replace(RECIPE, ema_decay=None), ema_decay=0.9, keep=1)
+    save_checkpoint(tmp_path / "run", TrainingState(model, {0.9: ema}, torch.optim.SGD(model.parameters())),
+                    dataclasses.replace(RECIPE, ema_decay=None), keep=1)
     torch.save({"model": model.state_dict(), "ema": ema.state_dict()}, tmp_path / "file.pt")
     for name, kind in [("run", "EMA, step 7"), ("run/checkpoints/step-0000007/model", "as trained, step 7"),
                        ("file.pt", "EMA")]:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -5,16 +6,22 @@ import torch
 from safetensors.torch import load_file
 
 from sit_atconv.checkpointing.runs import (
+    Resumable,
     TrainingState,
     append_stats,
+    checkpoint_step,
+    find_resumable,
     list_checkpoints,
     load_checkpoint,
     newest_checkpoint,
     read_stats,
     rewind_stats,
     save_checkpoint,
+    set_aside,
 )
 from sit_atconv.checkpointing.weights import Recipe, load_weights
+from sit_atconv.models import SiT
+from sit_atconv.training.averages import parameter_groups
 from tests.models.test_sit import randomised
 
 
@@ -29,73 +36,130 @@ def state():
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     model(torch.randn(1, 4, 8, 8), torch.rand(1), torch.tensor([1])).sum().backward()
     optimizer.step()
-    return TrainingState(model, ema, optimizer)
+    return TrainingState(model, {0.99: ema, 0.9: randomised()}, optimizer)
 
 
 def test_what_is_saved_comes_back(tmp_path, state):
-    checkpoint = save_checkpoint(tmp_path, state, recipe(7), ema_decay=0.99, keep=2)
-    fresh = TrainingState(randomised(), randomised(), torch.optim.AdamW(randomised().parameters(), fused=True))
-    assert load_checkpoint(checkpoint, fresh) == 7
-    for before, after in [(state.model, fresh.model), (state.ema, fresh.ema)]:
+    checkpoint = save_checkpoint(tmp_path, state, recipe(7), keep=2, computed_on={"processes": 3})
+    model = randomised()
+    groups = parameter_groups(model, 0.1)  # in another order than when it was saved
+    fresh = TrainingState(model, {0.99: randomised(), 0.9: randomised()}, torch.optim.AdamW(groups, fused=True))
+    assert load_checkpoint(checkpoint, fresh) == {"processes": 3}
+    fresh_models, models = [fresh.model, *fresh.averages.values()], [state.model, *state.averages.values()]
+    for before, after in zip(models, fresh_models, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
-    moments = [optimizer.state_dict()["state"][0]["exp_avg"] for optimizer in (state.optimizer, fresh.optimizer)]
-    assert torch.equal(*moments) and moments[0].any()
+    pairs = list(zip(state.model.parameters(), model.parameters(), strict=True))
+    assert sum(len(fresh.optimizer.state[after]) for _, after in pairs) > 30
+    for before, after in pairs:
+        for key, value in state.optimizer.state.get(before, {}).items():
+            assert torch.equal(value, fresh.optimizer.state[after][key])
+    assert fresh.optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_a_scaler_comes_back(tmp_path, state):
+    def with_scaler(scale):
+        return dataclasses.replace(state, scaler=torch.amp.GradScaler("cpu", init_scale=scale))
+
+    checkpoint = save_checkpoint(tmp_path, with_scaler(64.0), recipe(1), keep=2)
+    assert load_checkpoint(checkpoint, again := with_scaler(2.0)) == {} and again.scaler.get_scale() == 64.0
 
 
 def test_weights_say_what_they_are(tmp_path, state):
-    save_checkpoint(tmp_path, state, recipe(7), ema_decay=0.99, keep=2)
+    save_checkpoint(tmp_path, state, recipe(7), keep=2)
     averaged, online = load_weights(str(tmp_path)), load_weights(str(tmp_path), ema=False)
     assert averaged.recipe.ema_decay == 0.99 and online.recipe.ema_decay is None and averaged.home == tmp_path
-    assert all(torch.equal(a, b) for a, b in zip(averaged.model.parameters(), state.ema.parameters(), strict=True))
+    first, second = state.averages.values()
+    assert all(torch.equal(a, b) for a, b in zip(averaged.model.parameters(), first.parameters(), strict=True))
+    other = load_weights(str(newest_checkpoint(tmp_path) / "ema-0.9"))
+    assert other.recipe.ema_decay == 0.9 and other.home == tmp_path
+    assert all(torch.equal(a, b) for a, b in zip(other.model.parameters(), second.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(online.model.parameters(), state.model.parameters(), strict=True))
     assert averaged.identity() != online.identity()
 
 
 def test_the_newest_are_kept_and_the_last_step_is_the_newest(tmp_path, state):
     for step in (8, 9, 10, 11):
-        save_checkpoint(tmp_path, state, recipe(step), ema_decay=0.99, keep=2)
+        save_checkpoint(tmp_path, state, recipe(step), keep=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-0000010", "step-0000011"]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2  # and nothing half written
 
 
+def test_every_so_many_are_kept_for_good(tmp_path, state):
+    for step in range(1, 8):
+        save_checkpoint(tmp_path, state, recipe(step), keep=1, keep_every=3)
+    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [3, 6, 7]
+
+
+def test_files_are_readable_by_whom_the_umask_allows(tmp_path, state):
+    checkpoint = save_checkpoint(tmp_path, state, recipe(1), keep=1)
+    modes = {path.stat().st_mode & 0o777 for path in checkpoint.rglob("*") if path.is_file()}
+    assert len(modes) == 1 and modes != {0o600}
+
+
 def test_a_checkpoint_cut_short_is_not_one(tmp_path, state, monkeypatch):
-    save_checkpoint(tmp_path, state, recipe(1), ema_decay=0.99, keep=2)
-    monkeypatch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    save_checkpoint(tmp_path, state, recipe(1), keep=2)
+    monkeypatch.setattr("sit_atconv.checkpointing.runs.flush", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tmp_path, state, recipe(2), ema_decay=0.99, keep=2)
+        save_checkpoint(tmp_path, state, recipe(2), keep=2)
     assert newest_checkpoint(tmp_path).name == "step-0000001" and load_weights(str(tmp_path)).recipe.step == 1
     monkeypatch.undo()
-    assert save_checkpoint(tmp_path, state, recipe(2), ema_decay=0.99, keep=2) == newest_checkpoint(tmp_path)
+    assert save_checkpoint(tmp_path, state, recipe(2), keep=2) == newest_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["model/diffusion_pytorch_model.safetensors", "optimizer.pt", "state.json"])
-def test_a_damaged_checkpoint_is_named(tmp_path, state, damage):
-    checkpoint = save_checkpoint(tmp_path, state, recipe(3), ema_decay=0.99, keep=2)
-    file = checkpoint / damage
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"step-0000003 cannot be resumed from .*delete it"):
-        load_checkpoint(checkpoint, state)
+DAMAGE = {
+    "a flipped byte in the weights": lambda f: flip(f / "model" / "diffusion_pytorch_model.safetensors"),
+    "an average cut short": lambda f: cut(f / "ema-0.9" / "diffusion_pytorch_model.safetensors"),
+    "a flipped byte in the optimizer": lambda f: flip(f / "optimizer.safetensors"),
+    "no optimizer": lambda f: (f / "optimizer.safetensors").unlink(),
+    "state cut short": lambda f: cut(f / "state.json"),
+    "no state": lambda f: (f / "state.json").unlink(),
+    "an older format": lambda f: (f / "state.json").write_text('{"step": 3}'),
+}
 
 
-def test_optimizer_files_are_read_without_unpickling_code(tmp_path, state):
-    class Payload:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "owned"), "w"))
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
 
-    checkpoint = save_checkpoint(tmp_path, state, recipe(3), ema_decay=0.99, keep=2)
-    torch.save({"optimizer": Payload(), "scaler": None}, checkpoint / "optimizer.pt")
-    with pytest.raises(ValueError, match="cannot be resumed from"):
-        load_checkpoint(checkpoint, state)
-    assert not (tmp_path / "owned").exists()
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, state, damage):
+    sound = save_checkpoint(tmp_path, state, recipe(3), keep=2)
+    DAMAGE[damage](newest := save_checkpoint(tmp_path, state, recipe(4), keep=2))
+    found = find_resumable(tmp_path)
+    assert (found.checkpoint, found.step, list(found.damaged)) == (sound, 3, [newest])
+    assert any(word in found.damaged[newest] for word in ("missing", "not as it was written"))
+    assert set_aside(newest).name == "damaged-step-0000004" and find_resumable(tmp_path).damaged == {}
+    assert newest_checkpoint(tmp_path) == sound
+
+
+def test_where_none_is_sound_nothing_begins_afresh(tmp_path, state):
+    for step in (3, 4):
+        cut(save_checkpoint(tmp_path, state, recipe(step), keep=2) / "optimizer.safetensors")
+    with pytest.raises(ValueError, match=r"no checkpoint of .*step-0000004: optimizer.safetensors is not as it was"):
+        find_resumable(tmp_path)
+    assert find_resumable(tmp_path / "elsewhere") == Resumable(None, 0, {})
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, state):
+    checkpoint = save_checkpoint(tmp_path, state, recipe(3), keep=2)
+    other = SiT(**{**state.model.config, "hidden_size": 64})
+    with pytest.raises(ValueError, match="step-0000003 does not fit this model"):
+        load_checkpoint(checkpoint, dataclasses.replace(state, model=other))
 
 
 def test_stats_are_rewound_to_the_step_resumed_from(tmp_path):
     for step in (1, 2, 3):
-        append_stats(tmp_path, step=step, loss=1 / step)
+        append_stats(tmp_path, {"step": step, "loss": 1 / step})
     with open(tmp_path / "stats.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
     rewind_stats(tmp_path, 2)
-    append_stats(tmp_path, step=3, loss=0.5)
+    append_stats(tmp_path, {"step": 3, "loss": 0.5})
     assert [line["step"] for line in read_stats(tmp_path)] == [1, 2, 3] and read_stats(tmp_path)[-1]["loss"] == 0.5
 
 
@@ -110,14 +174,14 @@ def test_stats_are_rewound_to_the_step_resumed_from(tmp_path):
     ],
 )
 def test_damaged_weights_are_named(tmp_path, state, break_it, message):
-    checkpoint = save_checkpoint(tmp_path, state, recipe(3), ema_decay=0.99, keep=2)
+    checkpoint = save_checkpoint(tmp_path, state, recipe(3), keep=2)
     break_it(checkpoint / "ema")
     with pytest.raises(ValueError, match=message):
         load_weights(str(tmp_path))
 
 
 def test_tensors_that_do_not_fit_the_config_are_listed(tmp_path, state):
-    folder = save_checkpoint(tmp_path, state, recipe(3), ema_decay=0.99, keep=2) / "ema"
+    folder = save_checkpoint(tmp_path, state, recipe(3), keep=2) / "ema"
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"depth": 3}))
     with pytest.raises(ValueError, match=r"blocks\.2|damaged"):

@@ -1,56 +1,337 @@
 """The training command: what it leaves, exact resume, and its errors."""
 
+import itertools
 import json
+import multiprocessing
+import re
 import shutil
+import signal
+import socket
 import subprocess
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from sit_atconv.models import SiT
-from tests.conftest import ROOT, TINY_RUN, encode_argv, load_command, python, working_folder
+from sit_atconv.config import parse
+from sit_atconv.files import exclusive
+from sit_atconv.models import PRESETS, SiT
+from tests.conftest import ROOT, TINY_RUN, encode_argv, load_command, python, relative_error, working_folder
 
 TRAIN = "sit_atconv/train.py"
-EXACT = [*TINY_RUN, "--train.accumulation", "2", "--train.lr", "1e-3", "--train.lr_decay", "cosine",
-         "--train.warmup_steps", "1", "--flow.class_dropout_prob", "0.3", "--train.max_grad_norm", "1.0"]
+EXACT = [*TINY_RUN, "--model.depth", "2", "--train.batch_size", "384", "--train.lr", "1e-3", "--train.lr_decay",
+         "cosine", "--train.warmup_steps", "1", "--train.weight_decay", "0.1", "--flow.class_dropout_prob", "0.3",
+         "--train.max_grad_norm", "1.0", "--train.ema_decay", "[0.9,0.5]"]
+KINDS = [(1, 1), (2, 3), pytest.param((1, 3), marks=pytest.mark.slow), pytest.param((2, 1), marks=pytest.mark.slow)]
 
 
 def state_of(run: Path, step: int) -> dict:
     checkpoint = run / "checkpoints" / f"step-{step:07d}"
-    tensors = {}
-    for kind in ("model", "ema"):
-        weights = load_file(checkpoint / kind / "diffusion_pytorch_model.safetensors")
-        tensors |= {f"{kind}.{name}": tensor for name, tensor in weights.items()}
-    optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)["optimizer"]
-    for index, values in optimizer["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
-    return tensors
+    files = sorted(checkpoint.rglob("*.safetensors"))
+    return {f"{file.relative_to(checkpoint)}/{name}": t for file in files for name, t in load_file(file).items()}
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_four_steps_are_two_and_a_kill_and_two(launch, tmp_path, processes):
-    """An epoch has three steps, so the kill falls inside one and the end beyond it."""
-    codes, output = launch(TRAIN, [*EXACT, "--out", tmp_path / "whole"], processes)
-    assert codes == [0] * processes, output
-    resumed = [*EXACT, "--out", tmp_path / "resumed"]
-    codes, output = launch(TRAIN, resumed, processes, die="after the first checkpoint")
+def stats_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "stats.jsonl").open()]
+
+
+def assert_same_run(run: Path, other: Path, step: int = 4) -> None:
+    """To the bit: all that the last checkpoint holds, and every logged loss and norm."""
+    one, two = state_of(run, step), state_of(other, step)
+    assert one.keys() == two.keys() and {name.split("/")[0] for name in one} > {"model", "ema", "optimizer.safetensors"}
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    lines = [[(line["step"], line["loss"], line["grad_norm"]) for line in stats_of(r)] for r in (run, other)]
+    assert lines[0] == lines[1] and len(lines[0]) == step
+
+
+@pytest.fixture(scope="module")
+def whole(launch, tmp_path_factory):
+    """whole(processes, accumulation) -> an undisturbed run of four steps in epochs of four."""
+    runs = {}
+
+    def run(processes: int, accumulation: int) -> Path:
+        if (processes, accumulation) not in runs:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            argv = [*EXACT, "--train.accumulation", accumulation, "--out", folder]
+            codes, output = launch(TRAIN, argv, processes)
+            assert codes == [0] * processes, output
+            runs[processes, accumulation] = folder
+        return runs[processes, accumulation]
+
+    return run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_steps_are_two_and_a_kill_and_two(launch, whole, tmp_path, kind):
+    processes, accumulation = kind
+    argv = [*EXACT, "--train.accumulation", accumulation, "--out", tmp_path / "run"]
+    codes, output = launch(TRAIN, argv, processes, die="after the first checkpoint")
     assert codes == [-9] * processes, output
-    assert [path.name for path in (tmp_path / "resumed" / "checkpoints").iterdir()] == ["step-0000002"]
-    codes, output = launch(TRAIN, resumed, processes)
-    assert codes == [0] * processes and "step 2 of 4" in output, output
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000002"]
+    codes, output = launch(TRAIN, argv, processes)
+    assert codes == [0] * processes and "step 2 of 4" in output and "instead of" not in output, output
+    assert_same_run(whole(*kind), tmp_path / "run")
+    half = state_of(whole(*kind), 2)["model/diffusion_pytorch_model.safetensors/final_layer.linear.weight"]
+    assert not torch.equal(half, state_of(whole(*kind), 4)["model/diffusion_pytorch_model.safetensors/"
+                                                           "final_layer.linear.weight"])
 
-    whole, again = state_of(tmp_path / "whole", 4), state_of(tmp_path / "resumed", 4)
-    assert whole.keys() == again.keys() and any(name.startswith("optimizer") for name in whole)
-    assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
-    half = state_of(tmp_path / "whole", 2)
-    assert not torch.equal(whole["model.final_layer.linear.weight"], half["model.final_layer.linear.weight"])
-    stats = [(tmp_path / run / "stats.jsonl").read_text().splitlines() for run in ("whole", "resumed")]
-    losses = [[json.loads(line)["loss"] for line in lines] for lines in stats]
-    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list(itertools.product((1, 2), (1, 3))))
+def test_killed_anywhere_over_the_work(launch, tmp_path, kind):
+    """Five times, at moments drawn between the first and the last line of progress."""
+    processes, accumulation = kind
+    argv = [*EXACT, "--train.accumulation", accumulation, "--train.steps", 12, "--train.checkpoint_every", 3]
+    codes, output = launch(TRAIN, [*argv, "--out", tmp_path / "whole"], processes)
+    assert codes == [0] * processes, output
+    for kill_at in np.random.default_rng(accumulation * 2 + processes).choice(np.arange(1, 12), 5, replace=False):
+        run = tmp_path / f"killed-at-{kill_at}"
+        codes, output = launch(TRAIN, [*argv, "--out", run], processes, kill_at=int(kill_at))
+        assert -9 in codes, output
+        codes, output = launch(TRAIN, [*argv, "--out", run], processes)
+        assert codes == [0] * processes, output
+        assert_same_run(tmp_path / "whole", run, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_every_write(launch, tmp_path, processes):
+    """Before each file or folder of the run that is opened for writing, made, renamed or deleted."""
+    argv = [*EXACT, "--train.accumulation", 3, "--train.steps", 3, "--train.checkpoint_every", 1,
+            "--train.keep_checkpoints", 1]
+    codes, output = launch(TRAIN, [*argv, "--out", tmp_path / "whole"], processes)
+    assert codes == [0] * processes, output
+    stride = 1 if processes == 1 else 7
+    for number in itertools.count(1, stride):
+        run = tmp_path / f"{number}"
+        codes, output = launch(TRAIN, [*argv, "--out", run], processes, die=number)
+        if codes == [0] * processes:
+            break
+        codes, output = launch(TRAIN, [*argv, "--out", run], processes)
+        assert codes == [0] * processes, f"{number}: {output}"
+        assert_same_run(tmp_path / "whole", run, 3)
+        shutil.rmtree(run)
+    assert number > 60
+    print(f"{number - 1} writes, every {stride}.")
+
+
+@pytest.mark.slow
+def test_torchrun_with_two_agents_forwards_a_signal_and_goes_on(whole, tmp_path):
+    """As docs/training.md has it, both nodes on this machine; the signal reaches the first agent alone."""
+    run = tmp_path / "run"
+    argv = [*EXACT, "--train.accumulation", 3, "--train.cpu_threads", 1, "--train.checkpoint_every", 100, "--out", run]
+
+    def start() -> list[subprocess.Popen]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = python("-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d",
+                         "--rdzv_endpoint", f"127.0.0.1:{port}", "--local_addr", "127.0.0.1", "--signals-to-handle",
+                         "SIGTERM,SIGUSR1", "--shutdown-timeout", 300, ROOT / TRAIN, *argv)
+        return [subprocess.Popen(command, stdout=open(tmp_path / f"{i}.txt", "a"), stderr=subprocess.STDOUT)
+                for i in range(2)]
+
+    agents = start()
+    while not re.search(r"[1-3]/4 \[", "".join((tmp_path / f"{i}.txt").read_text() for i in range(2))):
+        assert all(agent.poll() is None for agent in agents)
+        time.sleep(0.05)
+    agents[0].terminate()
+    for agent in agents:
+        agent.wait(300)
+    said = "".join((tmp_path / f"{i}.txt").read_text() for i in range(2))
+    stopped = re.search(r"stopped by SIGTERM at step (\d) of 4", said)
+    assert stopped and (run / "checkpoints" / f"step-000000{stopped[1]}").is_dir(), said
+    assert [agent.wait(300) for agent in start()] == [0, 0], said
+    one, two = state_of(whole(2, 3), 4), state_of(run, 4)
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+def test_processes_and_micro_batches_change_nothing_but_rounding(whole):
+    """Noise, times, dropout and images are those of the step's whole batch; so is, then, its gradient."""
+    alone, shared = whole(1, 1), whole(2, 3)
+    for one, two in zip(stats_of(alone), stats_of(shared), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+        assert one["loss_by_time"] == pytest.approx(two["loss_by_time"], rel=1e-4)
+    one, two = state_of(alone, 2), state_of(shared, 2)
+    moments = [name for name in one if name.endswith("/exp_avg")]  # a running mean of the gradients
+    assert len(moments) > 40 and max(relative_error(two[name], one[name]) for name in moments) < 1e-4
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_process_saves_and_ends_them_all(launch, whole, tmp_path, number):
+    """Sent to the second of two; in the one-process case by the other signal."""
+    kind = (2, 3) if number == signal.SIGTERM else (1, 1)
+    argv = [*EXACT, "--train.accumulation", kind[1], "--train.checkpoint_every", 100, "--out", tmp_path / "run"]
+    codes, output = launch(TRAIN, argv, kind[0], kill_at=1, kill_with=number, kill_rank=kind[0] - 1)
+    assert codes == [0] * kind[0], output
+    stopped = re.search(rf"stopped by {number.name} at step (\d) of 4, saved in .*step-000000\1: the same", output)
+    assert stopped and 1 <= int(stopped[1]) < 4, output
+    codes, output = launch(TRAIN, argv, kind[0])
+    assert codes == [0] * kind[0] and f"step {stopped[1]} of 4" in output, output
+    one, two = state_of(whole(*kind), 4), state_of(tmp_path / "run", 4)
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_update_that_is_not_finite_is_withheld_and_ends_the_run(launch, whole, tmp_path, processes):
+    run, argv = tmp_path / "run", [*EXACT, "--train.accumulation", 1, "--train.log_every", 100]
+    codes, output = launch(TRAIN, [*argv, "--out", run], processes, die="the third loss is not a number")
+    assert codes == [1] * processes and "Traceback" not in output, output
+    message = next(line for line in output.splitlines() if line.startswith("error: "))
+    assert "not finite in step 3" in message and "checkpoints/step-0000002. " in message
+    batch = json.loads(message.rpartition(": ")[2])
+    assert len(set(batch)) == 384 and max(batch) < 1797
+    codes, output = launch(TRAIN, [*argv, "--out", run], processes)  # the cause mended, nothing of it is left
+    assert codes == [0] * processes, output
+    one, two = state_of(whole(processes, 1), 4), state_of(run, 4)
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(launch, whole, tmp_path):
+    run = shutil.copytree(whole(1, 1), tmp_path / "run")
+    weights = run / "checkpoints" / "step-0000004" / "ema" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 4
+    weights.write_bytes(content)
+    codes, output = launch(TRAIN, [*EXACT, "--train.accumulation", 1, "--out", run])
+    assert codes == [0] and "step 2 of 4" in output, output
+    assert "step-0000004 is damaged: ema/diffusion_pytorch_model.safetensors is not as it was written" in output
+    assert_same_run(whole(1, 1), run)
+    assert (run / "checkpoints" / "damaged-step-0000004").is_dir()
+
+
+def test_more_steps_go_on_and_other_processes_are_said_aloud(launch, whole, tmp_path):
+    run = shutil.copytree(whole(2, 3), tmp_path / "run")
+    argv = [*EXACT, "--train.accumulation", 1, "--train.steps", 5, "--out", run]
+    codes, output = launch(TRAIN, argv)
+    assert codes == [0] and "step 4 of 5" in output, output
+    assert "processes 1 instead of 2, accumulation 1 instead of 3" in output and "to rounding" in output
+    assert [line["step"] for line in stats_of(run)] == [1, 2, 3, 4, 5]
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(launch, tmp_path):
+    run = tmp_path / "run"
+    codes, output = launch(TRAIN, [*EXACT, "--out", run], die="files of 100 kB are too large")
+    assert codes == [1] and "Traceback" not in output, output
+    assert "the checkpoint of step 2 cannot be written" in output and "same command again" in output
+    assert list((run / "checkpoints").iterdir()) == []
+
+
+def test_a_tracker_that_fails_is_given_up_aloud(launch, tmp_path):
+    argv = [*TINY_RUN, "--train.tracker", "tensorboard", "--train.steps", 2, "--out", tmp_path / "run"]
+    codes, output = launch(TRAIN, argv, die="the tracker fails")
+    assert codes == [0] and output.count("train.tracker tensorboard failed (FileNotFoundError") == 1, output
+    assert len(stats_of(tmp_path / "run")) == 2
+
+
+def test_tensorboard_shows_the_log(launch, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    argv = [*TINY_RUN, "--train.tracker", "tensorboard", "--train.steps", 2, "--data.held_out", 20, "--out", run]
+    codes, output = launch(TRAIN, argv)
+    assert codes == [0], output
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    for name in ("loss", "loss_by_time/0", "held_out_loss", "grad_norm", "lr", "images_per_second"):
+        points = events.Scalars(name)
+        line = stats_of(run)[points[-1].step - 1]
+        value = line["loss_by_time"][0] if "/" in name else line[name]
+        assert points[-1].step == 2 and points[-1].value == pytest.approx(value), name
+
+
+def test_no_step_waits_for_the_device(launch, tmp_path):
+    """In six more steps between two log lines the host asks for six more tensors: flags, which had arrived."""
+    counts = []
+    for steps in (3, 9):
+        argv = [*TINY_RUN, "--train.steps", steps, "--train.log_every", 100, "--train.checkpoint_every", 100,
+                "--train.max_grad_norm", 1.0, "--out", tmp_path / str(steps)]
+        codes, output = launch(TRAIN, argv, die="waiting is counted")
+        assert codes == [0], output
+        counts.append(int(re.search(r"waited: (\d+)", output)[1]))
+    assert counts[1] - counts[0] == 6
+
+
+def test_the_held_out_loss_is_the_same_whoever_computes_it(launch, tmp_path):
+    losses = {}
+    for processes, accumulation in ((1, 1), (2, 2)):
+        run = tmp_path / f"{processes}"
+        argv = [*TINY_RUN, "--data.held_out", 61, "--train.accumulation", accumulation, "--train.steps", 2,
+                "--train.held_out_every", 1, "--train.ema_decay", 0.0, "--out", run]
+        codes, output = launch(TRAIN, argv, processes)
+        assert codes == [0] * processes, output
+        losses[processes] = [line["held_out_loss"] for line in stats_of(run)]
+    assert losses[1] == pytest.approx(losses[2], rel=1e-5)
+    assert losses[1][1] < losses[1][0] and 0.5 < losses[1][0] < 3
+
+
+def test_a_dry_run_says_what_the_run_will_need_and_writes_nothing(tmp_path, capsys):
+    with working_folder(tmp_path):
+        load_command(TRAIN).main([*TINY_RUN, "--train.batch_size", "32", "--dry-run"])
+    said = capsys.readouterr().out
+    for name in ("model ", "batch ", "run ", "memory ", "24 GB GPU", "80 GB GPU", "time ", "disk "):
+        assert f"{name}" in said
+    assert "s a step" in said and "measured on" in said and "not measured" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_starting_from_another_run_says_aloud_what_begins_afresh(launch, tiny_run, tmp_path):
+    """ATConv there, attention here; other mixers and no position table, and the rest to the bit."""
+    argv = [*TINY_RUN, "--model.mixer", "attention", "--train.steps", 1, "--train.lr", 0, "--init-from", tiny_run,
+            "--out", tmp_path / "run"]
+    codes, output = launch(TRAIN, argv)
+    assert codes == [0] and f"started from {tiny_run} (EMA, step 4)" in output, output
+    assert "mixers of all 4 blocks (3x3 ATConv there, attention here) start afresh" in output
+    there = SiT.from_pretrained(tiny_run / "checkpoints" / "step-0000004" / "ema").state_dict()
+    here = SiT.from_pretrained(tmp_path / "run" / "checkpoints" / "step-0000001" / "model").state_dict()
+    shared = [name for name in there if ".attn." not in name and name in here]
+    assert len(shared) > 30 and [name for name in shared if not torch.equal(there[name], here[name])] == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_ends_training_in_a_line(launch, digit_folder, tmp_path, workers):
+    images = shutil.copytree(digit_folder, tmp_path / "images")
+    victim = next(images.rglob("*.png"))
+    victim.write_bytes(victim.read_bytes()[:60])
+    argv = [*TINY_RUN, "--data.images", images, "--data.image_size", 16, "--data.codec", "identity",
+            "--train.batch_size", 120, "--model.depth", 1, "--data.num_workers", workers, "--out", tmp_path / "run"]
+    codes, output = launch(TRAIN, argv)
+    assert codes == [1] and "Traceback" not in output, output
+    assert re.search(rf"error: the training data cannot be read: .*{re.escape(victim.name)}", output), output
+
+
+def hold(folder, ready, done):
+    with exclusive(folder):
+        ready.set()
+        done.wait(60)
+
+
+def test_a_run_that_another_process_holds_is_refused(fails, tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    context = multiprocessing.get_context("forkserver")
+    ready, done = context.Event(), context.Event()
+    holder = context.Process(target=hold, args=(run, ready, done))
+    holder.start()
+    try:
+        assert ready.wait(60)
+        error = fails(load_command(TRAIN).main, [*TINY_RUN, "--train.steps", 6, "--out", run])
+        assert f"is in use by process {holder.pid} on " in error
+    finally:
+        done.set()
+        holder.join()
+
+
+@pytest.mark.parametrize("command", ["stats.jsonl", "nowhere"])
+def test_a_folder_that_cannot_be_written_to(fails, tiny_run, tmp_path, command):
+    """A file where the run's folder should be, and where a folder above it should be."""
+    (tmp_path / "stats.jsonl").write_text("")
+    run = tmp_path / "stats.jsonl" if command == "stats.jsonl" else tmp_path / "stats.jsonl" / "run"
+    assert "cannot be written to" in fails(load_command(TRAIN).main, [*TINY_RUN, "--out", run])
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -80,17 +361,20 @@ def test_what_a_run_leaves(tiny_run):
     assert recipe["class_names"] == list("0123456789") and recipe["codec"]["kind"] == "identity"
 
 
-def test_the_average_keeps_its_decay_of_what_it_was(launch, tmp_path):
-    codes, output = launch(TRAIN, [*TINY_RUN, "--train.steps", 1, "--train.ema_decay", 0.75, "--out", tmp_path / "run"])
+def test_each_average_keeps_its_decay_of_what_it_was(launch, tmp_path):
+    argv = [*TINY_RUN, "--train.steps", 1, "--train.ema_decay", "[0.75,0.5]", "--out", tmp_path / "run"]
+    codes, output = launch(TRAIN, argv)
     assert codes == [0], output
-    state = state_of(tmp_path / "run", 1)
-    config = json.loads((tmp_path / "run/checkpoints/step-0000001/ema/config.json").read_text())
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-0000001"
+    config = json.loads((checkpoint / "ema" / "config.json").read_text())
     torch.manual_seed(0)
     initial = SiT.from_config(config).state_dict()
-    for name, before in initial.items():
-        expected = 0.75 * before + 0.25 * state[f"model.{name}"]
-        torch.testing.assert_close(state[f"ema.{name}"], expected, msg=name)
-    moved = state["model.final_layer.linear.weight"] - initial["final_layer.linear.weight"]
+    weights = SiT.from_pretrained(checkpoint / "model").state_dict()
+    for folder, decay in (("ema", 0.75), ("ema-0.5", 0.5)):
+        assert json.loads((checkpoint / folder / "recipe.json").read_text())["ema_decay"] == decay
+        for name, averaged in SiT.from_pretrained(checkpoint / folder).state_dict().items():
+            torch.testing.assert_close(averaged, decay * initial[name] + (1 - decay) * weights[name], msg=name)
+    moved = weights["final_layer.linear.weight"] - initial["final_layer.linear.weight"]
     assert moved.abs().max() > 1e-6
 
 
@@ -221,15 +505,25 @@ def test_resuming_with_other_options_shows_the_difference(fails, tiny_run):
     assert "train.lr: 0.003 -> 0.5" in error
 
 
-def test_a_damaged_checkpoint_stops_before_anything_is_lost(fails, tiny_run, tmp_path):
-    shutil.copytree(tiny_run, run := tmp_path / "run")
-    (run / "checkpoints" / "step-0000004" / "optimizer.pt").write_bytes(b"cut")
-    assert "delete it" in fails(load_command(TRAIN).main, [*TINY_RUN, "--train.steps", "6", "--out", run])
-
-
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
 def test_shipped_configs_parse(name):
-    from sit_atconv.config import parse
-
     config = parse(["--config", str(ROOT / "configs" / name), "--train.precision", "bf16"])
     assert config.out.parts[0] == "runs"
+    published = name != "digits.yaml"
+    train = config.train
+    recipe = (train.lr, train.lr_decay, train.warmup_steps, train.weight_decay, train.ema_decay, train.steps)
+    assert (recipe == (1e-4, "constant", 0, 0.0, 0.9999, 400_000)) == published
+    if name.startswith("imagenet"):
+        assert (train.batch_size, config.flow.class_dropout_prob, config.data.image_size) == (256, 0.1, int(name[8:11]))
+    if name == "ffhq512.yaml":
+        assert (train.batch_size, config.flow.class_dropout_prob, config.model["has_null_label"]) == (128, 0.0, False)
+
+
+@pytest.mark.parametrize("form", ["SiT-{}/2", "SiT-ATConv-{}/2", "SiT-ATConv-{}/2-Hybrid"])
+def test_every_preset_trains_by_the_same_recipe_in_a_folder_of_its_own(form):
+    for size in ("S", "B", "L", "XL"):
+        preset = form.format(size)
+        config = parse(["--config", str(ROOT / "configs" / "imagenet512.yaml"), "--preset", preset])
+        assert config.model["mixer"] == PRESETS[preset]["mixer"]
+        assert config.model["depth"] == PRESETS[preset]["depth"]
+        assert config.out == Path("runs", "imagenet512-" + preset.lower().replace("/", ""))

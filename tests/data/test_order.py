@@ -2,7 +2,7 @@ from itertools import chain, islice
 
 import pytest
 
-from sit_atconv.data.order import BatchOrder, step_seed
+from sit_atconv.data.order import BatchOrder, hold_out, step_seed
 
 
 def take(order, count):
@@ -60,6 +60,27 @@ def test_arithmetic_that_does_not_come_out():
         BatchOrder(100, 128, seed=0)
 
 
+def test_rows_are_the_positions_in_the_steps_batch():
+    whole = take(BatchOrder(24, 8, seed=0), 2)
+    for rank in (0, 1):
+        order = BatchOrder(24, 8, seed=0, accumulation=2, rank=rank, num_processes=2)
+        batches = take(order, 4)
+        for number, batch in enumerate(batches):
+            assert whole[number // 2][order.rows(number % 2)] == batch
+        assert order.batch(1) == whole[1]
+
+
+def test_held_out_images_are_never_taken_and_the_rest_all_are():
+    held_out = hold_out(30, 6)
+    assert len(set(held_out)) == 6 and list(held_out) != sorted(held_out) and list(hold_out(30, 6)) == list(held_out)
+    order = BatchOrder(30, 8, seed=3, held_out=held_out)
+    assert order.steps_per_epoch == 3
+    assert set(chain(*take(order, 3))) == set(range(30)) - set(held_out.tolist())
+    with pytest.raises(ValueError, match="batch_size 25 exceeds the 30 images of the data set, 6 of them held out"):
+        BatchOrder(30, 25, seed=0, held_out=held_out)
+    with pytest.raises(ValueError, match=r"data.held_out 30 leaves nothing of 30 images"):
+        hold_out(30, 30)
+
+
 def test_seeds_of_steps_differ():
-    seeds = {step_seed(0, step, micro, rank) for step in range(20) for micro in range(2) for rank in range(2)}
-    assert len(seeds) == 80
+    assert len({step_seed(seed, step) for step in range(40) for seed in range(2)}) == 80

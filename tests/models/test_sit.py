@@ -183,6 +183,34 @@ def test_sides_not_divisible_by_the_patch():
         SiT(**{**TINY, "input_size": 7})
 
 
+@pytest.mark.parametrize("mixer", ["atconv", "attention"])
+def test_activation_checkpointing_computes_the_same_and_keeps_less(mixer):
+    model, inputs = randomised(mixer=mixer, depth=4), FOREIGN_GRID
+
+    def train() -> tuple[torch.Tensor, dict, int]:
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            v = model(*inputs)
+        v.square().mean().backward()
+        return v, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, sum(kept.values())
+
+    v, gradients, kept = train()
+    model.enable_gradient_checkpointing()
+    v_again, gradients_again, kept_again = train()
+    assert torch.equal(v, v_again)
+    assert max(relative_error(gradients_again[name], gradients[name]) for name in gradients) < 1e-6
+    assert kept_again < kept / 2
+    with torch.no_grad():
+        assert torch.equal(model(*inputs), v)  # sampling has nothing to compute again
+
+
 def test_overfits_one_batch():
     torch.manual_seed(0)
     model = SiT(**TINY, learn_sigma=False)

@@ -1,0 +1,65 @@
+"""The flow loss on images that training never sees, at fixed noise and times."""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from sit_atconv.data.codecs import Codec
+from sit_atconv.data.pixels import to_float
+from sit_atconv.flow import FlowMatching, as_velocity
+from sit_atconv.sampling import SampleStream
+
+
+class HeldOut:
+    """Of the model's velocity, whatever it predicts: the same images, noise and times for every model and seed.
+
+    Args:
+        data: the data set.
+        images: which of its images, in an order that has nothing to do with their classes.
+        codec: pixels to latents, on the device.
+        flow: the objective, for its path and what the model predicts.
+        batch_size: images at a time.
+        device: the codec's.
+        rank, num_processes: which process this is, of how many; each takes its share.
+    """
+
+    def __init__(
+        self,
+        data,
+        images: list[int],
+        codec: Codec,
+        flow: FlowMatching,
+        *,
+        batch_size: int,
+        device: torch.device,
+        rank: int = 0,
+        num_processes: int = 1,
+    ):
+        self.flow, self.num_images, self.batches = flow, len(images), []
+        t0, t1 = flow.interpolant.interval(flow.prediction)
+        times = t0 + (t1 - t0) * (torch.arange(len(images), dtype=torch.float64) + 0.5) / max(1, len(images))
+        mine = range(rank, len(images), num_processes)
+        for start in range(0, len(mine), batch_size):
+            positions = mine[start : start + batch_size]
+            inputs, labels = zip(*(data[images[i], False] for i in positions), strict=True)
+            inputs = torch.stack(inputs).to(device)
+            stored = inputs if data.is_encoded else codec.encode(to_float(inputs))
+            size = codec.latent_size(data.image_size)
+            stream = SampleStream(0, [images[i] for i in positions])
+            posterior, noise = (stream.randn((codec.channels, size, size)) for _ in range(2))
+            latents = codec.latents(stored, noise=posterior.to(device)).cpu()
+            self.batches.append((latents, noise, times[list(positions)].float(), torch.tensor(labels)))
+
+    @torch.no_grad()
+    def loss(self, model, autocast=contextlib.nullcontext) -> Tensor:
+        """This process's share of the mean squared error of the velocity, 0-d: the processes' sum is the mean."""
+        device = next(model.parameters()).device
+        path, total = self.flow.interpolant, torch.zeros((), device=device)
+        velocity = as_velocity(model, path, self.flow.prediction)
+        for batch in self.batches:
+            latents, noise, t, y = (tensor.to(device, non_blocking=True) for tensor in batch)
+            with autocast():
+                v = velocity(path.interpolate(latents, noise, t), t, y).float()
+            total += (v - path.velocity(latents, noise, t)).square().flatten(1).mean(1).sum()
+        return total / self.num_images
