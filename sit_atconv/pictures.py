@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from sit_atconv.files import write_aside
 
@@ -81,6 +82,9 @@ def save_loss_curves(stats: Sequence[dict], path: Path, title: str) -> None:
         axes.grid(alpha=0.3)
         if all(line["loss"] > 0 for line in stats):
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
     figure.suptitle(title, fontsize=9)
     _save(figure, path)
 

@@ -22,6 +22,7 @@ from sit_atconv.checkpointing.initial import start_from
 from sit_atconv.checkpointing.runs import (
     TrainingState,
     append_stats,
+    checkpoint_step,
     find_resumable,
     list_checkpoints,
     load_checkpoint,
@@ -94,6 +95,12 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
             return
         description = describe_data(data, codec)
         config.check_resumable(description)
+        saved, origin = list_checkpoints(run), []
+        if not saved or checkpoint_step(saved[-1]) < train.steps:
+            check_room(run, max(1, checkpoints_at_once(plan) - len(saved)) * checkpoint_bytes(net, plan.num_averages))
+        if config.init_from and not saved:
+            origin = start_from(net, config.init_from, config.flow.path, config.flow.prediction, codec.describe(),
+                                class_names=[*data.class_names])
         if is_main_process():
             to_release.enter_context(exclusive(run))
         found = find_resumable(run)
@@ -103,12 +110,6 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
             if is_main_process():
                 print(f"{run} is complete: {train.steps} steps, in {found.checkpoint}\nsample: {sampling}")
             return
-        planned = checkpoints_at_once(plan) - len(list_checkpoints(run))
-        check_room(run, max(1, planned) * checkpoint_bytes(net, plan.num_averages))
-        origin = []
-        if config.init_from and not found.checkpoint:
-            origin = start_from(net, config.init_from, config.flow.path, config.flow.prediction, codec.describe(),
-                                class_names=[*data.class_names])
 
     accelerator = Accelerator(
         cpu=on_cpu(),

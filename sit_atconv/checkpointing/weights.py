@@ -90,17 +90,17 @@ def locate_weights(ckpt: str, ema: bool = True) -> Path:
 
     path = Path(ckpt)
     if path.is_file():
-        raise ValueError(f"--ckpt {ckpt} is a file: give the run folder, or an exported folder, that holds it")
+        raise ValueError(f"{ckpt} is a file: give the run folder, or an exported folder, that holds it")
     if not path.exists():
         return _download(ckpt)
     if not any(path.iterdir()):
-        raise ValueError(f"--ckpt {ckpt} is an empty folder")
+        raise ValueError(f"{ckpt} is an empty folder")
     for folder in (newest_checkpoint(path), path):
         if folder and (folder / "ema").is_dir():
             return folder / ("ema" if ema else "model")
     if not (path / "config.json").is_file():
         raise ValueError(
-            f"--ckpt {ckpt} holds no weights: neither checkpoints/step-* with ema/ (a run that has saved), "
+            f"{ckpt} holds no weights: neither checkpoints/step-* with ema/ (a run that has saved), "
             "nor config.json (exported weights)"
         )
     return path
@@ -130,7 +130,7 @@ def load_weights(ckpt: str, ema: bool = True) -> Weights:
 
 
 def _download(hub_id: str) -> Path:
-    missing = f"--ckpt {hub_id} is neither a folder here nor"
+    missing = f"{hub_id} is neither a folder here nor"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
         raise ValueError(f"{missing} a hub id (owner/name)")
     from huggingface_hub import snapshot_download

@@ -326,12 +326,19 @@ def test_a_run_that_another_process_holds_is_refused(fails, tiny_run, tmp_path):
         holder.join()
 
 
-@pytest.mark.parametrize("command", ["stats.jsonl", "nowhere"])
-def test_a_folder_that_cannot_be_written_to(fails, tiny_run, tmp_path, command):
+@pytest.mark.parametrize("run", ["file", "file/run"])
+def test_a_folder_that_cannot_be_written_to(fails, tmp_path, run):
     """A file where the run's folder should be, and where a folder above it should be."""
-    (tmp_path / "stats.jsonl").write_text("")
-    run = tmp_path / "stats.jsonl" if command == "stats.jsonl" else tmp_path / "stats.jsonl" / "run"
-    assert "cannot be written to" in fails(load_command(TRAIN).main, [*TINY_RUN, "--out", run])
+    (tmp_path / "file").write_text("")
+    assert "cannot be written to" in fails(load_command(TRAIN).main, [*TINY_RUN, "--out", tmp_path / run])
+
+
+def test_a_disk_without_room_for_the_checkpoints(fails, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
+    error = fails(load_command(TRAIN).main, [*TINY_RUN, "--out", tmp_path / "run"])
+    assert re.search(r"run needs 3\d\.\d MB and its disk has 10\.0 MB free", error), error  # 2 x 4 x 4.8
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -482,6 +489,14 @@ def test_other_data_under_the_same_options_are_refused(launch, fails, latents, d
         (["--model.mixer", "mamba"], "'mamba'"),
         (["--model.has_null_label", "false"], "flow.class_dropout_prob"),
         (["--data.images", "nowhere"], "nowhere is not a folder"),
+        (["--data.held_out", "1780"], "batch_size 64 exceeds the 1797 images of the data set, 1780 of them held out"),
+        (["--data.held_out", "-1"], "data.held_out must not be negative: -1"),
+        (["--flow.weighting", "likelihood"], "for the prediction velocity"),
+        (["--flow.prediction", "v"], "flow.prediction"),
+        (["--train.keep_every", "0"], "train.keep_every must be at least 1, not 0"),
+        (["--train.ema_decay", "[0.9,0.9]"], "train.ema_decay must be one or more different numbers"),
+        (["--train.tracker", "mlflow"], "train.tracker"),
+        (["--init-from", "nowhere"], "nowhere is neither a folder here nor a hub id"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
