@@ -6,19 +6,12 @@ Trains for real, in a temporary folder, with a clock around each of these parts;
 the shares are true on a GPU too. What remains is drawing noise, data, logging and the loop itself. Prints JSON.
 """
 
-import contextlib
-import importlib.util
 import json
-import sys
-import tempfile
-import time
-from collections import defaultdict
 from pathlib import Path
 
 from sit_atconv.commands import ArgumentParser, at_least
 
 TRAIN = Path(__file__).parents[1] / "sit_atconv" / "train.py"
-WARMUP = 2  # steps that are not counted
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,62 +22,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--steps", type=at_least(1), default=20, help="steps to measure")
     options, of_training = parser.parse_known_args(argv)
-    print(json.dumps(measure(options.steps, of_training), indent=1))
+    from sit_atconv.training.loop_cost import measure_loop
 
-
-def measure(steps: int, options: list[str]) -> dict:
-    """Seconds of the parts of a step, means over `steps`, and the share of what is none of them."""
-    import torch
-
-    from sit_atconv.flow import FlowMatching
-    from sit_atconv.speed.timing import describe_environment, synchronize
-    from sit_atconv.training.averages import Averages
-
-    spec = importlib.util.spec_from_file_location("train", TRAIN)
-    train = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    seconds, ends = defaultdict(list), []
-
-    def clocked(owner: object, name: str, part: str) -> None:
-        function = getattr(owner, name)
-
-        def run(*args, **kwargs):
-            synchronize(device)
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            synchronize(device)
-            seconds[part].append((len(ends), time.perf_counter() - start))
-            return result
-
-        setattr(owner, name, run)
-
-    for owner, name, part in [
-        (FlowMatching, "loss", "forward"), (train.Accelerator, "backward", "backward"),
-        (train, "get_total_norm", "clipping"), (train, "clip_grads_with_norm_", "clipping"),
-        (torch.optim.AdamW, "step", "AdamW"), (Averages, "update", "averages"),
-    ]:
-        clocked(owner, name, part)
-    look = train.FiniteWatch.look
-
-    def end_of_step(*args, **kwargs):
-        ends.append(time.perf_counter())
-        return look(*args, **kwargs)
-
-    train.FiniteWatch.look = end_of_step
-    count = WARMUP + steps
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        train.main([*options, "--train.steps", str(count + 1), "--out", folder, "--train.checkpoint_every",
-                    "1000000", "--preview.num_steps", "1", "--preview.num_classes", "1", "--preview.per_class", "1"])
-    total = (ends[count - 1] - ends[WARMUP - 1]) / steps
-    parts = {part: sum(s for step, s in calls if WARMUP <= step < count) / steps for part, calls in seconds.items()}
-    return {
-        "seconds_per_step": total,
-        "parts": parts,
-        "share_of_the_loop": 1 - sum(parts.values()) / total,
-        "steps": steps,
-        "environment": describe_environment(device),
-    }
+    print(json.dumps(measure_loop(TRAIN, options.steps, of_training), indent=1))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ def is_main_process() -> bool:
 
 
 def fail(message: object, code: int = 1, everywhere: bool = False):
-    """Says what is wrong and leaves; other processes than the main one leave in silence, unless `everywhere`."""
-    if is_main_process() or everywhere:
+    """Says what is wrong and leaves. Of several processes on a machine one speaks, or each if `everywhere`."""
+    if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own where there is a progress bar
     raise SystemExit(code)
 

@@ -145,6 +145,11 @@ class PreviewConfig:
     solver: Literal["euler", "heun", "dopri5"] = "euler"
     num_steps: int = 50
 
+    def __post_init__(self):
+        for name in ("every", "num_classes", "per_class", "num_steps"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"preview.{name} must be at least 1, not {value}")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -181,6 +186,7 @@ class Config:
             if changes := _differences(then, data):
                 raise ValueError(f"{self.out} was started with other data ({'; '.join(changes)}): "
                                  "go on with those, or give another --out")
+
     def flat_options(self) -> dict:
         """All options as "group.name": value."""
         return _flatten(self.options)

@@ -18,6 +18,19 @@ def on_cpu() -> bool:
     return forced or not torch.accelerator.is_available()
 
 
+def prepare_device(device: torch.device, cpu_threads: int | None = None, tf32: bool = True) -> None:
+    """What makes a device fast: threads and memory of a CPU, fp32 products in TF32 on CUDA if `tf32`."""
+    if device.type == "cpu":
+        share_cores(cpu_threads)
+        keep_freed_memory()
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+
+
+def has_fused_optimizers(device: torch.device) -> bool:
+    return device.type in ("cuda", "cpu", "mps", "xpu")
+
+
 def share_cores(threads: int | None = None) -> None:
     """Gives torch `threads` CPU threads; None is this process's share of the machine's physical cores.
 

@@ -12,9 +12,10 @@ import os
 import shlex
 import signal
 import sys
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
@@ -39,7 +40,7 @@ from sit_atconv.data.loading import load_batches
 from sit_atconv.data.order import BatchOrder, hold_out, step_seed
 from sit_atconv.data.pixels import to_float
 from sit_atconv.data.sources import describe_data
-from sit_atconv.devices import keep_freed_memory, on_cpu, share_cores
+from sit_atconv.devices import has_fused_optimizers, on_cpu, prepare_device
 from sit_atconv.files import check_room, exclusive
 from sit_atconv.generation import draw_preview
 from sit_atconv.models import SiT
@@ -69,7 +70,7 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
     run, train = config.out, config.train
     sampling = f"python sample/generate.py --ckpt {shlex.quote(str(run))}"
 
-    # All that can be wrong with what was asked is found here, before any process group starts.
+    # What can be wrong with what was asked is found here, before any process group starts.
     with user_errors():
         data, codec = config.data.open()
         held_out = hold_out(len(data), config.data.held_out)
@@ -111,30 +112,33 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
                 print(f"{run} is complete: {train.steps} steps, in {found.checkpoint}\nsample: {sampling}")
             return
 
+    stop, watch = StopRequest(), FiniteWatch()
     accelerator = Accelerator(
         cpu=on_cpu(),
         mixed_precision=train.mixed_precision,
         gradient_accumulation_steps=train.accumulation,
         log_with=train.tracker,
         project_dir=run,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(hours=1)),  # others wait while one saves and draws
+        ],
     )
     assert accelerator.num_processes == order.num_processes
-    stop, agreement, watch = StopRequest(), Agreement(), FiniteWatch()
+    agreement = Agreement()
+    if agreement.largest(found.step, -found.step, now=True) != [found.step, -found.step]:
+        fail(f"the processes find {run} at different steps, here {found.step}: put it on a disk that all of them see",
+             everywhere=True)
     device, main_process = accelerator.device, accelerator.is_main_process
-    if device.type == "cpu":
-        share_cores(train.cpu_threads)
-        keep_freed_memory()
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.tf32
+    prepare_device(device, train.cpu_threads, train.tf32)
 
     codec = codec.to(device)
     net = net.to(device)
     if train.activation_checkpointing:
         net.enable_gradient_checkpointing()
     averages = Averages(net, train.ema_decays, train.ema_warmup)
-    fused = device.type in ("cuda", "cpu", "mps", "xpu")
-    adamw = torch.optim.AdamW(parameter_groups(net, train.weight_decay), lr=train.lr, fused=fused)
+    groups = parameter_groups(net, train.weight_decay)
+    adamw = torch.optim.AdamW(groups, lr=train.lr, fused=has_fused_optimizers(device))
     model, optimizer = accelerator.prepare(net, adamw)
     if train.compile:
         model = torch.compile(model)
@@ -155,7 +159,7 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
                 set_aside(damaged)
             config.save(run, description)
             rewind_stats(run, found.step)
-        tracker = Tracker(accelerator, train.tracker, run, config.flat_options())
+        tracker = Tracker(accelerator, train.tracker, run, config.flat_options(), found.step)
 
     def say(text: str) -> None:
         if main_process:
@@ -163,7 +167,7 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
 
     for damaged, problem in found.damaged.items():
         say(f"warning: {damaged} is damaged: {problem}. It is set aside as damaged-{damaged.name}")
-    say(introduction(config, net, data, codec, accelerator, found.step))
+    say(introduction(config, net, order, codec, accelerator, found.step))
     for line in origin:
         say(line)
     if changed := [f"{key} {now} instead of {before.get(key)}" for key, now in computed_on.items()
@@ -176,11 +180,12 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
         data, order.starting_at(found.step), config.data.num_workers, device, leave_signals_to_the_trainer
     )))
     with user_errors(everywhere=True):
-        test = HeldOut(data, held_out.tolist(), codec, config.flow, batch_size=train.batch_size // train.accumulation,
-                       device=device, rank=order.rank, num_processes=order.num_processes)
+        test = HeldOut(data, held_out.tolist(), codec, config.flow, batch_size=plan.micro_batch, device=device,
+                       rank=order.rank, num_processes=order.num_processes)
     meter = Meter(device, 3 * 2 * multiply_adds(net) / 1e9,
                   train.peak_tflops or peak_tflops(device, train.precision, train.tf32))
     last_checkpoint = found.checkpoint
+    settle_gradient_exchange(accelerator, model, optimizer, (plan.micro_batch, *shape[1:]))
 
     progress = tqdm(range(found.step, train.steps), initial=found.step, total=train.steps, disable=not main_process,
                     unit="step")
@@ -210,13 +215,15 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
         if train.max_grad_norm:
             clip_grads_with_norm_(parameters, train.max_grad_norm, norm)
         updated = norm.isfinite()
-        if accelerator.scaler is None:  # which would withhold such an update itself, and go on at a lower scale
+        if accelerator.scaler is None:
             adamw.found_inf = (~updated).float()
             finite &= updated
+        else:  # withholds such an update itself and goes on at a lower scale, which must not fall for ever
+            finite &= updated | (accelerator.scaler._scale >= 1)
         optimizer.step()
         optimizer.zero_grad()
         averages.update(step, updated)
-        meter.add_step(norm)
+        meter.add_norm(norm)
 
         done = step + 1
         watch.note(done, finite)
@@ -253,13 +260,17 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
                 with user_errors():
                     if saving and main_process:
                         last_checkpoint = save_checkpoint(
-                            run, state, recipe, train.keep_checkpoints, train.keep_every, computed_on
+                            run, state, recipe, keep=train.keep_checkpoints, keep_every=train.keep_every,
+                            computed_on=computed_on,
                         )
                     if main_process:
                         save_loss_curves(read_stats(run), run / "loss.png", str(run))
                     if drawing and main_process:
-                        draw_preview(averages.first, codec, recipe, config.preview,
-                                     run / "samples" / f"step-{done:07d}.png")
+                        try:
+                            draw_preview(averages.first, codec, recipe, config.preview,
+                                         run / "samples" / f"step-{done:07d}.png")
+                        except RuntimeError as error:  # no memory left, most likely
+                            say(f"warning: no preview of step {done} ({str(error).splitlines()[0]})")
                 accelerator.wait_for_everyone()
         if received and not last:
             progress.close()
@@ -276,23 +287,35 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
     accelerator.state.destroy_process_group()
 
 
+def settle_gradient_exchange(accelerator: Accelerator, model, optimizer, shape: tuple[int, ...]) -> None:
+    """A backward to nothing: DDP regroups gradients after its first one, and sums them in another order from then on.
+
+    Without it the first step after a resume would differ from the same step of an undisturbed run in the last bits.
+    """
+    if accelerator.num_processes > 1:
+        x, t = torch.zeros(shape, device=accelerator.device), torch.zeros(shape[0], device=accelerator.device)
+        accelerator.backward(model(x, t, t.long()).float().sum())
+        optimizer.zero_grad()
+
+
 def dry_run(net: SiT, config: Config, plan: Plan) -> str:
     """What the run will need, some of it measured on this process's device."""
     device = torch.device("cpu") if on_cpu() else torch.accelerator.current_accelerator()
-    if device.type == "cpu":
-        share_cores(config.train.cpu_threads)
+    prepare_device(device, config.train.cpu_threads, config.train.tf32)
     found = estimate(net, plan)
     if config.train.activation_checkpointing:
         net.enable_gradient_checkpointing()
     return report(found, time_step(net.to(device), config.flow, plan, found.memory, device))
 
 
-def introduction(config: Config, net: SiT, data, codec: Codec, accelerator: Accelerator, step: int) -> str:
+def introduction(
+    config: Config, net: SiT, order: BatchOrder, codec: Codec, accelerator: Accelerator, step: int
+) -> str:
     """What is about to be trained, on what."""
     threads = f" with {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
     return (
         f"{'resuming' if step else 'training'} {config.out}: {net.num_parameters(only_trainable=True) / 1e6:.1f}M "
-        f"parameters, {len(data)} images of {len(data.class_names)} classes as "
+        f"parameters, {order.num_images} images of {net.config.num_classes} classes as "
         f"{codec.channels}x{net.config.input_size}x{net.config.input_size}, batch {config.train.batch_size}, "
         f"{accelerator.num_processes} x {accelerator.device.type}{threads}, {config.train.precision}, step {step} of "
         f"{config.train.steps}{', compiled' if config.train.compile else ''}"

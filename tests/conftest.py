@@ -8,6 +8,7 @@ import multiprocessing
 import multiprocessing.util
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -131,8 +132,22 @@ def _die_at_replace(number: int, before: bool):
 
 
 def _die_at_write(number: int, folder: str):
-    """Before the `number`th file or folder under `folder` is opened for writing, made, renamed or deleted."""
-    counter = itertools.count(1)
+    """Before the `number`th file or folder under `folder` is opened for writing, made, renamed or deleted.
+
+    Of weights, which are not written by Python, half a file is left.
+    """
+    import safetensors.torch
+
+    counter, write = itertools.count(1), safetensors.torch.serialize_file
+    shutil._use_fd_functions = False  # which would delete files by names without their folder
+
+    def write_half(tensors, path, *args, **kwargs):
+        write(tensors, path, *args, **kwargs)
+        if folder in str(path) and next(counter) == number:
+            os.truncate(path, os.path.getsize(path) // 2)
+            _kill()
+
+    safetensors.torch.serialize_file = write_half
 
     def hook(event: str, arguments: tuple):
         writes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod") or (
@@ -168,6 +183,13 @@ def _make_third_loss_nan():
     FlowMatching.loss = lambda *args: loss(*args) * (float("nan") if next(counter) == 3 else 1.0)
 
 
+def _hide_checkpoints():
+    from sit_atconv.checkpointing import runs
+
+    if os.environ["RANK"] == "1":
+        runs.list_checkpoints = lambda run: []
+
+
 def _break_tracker():
     from accelerate import Accelerator
 
@@ -197,6 +219,7 @@ DEATHS = {
     "before the index": _die_before_index,
     "files of 100 kB are too large": _limit_file_size,
     "the third loss is not a number": _make_third_loss_nan,
+    "the second process sees no checkpoint": _hide_checkpoints,
     "the tracker fails": _break_tracker,
     "waiting is counted": _count_waiting,
 }

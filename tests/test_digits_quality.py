@@ -41,7 +41,7 @@ def test_each_prediction_and_interpolant_learns_the_digits(launch, tmp_path, pat
         seconds=1200)
     assert codes == [0], output
     codes, output = launch("sample/generate.py", [
-        "--ckpt", run, "--cfg", 2, "--num-samples", 500, "--labels", "balanced", "--steps", 100, "--batch-size", 125,
+        "--ckpt", run, "--cfg", 2, "--num-samples", 200, "--labels", "balanced", "--steps", 100, "--batch-size", 200,
         "--out", samples], seconds=1200)
     assert codes == [0], output
     labels = np.array(json.loads((samples / "manifest.json").read_text())["labels"])

@@ -18,7 +18,7 @@ MAY_IMPORT = {  # a part -> the other parts of the package it may import
     "evaluation": {"data"},
     "checkpointing": {"models"},
     "speed": {"ops", "models", "flow", "sampling", "data"},
-    "training": {"models", "flow", "sampling", "data", "checkpointing", "speed"},
+    "training": {"devices", "models", "flow", "sampling", "data", "checkpointing", "speed"},
 }
 HEAVY = {"torch", "diffusers", "accelerate", "timm", "torch_fidelity", "torchvision", "matplotlib", "sklearn"}
 MODULES = sorted(m.name for m in pkgutil.walk_packages(sit_atconv.__path__, "sit_atconv."))

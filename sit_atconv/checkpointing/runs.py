@@ -67,7 +67,13 @@ def checkpoint_step(checkpoint: Path) -> int:
 # -------------------------------------------------------------------------------------------------------- saving
 
 def save_checkpoint(
-    run: Path, state: TrainingState, recipe: Recipe, keep: int, keep_every: int | None = None, computed_on=None
+    run: Path,
+    state: TrainingState,
+    recipe: Recipe,
+    *,
+    keep: int,
+    keep_every: int | None = None,
+    computed_on: dict | None = None,
 ) -> Path:
     """Writes the checkpoint of `recipe.step` aside, renames it into place and deletes what need not be kept.
 
@@ -181,8 +187,11 @@ def _damage(checkpoint: Path) -> str | None:
     for name, sha256 in sums.items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
-        if sha256_of(checkpoint / name) != sha256:
-            return f"{name} is not as it was written"
+        try:
+            if sha256_of(checkpoint / name) != sha256:
+                return f"{name} is not as it was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 

@@ -32,12 +32,14 @@ def load_batches(
                         worker_init_fn=on_start)
     batches = iter(loader)
     try:
-        for inputs, y in batches:
+        while True:
+            try:
+                inputs, y = next(batches)
+            except (ValueError, OSError, RuntimeError) as error:
+                lines = [line for line in str(error).splitlines() if line.strip()]  # a worker's comes as its traceback
+                reason = lines[-1].removeprefix(f"{type(error).__name__}: ") if lines else type(error).__name__
+                raise ValueError(f"the training data cannot be read: {reason}") from error
             yield inputs.to(device, non_blocking=True), y.to(device, non_blocking=True)
-    except (ValueError, OSError, RuntimeError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]  # a worker's error comes as its traceback
-        reason = lines[-1].removeprefix(f"{type(error).__name__}: ") if lines else type(error).__name__
-        raise ValueError(f"the training data cannot be read: {reason}") from error
     finally:
         if num_workers:  # left to the garbage collector they may outlive the process, which would wait for them
             batches._shutdown_workers()

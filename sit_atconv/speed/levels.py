@@ -230,10 +230,10 @@ def prepare_train(case: Case) -> Timed:
 
         run = case.compiled(form, model, forward)
 
-        averaged = [p.detach().clone() for p in parameters]
+        averaged, weight = [p.detach().clone() for p in parameters], torch.tensor(1e-4, device=case.device)
 
         def step(run=run, null_label=model.null_label, optimizer=optimizers[form], scaler=scaler,
-                 parameters=parameters, averaged=averaged):
+                 parameters=parameters, averaged=averaged, weight=weight):
             with autocast():
                 loss = flow.loss(run, data, y, flow.draw(data.shape, case.generator), null_label).mean()
             scaler.scale(loss).backward()
@@ -243,7 +243,7 @@ def prepare_train(case: Case) -> Timed:
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
-                torch._foreach_lerp_(averaged, parameters, 1e-4)
+                torch._foreach_lerp_(averaged, parameters, [weight] * len(averaged))  # as training/averages.py does
 
         runs[form, "step"] = step
     return Timed(runs, models, optimizers)

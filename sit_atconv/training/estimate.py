@@ -23,6 +23,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sit_atconv.data.order import BatchOrder
+from sit_atconv.devices import has_fused_optimizers
+from sit_atconv.files import gigabytes
 from sit_atconv.flow import FlowMatching
 from sit_atconv.models.sit import SiT, mixer_names
 from sit_atconv.speed.costs import DEFAULTS, cost
@@ -363,8 +365,7 @@ def time_step(
 
     parameters = [p for p in net.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in parameters]  # one stands for all
-    fused = device.type in ("cuda", "cpu", "mps", "xpu")
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=fused)
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=has_fused_optimizers(device))
     generator = torch.Generator(device).manual_seed(0)
 
     def forward_and_backward(num_images: int) -> None:
@@ -429,7 +430,7 @@ def report(found: Estimate, time: StepTime) -> str:
         *((f"  {card} GB GPU", _fit(found, card)) for card in CARDS),
         ("arithmetic", f"{found.flops / 1e12:.4g} TFLOP a step, forward and backward of the whole batch"),
         ("time", _time(found, time)),
-        ("disk", f"{_decimal(found.disk)} at most: {found.num_checkpoints} x {_decimal(found.checkpoint)} of "
+        ("disk", f"{gigabytes(found.disk)} at most: {found.num_checkpoints} x {gigabytes(found.checkpoint)} of "
                  f"checkpoints, with the one being written"),
     ]
     width = max(len(name) for name, _ in rows)
@@ -473,16 +474,11 @@ def _time(found: Estimate, time: StepTime) -> str:
         return time.note
     rate = found.flops / found.plan.num_processes / time.seconds / 1e12
     return (f"{_duration(time.seconds * found.plan.steps)} ({time.seconds:.3g} s a step, {rate:.3g} TFLOP/s a device), "
-            f"{time.note}; without data loading, communication, checkpoints and previews")
+            f"{time.note}; without compilation, data loading, communication, checkpoints and previews")
 
 
 def _gib(num_bytes: float) -> str:
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
-
-
-def _decimal(num_bytes: int) -> str:
-    """In the units that disks are sold by."""
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def _duration(seconds: float) -> str:

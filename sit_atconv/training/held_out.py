@@ -12,7 +12,7 @@ from sit_atconv.sampling import SampleStream
 
 
 class HeldOut:
-    """Of the model's velocity, whatever it predicts: the same images, noise and times for every model and seed.
+    """Of the model's velocity: the same images, noise and times for every model and seed of one path and prediction.
 
     Args:
         data: the data set.
@@ -22,6 +22,9 @@ class HeldOut:
         batch_size: images at a time.
         device: the codec's.
         rank, num_processes: which process this is, of how many; each takes its share.
+
+    Raises:
+        ValueError, OSError: one of the images cannot be read.
     """
 
     def __init__(

@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 TIME_BUCKETS = 5
-PEAK_TFLOPS = {  # dense bf16 or fp16 products of one device, by its makers' data sheets; TF32 is half of it
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "V100": 125,
-    "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307,
+PEAK_TFLOPS = {  # dense bf16 products of one device, by its makers' data sheets; TF32 is half of it. First match wins
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L40": 181,
+    "L4": 121, "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307,
 }
 
 
@@ -46,8 +46,8 @@ class Meter:
     def _restart(self) -> None:
         self.sums = torch.zeros(TIME_BUCKETS, device=self.device)
         self.counts = torch.zeros(TIME_BUCKETS, device=self.device)
-        self.norms = torch.zeros((), device=self.device)
-        self.steps, self.images, self.waited, self.paused, self.start = 0, 0, 0.0, 0.0, time.perf_counter()
+        self.norms = torch.zeros(2, device=self.device)  # their sum, and how many
+        self.images, self.waited, self.paused, self.start = 0, 0.0, 0.0, time.perf_counter()
 
     def add(self, losses: Tensor, t: Tensor) -> None:
         """A micro-batch: losses (B,) at times (B,)."""
@@ -56,9 +56,9 @@ class Meter:
         self.counts.index_add_(0, bucket, torch.ones_like(losses))
         self.images += len(losses)
 
-    def add_step(self, norm: Tensor) -> None:
-        self.norms += norm
-        self.steps += 1
+    def add_norm(self, norm: Tensor) -> None:
+        """Of a step's gradient, 0-d; one that is not finite, as fp16 has them now and then, does not count."""
+        self.norms += torch.stack([norm, torch.ones_like(norm)]).where(norm.isfinite(), 0.0)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -77,17 +77,18 @@ class Meter:
     def read(self, accelerator: Accelerator) -> dict:
         """All of it since the last call, over all processes, which must all call it; waits for the device.
 
-        `loss` and `loss_by_time` (None where no time fell), `grad_norm` before clipping, `images_per_second`,
-        `data_wait` (share of this process's time), `memory_gb` (the device's peak; on a CPU, what is resident),
-        `tflops_per_second` of each process's device and its share `mfu` of what the device can do, if that is known.
+        `loss`, `loss_by_time` (None where no time fell), `grad_norm` before clipping (None if never finite),
+        `images_per_second`, `data_wait` (share of this process's time), `memory_gb` (the device's peak; on a CPU, what
+        is resident), `tflops_per_second` of each process's device and its share `mfu` of what the device can do, if
+        that is known.
         """
         everyone = accelerator.reduce(torch.stack([self.sums, self.counts]), "sum")
-        (sums, counts), norms = everyone.tolist(), self.norms.item()
+        (sums, counts), (norms, steps) = everyone.tolist(), self.norms.tolist()
         seconds = time.perf_counter() - self.start - self.paused
         line = {
             "loss": sum(sums) / sum(counts),
             "loss_by_time": [total / count if count else None for total, count in zip(sums, counts, strict=True)],
-            "grad_norm": norms / self.steps,
+            "grad_norm": norms / steps if steps else None,
             "images_per_second": self.images * accelerator.num_processes / seconds,
             "data_wait": self.waited / seconds,
             "memory_gb": self._memory() / 1e9,
@@ -122,20 +123,23 @@ class Tracker:
         name: "tensorboard", "wandb" or None.
         run: the run's folder; TensorBoard's files lie in its folder `tensorboard`.
         options: the run's configuration, flat.
+        step: where the run goes on; TensorBoard forgets what it has seen beyond it.
 
     Raises:
         ValueError: it cannot be started.
     """
 
-    def __init__(self, accelerator: Accelerator, name: str | None, run: Path, options: dict):
+    def __init__(self, accelerator: Accelerator, name: str | None, run: Path, options: dict, step: int = 0):
         self.accelerator, self.name = accelerator, name
         if name is None:
             return
         plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in options.items()}
-        wandb = {"name": run.name, "dir": str(run)}
+        project, its_own = {
+            "tensorboard": ("tensorboard", {"purge_step": step + 1}),
+            "wandb": ("sit-atconv", {"name": run.name, "dir": str(run)}),
+        }[name]
         try:
-            accelerator.init_trackers("tensorboard" if name == "tensorboard" else "sit-atconv", config=plain,
-                                      init_kwargs={"wandb": wandb} if name == "wandb" else {})
+            accelerator.init_trackers(project, config=plain, init_kwargs={name: its_own})
         except Exception as error:  # whatever its library raises
             raise ValueError(f"train.tracker {name} cannot be started ({_reason(error)}): mend that, or leave it "
                              "out") from error

@@ -27,7 +27,7 @@ TRAIN = "sit_atconv/train.py"
 EXACT = [*TINY_RUN, "--model.depth", "2", "--train.batch_size", "384", "--train.lr", "1e-3", "--train.lr_decay",
          "cosine", "--train.warmup_steps", "1", "--train.weight_decay", "0.1", "--flow.class_dropout_prob", "0.3",
          "--train.max_grad_norm", "1.0", "--train.ema_decay", "[0.9,0.5]"]
-KINDS = [(1, 1), (2, 3), pytest.param((1, 3), marks=pytest.mark.slow), pytest.param((2, 1), marks=pytest.mark.slow)]
+KINDS = [(1, 1), (2, 3), *(pytest.param(kind, marks=pytest.mark.slow) for kind in [(1, 3), (2, 1), (3, 1)])]
 
 
 def state_of(run: Path, step: int) -> dict:
@@ -168,6 +168,8 @@ def test_a_signal_to_one_process_saves_and_ends_them_all(launch, whole, tmp_path
     """Sent to the second of two; in the one-process case by the other signal."""
     kind = (2, 3) if number == signal.SIGTERM else (1, 1)
     argv = [*EXACT, "--train.accumulation", kind[1], "--train.checkpoint_every", 100, "--out", tmp_path / "run"]
+    if kind[0] == 2:
+        argv += ["--train.log_every", 100]  # so that nothing else makes them agree
     codes, output = launch(TRAIN, argv, kind[0], kill_at=1, kill_with=number, kill_rank=kind[0] - 1)
     assert codes == [0] * kind[0], output
     stopped = re.search(rf"stopped by {number.name} at step (\d) of 4, saved in .*step-000000\1: the same", output)
@@ -303,6 +305,14 @@ def test_an_image_that_cannot_be_read_ends_training_in_a_line(launch, digit_fold
     codes, output = launch(TRAIN, argv)
     assert codes == [1] and "Traceback" not in output, output
     assert re.search(rf"error: the training data cannot be read: .*{re.escape(victim.name)}", output), output
+
+
+def test_processes_that_see_different_checkpoints_refuse_to_train(launch, whole, tmp_path):
+    """As on a disk of each node's own: the second process finds no checkpoint."""
+    run = shutil.copytree(whole(2, 3), tmp_path / "run")
+    argv = [*EXACT, "--train.accumulation", 3, "--train.steps", 5, "--out", run]
+    codes, output = launch(TRAIN, argv, 2, die="the second process sees no checkpoint")
+    assert codes == [1, 1] and "at different steps, here 4" in output and "at different steps, here 0" in output
 
 
 def hold(folder, ready, done):
@@ -496,6 +506,7 @@ def test_other_data_under_the_same_options_are_refused(launch, fails, latents, d
         (["--train.keep_every", "0"], "train.keep_every must be at least 1, not 0"),
         (["--train.ema_decay", "[0.9,0.9]"], "train.ema_decay must be one or more different numbers"),
         (["--train.tracker", "mlflow"], "train.tracker"),
+        (["--preview.every", "0"], "preview.every must be at least 1, not 0"),
         (["--init-from", "nowhere"], "nowhere is neither a folder here nor a hub id"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],

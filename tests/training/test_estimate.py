@@ -116,7 +116,7 @@ def test_a_checkpoint_is_as_large_as_the_files(tmp_path):
     optimizer.step()
     codec = {"kind": "identity", "channels": 4, "downsample": 1}
     recipe = Recipe("linear", "velocity", codec, ["a"] * 10, 1)
-    folder = save_checkpoint(tmp_path, TrainingState(net, {0.9: net}, optimizer), recipe, 1)
+    folder = save_checkpoint(tmp_path, TrainingState(net, {0.9: net}, optimizer), recipe, keep=1)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert checkpoint_bytes(net, 1) == pytest.approx(size, rel=0.05)
 
@@ -184,7 +184,7 @@ def test_the_report_says_each_fact_in_a_line():
     text = report(found, StepTime(0.5, "measured on a machine"))
     lines = dict(line.strip().split("  ", 1) for line in text.splitlines())
     assert "= 4 processes x 2 micro-batches of 32" in lines["batch"]
-    assert "2.3 days (0.5 s a step" in lines["time"] and "measured on a machine; without data loading" in lines["time"]
+    assert "2.3 days (0.5 s a step" in lines["time"] and "measured on a machine; without compilation" in lines["time"]
     assert "exchanged gradients" in lines["fixed"] and "a guess" in lines["fixed"]
     assert f": 3 x {found.checkpoint / 1e6:.1f} MB of checkpoints" in lines["disk"]
     assert "accumulation 1 is enough" in lines["24 GB GPU"]

@@ -1,5 +1,3 @@
-import time
-
 import pytest
 import torch
 from accelerate import Accelerator
@@ -7,40 +5,41 @@ from accelerate import Accelerator
 from sit_atconv.training.meter import Meter, check_tracker, peak_tflops
 
 
-def test_a_line_holds_means_since_the_last_one():
-    accelerator = Accelerator(cpu=True)
+def test_a_line_holds_means_since_the_last_one(monkeypatch):
+    accelerator, now = Accelerator(cpu=True), [0.0]
+    monkeypatch.setattr("sit_atconv.training.meter.time.perf_counter", lambda: now[0])
     meter = Meter(torch.device("cpu"), gflops_per_image=2.0, peak=10.0)
     with meter.aside():
-        time.sleep(0.3)
+        now[0] += 30
     with meter.waiting():
-        time.sleep(0.1)
+        now[0] += 2
+    now[0] += 6
     meter.add(torch.tensor([1.0, 3.0, 8.0]), torch.tensor([0.0, 0.19, 1.0]))
     meter.add(torch.tensor([4.0]), torch.tensor([0.5]))
-    for norm in (1.0, 3.0):
-        meter.add_step(torch.tensor(norm))
+    for norm in (1.0, float("inf"), 3.0, float("nan")):
+        meter.add_norm(torch.tensor(norm))
     line = meter.read(accelerator)
     assert line["loss"] == 4.0 and line["loss_by_time"] == [2.0, None, 4.0, None, 8.0] and line["grad_norm"] == 2.0
-    assert line["data_wait"] > 0.5 and line["images_per_second"] < 4 / 0.1  # without what was aside
-    assert line["tflops_per_second"] == pytest.approx(line["images_per_second"] * 2 / 1000)
-    assert line["mfu"] == pytest.approx(line["tflops_per_second"] / 10) and line["memory_gb"] > 0.1
+    assert line["data_wait"] == 0.25 and line["images_per_second"] == 0.5  # of the eight seconds that were not aside
+    assert line["tflops_per_second"] == 0.001 and line["mfu"] == pytest.approx(0.0001) and line["memory_gb"] > 0.1
     meter.add(torch.tensor([5.0]), torch.tensor([0.3]))
-    meter.add_step(torch.tensor(7.0))
+    meter.add_norm(torch.tensor(7.0))
+    now[0] += 1
     again = meter.read(accelerator)
     assert (again["loss"], again["grad_norm"]) == (5.0, 7.0)
-    assert "mfu" not in unread(accelerator)
-
-
-def unread(accelerator):
-    meter = Meter(torch.device("cpu"), 1.0)
-    meter.add(torch.ones(1), torch.zeros(1))
-    meter.add_step(torch.tensor(1.0))
-    return meter.read(accelerator)
+    blind = Meter(torch.device("cpu"), 1.0)
+    blind.add(torch.ones(1), torch.zeros(1))
+    blind.add_norm(torch.tensor(float("inf")))
+    now[0] += 1
+    line = blind.read(accelerator)
+    assert "mfu" not in line and line["grad_norm"] is None
 
 
 def test_the_peak_is_that_of_the_device_and_the_precision(monkeypatch):
     assert peak_tflops(torch.device("cpu"), "bf16", True) is None
     for name, peak in (("NVIDIA H100 PCIe", 756), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA A100-SXM4-80GB", 312),
-                       ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA T4", None)):
+                       ("NVIDIA L40S", 362), ("NVIDIA L40", 181), ("NVIDIA L4", 121),
+                       ("NVIDIA H100 NVL", 835), ("NVIDIA T4", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_tflops(torch.device("cuda"), "bf16", False) == peak
         assert peak_tflops(torch.device("cuda"), "fp32", True) == (peak and peak / 2)
