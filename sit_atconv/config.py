@@ -149,6 +149,8 @@ class PreviewConfig:
         for name in ("every", "num_classes", "per_class", "num_steps"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"preview.{name} must be at least 1, not {value}")
+        if not math.isfinite(self.cfg):
+            raise ValueError(f"preview.cfg must be finite, not {self.cfg}")
 
 
 @dataclass(frozen=True)
@@ -178,14 +180,17 @@ class Config:
 
     def check_resumable(self, data: dict) -> None:
         """Raises ValueError where a run in `out` cannot go on as asked, with these data."""
+        begun = any(self.out.glob("checkpoints/step-*"))
+        if begun and not (self.out / "config.yaml").exists():
+            raise ValueError(f"{self.out} has checkpoints and no config.yaml: it cannot be told whether they are of "
+                             "this run; put it back, or give another --out")
         if (self.out / "config.yaml").exists() and (changes := self.changes(self.out)):
             raise ValueError(f"{self.out} was started with other options ({'; '.join(changes)}): "
                              "go on with those, or give another --out")
-        if (self.out / "data.json").exists():
-            then = json.loads((self.out / "data.json").read_text())
-            if changes := _differences(then, data):
-                raise ValueError(f"{self.out} was started with other data ({'; '.join(changes)}): "
-                                 "go on with those, or give another --out")
+        described = self.out / "data.json"
+        if described.exists() and (changes := _differences(_read_mapping(described), data)):
+            raise ValueError(f"{self.out} was started with other data ({'; '.join(changes)}): "
+                             "go on with those, or give another --out")
 
     def flat_options(self) -> dict:
         """All options as "group.name": value."""
@@ -194,13 +199,13 @@ class Config:
     def save(self, folder: Path, data: dict | None = None) -> None:
         """Writes config.yaml, and data.json where the data's description is given."""
         options = yaml.safe_dump(self.options, sort_keys=False)
-        write_aside(folder / "config.yaml", options)
+        write_aside(folder / "config.yaml", options, durable=True)
         if data is not None:
-            write_aside(folder / "data.json", json.dumps(data, indent=1))
+            write_aside(folder / "data.json", json.dumps(data, indent=1), durable=True)
 
     def changes(self, folder: Path) -> list[str]:
         """What a run in `folder` was started with and may not change on resuming, as "name: then -> now"."""
-        changes = _differences(yaml.safe_load((folder / "config.yaml").read_text()), self.options, MAY_CHANGE)
+        changes = _differences(_read_mapping(folder / "config.yaml"), self.options, MAY_CHANGE)
         return [change for change in changes if not change.startswith("preview.")]
 
 
@@ -294,6 +299,17 @@ def _differences(then: dict, now: dict, may_change: Iterable[str] = ()) -> list[
     then, now = _flatten(then), _flatten(now)
     return [f"{name}: {then.get(name)} -> {now.get(name)}" for name in sorted({*then, *now})
             if then.get(name) != now.get(name) and name not in may_change]
+
+
+def _read_mapping(path: Path) -> dict:
+    """Of a YAML or JSON file. ValueError: it holds none."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): mend it, or give another --out") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: mend it, or give another --out")
+    return content
 
 
 def _flatten(options: dict, prefix: str = "") -> dict:

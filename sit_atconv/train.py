@@ -238,8 +238,9 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
             received, bad_step = agreement.largest(received, watch.look(wait=True), now=True)
         if bad_step:
             fail(f"loss or gradient were not finite in step {bad_step}, and no weight was changed by it; last good "
-                 f"checkpoint: {last_checkpoint or 'none yet'}. Lower train.lr, set train.max_grad_norm, or look at "
-                 f"the images of that batch: {order.batch(bad_step - 1)}")
+                 f"checkpoint: {last_checkpoint or 'none yet'}. Start another run from it (--init-from, --out) with a "
+                 "lower train.lr or with train.max_grad_norm, or look at the images of that batch: "
+                 f"{order.batch(bad_step - 1)}")
         saving = saving or received > 0
 
         if logging:
@@ -251,7 +252,8 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
                     line["held_out_loss"] = accelerator.reduce(share, "sum").item()
             progress.set_postfix(loss=f"{line['loss']:.4f}")
             if main_process:
-                append_stats(run, line)
+                with user_errors():
+                    append_stats(run, line)
             tracker.log(line, done)
 
         if saving or drawing:
@@ -263,14 +265,14 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
                             run, state, recipe, keep=train.keep_checkpoints, keep_every=train.keep_every,
                             computed_on=computed_on,
                         )
-                    if main_process:
+                if main_process:
+                    try:  # a picture that cannot be drawn or written ends no training
                         save_loss_curves(read_stats(run), run / "loss.png", str(run))
-                    if drawing and main_process:
-                        try:
+                        if drawing:
                             draw_preview(averages.first, codec, recipe, config.preview,
                                          run / "samples" / f"step-{done:07d}.png")
-                        except RuntimeError as error:  # no memory left, most likely
-                            say(f"warning: no preview of step {done} ({str(error).splitlines()[0]})")
+                    except (RuntimeError, OSError) as error:
+                        say(f"warning: no pictures of step {done}: {str(error).splitlines()[0]}")
                 accelerator.wait_for_everyone()
         if received and not last:
             progress.close()

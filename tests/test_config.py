@@ -67,3 +67,18 @@ def test_values_out_of_range_are_named(option):
     name, value = next(iter(option.items()))
     with pytest.raises(ValueError, match=rf"train\.{name}.*{value}"):
         TrainConfig(**option)
+
+
+@pytest.mark.parametrize("content", [b"", b"- a list\n", b"\x00\x00"])
+def test_a_damaged_config_of_a_run_is_named(tmp_path, content):
+    config = parse(["--out", str(tmp_path)])
+    config.save(tmp_path, {})
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.yaml is damaged.*give another --out"):
+        config.check_resumable({})
+
+
+def test_checkpoints_without_a_config_are_not_gone_on_from(tmp_path):
+    (tmp_path / "checkpoints" / "step-0000001").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"has checkpoints and no config\.yaml"):
+        parse(["--out", str(tmp_path)]).check_resumable({})

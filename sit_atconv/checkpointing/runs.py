@@ -93,7 +93,7 @@ def save_checkpoint(
     folder = run / "checkpoints" / f"step-{recipe.step:07d}"
     partial = folder.with_name(PARTIAL + folder.name)
     for left in folder.parent.glob(PARTIAL + "*"):
-        shutil.rmtree(left)
+        _remove(left)
     try:
         partial.mkdir(parents=True)
         save_weights(state.model, recipe, partial / "model")
@@ -134,7 +134,15 @@ def _delete(checkpoint: Path) -> None:
     """Under another name first: half of one is no checkpoint."""
     doomed = checkpoint.with_name(PARTIAL + checkpoint.name + "-deleted")
     os.replace(checkpoint, doomed)
-    shutil.rmtree(doomed)
+    _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    """A folder with all in it, a file or a link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _optimizer_tensors(state: TrainingState) -> "dict[str, torch.Tensor]":
@@ -181,9 +189,14 @@ def find_resumable(run: Path) -> Resumable:
 def _damage(checkpoint: Path) -> str | None:
     """What is not as it was written, or None."""
     try:
-        sums = json.loads((checkpoint / "state.json").read_text())["sha256"]
+        content = json.loads((checkpoint / "state.json").read_text())
+        step, sums, _ = content["step"], dict(content["sha256"]), content["computed_on"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"state.json is missing or damaged ({_reason(error)})"
+    if step != checkpoint_step(checkpoint):
+        return f"state.json is missing: the one there is of step {step}"
+    if missing := {f"model/{WEIGHTS_FILE}", f"ema/{WEIGHTS_FILE}", "optimizer.safetensors"} - sums.keys():
+        return f"state.json is damaged: it knows nothing of {min(missing)}"
     for name, sha256 in sums.items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
@@ -232,7 +245,7 @@ def set_aside(checkpoint: Path) -> Path:
     """Renames a damaged checkpoint, so that nothing takes it for a sound one."""
     aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(aside)
+        _remove(aside)
     os.replace(checkpoint, aside)
     return aside
 
@@ -257,6 +270,7 @@ def read_stats(run: Path, up_to_step: int | None = None) -> list[dict]:
             lines.append(json.loads(line))
         except json.JSONDecodeError:
             continue
+    lines = [line for line in lines if isinstance(line, dict) and "step" in line]
     return [line for line in lines if up_to_step is None or line["step"] <= up_to_step]
 
 

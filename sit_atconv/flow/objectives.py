@@ -1,5 +1,6 @@
 """What is drawn and what is regressed in training (SiT, arXiv 2401.08740, sections 2 and 3)."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,8 +58,10 @@ class FlowMatching:
         if not 0 <= self.class_dropout_prob <= 1:
             raise ValueError(f"flow.class_dropout_prob must lie in [0, 1], not {self.class_dropout_prob}")
         for name in ("time_shift", "logit_std"):
-            if not 0 < getattr(self, name) < float("inf"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"flow.{name} must be positive and finite, not {getattr(self, name)}")
+        if not math.isfinite(self.logit_mean):
+            raise ValueError(f"flow.logit_mean must be finite, not {self.logit_mean}")
         if (self.prediction, self.weighting) == ("velocity", "likelihood"):
             raise ValueError("flow.weighting likelihood is infinite at t = 1 for the prediction velocity: "
                              "predict noise, score or data, or set flow.weighting to none")

@@ -42,7 +42,8 @@ class Agreement:
     def largest(self, *numbers: int, now: bool = False) -> list[int]:
         """The largest of each over all processes: as they are `now`, else as they were at the call before.
 
-        All processes must call it equally often, with the same `now`.
+        (Zeros where that was the first, or was itself answered `now`.) All processes must call it equally often, with
+        the same `now`.
         """
         if self.group is None:
             return list(numbers)
@@ -51,7 +52,7 @@ class Agreement:
         work, agreed = sent if now else self.pending or (None, torch.zeros_like(mine))
         if work is not None:
             work.wait()
-        self.pending = sent
+        self.pending = None if now else sent
         return agreed.tolist()
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from sit_atconv.checkpointing.runs import (
     set_aside,
 )
 from sit_atconv.checkpointing.weights import Recipe, load_weights
+from sit_atconv.files import sha256_of
 from sit_atconv.models import SiT
 from sit_atconv.training.averages import parameter_groups
 from tests.models.test_sit import randomised
@@ -113,7 +115,12 @@ DAMAGE = {
     "no optimizer": lambda f: (f / "optimizer.safetensors").unlink(),
     "state cut short": lambda f: cut(f / "state.json"),
     "no state": lambda f: (f / "state.json").unlink(),
-    "an older format": lambda f: (f / "state.json").write_text('{"step": 3}'),
+    "an older format": lambda f: (f / "state.json").write_text('{"step": 4}'),
+    "a list": lambda f: (f / "state.json").write_text("[]"),
+    "checksums of nothing": lambda f: (f / "state.json").write_text('{"step": 4, "sha256": {}, "computed_on": {}}'),
+    "another's state": lambda f: shutil.copy(f.with_name("step-0000003") / "state.json", f),
+    "a file instead of it": lambda f: (shutil.rmtree(f), f.write_text("")),
+    "a link to nowhere": lambda f: (shutil.rmtree(f), f.symlink_to("nowhere")),
 }
 
 
@@ -133,9 +140,35 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, sta
     DAMAGE[damage](newest := save_checkpoint(tmp_path, state, recipe(4), keep=2))
     found = find_resumable(tmp_path)
     assert (found.checkpoint, found.step, list(found.damaged)) == (sound, 3, [newest])
-    assert any(word in found.damaged[newest] for word in ("missing", "not as it was written"))
-    assert set_aside(newest).name == "damaged-step-0000004" and find_resumable(tmp_path).damaged == {}
+    assert any(word in found.damaged[newest] for word in ("missing", "damaged", "not as it was written"))
+    for _ in range(2):  # once more with what was set aside before
+        assert set_aside(newest).name == "damaged-step-0000004" and find_resumable(tmp_path).damaged == {}
+        newest.write_text("")
+    newest.unlink()
     assert newest_checkpoint(tmp_path) == sound
+
+
+def test_odd_things_among_checkpoints_do_not_end_a_save(tmp_path, state):
+    folder = save_checkpoint(tmp_path, state, recipe(1), keep=1).parent
+    (folder / "step-0000001").rename(tmp_path / "elsewhere")
+    (folder / "step-0000001").symlink_to(tmp_path / "elsewhere")
+    (folder / ".partial-junk").write_text("")
+    save_checkpoint(tmp_path, state, recipe(2), keep=1)
+    assert [path.name for path in folder.iterdir()] == ["step-0000002"] and (tmp_path / "elsewhere").is_dir()
+
+
+def test_a_checkpoint_that_cannot_be_read_is_damaged(tmp_path, state, monkeypatch):
+    for step in (3, 4):
+        save_checkpoint(tmp_path, state, recipe(step), keep=2)
+
+    def read(path):
+        if "step-0000004" in str(path):
+            raise OSError(5, "Input/output error")
+        return sha256_of(path)
+
+    monkeypatch.setattr("sit_atconv.checkpointing.runs.sha256_of", read)
+    found = find_resumable(tmp_path)
+    assert found.step == 3 and "cannot be read (Input/output error)" in next(iter(found.damaged.values()))
 
 
 def test_where_none_is_sound_nothing_begins_afresh(tmp_path, state):
@@ -157,7 +190,7 @@ def test_stats_are_rewound_to_the_step_resumed_from(tmp_path):
     for step in (1, 2, 3):
         append_stats(tmp_path, {"step": step, "loss": 1 / step})
     with open(tmp_path / "stats.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')
+        file.write('12\n{"a": 1}\n{"step": 4, "lo')
     rewind_stats(tmp_path, 2)
     append_stats(tmp_path, {"step": 3, "loss": 0.5})
     assert [line["step"] for line in read_stats(tmp_path)] == [1, 2, 3] and read_stats(tmp_path)[-1]["loss"] == 0.5

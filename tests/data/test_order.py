@@ -73,6 +73,7 @@ def test_rows_are_the_positions_in_the_steps_batch():
 def test_held_out_images_are_never_taken_and_the_rest_all_are():
     held_out = hold_out(30, 6)
     assert len(set(held_out)) == 6 and list(held_out) != sorted(held_out) and list(hold_out(30, 6)) == list(held_out)
+    assert held_out.tolist() == [2, 11, 26, 21, 10, 4]  # for ever: a run that goes on must not train on its test
     order = BatchOrder(30, 8, seed=3, held_out=held_out)
     assert order.steps_per_epoch == 3
     assert set(chain(*take(order, 3))) == set(range(30)) - set(held_out.tolist())

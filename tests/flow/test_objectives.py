@@ -127,9 +127,10 @@ def test_the_generator_is_the_only_source_of_randomness_and_rows_are_parts_of_th
 
 
 @pytest.mark.parametrize(
-    "options", [{"class_dropout_prob": 1.5}, {"time_shift": 0.0}, {"logit_std": -1.0}, {"time_shift": float("nan")}]
+    "options", [{"class_dropout_prob": 1.5}, {"time_shift": 0.0}, {"logit_std": -1.0}, {"time_shift": float("nan")},
+                {"logit_mean": float("nan")}]
 )
 def test_values_out_of_range_are_named(options):
     name, value = next(iter(options.items()))
-    with pytest.raises(ValueError, match=rf"flow.{name} must .*{value}"):
+    with pytest.raises(ValueError, match=rf"flow\.{name} must .*{value}"):
         FlowMatching(**options)
