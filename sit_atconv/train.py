@@ -109,6 +109,8 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
             raise ValueError(f"{run} stands at step {found.step} already, beyond train.steps {train.steps}")
         if found.step == train.steps:
             if is_main_process():
+                for damaged, problem in found.damaged.items():
+                    print(f"warning: {damaged} is damaged: {problem}. It is now {set_aside(damaged)}", file=sys.stderr)
                 print(f"{run} is complete: {train.steps} steps, in {found.checkpoint}\nsample: {sampling}")
             return
 

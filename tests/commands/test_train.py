@@ -27,6 +27,7 @@ TRAIN = "sit_atconv/train.py"
 EXACT = [*TINY_RUN, "--model.depth", "2", "--train.batch_size", "384", "--train.lr", "1e-3", "--train.lr_decay",
          "cosine", "--train.warmup_steps", "1", "--train.weight_decay", "0.1", "--flow.class_dropout_prob", "0.3",
          "--train.max_grad_norm", "1.0", "--train.ema_decay", "[0.9,0.5]"]
+SMALL = [*TINY_RUN, "--model.depth", "1", "--train.batch_size", "64"]
 KINDS = [(1, 1), (2, 3), *(pytest.param(kind, marks=pytest.mark.slow) for kind in [(1, 3), (2, 1), (3, 1)])]
 
 
@@ -163,7 +164,7 @@ def test_processes_and_micro_batches_change_nothing_but_rounding(whole):
     assert len(moments) > 40 and max(relative_error(two[name], one[name]) for name in moments) < 1e-4
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_signal_to_one_process_saves_and_ends_them_all(launch, whole, tmp_path, number):
     """Sent to the second of two; in the one-process case by the other signal."""
     kind = (2, 3) if number == signal.SIGTERM else (1, 1)
@@ -226,7 +227,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(launch, tmp_path):
 
 
 def test_a_tracker_that_fails_is_given_up_aloud(launch, tmp_path):
-    argv = [*TINY_RUN, "--train.tracker", "tensorboard", "--train.steps", 2, "--out", tmp_path / "run"]
+    argv = [*SMALL, "--train.tracker", "tensorboard", "--train.steps", 2, "--out", tmp_path / "run"]
     codes, output = launch(TRAIN, argv, die="the tracker fails")
     assert codes == [0] and output.count("train.tracker tensorboard failed (FileNotFoundError") == 1, output
     assert len(stats_of(tmp_path / "run")) == 2
@@ -236,7 +237,7 @@ def test_tensorboard_shows_the_log(launch, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "run"
-    argv = [*TINY_RUN, "--train.tracker", "tensorboard", "--train.steps", 2, "--data.held_out", 20, "--out", run]
+    argv = [*SMALL, "--train.tracker", "tensorboard", "--train.steps", 2, "--data.held_out", 20, "--out", run]
     codes, output = launch(TRAIN, argv)
     assert codes == [0], output
     events = EventAccumulator(str(run / "tensorboard")).Reload()
@@ -251,7 +252,7 @@ def test_no_step_waits_for_the_device(launch, tmp_path):
     """In six more steps between two log lines the host asks for six more tensors: flags, which had arrived."""
     counts = []
     for steps in (3, 9):
-        argv = [*TINY_RUN, "--train.steps", steps, "--train.log_every", 100, "--train.checkpoint_every", 100,
+        argv = [*SMALL, "--train.steps", steps, "--train.log_every", 100, "--train.checkpoint_every", 100,
                 "--train.max_grad_norm", 1.0, "--out", tmp_path / str(steps)]
         codes, output = launch(TRAIN, argv, die="waiting is counted")
         assert codes == [0], output
@@ -259,11 +260,12 @@ def test_no_step_waits_for_the_device(launch, tmp_path):
     assert counts[1] - counts[0] == 6
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_is_the_same_whoever_computes_it(launch, tmp_path):
     losses = {}
     for processes, accumulation in ((1, 1), (2, 2)):
         run = tmp_path / f"{processes}"
-        argv = [*TINY_RUN, "--data.held_out", 61, "--train.accumulation", accumulation, "--train.steps", 2,
+        argv = [*SMALL, "--data.held_out", 61, "--train.accumulation", accumulation, "--train.steps", 2,
                 "--train.held_out_every", 1, "--train.ema_decay", 0.0, "--out", run]
         codes, output = launch(TRAIN, argv, processes)
         assert codes == [0] * processes, output
@@ -274,7 +276,7 @@ def test_the_held_out_loss_is_the_same_whoever_computes_it(launch, tmp_path):
 
 def test_a_dry_run_says_what_the_run_will_need_and_writes_nothing(tmp_path, capsys):
     with working_folder(tmp_path):
-        load_command(TRAIN).main([*TINY_RUN, "--train.batch_size", "32", "--dry-run"])
+        load_command(TRAIN).main([*SMALL, "--dry-run"])
     said = capsys.readouterr().out
     for name in ("model ", "batch ", "run ", "memory ", "24 GB GPU", "80 GB GPU", "time ", "disk "):
         assert f"{name}" in said
@@ -295,7 +297,7 @@ def test_starting_from_another_run_says_aloud_what_begins_afresh(launch, tiny_ru
     assert len(shared) > 30 and [name for name in shared if not torch.equal(there[name], here[name])] == []
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_an_image_that_cannot_be_read_ends_training_in_a_line(launch, digit_folder, tmp_path, workers):
     images = shutil.copytree(digit_folder, tmp_path / "images")
     victim = next(images.rglob("*.png"))
@@ -399,6 +401,16 @@ def test_a_finished_run_says_so_and_where_it_lies(tiny_run, capsys):
     load_command(TRAIN).main([*TINY_RUN, "--out", str(tiny_run)])
     said = capsys.readouterr().out
     assert f"{tiny_run} is complete: 4 steps" in said and f"--ckpt {tiny_run}" in said
+
+
+def test_a_finished_run_sets_aside_what_is_damaged_beyond_its_end(tiny_run, tmp_path, capsys):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    checkpoints = run / "checkpoints"
+    shutil.copytree(checkpoints / "step-0000004", checkpoints / "step-0000006")
+    load_command(TRAIN).main([*TINY_RUN, "--out", str(run)])
+    said = capsys.readouterr()
+    assert "step-0000006 is damaged: state.json is missing: the one there is of step 4" in said.err
+    assert "is complete: 4 steps" in said.out and (checkpoints / "damaged-step-0000006").is_dir()
 
 
 def test_as_typed_from_another_folder(tmp_path):

@@ -54,9 +54,10 @@ def peak_of_training(net: SiT, num_images: int, precision: str) -> int:
     ("mixer", "precision", "checkpointing", "tolerance"),
     [
         ("atconv", "fp32", False, 0.05),
-        ("hybrid", "bf16", False, 0.05),
         ("attention", "fp32", True, 0.05),
-        ("hybrid", "bf16", True, 0.25),  # a CPU's products in bf16 need scratch memory
+        pytest.param("hybrid", "bf16", False, 0.05, marks=pytest.mark.slow),
+        # A CPU's products in bf16 need scratch memory.
+        pytest.param("hybrid", "bf16", True, 0.25, marks=pytest.mark.slow),
     ],
 )
 def test_an_image_more_needs_what_training_measures(mixer, precision, checkpointing, tolerance):
