@@ -6,22 +6,23 @@ Several processes: `accelerate launch sample/generate.py ...` or `torchrun --npr
 the images are the same. The same command again completes what a kill left unfinished.
 """
 
-
-from sit_atconv.commands import ArgumentParser, at_least, finite, is_main_process, user_errors
+from sit_atconv.commands import ArgumentParser, at_least, finite, is_main_process, positive, user_errors
 
 
 def main(argv: list[str] | None = None) -> None:
     options = vars(make_parser().parse_args(argv))
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     with user_errors():
         from sit_atconv.checkpointing.weights import locate_weights
 
-        locate_weights(options["ckpt"], options["ema"])  # answers before torch is imported
+        locate_weights(options["ckpt"], options["ema"], options["model"])  # answers before torch is imported
         from sit_atconv.generation import GenerateOptions, generate_samples
 
         folder, manifest = generate_samples(GenerateOptions(**options))
     if is_main_process():
-        print(f"{folder.folder}: {len(manifest['labels'])} samples, {manifest['images_per_second']:.1f} images/s\n"
-              f"picture: {folder.grid}\nall images: {folder.npz}\nsettings: {folder.manifest}")
+        speed = f", {manifest['images_per_second']:.1f} images/s, {manifest['evaluations']:.0f} evaluations each"
+        print(f"{folder.folder}: {len(manifest['labels'])} samples{speed}\npicture: {folder.grid}\n"
+              f"all images: {folder.npz if options['npz'] else folder.images}\nsettings: {folder.manifest}")
 
 
 def make_parser() -> ArgumentParser:
@@ -29,27 +30,66 @@ def make_parser() -> ArgumentParser:
         usage="python sample/generate.py --ckpt RUN [--cfg 4.0] [--classes 3 7] [--num-samples N] [options]",
         description="Samples images from a trained model: PNGs, one npz, a labelled picture and a manifest.",
     )
-    parser.add_argument("--ckpt", required=True, help="a run, a checkpoint, an exported folder, or a hub id")
-    parser.add_argument("--cfg", type=finite, default=4.0,
-                        help="guidance scale: v_null + cfg * (v_cond - v_null); 1 is off, 0 ignores the labels")
-    parser.add_argument("--cfg-channels", type=at_least(1), default=None, metavar="N",
-                        help="guide the first N channels only; DiT and SiT published 3")
-    parser.add_argument("--num-samples", type=at_least(1), default=100, help="how many images")
-    parser.add_argument("--classes", type=int, nargs="+", default=(), metavar="LABEL",
-                        help="these labels in turn, instead of --labels")
-    parser.add_argument("--labels", choices=("random", "balanced"), default="random",
-                        help="uniform, or every class equally often; FID is lower with balanced labels, say which")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="sample i is a function of (seed, i)")
-    parser.add_argument("--solver", choices=("euler", "heun", "dopri5"), default="euler",
-                        help="heun evaluates the model twice a step; dopri5 is adaptive, chooses its steps for the "
-                        "batch and ignores --steps")
-    parser.add_argument("--steps", type=at_least(1), default=50, help="uniform steps in time")
-    parser.add_argument("--no-ema", dest="ema", action="store_false", help="the weights as trained, not their average")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the model's arithmetic")
-    parser.add_argument("--batch-size", type=at_least(1), default=64, help="images at a time; does not change them")
-    parser.add_argument("--compile", action="store_true",
-                        help="compile the model with torch.compile: a minute or more at the start, faster afterwards")
-    parser.add_argument("--out", default=None, help="folder of the samples (default: RUN/samples/SETTINGS)")
+    weights = parser.add_argument_group("weights")
+    weights.add_argument("--ckpt", required=True,
+                         help="a run, a checkpoint, an exported folder, a hub id, or a published .pt or .safetensors")
+    weights.add_argument("--model", metavar="PRESET", help="of a published file, what it is: SiT-XL/2, ...")
+    weights.add_argument("--vae", metavar="PATH", help="of a published file, the VAE's folder or hub id")
+    average = weights.add_mutually_exclusive_group()
+    average.add_argument("--ema", type=finite, default=True, metavar="DECAY",
+                         help="of several averages this one (default: the first)")
+    average.add_argument("--no-ema", dest="ema", action="store_false", help="the weights as trained, not their average")
+
+    wanted = parser.add_argument_group("what to draw")
+    wanted.add_argument("--num-samples", type=at_least(1), default=100, help="how many images")
+    wanted.add_argument("--classes", nargs="+", default=(), metavar="CLASS",
+                        help="these in turn, by number or name, instead of --labels")
+    wanted.add_argument("--labels", default="random", metavar="random|balanced|FILE",
+                        help="uniform, every class equally often, or a class on each line of a text file; FID is lower "
+                        "with balanced labels, say which")
+    wanted.add_argument("--seed", type=at_least(0), default=0, help="sample i is a function of (seed, i)")
+    wanted.add_argument("--size", type=at_least(1), nargs="+", default=(), metavar="PIXELS",
+                        help="side, or height and width (default: as trained)")
+
+    guidance = parser.add_argument_group("guidance")
+    guidance.add_argument("--cfg", type=finite, default=4.0,
+                          help="guidance scale: v_null + cfg * (v_cond - v_null); 1 is off, 0 ignores the labels")
+    guidance.add_argument("--interval", type=finite, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
+                          help="guide where LO <= t < HI (t = 0 is noise, 1 data); elsewhere half the work is saved")
+    guidance.add_argument("--cfg-schedule", choices=("constant", "linear", "cosine"), default="constant",
+                          help="a scale that rises with t, from 1, and is cfg on average")
+    guidance.add_argument("--cfg-channels", type=at_least(1), default=None, metavar="N",
+                          help="guide the first N channels only; DiT and SiT published 3")
+    guidance.add_argument("--weak", metavar="CKPT",
+                          help="autoguidance: a weaker model of the same kind in the place of the null label")
+
+    solver = parser.add_argument_group("solver")
+    solver.add_argument("--solver", default="euler",
+                        choices=("euler", "heun", "dopri5", "unipc", "dpm++", "sde-euler", "sde-heun"),
+                        help="both heun evaluate the model twice a step; unipc and dpm++ need the linear path; dopri5 "
+                        "is adaptive, chooses its steps for the batch, ignores --steps; the sde add noise on the way")
+    solver.add_argument("--steps", type=at_least(1), default=50, help="steps in time")
+    solver.add_argument("--shift", type=positive, default=1.0, help="above 1, more of them near noise; 1 is uniform")
+    solver.add_argument("--times", type=finite, nargs="+", default=(), metavar="T",
+                        help="all times from 0 to 1, instead of --steps and --shift")
+    solver.add_argument("--diffusion-form", default="sigma",
+                        choices=("constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"),
+                        help="how much noise an sde solver adds, as a function of t")
+    solver.add_argument("--diffusion-norm", type=positive, default=1.0, help="its factor")
+    solver.add_argument("--last-step", choices=("none", "mean", "tweedie", "euler"), default="mean",
+                        help="of an sde solver: without noise, to the end")
+    solver.add_argument("--last-step-size", type=positive, default=0.04, help="how long that is in time")
+
+    how = parser.add_argument_group("how")
+    how.add_argument("--dtype", choices=("fp32", "tf32", "bf16", "fp16"), default="fp32",
+                     help="of the model's arithmetic")
+    how.add_argument("--batch-size", type=at_least(1), default=64, help="images at a time; does not change them")
+    how.add_argument("--compile", action="store_true",
+                     help="compile the model with torch.compile: a minute or more at the start, faster afterwards")
+    how.add_argument("--latents", action="store_true", help="write latents too, before they are decoded")
+    how.add_argument("--no-npz", dest="npz", action="store_false",
+                     help="leave samples.npz out, which is as large as all pixels (eval/fid.py reads the PNGs too)")
+    how.add_argument("--out", default=None, help="folder of the samples (default: RUN/samples/SETTINGS)")
     return parser
 
 

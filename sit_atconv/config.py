@@ -21,6 +21,7 @@ from sit_atconv.devices import on_cpu
 from sit_atconv.files import write_aside
 from sit_atconv.flow import FlowMatching
 from sit_atconv.models.sit import SiT, preset_config
+from sit_atconv.sampling import Sampler
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.yaml"
 # Options of the model that are no options of a run, since the data set and the codec know them.
@@ -134,7 +135,7 @@ class PreviewConfig:
         num_classes: rows, at most.
         per_class: columns.
         cfg: guidance scale.
-        solver: ODE solver.
+        solver: as `--solver` of sample/generate.py, but for SDEs.
         num_steps: its steps.
     """
 
@@ -142,8 +143,12 @@ class PreviewConfig:
     num_classes: int = 10
     per_class: int = 8
     cfg: float = 4.0
-    solver: Literal["euler", "heun", "dopri5"] = "euler"
+    solver: Literal["euler", "heun", "dopri5", "unipc", "dpm++"] = "euler"
     num_steps: int = 50
+
+    @property
+    def sampler(self) -> Sampler:
+        return Sampler(cfg=self.cfg, solver=self.solver, steps=self.num_steps)
 
     def __post_init__(self):
         for name in ("every", "num_classes", "per_class", "num_steps"):
@@ -169,14 +174,17 @@ class Config:
     options: dict  # all of the above as plain nested values, what config.yaml holds
 
     def check_guidance(self, null_label: int | None) -> None:
-        """Raises ValueError where label dropout or the previews' guidance need a null label that the model lacks."""
-        if null_label is not None:
-            return
-        if self.flow.class_dropout_prob > 0:
+        """Raises ValueError where label dropout or the previews' guidance need a null label that the model lacks, or
+        the previews' solver another path."""
+        if null_label is None and self.flow.class_dropout_prob > 0:
             raise ValueError("model.has_null_label is false: there is nothing to drop labels to; "
                              "set flow.class_dropout_prob to 0")
-        if self.preview.cfg != 1:
+        if null_label is None and self.preview.cfg != 1:
             raise ValueError("model.has_null_label is false: there is no guidance; set preview.cfg to 1")
+        try:
+            self.preview.sampler.check(self.flow.path, self.flow.prediction, null_label)
+        except ValueError as error:
+            raise ValueError(f"preview: {error}") from error
 
     def check_resumable(self, data: dict) -> None:
         """Raises ValueError where a run in `out` cannot go on as asked, with these data."""

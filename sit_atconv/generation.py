@@ -1,114 +1,112 @@
-"""From weights to pictures: a batch of images, the preview of a training run, and whole folders of samples."""
+"""From weights to a folder of samples, on several processes, after any kill."""
 
+import contextlib
 import dataclasses
+import hashlib
+import json
+import math
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
-from sit_atconv.checkpointing.weights import Recipe, load_weights, versions
+from sit_atconv.checkpointing.weights import Weights, load_weights, versions
+from sit_atconv.class_labels import class_label, read_labels
 from sit_atconv.data.codecs import Codec, open_codec
 from sit_atconv.data.pixels import UINT8_RULE, to_uint8
-from sit_atconv.devices import keep_freed_memory, on_cpu, share_cores
+from sit_atconv.devices import on_cpu, prepare_device
+from sit_atconv.files import exclusive, sha256_of
 from sit_atconv.flow import as_velocity, get_interpolant
 from sit_atconv.pictures import save_sample_grid
 from sit_atconv.samples_folder import SamplesFolder
-from sit_atconv.sampling import SampleStream, guided, sample_ode
+from sit_atconv.sampling import Counted, Sampler, SampleStream
 
-if TYPE_CHECKING:
-    from sit_atconv.config import PreviewConfig
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@torch.inference_mode()
-def generate_images(
-    model,
-    codec: Codec,
-    recipe: Recipe,
-    noise: Tensor,
-    y: Tensor,
-    *,
-    cfg: float = 4.0,
-    channels: int | None = None,
-    solver: str = "euler",
-    num_steps: int = 50,
-) -> Tensor:
-    """Noise (B, C, h, w) and labels (B,) -> uint8 images (B, 3 or 1, H, W) on the CPU.
-
-    `cfg` and `channels` are those of `guided`, `solver` and `num_steps` those of `sample_ode`.
-    """
-    interpolant = get_interpolant(recipe.interpolant)
-    velocity = guided(as_velocity(model, interpolant, recipe.prediction), y, cfg=cfg, channels=channels)
-    t0, t1 = interpolant.interval(recipe.prediction)
-    times = t0 + (t1 - t0) * torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
-    return to_uint8(codec.decode(sample_ode(velocity, noise, solver=solver, times=times))).cpu()
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DECODED_AT_ONCE = 16  # images: a decoder needs much memory for each
+WRITERS = 4  # threads that write images while the next are drawn
 
 
-def draw_preview(model, codec: Codec, recipe: Recipe, preview: "PreviewConfig", path: Path) -> None:
-    """Draws a labelled grid, from the same seed every time, so that the pictures of a run can be compared."""
-    y = torch.arange(min(preview.num_classes, len(recipe.class_names))).repeat_interleave(preview.per_class)
-    noise = SampleStream(0, range(len(y))).randn((codec.channels, *[model.config.input_size] * 2))
-    options = dict(cfg=preview.cfg, solver=preview.solver, num_steps=preview.num_steps)
-    images = torch.cat([
-        generate_images(model, codec, recipe, z.to(model.device), labels.to(model.device), **options)
-        for z, labels in zip(noise.split(16), y.split(16), strict=True)
-    ])
-    pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    title = f"step {recipe.step}, EMA weights, cfg {preview.cfg:g}, {preview.solver} {preview.num_steps}"
-    save_sample_grid(pixels, y.tolist(), recipe.class_names, path, title, columns=preview.per_class)
-
-
-@dataclass(frozen=True)
-class GenerateOptions:
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(Sampler):
     """What to sample; the help of `sample/generate.py` says what each option means."""
 
     ckpt: str
-    cfg: float = 4.0
-    cfg_channels: int | None = None
-    classes: tuple[int, ...] = ()
+    model: str | None = None
+    vae: str | None = None
+    ema: bool | float = True
+    weak: str | None = None
+    classes: tuple[int | str, ...] = ()
     labels: str = "random"
     num_samples: int = 100
     seed: int = 0
-    solver: str = "euler"
-    steps: int = 50
-    ema: bool = True
+    size: tuple[int, ...] = ()
     dtype: str = "fp32"
     batch_size: int = 64
     compile: bool = False
+    latents: bool = False
+    npz: bool = True
     out: str | None = None
 
     def settings(self) -> dict:
-        """What the images depend on, beside the weights."""
-        options = dataclasses.asdict(self) | {"classes": list(self.classes)}
-        return {name: value for name, value in options.items() if name not in ("ckpt", "batch_size", "out")}
+        """What the images depend on, beside weights, codec and labels."""
+        elsewhere = ("ckpt", "vae", "weak", "classes", "labels", "batch_size", "latents", "npz", "out")
+        return {name: value for name, value in _plain(dataclasses.asdict(self)).items() if name not in elsewhere}
 
-    def folder_name(self, step: int) -> str:
+    def folder_name(self, step: int, labels: str, weak: Weights | None) -> str:
         """Names every setting, so that two never share a folder."""
+        sde = [self.diffusion_form, f"{self.diffusion_norm:g}", self.last_step, f"{self.last_step_size:g}"]
         parts = [
-            f"step{step:07d}" + ("" if self.ema else "-online"),
+            f"step{step:07d}" + {True: "", False: "-online"}.get(self.ema, f"-ema{self.ema:g}"),
             f"cfg{self.cfg:g}" + (f"on{self.cfg_channels}" if self.cfg_channels else ""),
-            f"{self.solver}{self.steps}",
-            "classes" + "_".join(map(str, self.classes)) if self.classes else self.labels,
+            *([self.cfg_schedule] if self.cfg_schedule != "constant" else []),
+            *(["{:g}to{:g}".format(*self.interval)] if self.interval != (0.0, 1.0) else []),
+            *([f"weak{weak.identity()[:8]}"] if weak else []),
+            self.solver + ("_".join(f"{t:g}" for t in self.times) or str(self.steps)),
+            *([f"shift{self.shift:g}"] if self.shift != 1 else []),
+            *(sde if self.is_sde else []),
+            labels,
             f"seed{self.seed}",
             f"n{self.num_samples}",
+            *(["x".join(map(str, self.size))] if self.size else []),
             *([self.dtype] if self.dtype != "fp32" else []),
             *(["compiled"] if self.compile else []),
         ]
-        return "-".join(parts)
+        return "-".join(part if len(part) < 40 else hashlib.sha256(part.encode()).hexdigest()[:12] for part in parts)
 
-    def draw_labels(self, stream: SampleStream, num_classes: int) -> Tensor:
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be sampled, all of it checked.
+
+    Args:
+        given: labels in turn; empty where the stream draws them.
+        shape: (C, h, w) of the noise.
+        settings: what the images depend on.
+    """
+
+    options: GenerateOptions
+    weights: Weights
+    weak: Weights | None
+    codec: Codec
+    given: list[int]
+    shape: tuple[int, int, int]
+    settings: dict
+    folder: SamplesFolder
+
+    def labels(self, stream: SampleStream) -> Tensor:
         """(B,)"""
-        if self.classes:
-            return torch.tensor([self.classes[i % len(self.classes)] for i in stream.indices])
-        return stream.labels(num_classes, self.labels)
+        if self.given:
+            return torch.tensor([self.given[i % len(self.given)] for i in stream.indices])
+        return stream.labels(self.weights.model.config.num_classes, self.options.labels)
+
+    def all_labels(self) -> list[int]:
+        return self.labels(SampleStream(self.options.seed, range(self.options.num_samples))).tolist()
 
 
 def generate_samples(options: GenerateOptions) -> tuple[SamplesFolder, dict]:
@@ -119,81 +117,176 @@ def generate_samples(options: GenerateOptions) -> tuple[SamplesFolder, dict]:
     arithmetic, and for dopri5, which chooses its steps for the batch).
 
     Returns:
-        The folder and its manifest.
+        The folder and its manifest; {} on processes other than the main one.
 
     Raises:
-        ValueError: weights or codec that cannot be loaded, labels out of range, guidance without a null label, or a
-            folder that holds something else.
+        ValueError: weights or codec that cannot be loaded, settings that do not suit them, labels out of range, a
+            folder that holds something else, or a disk too small.
+        OSError: the folder cannot be written to.
     """
-    weights = load_weights(options.ckpt, options.ema)
-    model, recipe = weights.model, weights.recipe
-    num_classes, size = model.config.num_classes, model.config.input_size
-    for label in options.classes:
-        if not 0 <= label < num_classes:
-            raise ValueError(f"class {label} is out of range: the model knows 0 ... {num_classes - 1}")
-    guided(model, torch.zeros(1, dtype=torch.int64), cfg=options.cfg)  # raises if the model cannot be guided
-    codec = open_codec(recipe.codec)
-    folder = SamplesFolder(options.out or Path(weights.home, "samples", options.folder_name(recipe.step)))
-    settings = options.settings() | {"weights": weights.identity(), "codec": recipe.codec, "uint8_rule": UINT8_RULE}
-    folder.check(settings)
-    if (manifest := folder.read_manifest()).get("complete"):
+    job = _prepare(options)
+    folder, manifest = job.folder, job.folder.read_manifest()
+    missing = folder.missing(options.num_samples, options.latents)
+    if manifest.get("complete") and not missing and (folder.npz.exists() or not options.npz):
         return folder, manifest
 
     state = PartialState(cpu=on_cpu())
-    if state.device.type == "cpu":
-        share_cores()
-        keep_freed_memory()
-    if state.is_main_process:
-        folder.begin(settings)
-    state.wait_for_everyone()
-    missing = folder.missing(options.num_samples)
-    state.wait_for_everyone()
-    mine = missing[state.process_index :: state.num_processes]
-    torch.nn.Module.to(model, state.device, DTYPES[options.dtype])  # diffusers' own warns of casting no module at all
-    codec = codec.to(state.device)
-    if options.compile:
-        model = torch.compile(model)
-
-    clock = time.perf_counter()
-    with tqdm(total=len(mine), unit="image", disable=not state.is_main_process) as progress:
-        for start in range(0, len(mine), options.batch_size):
-            stream = SampleStream(options.seed, mine[start : start + options.batch_size])
-            noise = stream.randn((codec.channels, size, size), state.device)
-            y = options.draw_labels(stream, num_classes).to(state.device)
-            images = generate_images(
-                model, codec, recipe, noise, y,
-                cfg=options.cfg, channels=options.cfg_channels, solver=options.solver, num_steps=options.steps,
-            )
-            for index, image in zip(stream.indices, images, strict=True):
-                folder.write_image(index, image)
-            progress.update(len(images))
-    state.wait_for_everyone()
-    seconds = time.perf_counter() - clock
-
-    if state.is_main_process:
-        y = options.draw_labels(SampleStream(options.seed, range(options.num_samples)), num_classes).tolist()
-        folder.write_npz(options.num_samples)
-        _draw_grid(folder, y, recipe, options)
+    prepare_device(state.device, tf32=options.dtype == "tf32")
+    with contextlib.ExitStack() as to_release:
+        if state.is_main_process:
+            to_release.enter_context(exclusive(folder.folder))
+            folder.begin(job.settings, options.latents)
+        state.wait_for_everyone()
+        missing = folder.missing(options.num_samples, options.latents)
+        state.wait_for_everyone()
+        speed = _draw(job, missing[state.process_index :: state.num_processes], state)
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            return folder, {}
+        if options.npz:
+            folder.write_npz(options.num_samples)
+        _draw_grid(job)
         manifest = {
             "complete": True,
-            "settings": settings,
+            "settings": job.settings,
             "ckpt": options.ckpt,
-            "step": recipe.step,
-            "images_per_second": len(missing) / seconds,
+            "step": job.weights.recipe.step,
+            **(speed or {name: manifest.get(name) for name in SPEED}),
             "processes": state.num_processes,
             "device": state.device.type,
             "versions": versions(),
-            "labels": y,
+            "labels": job.all_labels(),
         }
         folder.write_manifest(manifest)
-    state.wait_for_everyone()
-    return folder, manifest
+        return folder, manifest
 
 
-def _draw_grid(folder: SamplesFolder, y: list[int], recipe: Recipe, options: GenerateOptions, side: int = 10) -> None:
+SPEED = ("images_per_second", "evaluations", "forwards")
+
+
+def _draw(job: _Job, mine: list[int], state: PartialState) -> dict:
+    """Draws and writes the samples `mine`. Returns SPEED, {} where there was nothing to do: the rate of all processes,
+    and for each image how often the velocity and how often a network was evaluated."""
+    options, recipe, device = job.options, job.weights.recipe, state.device
+    model, weak = (_ready(weights, device, options) for weights in (job.weights, job.weak))
+    codec = job.codec.to(device)
+    weak_path = (get_interpolant(recipe.interpolant), job.weak.recipe.prediction) if job.weak else ()
+    evaluations = forwards = 0
+    writing = []
+    clock = time.perf_counter()
+    with (
+        torch.inference_mode(),
+        ThreadPoolExecutor(WRITERS) as pool,
+        tqdm(total=len(mine), unit="image", disable=not state.is_main_process) as progress,
+    ):
+        for start in range(0, len(mine), options.batch_size):
+            stream = SampleStream(options.seed, mine[start : start + options.batch_size])
+            noise, y = stream.randn(job.shape, device), job.labels(stream).to(device)
+            counted, weak_counted = Counted(model), Counted(weak)
+            z = options(
+                counted, noise, y, path=recipe.interpolant, prediction=recipe.prediction,
+                weak=as_velocity(weak_counted, *weak_path) if weak else None, randn=stream.randn_like,
+            )
+            images = torch.cat([to_uint8(codec.decode(part)) for part in z.split(DECODED_AT_ONCE)]).cpu()
+            evaluations += counted.evaluations * len(y)
+            forwards += counted.samples + weak_counted.samples
+            for written in writing:
+                written.result()  # raises what the writer met; one batch at most waits for the disk
+            latents = z.cpu() if options.latents else [None] * len(y)
+            samples = zip(stream.indices, images, latents, strict=True)
+            writing = [pool.submit(job.folder.write_sample, *sample) for sample in samples]
+            progress.update(len(y))
+        for written in writing:
+            written.result()
+    if not mine:
+        return {}
+    rate = len(mine) * state.num_processes / (time.perf_counter() - clock)
+    return dict(zip(SPEED, (rate, evaluations / len(mine), forwards / len(mine)), strict=True))
+
+
+def _ready(weights: Weights | None, device: torch.device, options: GenerateOptions):
+    if weights is None:
+        return None
+    torch.nn.Module.to(weights.model, device, DTYPES[options.dtype])  # diffusers' own warns of casting no module at all
+    return torch.compile(weights.model) if options.compile else weights.model
+
+
+def _prepare(options: GenerateOptions) -> _Job:
+    weights = load_weights(options.ckpt, options.ema, model=options.model, vae=options.vae)
+    recipe, config = weights.recipe, weights.model.config
+    weak = load_weights(options.weak) if options.weak else None
+    if weak:
+        _check_weak(weak, weights)
+    options.check(recipe.interpolant, recipe.prediction, weights.model.null_label, bool(weak))
+    codec = open_codec(recipe.codec, precision="fp32" if options.dtype == "fp32" else "tf32")
+    given, labels = _given_labels(options, recipe.class_names)
+    shape = (codec.channels, *_latent_size(options, codec, config))
+    settings = options.settings() | {
+        "labels": labels, "weights": weights.identity(), "weak": weak.identity() if weak else None,
+        "codec": codec.identity(), "uint8_rule": UINT8_RULE,
+    }
+    home = Path(weights.home, "samples", options.folder_name(recipe.step, labels, weak))
+    folder = SamplesFolder(options.out or home)
+    folder.check(settings)
+    image_shape = (shape[1] * codec.downsample, shape[2] * codec.downsample, 3)
+    folder.check_room(
+        len(folder.missing(options.num_samples, options.latents)),
+        options.num_samples if options.npz and not folder.npz.exists() else 0,
+        image_shape, 4 * math.prod(shape) if options.latents else 0,
+    )
+    return _Job(options, weights, weak, codec, given, shape, settings, folder)
+
+
+def _check_weak(weak: Weights, weights: Weights) -> None:
+    """Raises ValueError where a weaker model cannot guide: it lives on another path, in other latents or classes."""
+    here, there = (
+        {"interpolant": w.recipe.interpolant, "classes": w.model.config.num_classes,
+         "channels": w.model.config.in_channels,
+         "codec": {key: value for key, value in w.recipe.codec.items() if key != "source"}}
+        for w in (weights, weak)
+    )
+    for name, value in here.items():
+        if there[name] != value:
+            raise ValueError(f"the weak model has {name} {there[name]}, and the model {value}: autoguidance takes a "
+                             "smaller or less trained model of the same kind")
+
+
+def _given_labels(options: GenerateOptions, class_names: list[str]) -> tuple[list[int], str]:
+    """Labels in turn, or [] for the stream's, and what to call them."""
+    if options.classes:
+        labels = [class_label(given, class_names) for given in options.classes]
+        return labels, "classes" + "_".join(map(str, labels))
+    if options.labels in ("random", "balanced"):
+        return [], options.labels
+    labels = read_labels(Path(options.labels), class_names)
+    if len(labels) < options.num_samples:
+        raise ValueError(f"{options.labels} has {len(labels)} labels, and --num-samples is {options.num_samples}: "
+                         "give as many")
+    return labels, "labels" + sha256_of(Path(options.labels))[:12]
+
+
+def _latent_size(options: GenerateOptions, codec: Codec, config) -> tuple[int, int]:
+    if not options.size:
+        return config.input_size, config.input_size
+    unit = codec.downsample * config.patch_size
+    for side in options.size:
+        if side % unit:
+            raise ValueError(f"size {side} is not divisible by {unit}, a patch of {config.patch_size} on latents "
+                             f"{codec.downsample} times smaller: take {side // unit * unit or unit}")
+    height, width = options.size if len(options.size) == 2 else options.size * 2
+    return height // codec.downsample, width // codec.downsample
+
+
+def _plain(value):
+    """As JSON gives it back: tuples become lists."""
+    return json.loads(json.dumps(value))
+
+
+def _draw_grid(job: _Job, side: int = 10) -> None:
     """The first `side` samples of the `side` most frequent classes."""
+    y, options, recipe = job.all_labels(), job.options, job.weights.recipe
     classes = [label for label, _ in Counter(y).most_common(side)]
     shown = [i for label in sorted(classes) for i in [j for j, other in enumerate(y) if other == label][:side]]
-    images = [folder.read_image(i) for i in shown]
+    images = [job.folder.read_image(i) for i in shown]
     title = f"step {recipe.step}, cfg {options.cfg:g}, {options.solver} {options.steps}, seed {options.seed}"
-    save_sample_grid(images, [y[i] for i in shown], recipe.class_names, folder.grid, title, columns=side)
+    save_sample_grid(images, [y[i] for i in shown], recipe.class_names, job.folder.grid, title, columns=side)

@@ -42,9 +42,9 @@ from sit_atconv.data.pixels import to_float
 from sit_atconv.data.sources import describe_data
 from sit_atconv.devices import has_fused_optimizers, on_cpu, prepare_device
 from sit_atconv.files import check_room, exclusive
-from sit_atconv.generation import draw_preview
 from sit_atconv.models import SiT
 from sit_atconv.pictures import save_loss_curves
+from sit_atconv.preview import draw_preview
 from sit_atconv.training.averages import Averages, parameter_groups
 from sit_atconv.training.estimate import (
     Plan,

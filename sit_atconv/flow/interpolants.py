@@ -74,21 +74,68 @@ class Interpolant:
     def noise_from_score(self, score: Tensor, t: Tensor) -> Tensor:
         return -score * self._coefficients(t, score)[1]
 
-    def interval(self, prediction: str = "velocity", training: bool = False) -> tuple[float, float]:
-        """(t0, t1) on which the formulas for a prediction are finite, with SiT's margins."""
+    def diffusion(self, x: Tensor, t: Tensor, form: str = "sigma", norm: float = 1.0) -> Tensor:
+        """w(t) of the SDE dx = (v + w * score) dt + sqrt(2 w) dW, whose marginals are those of the ODE dx = v dt.
+
+        Any w >= 0 will do (SiT, equation 10); "sbdm" is that of score-based models, infinite at t = 0 on paths whose
+        alpha begins at 0.
+
+        Args:
+            x: what the result shall multiply (B, ...).
+            t: 0-d or (B,).
+            form: a name in DIFFUSION_FORMS, in capitals or not.
+            norm: a factor on w, or on the part of it that depends on t.
+
+        Returns:
+            w(t), 0-d or (B, 1, ...).
+
+        Raises:
+            ValueError: an unknown form.
+        """
+        if form.lower() not in DIFFUSION_FORMS:
+            raise ValueError(f"diffusion_form must be one of {DIFFUSION_FORMS}, not {form!r}")
+        t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
+        w = {
+            "constant": lambda: norm * torch.ones_like(t),
+            "sbdm": lambda: norm * self._sbdm_diffusion(t),
+            "sigma": lambda: norm * self.sigma(t),
+            "linear": lambda: norm * (1 - t),
+            "decreasing": lambda: 0.25 * (norm * torch.cos(math.pi * t) + 1) ** 2,
+            "increasing-decreasing": lambda: norm * torch.sin(math.pi * t) ** 2,
+        }[form.lower()]()
+        return _shaped(w, x)
+
+    def _sbdm_diffusion(self, t: Tensor) -> Tensor:
+        sigma = self.sigma(t)
+        return self.d_alpha(t) / self.alpha(t) * sigma**2 - sigma * self.d_sigma(t)
+
+    def interval(
+        self, prediction: str = "velocity", training: bool = False, diffusion_form: str | None = None
+    ) -> tuple[float, float]:
+        """(t0, t1) on which the formulas are finite, with SiT's margins.
+
+        Args:
+            prediction: what the model's output stands for.
+            training: whether to draw times for training, or to sample.
+            diffusion_form: of an SDE, which needs the score; None for the ODE.
+        """
         if self.velocity_ends_early:
             return 0.0, 1 - (1e-5 if training else 1e-3)
-        if prediction != "velocity":
-            return 1e-3, 1 - 1e-3
-        return 0.0, 1.0
+        begins_late = prediction != "velocity" or (diffusion_form or "").lower() == "sbdm"
+        ends_early = prediction != "velocity" or diffusion_form is not None
+        return 1e-3 if begins_late else 0.0, 1 - 1e-3 if ends_early else 1.0
 
     def _coefficients(self, t, like: Tensor) -> list[Tensor]:
         """alpha, sigma and derivatives at t, computed in t's own precision, shaped and typed to multiply `like`."""
         t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
-        values = [f(t) for f in (self.alpha, self.sigma, self.d_alpha, self.d_sigma)]
-        if t.ndim:
-            return [value.to(like).view(-1, *[1] * (like.ndim - 1)) for value in values]
-        return [value.to(like.dtype) for value in values]
+        return [_shaped(f(t), like) for f in (self.alpha, self.sigma, self.d_alpha, self.d_sigma)]
+
+
+def _shaped(value: Tensor, like: Tensor) -> Tensor:
+    """0-d or (B,), to multiply `like` (B, ...); what is 0-d stays on the CPU."""
+    if value.ndim:
+        return value.to(like).view(-1, *[1] * (like.ndim - 1))
+    return value.to(like.dtype)
 
 
 class Linear(Interpolant):
@@ -151,6 +198,7 @@ class VP(Interpolant):
         return -(self.alpha(t) ** 2) * self._d_log_alpha(t) / self.sigma(t)
 
 
+DIFFUSION_FORMS = ("constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing")
 INTERPOLANTS = {"linear": Linear, "gvp": GVP, "vp": VP}
 
 

@@ -1,9 +1,40 @@
 """Classifier-free guidance (arXiv 2207.12598) as a wrapper: a class-conditional model becomes a velocity(x, t)."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+SCHEDULES = {  # how far above 1 the scale is at time t, as a multiple of cfg - 1; each is 1 on average
+    "constant": lambda t: 1.0,
+    "linear": lambda t: 2 * t,
+    "cosine": lambda t: 1 - math.cos(math.pi * t),
+}
+
+
+def guidance_schedule(name: str, cfg: float) -> float | Callable[[float], float]:
+    """The scale for `guided`: one that rises with t, from 1 at noise (arXiv 2404.13040), or the constant cfg.
+
+    Args:
+        name: one of SCHEDULES; "linear" is 1 + (cfg - 1) 2 t, "cosine" 1 + (cfg - 1) (1 - cos(pi t)).
+        cfg: the scale, which a schedule has on average.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"guidance schedule must be one of {sorted(SCHEDULES)}, not {name!r}")
+    if name == "constant" or cfg == 1:
+        return cfg
+    return lambda t: 1 + (cfg - 1) * SCHEDULES[name](t)
+
+
+def check_guidance(cfg: float | Callable[[float], float], null_label: int | None, weak: bool = False) -> None:
+    """Raises ValueError where guidance is asked for and there is neither a null label nor a weak model."""
+    if null_label is None and not weak and (callable(cfg) or cfg != 1):
+        raise ValueError(f"cfg = {'a schedule' if callable(cfg) else cfg} needs a null label, and this model was "
+                         "trained without one: use cfg = 1, or a weak model")
 
 
 def guided(
@@ -35,10 +66,7 @@ def guided(
     """
     lo, hi = interval
     scale_at = cfg if callable(cfg) else lambda t: cfg
-    if weak is None and model.null_label is None and (callable(cfg) or cfg != 1):
-        raise ValueError(
-            f"cfg = {cfg} needs a null label, and this model was trained without one: use cfg = 1, or a weak model"
-        )
+    check_guidance(cfg, model.null_label, weak is not None)
 
     def inside(t: float) -> bool:
         return lo <= t and (t < hi or hi >= 1)

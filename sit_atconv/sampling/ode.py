@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 
-import torch
 from torch import Tensor
+
+from sit_atconv.sampling.times import as_times, time_grid
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
@@ -37,7 +38,39 @@ def dopri5(velocity: Velocity, x: Tensor, times: Tensor, *, rtol: float = 1e-3, 
     return odeint(lambda t, x: velocity(x, t), x, ends, method="dopri5", rtol=rtol, atol=atol)[-1]
 
 
-SOLVERS = {"euler": euler, "heun": heun, "dopri5": dopri5}
+def unipc(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
+    """UniPC (arXiv 2302.04867) of order 2 by diffusers, one evaluation a step; the linear path alone."""
+    from diffusers import UniPCMultistepScheduler
+
+    return _multistep(velocity, x, times, UniPCMultistepScheduler(**FLOW))
+
+
+def dpm_pp(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
+    """DPM-Solver++(2M) (arXiv 2211.01095) by diffusers, one evaluation a step; the linear path alone."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    return _multistep(velocity, x, times, DPMSolverMultistepScheduler(**FLOW))
+
+
+FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True)  # diffusers' schedulers on the linear path
+NEARLY_NOISE = 1 - 1e-6  # their largest sigma: at 1 they would take the logarithm of 0
+
+
+def _multistep(velocity: Velocity, x: Tensor, times: Tensor, scheduler) -> Tensor:
+    """A scheduler of diffusers on our times: its sigma is 1 - t, and its prediction noise - data, our -v."""
+    scheduler.set_timesteps(len(times) - 1)
+    scheduler.set_begin_index(0)  # else it looks its place up by timesteps, which are rounded
+    scheduler.sigmas = (1 - times).clamp(max=NEARLY_NOISE).float()
+    shape, x = x.shape, x.reshape(len(x), -1)  # UniPC takes no fewer than two axes
+    for t, timestep in zip(times[:-1], scheduler.timesteps, strict=True):
+        v = velocity(x.reshape(shape), t).reshape(x.shape)
+        x = scheduler.step(-v, timestep, x, return_dict=False)[0]
+    return x.reshape(shape)
+
+
+SOLVERS = {"euler": euler, "heun": heun, "dopri5": dopri5, "unipc": unipc, "dpm++": dpm_pp}
+LINEAR_ONLY = ("unipc", "dpm++")  # their formulas are those of the linear path
+BEGIN = {"dpm++": 1e-3}  # where the grid of a solver begins by default, if not at 0: as diffusers' own does
 
 
 def sample_ode(
@@ -53,9 +86,9 @@ def sample_ode(
     Args:
         velocity: (x, t) -> velocity of x's shape; t is a 0-d float64 tensor on the CPU (dopri5: on x's device).
         noise: x at the first time (B, ...).
-        solver: a name in SOLVERS.
+        solver: a name in SOLVERS. Those in LINEAR_ONLY are right on the linear path alone.
         num_steps: number of intervals, uniform in t. (SiT counts points: its 50 is our 49.)
-        times: increasing times that override `num_steps`, e.g. a shifted grid, or one that ends early.
+        times: increasing times that override `num_steps`, e.g. `time_grid(20, shift=2.0)`.
 
     Returns:
         x at the last time, like `noise`.
@@ -66,10 +99,5 @@ def sample_ode(
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {sorted(SOLVERS)}, not {solver!r}")
     if times is None:
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, not {num_steps}")
-        times = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
-    times = torch.as_tensor(times, dtype=torch.float64, device="cpu")
-    if times.ndim != 1 or len(times) < 2 or not (times.diff() > 0).all():
-        raise ValueError(f"times must be two or more increasing numbers, not {times.tolist()}")
-    return SOLVERS[solver](velocity, noise, times)
+        times = time_grid(num_steps, BEGIN.get(solver, 0.0))
+    return SOLVERS[solver](velocity, noise, as_times(times))
