@@ -116,5 +116,6 @@ def sde_times(
         return time_grid(num_steps, t0, t1, shift)
     if not 0 < last_step_size < 1 - t0:
         raise ValueError(f"last_step_size must lie between 0 and {1 - t0:g}, not {last_step_size}")
-    grid = time_grid(num_steps - 1, t0, 1 - last_step_size, shift) if num_steps > 1 else torch.tensor([t0])
-    return torch.cat([grid, grid.new_ones(1)])
+    if num_steps < 2:
+        return time_grid(num_steps, t0)
+    return torch.cat([time_grid(num_steps - 1, t0, 1 - last_step_size, shift), torch.ones(1, dtype=torch.float64)])

@@ -1,30 +1,33 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from sit_atconv.flow import get_interpolant
-from sit_atconv.sampling import SOLVERS, sample_ode
+from sit_atconv.sampling import SOLVERS, sample_ode, time_grid
+from sit_atconv.sampling.ode import dopri5
+from tests.conftest import relative_error
 
 MEAN, DEVIATION = 0.7, 0.4
 
 
-def gaussian_velocity(path):
-    """The exact velocity of the linear path from N(0, 1) to N(MEAN, DEVIATION^2)."""
+def gaussian_velocity(path, deviation=DEVIATION):
+    """The exact velocity from N(0, 1) to N(MEAN, deviation^2)."""
 
     def velocity(x, t):
         curves = (path.alpha, path.sigma, path.d_alpha, path.d_sigma)
         alpha, sigma, d_alpha, d_sigma = (float(curve(t.double())) for curve in curves)
-        variance = alpha**2 * DEVIATION**2 + sigma**2
-        return d_alpha * MEAN + (alpha * d_alpha * DEVIATION**2 + sigma * d_sigma) / variance * (x - alpha * MEAN)
+        variance = alpha**2 * deviation**2 + sigma**2
+        return d_alpha * MEAN + (alpha * d_alpha * deviation**2 + sigma * d_sigma) / variance * (x - alpha * MEAN)
 
     return velocity
 
 
-def error(path, **options) -> float:
+def error(path, deviation=DEVIATION, **options) -> float:
     noise = torch.linspace(-3, 3, 41, dtype=torch.float64)
-    result = sample_ode(gaussian_velocity(get_interpolant(path)), noise, **options)
-    return (result - (MEAN + DEVIATION * noise)).abs().max().item()
+    result = sample_ode(gaussian_velocity(get_interpolant(path), deviation), noise, **options)
+    return (result - (MEAN + deviation * noise)).abs().max().item()
 
 
 @pytest.mark.parametrize("path", ["linear", "gvp"])
@@ -37,6 +40,58 @@ def test_carries_a_gaussian_to_a_gaussian(path, solver, bound):
 def test_order_of_convergence(solver, order):
     coarse, fine = (error("linear", solver=solver, num_steps=n) for n in (40, 80))
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
+def test_multistep_solvers_at_least_halve_their_error(solver):
+    """Where their error does not pass through 0, as it does for other deviations."""
+    coarse, fine = (error("linear", 0.3, solver=solver, num_steps=n) for n in (10, 20))
+    assert fine < coarse / 2 and fine < error("linear", 0.3, solver="euler", num_steps=20) / 5
+
+
+@pytest.mark.parametrize("rtol", [1e-3, 1e-5])
+def test_dopri5_is_within_its_tolerance(rtol):
+    def velocity(x, t):
+        return gaussian_velocity(get_interpolant("linear"))(x, t)
+
+    noise = torch.linspace(-3, 3, 41, dtype=torch.float64)
+    result = dopri5(velocity, noise, time_grid(1), rtol=rtol, atol=1e-6)
+    scale = (MEAN + DEVIATION * noise).abs().mean()
+    assert (result - (MEAN + DEVIATION * noise)).abs().max() < 10 * rtol * scale
+
+
+def test_multistep_solvers_are_those_of_diffusers_on_its_own_grid():
+    """Its own loop with its own sigmas, in images (B, C, H, W)."""
+    from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+    velocity = gaussian_velocity(get_interpolant("linear"))
+    noise = torch.randn(2, 3, 4, 4)
+    options = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
+    unipc, dpm = UniPCMultistepScheduler(**options), DPMSolverMultistepScheduler(**options)
+    unipc.set_timesteps(sigmas=np.linspace(1, 0, 13)[:-1])
+    dpm.set_timesteps(12)
+    for name, scheduler in (("unipc", unipc), ("dpm++", dpm)):
+        x = noise
+        for i, timestep in enumerate(scheduler.timesteps):
+            x = scheduler.step(-velocity(x, 1 - scheduler.sigmas[i]), timestep, x).prev_sample
+        assert relative_error(sample_ode(velocity, noise, solver=name, num_steps=12), x) < 1e-5
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
+def test_multistep_solvers_take_any_grid(solver):
+    noise = torch.linspace(-3, 3, 41)
+    velocity = gaussian_velocity(get_interpolant("linear"))
+    seen = []
+    times = torch.cat([time_grid(2500, 0, 0.5), torch.tensor([0.7, 1.0])])  # finer than their integer timesteps
+
+    def noted(x, t):
+        seen.append(t.item())
+        return velocity(x, t)
+
+    sample_ode(noted, noise, solver=solver, times=times)
+    assert seen == times[:-1].tolist()
+    result = sample_ode(velocity, noise, solver=solver, times=time_grid(40, shift=0.5))
+    assert (result - (MEAN + DEVIATION * noise)).abs().max() < 0.02
 
 
 @pytest.mark.parametrize(("solver", "evaluations"), [("euler", 10), ("heun", 20)])
