@@ -1,22 +1,17 @@
 """Training that starts from weights there are: what fits the new model is kept, and all else is said aloud."""
 
 import itertools
-import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
-from sit_atconv.checkpointing.published import read_published
+from sit_atconv.checkpointing.published import REPA_OPTIONS, read_published
+from sit_atconv.checkpointing.tensors import LABELS, OUTPUT, POSITIONS, list_differences, mixer_kinds
 from sit_atconv.checkpointing.weights import Recipe, load_weights
 from sit_atconv.models.sit import SiT, sincos_pos_embed
 
-LABELS = "y_embedder.embedding_table.weight"
-POSITIONS = "pos_embed"
-OUTPUT = ("final_layer.linear.weight", "final_layer.linear.bias")
 LEARNED = 1e-4  # a position table further than this from sines and cosines was trained
-LISTED = 3  # of the tensors that do not fit
 
 
 @dataclass(frozen=True)
@@ -107,8 +102,8 @@ def _open(ckpt: str) -> Source:
         published = read_published(Path(ckpt))
         kind = {True: ["EMA"], False: ["as trained"], None: []}[published.ema]
         config, lines = {}, []
-        if published.repa:  # whose port of ATConv has SiLU, which no tensor shows
-            config, lines = {"kernel_act": "silu"}, ["these are REPA's weights: their direction of time was turned"]
+        if published.repa:
+            config, lines = REPA_OPTIONS, ["these are REPA's weights: their direction of time was turned"]
         return Source(published.tensors, kind, config, lines=lines)
     weights = load_weights(ckpt)
     kind = ["EMA" if weights.recipe.ema_decay is not None else "as trained", f"step {weights.recipe.step}"]
@@ -131,7 +126,7 @@ def _position_table(net: SiT, there: dict[str, Tensor]) -> Special:
 
 def _mixers(here: dict[str, Tensor], there: dict[str, Tensor]) -> Special:
     """Blocks with another mixer keep none of it: projections of the same name and shape mean something else there."""
-    kinds, kinds_there = _mixer_kinds(here), _mixer_kinds(there)
+    kinds, kinds_there = mixer_kinds(here), mixer_kinds(there)
     fresh: dict[tuple[str, str], list[int]] = {}
     for i, kind in kinds.items():
         if kinds_there.get(i, kind) != kind:
@@ -142,20 +137,6 @@ def _mixers(here: dict[str, Tensor], there: dict[str, Tensor]) -> Special:
     names = {name for name in itertools.chain(here, there) if name.startswith(prefixes)}
     groups = [f"{_blocks(blocks, len(kinds))} ({a} there, {b} here)" for (a, b), blocks in fresh.items()]
     return Special(names, lines=[f"mixers of {' and of '.join(groups)} start afresh"])
-
-
-def _mixer_kinds(tensors: dict[str, Tensor]) -> dict[int, str]:
-    """Block -> its mixer, for the user, of those blocks that show one."""
-    kinds = {}
-    for name, tensor in tensors.items():
-        found = re.fullmatch(r"blocks\.(\d+)\.attn\.(qkv|kernel_gen)\.weight", name)
-        if found and found[2] == "qkv":
-            normed = f"blocks.{found[1]}.attn.q_norm.weight" in tensors
-            kinds[int(found[1])] = "attention with qk_norm" if normed else "attention"
-        elif found:
-            k = math.isqrt(math.isqrt(tensor.numel()))  # of k^2 taps to k^2 taps
-            kinds[int(found[1])] = f"{k}x{k} ATConv"
-    return dict(sorted(kinds.items()))
 
 
 def _blocks(blocks: list[int], depth: int) -> str:
@@ -221,24 +202,17 @@ def _output_layer(net: SiT, here: dict[str, Tensor], there: dict[str, Tensor]) -
 
 
 def _check_same(there: dict[str, Tensor], here: dict[str, Tensor], ckpt: str) -> None:
-    wrong = [
-        f"{name} {tuple(there[name].shape)} there, {tuple(tensor.shape)} here" if name in there
-        else f"{name} missing there, {tuple(tensor.shape)} here"
-        for name, tensor in here.items() if name not in there or there[name].shape != tensor.shape
-    ]
-    wrong += [f"{name} {tuple(tensor.shape)} there, none here" for name, tensor in there.items() if name not in here]
-    if wrong:
-        more = f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
+    if wrong := list_differences(there, here):
         raise ValueError(
-            f"the weights of {ckpt} are of another model: {'; '.join(wrong[:LISTED])}{more}. Give the --preset that "
-            "they have, or their model.hidden_size, depth, patch_size, in_channels, mlp_ratio"
+            f"the weights of {ckpt} are of another model: {wrong}. Give the --preset that they have, or their "
+            "model.hidden_size, depth, patch_size, in_channels, mlp_ratio"
         )
 
 
 def _silent_options(net: SiT, here: dict[str, Tensor], source: Source) -> list[str]:
     """Options that no tensor's shape shows, where mixers that they concern are kept."""
-    there = _mixer_kinds(source.tensors)
-    kept = " ".join(kind for i, kind in _mixer_kinds(here).items() if there[i] == kind)
+    there = mixer_kinds(source.tensors)
+    kept = " ".join(kind for i, kind in mixer_kinds(here).items() if there[i] == kind)
     return [
         f"model.{name} is {source.config[name]} there, {net.config[name]} here: mixers that are kept know the former"
         for name, kind in (("kernel_act", "ATConv"), ("kernel_pool", "ATConv"), ("num_heads", "attention"))

@@ -7,7 +7,7 @@ import argparse
 import pickle
 import re
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+REPA_OPTIONS = {"kernel_act": "silu"}  # of REPA's port of ATConv: no tensor shows it
 WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
 POINTWISE = re.compile(r"blocks\.\d+\.attn\.(kernel_proj|x_proj|proj)\.weight")  # 1x1 convolutions in REPA's port
 
@@ -27,11 +28,13 @@ class Published:
         tensors: name -> tensor, on the CPU.
         ema: whether these are the averaged weights or those as trained; None where the file does not say.
         repa: whether they came in REPA's convention, and were converted.
+        args: the arguments they were trained with; none where the file does not say.
     """
 
     tensors: dict[str, Tensor]
     ema: bool | None
     repa: bool
+    args: dict = field(default_factory=dict)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -39,32 +42,42 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return read_published(path).tensors
 
 
-def read_published(path: Path) -> Published:
+def read_published(path: Path, ema: bool = True) -> Published:
     """Reads a `.safetensors` file, or anything that `torch.save` wrote (`.pt`, `.pth`, `.ckpt`).
 
-    Of a training file, the EMA weights where there are any. REPA's are recognised by `projectors.*`, which every
-    training file of REPA has whatever its mixers, or by ATConv's projections as 1x1 convolutions. (A bare state dict of
-    REPA with attention alone, its projectors removed, cannot be told from SiT's.)
+    REPA's weights are recognised by `projectors.*`, by ATConv's projections as 1x1 convolutions, or by the training
+    arguments, which call the prediction "v". (A bare state dict of REPA with attention alone, its projectors removed,
+    cannot be told from SiT's.)
+
+    Args:
+        path: of the file.
+        ema: of a training file, the EMA weights where there are any, or those as trained.
 
     Raises:
-        ValueError: there is no such file, it is damaged, it would run code, or it holds no weights.
+        ValueError: there is no such file, it is damaged, it would run code, or it does not hold the weights asked for.
     """
     content = _read(path)
     keys = list(content) if isinstance(content, dict) else []
-    part = next((key for key in ("ema", "model") if key in keys and _is_state_dict(content[key])), None)
+    parts = [key for key in ("ema", "model") if key in keys and _is_state_dict(content[key])]
+    if not ema and parts == ["ema"]:
+        raise ValueError(f"{path} holds the EMA weights alone: leave --no-ema out")
+    part = (parts[0] if ema else "model") if parts else None
     tensors = content[part] if part else content
     if not _is_state_dict(tensors):
         held = f"only {', '.join(map(str, keys[:5]))}" if keys else type(content).__name__
         raise ValueError(f"{path} holds no weights ({held}): give a file with 'ema' or 'model' in it, or a state dict")
+    args = content.get("args")
+    args = dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
     tensors = {_unwrapped(name): tensor for name, tensor in tensors.items()}
-    repa = any(name.startswith("projectors.") or _is_pointwise(name, tensor) for name, tensor in tensors.items())
+    repa = args.get("prediction") == "v" or any(
+        name.startswith("projectors.") or _is_pointwise(name, tensor) for name, tensor in tensors.items())
     if repa:
         try:
             tensors = _from_repa(tensors)
         except KeyError as error:
             raise ValueError(f"{path} is of REPA's form but has no {error.args[0]}: give a file of whole "
                              "weights") from error
-    return Published(tensors, {"ema": True, "model": False, None: None}[part], repa)
+    return Published(tensors, {"ema": True, "model": False, None: None}[part], repa, args)
 
 
 def _read(path: Path) -> object:
@@ -106,25 +119,49 @@ def _is_pointwise(name: str, tensor: Tensor) -> bool:
 
 
 def _from_repa(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """REPA's weights -> ours: v(x, t) = -v_repa(x, 1 - t), its time running from data to noise.
-
-    The features of 1 - t are linear in those of t: with the angle f of t = 1, cos(f - ft) = cos f cos ft + sin f sin ft
-    and sin(f - ft) = sin f cos ft - cos f sin ft. So the first layer after them takes the reversal up exactly.
+    """REPA's weights -> ours: linear projections, our direction of time, and no table of positions if it is zero.
 
     Raises:
-        KeyError: a tensor that the reversal changes is missing.
+        KeyError: a tensor that the reversal of time changes is missing.
     """
     ours = {
         name: tensor.flatten(1) if _is_pointwise(name, tensor) else tensor
         for name, tensor in tensors.items() if not name.startswith("projectors.")
     }
-    weight = ours["t_embedder.mlp.0.weight"]                                        # (D, 2F)
+    if "pos_embed" in ours and not ours["pos_embed"].any():
+        del ours["pos_embed"]
+    return _reverse_time(ours)
+
+
+def to_repa(tensors: dict[str, Tensor], num_tokens: int) -> dict[str, Tensor]:
+    """Our weights -> REPA's, to rounding the inverse of reading them. Projectors, which only training needs, have none.
+
+    REPA's models always add a table of positions (1, num_tokens, D): for one that has none, it is zero.
+    """
+    theirs = {}
+    for name, tensor in tensors.items():
+        in_atconv = f"{name.rpartition('.attn.')[0]}.attn.kernel_gen.weight" in tensors
+        theirs[name] = tensor[:, :, None, None] if in_atconv and POINTWISE.fullmatch(name) else tensor
+    width = tensors["t_embedder.mlp.2.bias"]
+    theirs.setdefault("pos_embed", width.new_zeros(1, num_tokens, len(width)))
+    return _reverse_time(theirs)
+
+
+def _reverse_time(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of -v(x, 1 - t), given those of v(x, t): between REPA's time, from data to noise, and ours.
+
+    The features of 1 - t are linear in those of t: with the angle f of t = 1, cos(f - ft) = cos f cos ft + sin f sin ft
+    and sin(f - ft) = sin f cos ft - cos f sin ft. So the first layer after them takes the reversal up exactly. Done
+    twice it undoes itself.
+    """
+    weight = tensors["t_embedder.mlp.0.weight"]                                     # (D, 2F)
     on_cos, on_sin = weight.double().chunk(2, dim=1)                                # (D, F) each
     num_frequencies = on_cos.shape[1]
     f = 10000.0 ** (-torch.arange(num_frequencies, dtype=torch.float64) / num_frequencies)
     cos, sin = f.cos(), f.sin()
     reversed_ = torch.cat([on_cos * cos + on_sin * sin, on_cos * sin - on_sin * cos], dim=1)
-    ours["t_embedder.mlp.0.weight"] = reversed_.to(weight.dtype)
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        ours[name] = -ours[name]
-    return ours
+    return {
+        **tensors,
+        "t_embedder.mlp.0.weight": reversed_.to(weight.dtype),
+        **{name: -tensors[name] for name in ("final_layer.linear.weight", "final_layer.linear.bias")},
+    }

@@ -1,17 +1,21 @@
 """Exported weights: a diffusers model folder and beside it a recipe, so that sampling needs no remembered flag.
 
     config.json  diffusion_pytorch_model.safetensors  recipe.json
+
+Files that others publish become such weights by `published_models.py`.
 """
 
 import dataclasses
 import json
+import os
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sit_atconv import __version__
-from sit_atconv.files import sha256_of
+from sit_atconv.files import PARTIAL, sha256_of
 
 if TYPE_CHECKING:  # finding weights must not wait for torch: it is imported where it is used
     from sit_atconv.models import SiT
@@ -44,23 +48,28 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Weights:
-    """A loaded model, its recipe and the folder both came from."""
+    """A loaded model, its recipe, and the exported folder or the published file that both came from."""
 
     model: "SiT"
     recipe: Recipe
-    folder: Path
+    path: Path
 
     @property
     def home(self) -> Path:
-        """Where what is made from these weights goes by default: their run, or the exported folder itself."""
+        """Where what is made from these weights goes by default.
+
+        Their run, or the exported folder itself; of a published file, its path without the suffix.
+        """
         from sit_atconv.checkpointing.runs import newest_checkpoint
 
-        run = self.folder.parent.parent.parent
-        return run if newest_checkpoint(run) else self.folder
+        if self.path.is_file():
+            return self.path.with_suffix("")
+        run = self.path.parent.parent.parent
+        return run if newest_checkpoint(run) else self.path
 
     def identity(self) -> str:
-        """sha256 of the weights, over all shards."""
-        return sha256_of(*sorted(self.folder.glob("*.safetensors")))
+        """sha256 of the weights, over all shards, or of the published file."""
+        return sha256_of(*([self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))))
 
 
 def versions() -> dict[str, str]:
@@ -76,45 +85,91 @@ def save_weights(model, recipe: Recipe, folder: Path) -> None:
     (folder / "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe), indent=1))
 
 
-def locate_weights(ckpt: str, ema: bool = True) -> Path:
-    """The folder of weights that `ckpt` stands for.
-
-    Args:
-        ckpt: a run folder (its newest checkpoint), a checkpoint folder, an exported folder or a hub id.
-        ema: the averaged weights of a run or checkpoint, or those as trained.
+def export_weights(weights: Weights, folder: Path) -> None:
+    """`save_weights` beside the folder and then into its place, which must be free.
 
     Raises:
-        ValueError: nothing to load is there; the message says what was looked for.
+        OSError: it cannot be written; nothing is left behind.
+    """
+    partial = folder.with_name(PARTIAL + folder.name)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        save_weights(weights.model, weights.recipe, partial)
+        (partial / WEIGHTS_FILE).chmod((partial / "recipe.json").stat().st_mode)  # safetensors leaves it to its owner
+        os.replace(partial, folder)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OSError(f"{folder} cannot be written ({error.strerror or error})") from error
+        raise
+
+
+def locate_weights(
+    ckpt: str, ema: bool | float = True, *, model: str | None = None, vae: str | None = None
+) -> Path:
+    """The folder of weights, or the published file, that `ckpt` stands for.
+
+    Args:
+        ckpt: a run folder (its newest checkpoint), a checkpoint folder, an exported folder, a hub id, or a file.
+        ema: the averaged weights of a run or checkpoint (of several averages the first), those as trained, or the
+            average of this decay.
+        model: of a file, the preset that its weights are of.
+        vae: of a file, the VAE of its latents.
+
+    Raises:
+        ValueError: nothing to load is there; the message says what was looked for. Or an option is of no use there.
     """
     from sit_atconv.checkpointing.runs import newest_checkpoint
 
     path = Path(ckpt)
     if path.is_file():
-        raise ValueError(f"{ckpt} is a file: give the run folder, or an exported folder, that holds it")
+        if (path.parent / "recipe.json").is_file():
+            raise ValueError(f"{ckpt} is a file of exported weights: give its folder, which says how to sample from it")
+        if not isinstance(ema, bool):
+            raise ValueError(f"{ckpt} is a file, which names no decay of its average: leave --ema {ema} out")
+        return path
+    for option, value, home in (("--model", model, "config.json"), ("--vae", vae, "recipe.json")):
+        if value is not None:
+            raise ValueError(f"{option} {value} is for files of published weights: leave it out, since {ckpt} is none, "
+                             f"and {home} beside its weights says this")
     if not path.exists():
-        return _download(ckpt)
+        return _of_decay([_download(ckpt)], ema, ckpt)
     if not any(path.iterdir()):
         raise ValueError(f"{ckpt} is an empty folder")
     for folder in (newest_checkpoint(path), path):
         if folder and (folder / "ema").is_dir():
-            return folder / ("ema" if ema else "model")
+            if ema is False:
+                return folder / "model"
+            return _of_decay([folder / "ema", *sorted(folder.glob("ema-*"))], ema, ckpt)
     if not (path / "config.json").is_file():
         raise ValueError(
             f"{ckpt} holds no weights: neither checkpoints/step-* with ema/ (a run that has saved), "
             "nor config.json (exported weights)"
         )
-    return path
+    return _of_decay([path], ema, ckpt)
 
 
-def load_weights(ckpt: str, ema: bool = True) -> Weights:
-    """Loads what `locate_weights` finds.
+def load_weights(
+    ckpt: str, ema: bool | float = True, *, model: str | None = None, vae: str | None = None
+) -> Weights:
+    """Loads what `locate_weights` finds. A file's latents are those of the VAE sd-vae-ft-ema unless `vae` is given.
 
     Raises:
-        ValueError: the folder is incomplete or damaged: a file is missing or unreadable, or tensors do not match.
+        ValueError: the folder is incomplete or damaged: a file is missing or unreadable, or tensors do not match. Or
+            a published file says too little, or is of another model than `model`.
     """
+    path = locate_weights(ckpt, ema, model=model, vae=vae)
+    if path.is_file():
+        from sit_atconv.checkpointing.published_models import load_published
+
+        return load_published(path, model, vae=vae, ema=ema)
+    return _load_exported(path)
+
+
+def _load_exported(folder: Path) -> Weights:
     from sit_atconv.models import SiT
 
-    folder = locate_weights(ckpt, ema)
     try:
         recipe = Recipe(**json.loads((folder / "recipe.json").read_text()))
         model, report = SiT.from_pretrained(folder, output_loading_info=True)
@@ -127,6 +182,25 @@ def load_weights(ckpt: str, ema: bool = True) -> Weights:
     if wrong:
         raise ValueError(f"the weights in {folder} do not fit their config.json: {wrong}")
     return Weights(model.eval().requires_grad_(False), recipe, folder)
+
+
+def _of_decay(folders: list[Path], ema: bool | float, ckpt: str) -> Path:
+    """Of folders of averages, the one of the decay `ema`; the first where that is no number."""
+    if isinstance(ema, bool):
+        return folders[0]
+    decays = {_ema_decay(folder): folder for folder in folders}
+    if ema not in decays:
+        known = ", ".join(str(decay) for decay in decays if decay is not None)
+        raise ValueError(f"{ckpt} has no average of decay {ema}: {f'give one of {known}' if known else 'it has none'}")
+    return decays[ema]
+
+
+def _ema_decay(folder: Path) -> float | None:
+    """What the recipe says; None also where it is damaged, of which loading tells."""
+    try:
+        return json.loads((folder / "recipe.json").read_text())["ema_decay"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _download(hub_id: str) -> Path:

@@ -196,6 +196,17 @@ def test_stats_are_rewound_to_the_step_resumed_from(tmp_path):
     assert [line["step"] for line in read_stats(tmp_path)] == [1, 2, 3] and read_stats(tmp_path)[-1]["loss"] == 0.5
 
 
+def test_one_of_several_averages(tmp_path, state):
+    checkpoint = save_checkpoint(tmp_path, state, recipe(7), keep=2)
+    for ckpt in (tmp_path, checkpoint):
+        for decay, folder in [(0.99, "ema"), (0.9, "ema-0.9"), (True, "ema"), (False, "model")]:
+            assert load_weights(str(ckpt), ema=decay).path == checkpoint / folder
+        with pytest.raises(ValueError, match=r"has no average of decay 0\.5: give one of 0\.99, 0\.9$"):
+            load_weights(str(ckpt), ema=0.5)
+    with pytest.raises(ValueError, match=r"has no average of decay 0\.5: it has none"):
+        load_weights(str(checkpoint / "model"), ema=0.5)
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
@@ -230,7 +241,7 @@ def test_where_there_is_nothing_to_load(tmp_path, monkeypatch):
     (tmp_path / "file.bin").write_bytes(b"\x00" * 99)
     for ckpt, message in [
         (tmp_path / "nowhere", "neither a folder here"), (tmp_path / "empty", "is an empty folder"),
-        (tmp_path / "other", "holds no weights"), (tmp_path / "file.bin", "is a file"),
+        (tmp_path / "other", "holds no weights"), (tmp_path / "file.bin", "is no checkpoint"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_weights(str(ckpt))

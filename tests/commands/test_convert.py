@@ -1,0 +1,103 @@
+"""The converting command: published files to our folders and back, what it says, and its errors."""
+
+import pickle
+import sys
+
+import pytest
+import torch
+
+from sit_atconv.checkpointing.weights import load_weights
+from tests.checkpointing.test_published_models import BATCH, assert_same_function, published, repa_model, small
+from tests.conftest import load_command
+
+CONVERT = "sit_atconv/convert.py"
+
+
+@pytest.fixture
+def convert(capsys):
+    """convert(*argv) -> the lines printed."""
+
+    def run(*argv) -> list[str]:
+        load_command(CONVERT).main(list(map(str, argv)))
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_repas_file_to_ours_and_back(convert, tmp_path):
+    theirs = repa_model("hybrid")
+    source = published(theirs, tmp_path / "a.pt", "repa")
+    (tmp_path / "names.txt").write_text("".join(f"digit {i}\n" for i in range(10)))
+    lines = convert(source, tmp_path / "new" / "ours", "--model", "SiT-ATConv-Tiny/2-Hybrid", "--vae", "identity",
+                    "--class-names", tmp_path / "names.txt", "--prediction", "velocity")
+    assert lines[0] == f"{tmp_path}/new/ours: EMA weights of {source}, 10 classes and a null label"
+    assert lines[1] == f"sample: python sample/generate.py --ckpt {tmp_path}/new/ours"
+    ours = load_weights(str(tmp_path / "new" / "ours"))
+    assert ours.recipe.class_names[3] == "digit 3" and ours.home == tmp_path / "new" / "ours"
+    assert_same_function(ours.model, theirs, "repa")
+    assert not [path for path in tmp_path.rglob("*") if "partial" in path.name]
+
+    lines = convert(tmp_path / "new" / "ours", tmp_path / "b.pt", "--to", "repa")
+    assert lines[0].startswith(f"{tmp_path}/b.pt: SiT-ATConv-Tiny/2-Hybrid, EMA weights of ") and len(lines) == 2
+    assert_same_function(load_weights(str(tmp_path / "b.pt"), vae="identity").model, theirs, "repa")
+
+
+def test_a_run_to_sits_form(convert, tiny_run, tmp_path):
+    lines = convert(tiny_run, tmp_path / "a.pt", "--to", "sit", "--no-ema")
+    assert "SiT-ATConv-Tiny/2, trained weights of " in lines[0]
+    ours, theirs = load_weights(str(tiny_run), ema=False), load_weights(str(tmp_path / "a.pt"), vae="identity")
+    assert theirs.model.config.input_size == 8 and theirs.model.null_label == 10
+    x = BATCH[0][:, :1]
+    assert torch.equal(ours.model(x, *BATCH[1:]), theirs.model(x, *BATCH[1:]))
+
+
+def test_a_pipeline_is_left_to_its_exporter(convert, tmp_path, monkeypatch):
+    class Pipeline:
+        @staticmethod
+        def export_pipeline(weights, folder):
+            folder.mkdir()
+            (folder / "classes").write_text(str(weights.model.config.num_classes))
+
+    monkeypatch.setitem(sys.modules, "sit_atconv.pipeline", Pipeline)
+    source = published(small("atconv"), tmp_path / "a.pt", model="SiT-ATConv-Tiny/2")
+    assert "pipeline" in convert(source, tmp_path / "p", "--to", "pipeline", "--vae", "identity")[0]
+    assert (tmp_path / "p" / "classes").read_text() == "10"
+
+
+def test_errors_name_value_and_remedy(fails, tmp_path, tiny_run):
+    main, out = load_command(CONVERT).main, tmp_path / "out"
+    source = published(small("attention"), tmp_path / "a.pt")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("")
+    for argv, message in [
+        ([source], "the following arguments are required: OUT"),
+        ([source, out, "--to", "dit"], "invalid choice: 'dit'"),
+        ([source, out, "--ema", "0.9", "--no-ema"], "not allowed with argument"),
+        ([source, out, "--num-classes", "0"], "'0' is not a whole number of at least 1"),
+        ([source, out], "give --model SiT-Tiny/2"),
+        ([source, tmp_path / "full", "--model", "SiT-Tiny/2"], "full is not an empty folder"),
+        ([source, source, "--model", "SiT-Tiny/2"], "a.pt is not an empty folder"),
+        ([tiny_run, source, "--to", "sit"], "a.pt exists: give another OUT"),
+        ([tiny_run, out, "--to", "sit"], "give an OUT that ends in .pt"),
+        ([tiny_run, tmp_path / "b.pt", "--to", "repa"], "REPA's form has kernel_act silu alone"),
+        ([tiny_run, out, "--model", "SiT-Tiny/2"], "--model SiT-Tiny/2 is for files of published weights"),
+        ([tiny_run, out, "--path", "gvp"], "--path is for files of published weights"),
+        ([tiny_run, out, "--ema", "0.5"], "has no average of decay 0.5"),
+        ([source, out, "--model", "SiT-Tiny/2", "--class-names", tmp_path / "nowhere"], "nowhere"),
+    ]:
+        assert message in fails(main, argv), argv
+    assert not out.exists() and not (tmp_path / "b.pt").exists()
+
+
+@pytest.mark.parametrize("command", [CONVERT, "sample/generate.py"])
+def test_no_code_is_run(fails, tmp_path, command):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    torch.save({"ema": small("atconv").state_dict(), "args": Payload()}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Payload(), protocol=2))
+    for path in (tmp_path / "a.pt", tmp_path / "b.pt"):
+        argv = [path, tmp_path / "out"] if command == CONVERT else ["--ckpt", path, "--out", tmp_path / "out"]
+        assert "could run code" in fails(load_command(command).main, argv)
+    assert not (tmp_path / "owned").exists() and not (tmp_path / "out").exists()
