@@ -15,7 +15,8 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors():
         from sit_atconv.checkpointing.weights import locate_weights
 
-        locate_weights(options["ckpt"], options["ema"], options["model"])  # answers before torch is imported
+        source = {name: options[name] for name in ("ema", "model", "vae")}
+        locate_weights(options["ckpt"], **source)  # answers before torch is imported
         from sit_atconv.generation import GenerateOptions, generate_samples
 
         folder, manifest = generate_samples(GenerateOptions(**options))

@@ -89,5 +89,41 @@ def save_loss_curves(stats: Sequence[dict], path: Path, title: str) -> None:
     _save(figure, path)
 
 
+def save_solver_curves(points: Sequence[dict], path: Path, title: str) -> None:
+    """Frechet distance against evaluations: a panel for each shift of the grid, a line for each solver.
+
+    Args:
+        points: those of `solver_quality`, the baseline first, whose two standard errors are drawn as a band.
+        path: where the PNG goes.
+        title: what to say above.
+    """
+    baseline, points = points[0], points[1:]
+    shifts = sorted({point["shift"] for point in points})
+    solvers = list(dict.fromkeys(point["solver"] for point in points))
+    figure = Figure(figsize=(1.2 + 4.4 * max(1, len(shifts)), 4.2), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, max(1, len(shifts)), sharey=True))
+    low, high = (baseline["distance"] + sign * 2 * baseline["error"] for sign in (-1, 1))
+    for axes, shift in zip(panels, shifts, strict=False):
+        axes.axhspan(max(low, 1e-3), high, color="0.85", label=f"Euler, {baseline['steps']} steps: 2 standard errors")
+        for number, solver in enumerate(solvers):
+            line = sorted((p["evaluations"], p["distance"], p["error"]) for p in points
+                          if (p["solver"], p["shift"]) == (solver, shift))
+            if line:
+                axes.errorbar(*zip(*line, strict=True), fmt="o-", markersize=3.5, linewidth=1.3, capsize=2,
+                              color=colormaps["tab10"](number), label=solver)
+        axes.set_title(f"shift {shift:g}", fontsize=9)
+        axes.set_xlabel("evaluations of the model")
+        for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+            scale("log")
+            axis.set_major_locator(LogLocator(subs=(1, 2, 4)))
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("Frechet distance")
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    _save(figure, path)
+
+
 def _save(figure: Figure, path: Path) -> None:
     write_aside(path, lambda partial: figure.savefig(partial, dpi=120))

@@ -146,3 +146,19 @@ def frechet_distance(generated: Tensor, real: Tensor) -> float:
         for features in (generated.double().numpy(), real.double().numpy())
     ]
     return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+
+
+def frechet_jackknife(generated: Tensor, real: Tensor, groups: int = 20) -> tuple[float, float]:
+    """The Frechet distance and its standard error for the draw of the samples, by a delete-a-group jackknife.
+
+    Group g holds samples g, g + groups, ...: where labels are balanced, every class in nearly equal parts.
+
+    Raises:
+        ValueError: fewer samples than two a group.
+    """
+    if len(generated) < 2 * groups:
+        raise ValueError(f"{len(generated)} samples are too few for {groups} groups of two")
+    group = torch.arange(len(generated)) % groups
+    without = torch.tensor([frechet_distance(generated[group != g], real) for g in range(groups)]).double()
+    error = (without - without.mean()).square().sum().mul((groups - 1) / groups).sqrt()
+    return frechet_distance(generated, real), error.item()

@@ -103,9 +103,8 @@ def test_last_steps_by_hand():
 
 @pytest.mark.parametrize(("path", "form", "solver"), product(["linear", "gvp", "vp"], DIFFUSION_FORMS, SDE_SOLVERS))
 def test_everything_is_finite_in_float32(path, form, solver):
-    noise = torch.randn(64, 1, 2, 2)
+    noise, interpolant = torch.randn(64, 1, 2, 2), get_interpolant(path)
     for last_step in ("none", "mean", "tweedie", "euler"):
-        interpolant = get_interpolant(path)
         x = sample_sde(lambda x, t: interpolant.velocity(x.new_full((), 0.3), x, t), noise, interpolant, solver=solver,
                        num_steps=50, diffusion_form=form.upper(), last_step=last_step)
         assert x.dtype == torch.float32 and x.isfinite().all()
@@ -130,8 +129,8 @@ def test_noise_comes_from_the_stream_and_never_twice(solver):
 
     noise, increments, x = run(range(7))
     assert len(increments) == 4
-    everything = torch.cat([noise[None], increments]).flatten(2).movedim(0, 1).flatten(0, 1)  # of all samples, all draws
-    assert len(everything.unique(dim=0)) == 7 * 5
+    draws = torch.cat([noise[None], increments]).flatten(2).flatten(0, 1)  # of all times and samples
+    assert len(draws.unique(dim=0)) == 5 * 7
     alone = run([5])
     assert torch.equal(alone[1][:, 0], increments[:, 5]) and torch.equal(alone[2][0], x[5])
 
