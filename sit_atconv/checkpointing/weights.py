@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sit_atconv import __version__
-from sit_atconv.files import PARTIAL, sha256_of
+from sit_atconv.files import PARTIAL, check_room, sha256_of
 
 if TYPE_CHECKING:  # finding weights must not wait for torch: it is imported where it is used
     from sit_atconv.models import SiT
@@ -89,8 +89,10 @@ def export_weights(weights: Weights, folder: Path) -> None:
     """`save_weights` beside the folder and then into its place, which must be free.
 
     Raises:
+        ValueError: the disk has too little room.
         OSError: it cannot be written; nothing is left behind.
     """
+    check_room(folder, sum(p.nbytes for p in weights.model.parameters()))
     partial = folder.with_name(PARTIAL + folder.name)
     shutil.rmtree(partial, ignore_errors=True)
     try:
