@@ -268,6 +268,8 @@ def _given_labels(options: GenerateOptions, class_names: list[str]) -> tuple[lis
 def _latent_size(options: GenerateOptions, codec: Codec, config) -> tuple[int, int]:
     if not options.size:
         return config.input_size, config.input_size
+    if len(options.size) > 2:
+        raise ValueError(f"size takes one side or two, not {len(options.size)}")
     unit = codec.downsample * config.patch_size
     for side in options.size:
         if side % unit:

@@ -170,10 +170,10 @@ def _die_before_index():
     LatentFolder.write_index = _kill
 
 
-def _limit_file_size():
+def _limit_file_size(size: int):
     import resource
 
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def _make_third_loss_nan():
@@ -217,7 +217,8 @@ DEATHS = {
     "before the second renaming": functools.partial(_die_at_replace, 2, before=True),
     "after the second renaming": functools.partial(_die_at_replace, 2, before=False),
     "before the index": _die_before_index,
-    "files of 100 kB are too large": _limit_file_size,
+    "files of 100 kB are too large": functools.partial(_limit_file_size, 100_000),
+    "files of 1 kB are too large": functools.partial(_limit_file_size, 1000),
     "the third loss is not a number": _make_third_loss_nan,
     "the second process sees no checkpoint": _hide_checkpoints,
     "the tracker fails": _break_tracker,

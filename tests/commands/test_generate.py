@@ -1,13 +1,22 @@
 """The sampling command: what it writes, that sample i is sample i, and its errors."""
 
+import argparse
+import itertools
 import json
+import os
+import re
+import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from sit_atconv.files import exclusive
 from tests.conftest import ROOT, load_command, python
+from tests.models.test_sit import randomised
 
 GENERATE = "sample/generate.py"
 
@@ -34,21 +43,96 @@ def test_what_it_writes(samples, tiny_run):
     manifest = json.loads((samples / "manifest.json").read_text())
     assert manifest["complete"] and len(manifest["labels"]) == 20 and manifest["step"] == 4
     assert manifest["settings"]["cfg"] == 2 and manifest["settings"]["seed"] == 0
-    assert {"weights", "uint8_rule", "solver", "steps", "dtype"} <= set(manifest["settings"])
+    assert {"weights", "uint8_rule", "solver", "steps", "dtype", "labels", "codec"} <= set(manifest["settings"])
+    assert manifest["evaluations"] == 6 and manifest["forwards"] == 12  # Heun 3, both branches
+    assert {"sit_atconv", "torch", "diffusers"} <= set(manifest["versions"])
     assert min(Image.open(samples / "grid.png").size) > 100
     assert not [path for path in samples.rglob("*") if "partial" in path.name]
+
+
+def assert_same_samples(folder, expected):
+    """Settings and labels alike, images within one grey level on at most 0.1% of values."""
+    manifests = [json.loads((path / "manifest.json").read_text()) for path in (folder, expected)]
+    assert manifests[0]["complete"]
+    assert manifests[0]["labels"] == manifests[1]["labels"] and manifests[0]["settings"] == manifests[1]["settings"]
+    a, b = (np.load(path / "samples.npz")["arr_0"].astype(int) for path in (folder, expected))
+    assert a.shape == b.shape and np.abs(a - b).max() <= 1 and (a != b).mean() <= 1e-3
+    for i in range(len(a)):
+        with Image.open(folder / "images" / f"{i:06d}.png") as image:
+            assert np.array_equal(np.array(image), a[i])
+
+
+@pytest.fixture(scope="module")
+def sde_samples(launch, tiny_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("samples") / "sde"
+    codes, output = launch(GENERATE, [*options(tiny_run, out), "--solver", "sde-heun", "--steps", 4])
+    assert codes == [0], output
+    return out
 
 
 @pytest.mark.parametrize(("batch_size", "processes"), [(1, 1), (7, 1), (7, 2)])
 def test_samples_do_not_depend_on_batch_or_processes(launch, samples, tiny_run, tmp_path, batch_size, processes):
     codes, output = launch(GENERATE, options(tiny_run, tmp_path / "out", "--batch-size", batch_size), processes)
     assert codes == [0] * processes, output
-    images, expected = (np.load(folder / "samples.npz")["arr_0"].astype(int) for folder in (tmp_path / "out", samples))
-    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (tmp_path / "out", samples)]
-    assert manifests[0]["labels"] == manifests[1]["labels"] and manifests[0]["settings"] == manifests[1]["settings"]
-    assert np.abs(images - expected).max() <= 1 and (images != expected).mean() <= 1e-3
-    if processes == 2:
-        assert manifests[0]["processes"] == 2
+    assert_same_samples(tmp_path / "out", samples)
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["processes"] == processes
+
+
+def test_nor_do_those_of_an_sde(launch, sde_samples, tiny_run, tmp_path):
+    argv = [*options(tiny_run, tmp_path / "out", "--batch-size", 7), "--solver", "sde-heun", "--steps", 4]
+    codes, output = launch(GENERATE, argv, 2)
+    assert codes == [0, 0], output
+    assert_same_samples(tmp_path / "out", sde_samples)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_over_and_over(launch, sde_samples, tiny_run, tmp_path, processes):
+    """Five times, as drawn over the work: the same command completes what is there."""
+    argv = [*options(tiny_run, tmp_path / "out", "--batch-size", 2), "--solver", "sde-heun", "--steps", 4]
+    written = []
+    for _ in range(5):
+        missing = 20 - len(list((tmp_path / "out" / "images").glob("0*.png"))) if written else 20
+        at = int(np.random.default_rng(len(written)).integers(0, max(1, missing // processes - 2)))
+        codes, output = launch(GENERATE, argv, processes, kill_at=at)
+        assert codes == [-9] * processes, output
+        written.append(len(list((tmp_path / "out" / "images").glob("0*.png"))))
+    assert written == sorted(written) and written[-1] > 0
+    codes, output = launch(GENERATE, argv, processes)
+    assert codes == [0] * processes, output
+    assert_same_samples(tmp_path / "out", sde_samples)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_before_each_write(launch, sde_samples, tiny_run, tmp_path, processes):
+    argv = [*options(tiny_run, tmp_path / "out", "--batch-size", 4, "--num-samples", 8), "--solver", "sde-heun",
+            "--steps", 4, "--latents"]
+    whole = [*options(tiny_run, tmp_path / "whole", "--num-samples", 8), "--solver", "sde-heun", "--steps", 4]
+    codes, output = launch(GENERATE, whole)
+    assert codes == [0], output
+    for number in itertools.count(1):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        codes, output = launch(GENERATE, argv, processes, die=number)
+        if codes == [0] * processes:
+            break
+        assert -9 in codes, output
+        codes, output = launch(GENERATE, argv, processes)
+        assert codes == [0] * processes, (number, output)
+        assert_same_samples(tmp_path / "out", tmp_path / "whole")
+        assert not list((tmp_path / "out").rglob(".partial*")), number
+    assert number > 30
+
+
+def test_a_kill_while_a_file_is_written(launch, samples, tiny_run, tmp_path):
+    for death in ("before the second renaming", "after the second renaming"):
+        out = tmp_path / death
+        codes, _ = launch(GENERATE, options(tiny_run, out), die=death)
+        assert codes == [-9]
+        codes, output = launch(GENERATE, options(tiny_run, out))
+        assert codes == [0], output
+        assert_same_samples(out, samples)
+        assert not list(out.rglob(".partial*"))
 
 
 @pytest.mark.slow
@@ -86,6 +170,83 @@ def test_classes_balanced_labels_and_the_default_folder(launch, tiny_run):
     assert len(set(labels[0])) == 5 and labels[1] == [3, 7, 3, 7, 3]
 
 
+def test_labels_of_a_file_and_classes_by_name(launch, tiny_run, tmp_path):
+    (tmp_path / "labels.txt").write_text("\n".join(str(label) for label in (5, 5, 1, 9, 0, 2, 2)))
+    argv = ["--ckpt", tiny_run, "--num-samples", 5, "--steps", 1, "--labels", tmp_path / "labels.txt"]
+    names = json.loads(next(tiny_run.glob("checkpoints/*/ema/recipe.json")).read_text())["class_names"]
+    for more, expected in ((["--out", tmp_path / "a"], [5, 5, 1, 9, 0]),
+                           (["--out", tmp_path / "b", "--classes", names[8], "4"], [8, 4, 8, 4, 8])):
+        codes, output = launch(GENERATE, [*argv, *more])
+        assert codes == [0], output
+        assert json.loads((more[1] / "manifest.json").read_text())["labels"] == expected
+
+
+def test_latents_are_what_was_decoded_and_the_npz_may_be_left_out(launch, samples, tiny_run, tmp_path):
+    out = tmp_path / "out"
+    codes, output = launch(GENERATE, options(tiny_run, out, "--latents", "--no-npz"))
+    assert codes == [0] and not (out / "samples.npz").exists() and str(out / "images") in output, output
+    for i in (0, 19):
+        latent = np.load(out / "latents" / f"{i:06d}.npy")
+        assert latent.shape == (1, 8, 8) and latent.dtype == np.float32
+        pixels = np.clip(127.5 * latent + 128, 0, 255).astype(np.uint8)
+        assert np.array_equal(np.array(Image.open(out / "images" / f"{i:06d}.png"))[..., 0], pixels[0])
+    (out / "latents" / "000007.npy").unlink()
+    codes, output = launch(GENERATE, options(tiny_run, out, "--latents"))  # the npz may come later
+    assert codes == [0] and (out / "latents" / "000007.npy").exists(), output
+    assert_same_samples(out, samples)
+
+
+def test_size_interval_schedule_weak_model_and_times(launch, tiny_run, tmp_path):
+    argv = ["--ckpt", tiny_run, "--num-samples", 3, "--cfg", 3, "--interval", 0.3, 0.8, "--weak", tiny_run, "--no-npz",
+            "--cfg-schedule", "cosine", "--times", 0, 0.2, 0.5, 1, "--size", 8, 12, "--dtype", "bf16"]
+    codes, output = launch(GENERATE, argv)
+    assert codes == [0], output
+    folder = next(path for path in (tiny_run / "samples").iterdir() if "weak" in path.name)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert re.fullmatch(r"step0000004-cfg3-cosine-0.3to0.8-weak\w{8}-euler0_0.2_0.5_1-random-seed0-n3-8x12-bf16",
+                        folder.name)
+    assert Image.open(folder / "images" / "000000.png").size == (12, 8)
+    assert manifest["evaluations"] == 3 and manifest["forwards"] == 4  # at t = 0.5 the weak model too
+    assert manifest["settings"]["weak"] == manifest["settings"]["weights"]
+
+
+def test_published_weights(launch, tmp_path, vae, fails):
+    """A file in SiT's form goes straight in, and its samples lie beside it."""
+    model = randomised(input_size=8, num_classes=5)
+    torch.save({"model": {}, "ema": model.state_dict(), "args": argparse.Namespace(num_classes=5)}, tmp_path / "sit.pt")
+    argv = ["--ckpt", tmp_path / "sit.pt", "--vae", vae, "--num-samples", 2, "--steps", 1]
+    assert "--model" in fails(load_command(GENERATE).main, argv)
+    assert "attn.qkv.weight" in fails(load_command(GENERATE).main, [*argv, "--model", "SiT-Tiny/2"])
+
+
+def test_the_disk_is_checked_before_anything_is_written(launch, tiny_run, tmp_path, monkeypatch, fails):
+    main = load_command(GENERATE).main
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**6))
+    error = fails(main, ["--ckpt", tiny_run, "--num-samples", 5000, "--out", tmp_path / "out"])
+    assert f"{tmp_path / 'out'} needs 1.9 MB and its disk has 1.0 MB free" in error
+    assert not (tmp_path / "out").exists()
+    main(["--ckpt", str(tiny_run), "--num-samples", "2", "--steps", "1", "--out", str(tmp_path / "out")])
+
+
+def test_a_full_disk_keeps_what_was_generated(launch, samples, tiny_run, tmp_path):
+    """Files of more than 1000 bytes are refused: PNGs are smaller, the npz is not."""
+    out = tmp_path / "out"
+    codes, output = launch(GENERATE, options(tiny_run, out), die="files of 1 kB are too large")
+    assert codes == [1] and "samples.npz cannot be written" in output and "Traceback" not in output
+    assert len(list((out / "images").glob("0*.png"))) == 20 and not (out / "samples.npz").exists()
+    codes, output = launch(GENERATE, options(tiny_run, out))
+    assert codes == [0], output
+    assert_same_samples(out, samples)
+
+
+def test_two_commands_do_not_write_to_one_folder(launch, samples, tiny_run, fails):
+    (samples / "samples.npz").rename(samples / "aside")
+    with exclusive(samples):  # by this process, which may not lock it twice
+        codes, output = launch(GENERATE, options(tiny_run, samples))
+    (samples / "aside").rename(samples / "samples.npz")
+    assert codes == [1] and f"in use by process {os.getpid()}" in output
+
+
 def test_as_typed_from_another_folder(tiny_run, tmp_path):
     command = python(ROOT / GENERATE, "--ckpt", tiny_run, "--cfg", "4.0", "--num-samples", 2, "--out", "s")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -110,6 +271,16 @@ def test_errors_name_value_and_remedy(fails, tiny_run, tmp_path, monkeypatch):
         (["--ckpt", tiny_run, "--cfg", "nan"], "'nan' is not a finite number"),
         (["--ckpt", tiny_run, "--steps", "0"], "'0' is not a whole number of at least 1"),
         (["--ckpt", tiny_run, "--solver", "rk9"], "rk9"),
+        (["--ckpt", tiny_run, "--classes"], "expected at least one argument"),
+        (["--ckpt", tiny_run, "--classes", "walrus"], "there is no class 'walrus'"),
+        (["--ckpt", tiny_run, "--labels", "sorted"], "labels sorted cannot be read"),
+        (["--ckpt", tiny_run, "--size", "9"], "size 9 is not divisible by 2"),
+        (["--ckpt", tiny_run, "--size", "8", "8", "8"], "size takes one side or two, not 3"),
+        (["--ckpt", tiny_run, "--interval", "0.8", "0.3"], "not [0.8, 0.3]"),
+        (["--ckpt", tiny_run, "--times", "0", "1", "0.5"], "not [0.0, 1.0, 0.5]"),
+        (["--ckpt", tiny_run, "--model", "SiT-XL/2"], "--model SiT-XL/2 is for files"),
+        (["--ckpt", tiny_run, "--ema", "0.5"], "no average of decay 0.5"),
+        (["--ckpt", tiny_run, "--weak", tmp_path / "nowhere"], "neither a folder here"),
         ([], "--ckpt"),
     ]:
         assert message in fails(main, [*argv, *(["--out", out] if argv else [])])

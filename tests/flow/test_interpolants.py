@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sit_atconv.flow import as_velocity, get_interpolant
+from sit_atconv.flow.interpolants import DIFFUSION_FORMS
 from tests.conftest import relative_error
 
 NAMES = ["linear", "gvp", "vp"]
@@ -97,6 +98,55 @@ def test_intervals_are_sits():
     assert get_interpolant("linear").interval("noise") == (1e-3, 1 - 1e-3)
 
 
+DIFFUSIONS = {  # w(t) by hand, with norm 0.7
+    "constant": lambda t, sbdm, sigma: 0.7,
+    "SBDM": lambda t, sbdm, sigma: 0.7 * sbdm,
+    "sigma": lambda t, sbdm, sigma: 0.7 * sigma,
+    "linear": lambda t, sbdm, sigma: 0.7 * (1 - t),
+    "decreasing": lambda t, sbdm, sigma: 0.25 * (0.7 * math.cos(math.pi * t) + 1) ** 2,
+    "increasing-decreasing": lambda t, sbdm, sigma: 0.7 * math.sin(math.pi * t) ** 2,
+}
+SBDM = {  # alpha' / alpha sigma^2 - sigma sigma', worked out; of VP it is half of beta(t)
+    "linear": lambda t: (1 - t) / t,
+    "gvp": lambda t: math.pi / 2 / math.tan(math.pi * t / 2),
+    "vp": lambda t: (0.1 + (1 - t) * 19.9) / 2,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", DIFFUSIONS)
+def test_diffusion_forms_equal_closed_forms(name, form, pair):
+    path, x = get_interpolant(name), pair[0]
+    sigma = {"linear": lambda t: 1 - t, "gvp": lambda t: math.cos(math.pi * t / 2),
+             "vp": lambda t: path.sigma(torch.tensor(t, dtype=torch.float64)).item()}[name]
+    times = [0.05, 0.3, 0.5, 0.7, 0.95]
+    expected = [DIFFUSIONS[form](t, SBDM[name](t), sigma(t)) for t in times]
+    together = path.diffusion(x, torch.tensor(times, dtype=torch.float64), form, 0.7)
+    assert together.shape == (5, 1, 1, 1)
+    torch.testing.assert_close(together.flatten(), torch.tensor(expected, dtype=torch.float64))
+    for t, value in zip(times, expected, strict=True):
+        alone = path.diffusion(x, torch.tensor(t, dtype=torch.float64), form.lower(), 0.7)
+        assert alone.ndim == 0 and alone.item() == pytest.approx(value) == path.diffusion(x, t, form, 0.7).item()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", DIFFUSION_FORMS)
+def test_drift_of_the_sde_is_finite_on_its_interval(name, form, pair):
+    data, noise = pair
+    path = get_interpolant(name)
+    for t in path.interval(diffusion_form=form):
+        t = torch.tensor(t, dtype=torch.float64)
+        x, v = path.interpolate(data, noise, t), path.velocity(data, noise, t)
+        assert (v + path.diffusion(x, t, form) * path.score_from_velocity(v, x, t)).isfinite().all()
+
+
+def test_intervals_of_sdes_are_sits():
+    linear, vp = get_interpolant("linear"), get_interpolant("vp")
+    assert linear.interval(diffusion_form="sigma") == (0.0, 1 - 1e-3)
+    assert linear.interval(diffusion_form="SBDM") == linear.interval("data", diffusion_form="sigma") == (1e-3, 1 - 1e-3)
+    assert vp.interval(diffusion_form="sbdm") == (0.0, 1 - 1e-3)
+
+
 def test_as_velocity_keeps_the_null_label():
     class Model:
         null_label = 7
@@ -109,5 +159,7 @@ def test_as_velocity_keeps_the_null_label():
 def test_unknown_names():
     with pytest.raises(ValueError, match="'cosine'"):
         get_interpolant("cosine")
+    with pytest.raises(ValueError, match="'cubic'"):
+        get_interpolant("linear").diffusion(torch.zeros(1), 0.5, "cubic")
     with pytest.raises(ValueError, match="'flow'"):
         as_velocity(None, get_interpolant("linear"), "flow")

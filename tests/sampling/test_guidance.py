@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sit_atconv.sampling import guided, sample_ode
+from sit_atconv.sampling import guidance_schedule, guided, sample_ode
 from tests.models.test_sit import randomised
 
 X, T, Y = torch.randn(3, 4, 8, 8), torch.tensor(0.3, dtype=torch.float64), torch.tensor([1, 2, 3])
@@ -62,6 +62,26 @@ def test_interval_is_closed_below_and_open_above_but_for_the_end(model):
 def test_scale_may_depend_on_time(model):
     schedule = guided(model, Y, cfg=lambda t: 1 + 5 * t)
     torch.testing.assert_close(schedule(X, T), guided(model, Y, cfg=2.5)(X, T), rtol=1e-5, atol=1e-5)
+
+
+def test_half_of_the_steps_in_an_interval_of_half():
+    counting = Counting(randomised())
+    sample_ode(guided(counting, Y, cfg=4.0, interval=(0.3, 0.8)), X, solver="euler", num_steps=50)
+    assert sorted(counting.batches) == [3] * 25 + [6] * 25
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_schedules_rise_from_one_and_keep_the_scale_on_average(name):
+    scale = guidance_schedule(name, 4.0)
+    values = [scale(i / 1000) for i in range(1001)]
+    assert values[0] == 1 and values == sorted(values) and sum(values) / 1001 == pytest.approx(4.0)
+    assert guidance_schedule("linear", 4.0)(0.25) == 2.5 and guidance_schedule("cosine", 4.0)(0.5) == pytest.approx(4.0)
+
+
+def test_a_constant_schedule_is_the_scale_itself():
+    assert guidance_schedule("constant", 4.0) == 4.0 and guidance_schedule("linear", 1.0) == 1.0
+    with pytest.raises(ValueError, match="'steep'"):
+        guidance_schedule("steep", 4.0)
 
 
 def test_times_may_differ_within_the_batch(model):

@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+from sit_atconv.flow import as_velocity, get_interpolant
+from sit_atconv.sampling import Counted, Sampler, SampleStream, guided, sample_ode, sample_sde, time_grid
+from tests.models.test_sit import randomised
+
+Y = torch.tensor([1, 2, 3])
+NOISE = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+EVALUATIONS = {"euler": 6, "heun": 12, "unipc": 6, "dpm++": 6, "sde-euler": 6, "sde-heun": 11}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return randomised()
+
+
+@pytest.mark.parametrize(("solver", "evaluations"), EVALUATIONS.items())
+def test_evaluations_are_counted(model, solver, evaluations):
+    counted = Counted(model)
+    Sampler(cfg=3.0, solver=solver, steps=6)(counted, NOISE, Y)
+    assert (counted.evaluations, counted.samples) == (evaluations, evaluations * 6)
+    counted = Counted(model)
+    Sampler(cfg=1.0, solver=solver, steps=6)(counted, NOISE, Y)
+    assert (counted.evaluations, counted.samples) == (evaluations, evaluations * 3)
+
+
+def test_settings_reach_guidance_and_solver(model):
+    velocity = guided(model, Y, cfg=3.0, channels=3, interval=(0.2, 0.9))
+    expected = sample_ode(velocity, NOISE, solver="heun", times=time_grid(5, shift=2.0))
+    sampler = Sampler(cfg=3.0, cfg_channels=3, interval=(0.2, 0.9), solver="heun", steps=5, shift=2.0)
+    assert torch.equal(sampler(model, NOISE, Y), expected)
+    times = (0.0, 0.1, 0.5, 1.0)
+    expected = sample_ode(guided(model, Y, cfg=lambda t: 1 + 2 * 2 * t), NOISE, times=times)
+    assert torch.equal(Sampler(cfg=3.0, cfg_schedule="linear", times=times)(model, NOISE, Y), expected)
+
+
+def test_settings_reach_the_sde(model):
+    path, streams = get_interpolant("gvp"), [SampleStream(0, range(3)) for _ in range(2)]
+    expected = sample_sde(guided(model, Y, cfg=2.0), NOISE, path, solver="heun", num_steps=7, diffusion_form="linear",
+                          diffusion_norm=0.5, last_step="tweedie", last_step_size=0.1, randn=streams[0].randn_like)
+    sampler = Sampler(cfg=2.0, solver="sde-heun", steps=7, diffusion_form="linear", diffusion_norm=0.5,
+                      last_step="tweedie", last_step_size=0.1)
+    assert torch.equal(sampler(model, NOISE, Y, path="gvp", randn=streams[1].randn_like), expected)
+
+
+@pytest.mark.parametrize("prediction", ["noise", "score", "data"])
+@pytest.mark.parametrize("path", ["linear", "gvp", "vp"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "sde-euler"])
+def test_every_prediction_is_sampled_where_it_is_finite(model, path, prediction, solver):
+    x = Sampler(cfg=1.0, solver=solver, steps=20)(model, NOISE, Y, path=path, prediction=prediction)
+    assert x.isfinite().all()
+    grid = Sampler(solver=solver).grid(path, prediction)
+    t0, t1 = get_interpolant(path).interval(prediction)
+    assert grid[0] == t0 and grid[-1] == (1.0 if solver == "sde-euler" else t1)
+
+
+def test_a_weak_model_guides(model):
+    weak = randomised(depth=1)
+    path = get_interpolant("linear")
+    expected = sample_ode(guided(model, Y, cfg=2.0, weak=as_velocity(weak, path)), NOISE, num_steps=4)
+    assert torch.equal(Sampler(cfg=2.0, steps=4)(model, NOISE, Y, weak=weak), expected)
+
+
+@pytest.mark.parametrize(("options", "model_options", "message"), [
+    (dict(interval=(0.8, 0.3)), {}, r"interval must be .* not \[0\.8, 0\.3\]"),
+    (dict(interval=(0.3, 1.2)), {}, r"not \[0\.3, 1\.2\]"),
+    (dict(solver="unipc"), dict(path="gvp"), "unipc is right on the linear path alone.* gvp: use one of euler, heun"),
+    (dict(solver="dpm++"), dict(path="vp"), "sde-heun"),
+    (dict(cfg=2.0), dict(null_label=None), r"cfg = 2\.0 needs a null label"),
+    (dict(cfg_schedule="linear"), dict(null_label=None), "cfg = a schedule needs a null label"),
+    (dict(times=(0.0, 1.1)), {}, r"\[0, 1\].*1\.1"),
+    (dict(times=(0.0, 1.0)), dict(prediction="noise"), r"\[0\.001, 0\.999\]"),
+    (dict(times=(0.0, 0.5, 1.0), solver="heun"), dict(path="vp"), r"\[0, 0\.999\]"),
+    (dict(solver="sde-euler", last_step_size=1.0), {}, r"last_step_size must lie between 0 and 1, not 1\.0"),
+])
+def test_what_does_not_suit_is_an_error(options, model_options, message):
+    with pytest.raises(ValueError, match=message):
+        Sampler(**options).check(**(dict(path="linear", prediction="velocity", null_label=10) | model_options))
+
+
+def test_what_suits_is_none():
+    Sampler(solver="unipc", interval=(0.3, 0.8)).check("linear", "data", 10)
+    Sampler(times=(0.0, 0.5, 1.0)).check("vp", "velocity", 10)  # Euler evaluates at 0 and 0.5
+    Sampler(solver="sde-euler").check("vp", "noise", None, weak=True)
