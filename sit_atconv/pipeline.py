@@ -260,6 +260,8 @@ def export_pipeline(weights: Weights, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         pipeline.save_pretrained(partial)
+        for path in partial.rglob("*.safetensors"):
+            path.chmod((partial / "model_index.json").stat().st_mode)  # safetensors leaves it to its owner alone
         os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -284,5 +284,6 @@ def test_an_export_is_whole_or_not_there(vae, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     export_pipeline(weights_of(codec), folder)
     assert list(tmp_path.iterdir()) == [folder]
+    assert len({path.stat().st_mode for path in folder.rglob("*.*")}) == 1
     with pytest.raises(ValueError, match="is there already"):
         export_pipeline(weights_of(codec), folder)
