@@ -1,0 +1,267 @@
+"""The model as a diffusers pipeline: schedulers, devices, offloading, saving and the hub are those of diffusers."""
+
+import difflib
+import inspect
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_module
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    ImagePipelineOutput,
+    SchedulerMixin,
+)
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import snapshot_download
+from torch import Tensor
+
+from sit_atconv.checkpointing.weights import Weights
+from sit_atconv.data.codecs import open_codec
+from sit_atconv.data.pixels import to_pil, to_uint8
+from sit_atconv.files import PARTIAL
+from sit_atconv.flow import as_velocity, get_interpolant
+from sit_atconv.models.sit import SiT
+from sit_atconv.sampling import guided
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class SiTPipeline(DiffusionPipeline):
+    """Class labels to images, with any flow scheduler of diffusers.
+
+    Schedulers go from sigma = 1 (noise) to sigma = 0 (data) along noise - data: t = 1 - sigma, and minus our velocity.
+
+    Args:
+        transformer: the model.
+        scheduler: FlowMatchEuler, FlowMatchHeun, or one such as UniPC and DPM++ with flow sigmas.
+        vae: what decodes its latents; None in pixel space.
+        prediction: what the model's output stands for: "velocity", "noise", "score" or "data".
+        interpolant: the path it was trained on, "linear".
+        id2label: class names by label, {"0": "tench", ...}. (A list would pass for a component when loaded.)
+
+    Raises:
+        ValueError: another path than the linear one, or a scheduler that is not set up for flows.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        transformer: SiT,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | None = None,
+        prediction: str = "velocity",
+        interpolant: str = "linear",
+        id2label: dict[str, str] | None = None,
+    ):
+        super().__init__()
+        if interpolant != "linear":
+            raise ValueError(f"schedulers of diffusers know the linear path alone, and the model was trained on "
+                             f"{interpolant!r}: sample it with sample/generate.py")
+        check_scheduler(scheduler)
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_to_config(prediction=prediction, interpolant=interpolant, id2label=id2label)
+
+    @classmethod
+    def download(
+        cls,
+        pretrained_model_name: str,
+        *,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        force_download: bool = False,
+        local_files_only: bool | None = None,
+        token: str | bool | None = None,
+        **ignored,
+    ) -> str:
+        """A hub id to its folder on this disk. (diffusers' own refuses models that are not of its libraries.)"""
+        return snapshot_download(
+            pretrained_model_name, revision=revision, cache_dir=cache_dir, force_download=force_download,
+            local_files_only=bool(local_files_only), token=token, allow_patterns=["*.json", "*.safetensors"],
+        )
+
+    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None):
+        """As diffusers', but an ATConv comes as a whole: it reads the weight of a layer that it does not call."""
+        super().enable_sequential_cpu_offload(gpu_id, device)
+        remove_hook_from_module(self.transformer, recurse=True)
+        cpu_offload(self.transformer, self._offload_device, offload_buffers=True, preload_module_classes=["ATConv"])
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str],
+        guidance_scale: float = 4.0,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        height: int | None = None,
+        width: int | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """
+        Args:
+            class_labels: one label or several, each a number or a name.
+            guidance_scale: 1 is off.
+            num_inference_steps: the scheduler's steps, uniform in t where it takes sigmas; its own grid elsewhere.
+            generator: of the noise, one for all images or one for each.
+            guidance_interval: guidance is on where lo <= t < hi.
+            height, width: of the images, in pixels; None is the size seen in training.
+            latents: the noise itself (B, C, h, w).
+            output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1]; "latent" (B, C, h, w) undecoded.
+            return_dict: whether the images come in an `ImagePipelineOutput` or in a tuple.
+
+        Raises:
+            ValueError: unknown labels, sizes that do not fit, guidance without a null label, or a scheduler that is
+                not set up for flows.
+        """
+        check_scheduler(self.scheduler)
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, not {output_type!r}")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, not {num_inference_steps}")
+        device = self._execution_device
+        y = torch.tensor(self.label_ids(class_labels), device=device)
+        x = self._noise((len(y), *self._latent_shape(height, width)), generator, latents, device)
+        interpolant, prediction = get_interpolant(self.config.interpolant), self.config.prediction
+        model = as_velocity(self.transformer, interpolant, prediction)
+        velocity = guided(model, y, cfg=guidance_scale, interval=guidance_interval)
+
+        t0, t1 = interpolant.interval(prediction)
+        self._set_timesteps(num_inference_steps, t0, t1)
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        options = {"generator": generator} if takes_generator else {}
+        for i, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            t = round(1 - self.scheduler.sigmas[i].item(), 6)  # timesteps may be integers, and sigmas are float32
+            t = torch.tensor(min(max(t, t0), t1), dtype=torch.float64)
+            x = self.scheduler.step(-velocity(x, t), timestep, x, return_dict=False, **options)[0]
+
+        images = x if output_type == "latent" else self._decode(x)
+        self.maybe_free_model_hooks()
+        if output_type == "pil":
+            images = [to_pil(image) for image in to_uint8(images).cpu()]
+        elif output_type != "latent":
+            images = (images / 2 + 0.5).clamp(0, 1)
+        if output_type == "np":
+            images = images.permute(0, 2, 3, 1).cpu().numpy()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def downsample(self) -> int:
+        """Pixels for each latent, along a side."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def label_ids(self, class_labels: int | str | Sequence[int | str]) -> list[int]:
+        """Labels, by number or name, as numbers. ValueError: out of range, or not a name; the message has near ones."""
+        if isinstance(class_labels, (int, str)):
+            class_labels = [class_labels]
+        return [self._label_of_name(label) if isinstance(label, str) else self._checked(label)
+                for label in class_labels]
+
+    def _label_of_name(self, name: str) -> int:
+        labels = {name: int(label) for label, name in (self.config.id2label or {}).items()}
+        if name not in labels:
+            near = difflib.get_close_matches(name, labels, n=3, cutoff=0.3) or list(labels)[:3]
+            raise ValueError(f"there is no class {name!r}; " + (f"near it: {', '.join(near)}" if near else
+                                                                 "the model's classes have no names"))
+        return labels[name]
+
+    def _checked(self, label: int) -> int:
+        num_classes = self.transformer.config.num_classes
+        if not 0 <= label < num_classes:
+            raise ValueError(f"class {label} is out of range: the model knows 0 ... {num_classes - 1}")
+        return int(label)
+
+    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        config = self.transformer.config
+        unit = self.downsample * config.patch_size
+        height, width = (config.input_size * self.downsample if side is None else side for side in (height, width))
+        if height % unit or width % unit:
+            raise ValueError(f"images of {height}x{width} are not possible: sides must be divisible by {unit}")
+        return config.in_channels, height // self.downsample, width // self.downsample
+
+    def _noise(self, shape: tuple[int, ...], generator, latents: Tensor | None, device: torch.device) -> Tensor:
+        """Float32 whatever the model's dtype, as the samples are until they are decoded."""
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators were given for {shape[0]} images")
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if latents.shape != shape:
+            raise ValueError(f"latents are {tuple(latents.shape)}, and must be {shape}")
+        return latents.to(device, torch.float32)
+
+    def _set_timesteps(self, num_steps: int, t0: float, t1: float) -> None:
+        if "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters:
+            times = t0 + (t1 - t0) * np.arange(num_steps) / num_steps
+            self.scheduler.set_timesteps(sigmas=1 - times)
+        else:
+            self.scheduler.set_timesteps(num_steps)
+        self.scheduler.set_begin_index(0)  # or it would look a step up by its timestep, which need not be the only one
+
+    def _decode(self, z: Tensor) -> Tensor:
+        """Latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1], greyscale repeated."""
+        if self.vae is not None:
+            config = self.vae.config
+            z = z / config.scaling_factor + (config.get("shift_factor") or 0.0)
+            z = self.vae.decode(z.to(self.vae.dtype)).sample.float()
+        return z.expand(-1, 3, -1, -1)
+
+
+diffusers.SiTPipeline = SiTPipeline  # where DiffusionPipeline.from_pretrained looks for the class named in a folder
+
+
+def check_scheduler(scheduler: SchedulerMixin) -> None:
+    """Raises ValueError for a scheduler that does not integrate a flow; the message says which do."""
+    config = scheduler.config
+    if isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)):
+        return
+    if config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction":
+        return
+    name = type(scheduler).__name__
+    remedy = name if "use_flow_sigmas" in config else "UniPCMultistepScheduler"
+    raise ValueError(f"this {name} does not integrate a flow: use "
+                     f'{remedy}(prediction_type="flow_prediction", use_flow_sigmas=True), or a FlowMatch scheduler')
+
+
+def export_pipeline(weights: Weights, folder: Path) -> None:
+    """Writes a folder that `SiTPipeline.from_pretrained` reads, whole or not at all.
+
+    Args:
+        weights: as `load_weights` returns them.
+        folder: where it shall lie; there must be nothing yet.
+
+    Raises:
+        ValueError: something is there, the VAE is not the one trained with, or the path is not linear.
+        OSError: the disk is full, ...
+    """
+    recipe = weights.recipe
+    if folder.exists():
+        raise ValueError(f"{folder} is there already: give another folder, or delete it")
+    pipeline = SiTPipeline(
+        weights.model,
+        FlowMatchEulerDiscreteScheduler(),
+        getattr(open_codec(recipe.codec), "vae", None),
+        prediction=recipe.prediction,
+        interpolant=recipe.interpolant,
+        id2label={str(label): name for label, name in enumerate(recipe.class_names)},
+    )
+    partial = folder.with_name(PARTIAL + folder.name)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        pipeline.save_pretrained(partial)
+        for path in partial.rglob("*.safetensors"):
+            path.chmod((partial / "model_index.json").stat().st_mode)  # safetensors leaves it to its owner alone
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

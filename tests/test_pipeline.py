@@ -1,0 +1,289 @@
+"""The diffusers pipeline gives our samples, and does all that a pipeline does."""
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import accelerate
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from sit_atconv import pipeline as pipeline_module
+from sit_atconv.checkpointing.weights import Recipe, Weights
+from sit_atconv.data.codecs import IdentityCodec, VAECodec
+from sit_atconv.data.pixels import to_uint8
+from sit_atconv.models import SiT
+from sit_atconv.pipeline import SiTPipeline, export_pipeline
+from sit_atconv.sampling import guided, sample_ode
+from tests.conftest import relative_error
+from tests.models.test_sit import randomised
+
+FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
+NAMES = [f"digit {i}" for i in range(10)]
+NOISE = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+LABELS = [0, 7, 3]
+
+
+def make_pipeline(scheduler=None, vae: Path | None = None, **options) -> SiTPipeline:
+    decoder = vae and AutoencoderKL.from_pretrained(vae)
+    made = SiTPipeline(randomised(), scheduler or FlowMatchEulerDiscreteScheduler(), decoder, **options)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def weights_of(codec, interpolant: str = "linear") -> Weights:
+    recipe = Recipe(interpolant, "velocity", codec.describe(), NAMES, step=1)
+    return Weights(randomised(in_channels=codec.channels), recipe, Path("nowhere"))
+
+
+def load(folder, **options) -> SiTPipeline:
+    loaded = SiTPipeline.from_pretrained(folder, **options)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def draw(pipeline, **options) -> np.ndarray:
+    """(3, H, W, 3) in [0, 1]"""
+    return pipeline(LABELS, num_inference_steps=3, latents=NOISE, output_type="np", **options).images
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "solver", "num_steps"),
+    [
+        (FlowMatchEulerDiscreteScheduler(), "euler", 12),
+        (FlowMatchEulerDiscreteScheduler(), "euler", 50),
+        (UniPCMultistepScheduler(**FLOW), "unipc", 12),
+        (DPMSolverMultistepScheduler(**FLOW), "dpm++", 12),
+    ],
+)
+def test_images_are_those_of_our_solvers(make_vae, scheduler, solver, num_steps):
+    vae = make_vae(shift_factor=2.0)
+    pipeline, y = make_pipeline(scheduler, vae), torch.tensor(LABELS)
+    pipeline.transformer.final_layer.linear.weight.data *= 10  # so strong that another grid or order would be seen
+    pictures = pipeline(LABELS, guidance_scale=3.0, num_inference_steps=num_steps, latents=NOISE).images
+    images = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures]).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        z = sample_ode(guided(pipeline.transformer, y, cfg=3.0), NOISE, solver=solver, num_steps=num_steps)
+    expected = to_uint8(VAECodec(str(vae)).decode(z))
+    assert images.shape == (3, 3, 16, 16) and expected.float().std() > 10
+    assert (images.int() - expected.int()).abs().max() <= 1
+
+
+def test_heun_is_nearer_to_the_solution_than_euler_at_equal_cost():
+    pipeline, y = make_pipeline(), torch.tensor(LABELS)
+    with torch.no_grad():
+        solution = sample_ode(guided(pipeline.transformer, y, cfg=2.0), NOISE, solver="heun", num_steps=50)
+
+    def error(scheduler, num_steps):
+        pipeline.scheduler = scheduler
+        options = dict(num_inference_steps=num_steps, guidance_scale=2.0, latents=NOISE, output_type="latent")
+        return relative_error(pipeline(LABELS, **options).images, solution)
+
+    assert error(FlowMatchHeunDiscreteScheduler(), 8) < error(FlowMatchEulerDiscreteScheduler(), 15) / 4
+
+
+class ModelOfGaussian(SiT):
+    """What is to be predicted where the data are normal with standard deviation 0.5: noise z becomes 0.5 z."""
+
+    prediction = "velocity"
+
+    def forward(self, x, t, y):
+        t = t.view(-1, 1, 1, 1)
+        numerator = 1 - t if self.prediction == "noise" else 0.25 * t - (1 - t)
+        return numerator * x / (0.25 * t**2 + (1 - t) ** 2)
+
+
+@pytest.mark.parametrize(("prediction", "num_steps"), [("noise", 50), ("velocity", 1010)])
+@pytest.mark.parametrize(
+    "scheduler",
+    [FlowMatchEulerDiscreteScheduler(), FlowMatchHeunDiscreteScheduler(), UniPCMultistepScheduler(**FLOW),
+     DPMSolverMultistepScheduler(**FLOW)],
+)
+def test_models_of_noise_and_more_steps_than_a_scheduler_has_timesteps(scheduler, prediction, num_steps):
+    model = ModelOfGaussian(input_size=8, hidden_size=16, depth=1, num_heads=1, num_classes=10)
+    model.prediction = prediction
+    pipeline = SiTPipeline(model, scheduler, prediction=prediction)
+    pipeline.set_progress_bar_config(disable=True)
+    z = pipeline(LABELS, 1.0, num_steps, latents=NOISE, output_type="latent").images
+    assert relative_error(z, 0.5 * NOISE) < 0.03
+
+
+def test_guidance_where_it_is_asked_for():
+    pipeline, sizes = make_pipeline(), []
+    pipeline.transformer.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    for options in (dict(guidance_interval=(0.3, 0.7)), dict(guidance_scale=1.0), dict()):
+        pipeline(5, num_inference_steps=10, output_type="latent", **options)
+    assert sizes == [1] * 3 + [2] * 4 + [1] * 3 + [1] * 10 + [2] * 10
+    pipeline.transformer = randomised(has_null_label=False)
+    pipeline(5, guidance_scale=1.0, num_inference_steps=1, output_type="latent")
+    with pytest.raises(ValueError, match="needs a null label"):
+        pipeline(5)
+
+
+def test_labels_by_number_and_name():
+    pipeline = make_pipeline(id2label={str(i): name for i, name in enumerate(NAMES)})
+    assert pipeline.label_ids([2, "digit 7", np.int64(3)]) == [2, 7, 3]
+    assert pipeline.label_ids("digit 9") == [9] and pipeline.label_ids(4) == [4]
+    with pytest.raises(ValueError, match=r"there is no class 'digt 7'; near it: digit 7, digit"):
+        pipeline.label_ids(["digt 7"])
+    for label in (10, -1):
+        with pytest.raises(ValueError, match=rf"class {label} is out of range: the model knows 0 \.\.\. 9"):
+            pipeline.label_ids([0, label])
+    with pytest.raises(ValueError, match="have no names"):
+        make_pipeline().label_ids("digit 7")
+
+
+def test_noise_sizes_and_outputs(vae):
+    pipeline = make_pipeline(vae=vae)
+
+    def latents(seeds, **options):
+        generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipeline([3] * len(seeds), num_inference_steps=2, generator=generator, **options).images
+
+    both = latents([0, 1], output_type="latent")
+    assert both.shape == (2, 4, 8, 8) and relative_error(latents([1], output_type="latent")[0], both[1]) < 1e-5
+    wide = latents([0], output_type="pt", height=8, width=24)
+    assert wide.shape == (1, 3, 8, 24) and 0 <= wide.min() < wide.max() <= 1
+    assert latents([0], output_type="np", height=8, width=24).shape == (1, 8, 24, 3)
+    (picture,) = pipeline(3, num_inference_steps=1, return_dict=False)[0]
+    assert picture.size == (16, 16) and picture.mode == "RGB"
+    for wrong, message in [
+        (dict(height=10), "sides must be divisible by 4"),
+        (dict(latents=NOISE), r"latents are \(3, 4, 8, 8\), and must be \(1, 4, 8, 8\)"),
+        (dict(generator=[torch.Generator()] * 2), "2 generators were given for 1 images"),
+        (dict(output_type="png"), "output_type must be one of"),
+        (dict(num_inference_steps=0), "at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pipeline(3, **wrong)
+
+
+def test_what_is_no_flow_along_a_straight_line_is_refused():
+    with pytest.raises(ValueError, match=r"DDIMScheduler does not .* use UniPCMultistepScheduler\(prediction_type="):
+        make_pipeline(DDIMScheduler())
+    with pytest.raises(ValueError, match="know the linear path alone, and the model was trained on 'gvp'"):
+        make_pipeline(interpolant="gvp")
+    pipeline = make_pipeline()
+    for options in (dict(), dict(use_flow_sigmas=True), dict(prediction_type="flow_prediction")):
+        pipeline.scheduler = DPMSolverMultistepScheduler(**options)
+        with pytest.raises(ValueError, match=r"use DPMSolverMultistepScheduler\(prediction_type=\"flow_prediction\""):
+            pipeline(3)
+
+
+def test_noise_of_stochastic_schedulers_comes_from_the_generator():
+    pipeline = make_pipeline(DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **FLOW))
+    one, same, other = (
+        pipeline(3, 1.0, 3, torch.Generator().manual_seed(seed), latents=NOISE[:1], output_type="latent").images
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+@pytest.fixture
+def exported(vae, tmp_path):
+    export_pipeline(weights_of(VAECodec(str(vae))), tmp_path / "exported")
+    return tmp_path / "exported"
+
+
+def test_an_exported_folder_gives_the_same_images_again(vae, exported, tmp_path):
+    expected = draw(make_pipeline(vae=vae))
+    pipeline = load(exported)
+    assert np.array_equal(draw(pipeline), expected) and pipeline.label_ids("digit 7") == [7]
+    pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config, **FLOW)
+    expected = draw(pipeline)
+    pipeline.save_pretrained(tmp_path / "again")
+    assert np.array_equal(draw(load(tmp_path / "again")), expected)
+
+
+def test_diffusers_finds_the_pipeline_itself(exported, tmp_path, monkeypatch):
+    assert type(DiffusionPipeline.from_pretrained(exported)) is SiTPipeline
+    monkeypatch.setattr(diffusers.utils.dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(diffusers, "SiTPipeline", SiTPipeline)
+    custom = DiffusionPipeline.from_pretrained(
+        exported, custom_pipeline=pipeline_module.__file__, trust_remote_code=True
+    )
+    custom.set_progress_bar_config(disable=True)
+    assert np.array_equal(draw(custom), draw(load(exported)))
+
+
+def test_pixel_space_has_no_vae_and_gives_rgb(tmp_path):
+    export_pipeline(weights_of(IdentityCodec(1)), tmp_path / "exported")
+    pipeline = load(tmp_path / "exported")
+    assert pipeline.vae is None and not (tmp_path / "exported" / "vae").exists()
+    for pixels in (np.array(pipeline(3, num_inference_steps=2).images[0]),
+                   pipeline(3, num_inference_steps=2, output_type="np").images[0]):
+        assert pixels.shape == (8, 8, 3) and np.ptp(pixels, axis=2).max() == 0 < np.ptp(pixels)
+
+
+def test_dtypes(exported):
+    expected = draw(load(exported))
+    converted = load(exported).to("cpu").to(torch.bfloat16)
+    for pipeline in (converted, load(exported, torch_dtype=torch.bfloat16)):
+        assert pipeline.transformer.dtype == pipeline.vae.dtype == torch.bfloat16
+        assert 0 < np.abs(draw(pipeline) - expected).mean() < 0.02
+
+
+def test_offloading(exported, monkeypatch):
+    """To the CPU, where there is no accelerator: the hooks are the same."""
+    pipeline = load(exported)
+    expected = draw(pipeline)
+    pipeline.enable_model_cpu_offload(device="cpu")
+    assert [hook.model for hook in pipeline._all_hooks] == [pipeline.transformer, pipeline.vae]
+    assert np.array_equal(draw(pipeline), expected)
+
+    pipeline.vae = None
+    expected = pipeline(3, latents=NOISE[:1], num_inference_steps=2, output_type="latent").images
+    to_cpu = torch.device("cpu")  # accelerate stumbles over the cpu:0 that diffusers makes of it
+    monkeypatch.setattr(pipeline_module, "cpu_offload", lambda m, _, **o: accelerate.cpu_offload(m, to_cpu, **o))
+    pipeline.enable_sequential_cpu_offload(device="cpu")
+    assert {p.device.type for p in pipeline.transformer.parameters()} == {"meta"}
+    images = pipeline(3, latents=NOISE[:1], num_inference_steps=2, output_type="latent").images
+    assert torch.equal(images, expected)
+
+
+def test_to_the_hub_and_back(exported, tmp_path, monkeypatch):
+    from diffusers.utils import hub_utils
+
+    def upload(self, folder, repo_id, **options):
+        os.rename(folder, tmp_path / "hub")
+        os.mkdir(folder)
+
+    monkeypatch.setattr(hub_utils, "create_repo", lambda repo_id, **options: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(hub_utils, "load_or_create_model_card", lambda *args, **options: hub_utils.ModelCard(""))
+    monkeypatch.setattr(hub_utils.PushToHubMixin, "_upload_folder", upload)
+    load(exported).push_to_hub("me/digits")
+    names = {path.relative_to(exported) for path in exported.rglob("*")}
+    assert {path.relative_to(tmp_path / "hub") for path in (tmp_path / "hub").rglob("*")} == names | {Path("README.md")}
+
+    monkeypatch.setattr(pipeline_module, "snapshot_download", lambda hub_id, **options: str(tmp_path / hub_id[3:]))
+    (tmp_path / "hub").rename(tmp_path / "digits")
+    assert np.array_equal(draw(load("me/digits")), draw(load(exported)))
+
+
+def test_an_export_is_whole_or_not_there(vae, tmp_path, monkeypatch):
+    codec, folder = VAECodec(str(vae)), tmp_path / "exported"
+    with pytest.raises(ValueError, match="linear path alone"):
+        export_pipeline(weights_of(codec, "vp"), folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderKL, "save_pretrained", lambda *args, **options: os.listdir("/nowhere"))
+        with pytest.raises(OSError):
+            export_pipeline(weights_of(codec), folder)
+    assert list(tmp_path.iterdir()) == []
+    export_pipeline(weights_of(codec), folder)
+    assert list(tmp_path.iterdir()) == [folder]
+    assert len({path.stat().st_mode for path in folder.rglob("*.*")}) == 1
+    with pytest.raises(ValueError, match="is there already"):
+        export_pipeline(weights_of(codec), folder)
