@@ -21,7 +21,9 @@ def main(argv: list[str] | None = None) -> None:
 
         folder, manifest = generate_samples(GenerateOptions(**options))
     if is_main_process():
-        speed = f", {manifest['images_per_second']:.1f} images/s, {manifest['evaluations']:.0f} evaluations each"
+        speed = ""
+        if manifest["evaluations"]:  # unknown where a killed command had drawn all of them
+            speed = f", {manifest['evaluations']:.0f} evaluations each, {manifest['images_per_second']:.1f} images/s"
         print(f"{folder.folder}: {len(manifest['labels'])} samples{speed}\npicture: {folder.grid}\n"
               f"all images: {folder.npz if options['npz'] else folder.images}\nsettings: {folder.manifest}")
 

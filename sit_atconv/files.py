@@ -43,6 +43,38 @@ def write_aside(path: Path, content: str | bytes | Callable[[Path], object], dur
         raise
 
 
+def write_folder_aside(folder: Path, content: Callable[[Path], object]) -> None:
+    """Writes a folder under another name and renames it: it is whole or not there.
+
+    Args:
+        folder: where it shall lie; there must be nothing, or an empty folder.
+        content: called with the folder to fill. Where it fails nothing is left behind.
+
+    Raises:
+        OSError: the disk is full, something is in the way, ...; the message names the folder.
+    """
+    partial = folder.with_name(PARTIAL + folder.name)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        content(partial)
+        for path in partial.rglob("*.safetensors"):
+            path.chmod(0o666 & ~_umask())  # safetensors leaves it to its owner alone
+        os.replace(partial, folder)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OSError(f"{folder} cannot be written ({error.strerror or error}): mend that and run the same command "
+                          "again") from error
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
 def flush(path: Path) -> None:
     """Has the disk keep a file or a folder's names, whatever happens to the power."""
     descriptor = os.open(path, os.O_RDONLY)

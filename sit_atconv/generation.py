@@ -143,11 +143,7 @@ def generate_samples(options: GenerateOptions) -> tuple[SamplesFolder, dict]:
         state.wait_for_everyone()
         if not state.is_main_process:
             return folder, {}
-        if options.npz:
-            folder.write_npz(options.num_samples)
-        _draw_grid(job)
         manifest = {
-            "complete": True,
             "settings": job.settings,
             "ckpt": options.ckpt,
             "step": job.weights.recipe.step,
@@ -157,7 +153,11 @@ def generate_samples(options: GenerateOptions) -> tuple[SamplesFolder, dict]:
             "versions": versions(),
             "labels": job.all_labels(),
         }
-        folder.write_manifest(manifest)
+        folder.write_manifest({"complete": False, **manifest})
+        if options.npz:
+            folder.write_npz(options.num_samples)
+        _draw_grid(job)
+        folder.write_manifest({"complete": True, **manifest})
         return folder, manifest
 
 

@@ -1,9 +1,6 @@
 """The model as a diffusers pipeline: schedulers, devices, offloading, saving and the hub are those of diffusers."""
 
-import difflib
 import inspect
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,9 +22,10 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from sit_atconv.checkpointing.weights import Weights
+from sit_atconv.class_labels import class_label
 from sit_atconv.data.codecs import open_codec
 from sit_atconv.data.pixels import to_pil, to_uint8
-from sit_atconv.files import PARTIAL
+from sit_atconv.files import write_folder_aside
 from sit_atconv.flow import as_velocity, get_interpolant
 from sit_atconv.models.sit import SiT
 from sit_atconv.sampling import guided
@@ -166,22 +164,9 @@ class SiTPipeline(DiffusionPipeline):
         """Labels, by number or name, as numbers. ValueError: out of range, or not a name; the message has near ones."""
         if isinstance(class_labels, (int, str)):
             class_labels = [class_labels]
-        return [self._label_of_name(label) if isinstance(label, str) else self._checked(label)
-                for label in class_labels]
-
-    def _label_of_name(self, name: str) -> int:
-        labels = {name: int(label) for label, name in (self.config.id2label or {}).items()}
-        if name not in labels:
-            near = difflib.get_close_matches(name, labels, n=3, cutoff=0.3) or list(labels)[:3]
-            raise ValueError(f"there is no class {name!r}; " + (f"near it: {', '.join(near)}" if near else
-                                                                 "the model's classes have no names"))
-        return labels[name]
-
-    def _checked(self, label: int) -> int:
-        num_classes = self.transformer.config.num_classes
-        if not 0 <= label < num_classes:
-            raise ValueError(f"class {label} is out of range: the model knows 0 ... {num_classes - 1}")
-        return int(label)
+        given = self.config.id2label or {}
+        class_names = [given.get(str(label), str(label)) for label in range(self.transformer.config.num_classes)]
+        return [class_label(label, class_names) for label in class_labels]
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         config = self.transformer.config
@@ -239,14 +224,14 @@ def export_pipeline(weights: Weights, folder: Path) -> None:
 
     Args:
         weights: as `load_weights` returns them.
-        folder: where it shall lie; there must be nothing yet.
+        folder: where it shall lie; there must be nothing yet, or an empty folder.
 
     Raises:
         ValueError: something is there, the VAE is not the one trained with, or the path is not linear.
         OSError: the disk is full, ...
     """
     recipe = weights.recipe
-    if folder.exists():
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already: give another folder, or delete it")
     pipeline = SiTPipeline(
         weights.model,
@@ -256,12 +241,4 @@ def export_pipeline(weights: Weights, folder: Path) -> None:
         interpolant=recipe.interpolant,
         id2label={str(label): name for label, name in enumerate(recipe.class_names)},
     )
-    partial = folder.with_name(PARTIAL + folder.name)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        pipeline.save_pretrained(partial)
-        for path in partial.rglob("*.safetensors"):
-            path.chmod((partial / "model_index.json").stat().st_mode)  # safetensors leaves it to its owner alone
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    write_folder_aside(folder, pipeline.save_pretrained)

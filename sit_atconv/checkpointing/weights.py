@@ -7,15 +7,13 @@ Files that others publish become such weights by `published_models.py`.
 
 import dataclasses
 import json
-import os
 import re
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sit_atconv import __version__
-from sit_atconv.files import PARTIAL, check_room, sha256_of
+from sit_atconv.files import check_room, sha256_of, write_folder_aside
 
 if TYPE_CHECKING:  # finding weights must not wait for torch: it is imported where it is used
     from sit_atconv.models import SiT
@@ -86,25 +84,14 @@ def save_weights(model, recipe: Recipe, folder: Path) -> None:
 
 
 def export_weights(weights: Weights, folder: Path) -> None:
-    """`save_weights` beside the folder and then into its place, which must be free.
+    """`save_weights` of what was loaded, whole or not at all.
 
     Raises:
         ValueError: the disk has too little room.
-        OSError: it cannot be written; nothing is left behind.
+        OSError: the folder cannot be written.
     """
     check_room(folder, sum(p.nbytes for p in weights.model.parameters()))
-    partial = folder.with_name(PARTIAL + folder.name)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        save_weights(weights.model, weights.recipe, partial)
-        (partial / WEIGHTS_FILE).chmod((partial / "recipe.json").stat().st_mode)  # safetensors leaves it to its owner
-        os.replace(partial, folder)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise OSError(f"{folder} cannot be written ({error.strerror or error})") from error
-        raise
+    write_folder_aside(folder, lambda partial: save_weights(weights.model, weights.recipe, partial))
 
 
 def locate_weights(

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from sit_atconv.files import exclusive
+from sit_atconv.models import SiT
 from tests.conftest import ROOT, load_command, python
-from tests.models.test_sit import randomised
 
 GENERATE = "sample/generate.py"
 
@@ -212,11 +212,19 @@ def test_size_interval_schedule_weak_model_and_times(launch, tiny_run, tmp_path)
 
 def test_published_weights(launch, tmp_path, vae, fails):
     """A file in SiT's form goes straight in, and its samples lie beside it."""
-    model = randomised(input_size=8, num_classes=5)
-    torch.save({"model": {}, "ema": model.state_dict(), "args": argparse.Namespace(num_classes=5)}, tmp_path / "sit.pt")
+    model = SiT.from_preset("SiT-ATConv-Tiny/2", num_classes=5, input_size=8)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    content = {"model": {}, "ema": model.state_dict(), "args": argparse.Namespace(num_classes=5, image_size=16)}
+    torch.save(content, tmp_path / "sit.pt")
     argv = ["--ckpt", tmp_path / "sit.pt", "--vae", vae, "--num-samples", 2, "--steps", 1]
-    assert "--model" in fails(load_command(GENERATE).main, argv)
-    assert "attn.qkv.weight" in fails(load_command(GENERATE).main, [*argv, "--model", "SiT-Tiny/2"])
+    main = load_command(GENERATE).main
+    assert "SiT-ATConv-Tiny/2" in fails(main, argv)
+    assert "attn.qkv.weight" in fails(main, [*argv, "--model", "SiT-Tiny/2"])
+    codes, output = launch(GENERATE, [*argv, "--model", "SiT-ATConv-Tiny/2"])
+    assert codes == [0], output
+    folder, = (tmp_path / "sit" / "samples").iterdir()
+    assert np.load(folder / "samples.npz")["arr_0"].shape == (2, 16, 16, 3)
 
 
 def test_the_disk_is_checked_before_anything_is_written(launch, tiny_run, tmp_path, monkeypatch, fails):
