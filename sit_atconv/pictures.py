@@ -96,14 +96,18 @@ def save_solver_curves(points: Sequence[dict], path: Path, title: str) -> None:
         points: those of `solver_quality`, the baseline first, whose two standard errors are drawn as a band.
         path: where the PNG goes.
         title: what to say above.
+
+    Does nothing where there is the baseline alone.
     """
     baseline, points = points[0], points[1:]
+    if not points:
+        return
     shifts = sorted({point["shift"] for point in points})
     solvers = list(dict.fromkeys(point["solver"] for point in points))
-    figure = Figure(figsize=(1.2 + 4.4 * max(1, len(shifts)), 4.2), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, max(1, len(shifts)), sharey=True))
+    figure = Figure(figsize=(1.2 + 4.4 * len(shifts), 4.2), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(shifts), sharey=True))
     low, high = (baseline["distance"] + sign * 2 * baseline["error"] for sign in (-1, 1))
-    for axes, shift in zip(panels, shifts, strict=False):
+    for axes, shift in zip(panels, shifts, strict=True):
         axes.axhspan(max(low, 1e-3), high, color="0.85", label=f"Euler, {baseline['steps']} steps: 2 standard errors")
         for number, solver in enumerate(solvers):
             line = sorted((p["evaluations"], p["distance"], p["error"]) for p in points

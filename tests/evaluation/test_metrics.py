@@ -14,7 +14,14 @@ from sit_atconv.evaluation import extractors
 from sit_atconv.evaluation.digit_features import WEIGHTS, DigitClassifier
 from sit_atconv.evaluation.extractors import open_extractor
 from sit_atconv.evaluation.image_sets import ImageSet, open_image_set
-from sit_atconv.evaluation.metrics import Features, compute_metrics, evaluate, extract_features, frechet_distance
+from sit_atconv.evaluation.metrics import (
+    Features,
+    compute_metrics,
+    evaluate,
+    extract_features,
+    frechet_distance,
+    frechet_jackknife,
+)
 from sit_atconv.evaluation.train_digit_features import split
 
 
@@ -302,3 +309,15 @@ def test_without_network_the_remedy_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(ValueError, match=r"could not be downloaded.*--inception-weights"):
         open_extractor("inception")
+
+
+def test_the_jackknife_tracks_the_true_spread():
+    """Of 60 sets of 2,000 samples from a known Gaussian, in 4 dimensions; far from the reference, so that bias is
+    small."""
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(4000, 4, generator=generator)
+    values, errors = zip(*[
+        frechet_jackknife(1.3 * torch.randn(2000, 4, generator=generator) + 1, real) for _ in range(60)], strict=True)
+    assert np.std(values) == pytest.approx(np.mean(errors), rel=0.2)
+    with pytest.raises(ValueError, match="39 samples are too few"):
+        frechet_jackknife(real[:39], real)
