@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -105,7 +106,9 @@ class _Job:
             return torch.tensor([self.given[i % len(self.given)] for i in stream.indices])
         return stream.labels(self.weights.model.config.num_classes, self.options.labels)
 
+    @cached_property
     def all_labels(self) -> list[int]:
+        """Of samples 0, 1, ..."""
         return self.labels(SampleStream(self.options.seed, range(self.options.num_samples))).tolist()
 
 
@@ -151,7 +154,7 @@ def generate_samples(options: GenerateOptions) -> tuple[SamplesFolder, dict]:
             "processes": state.num_processes,
             "device": state.device.type,
             "versions": versions(),
-            "labels": job.all_labels(),
+            "labels": job.all_labels,
         }
         folder.write_manifest({"complete": False, **manifest})
         if options.npz:
@@ -286,7 +289,7 @@ def _plain(value):
 
 def _draw_grid(job: _Job, side: int = 10) -> None:
     """The first `side` samples of the `side` most frequent classes."""
-    y, options, recipe = job.all_labels(), job.options, job.weights.recipe
+    y, options, recipe = job.all_labels, job.options, job.weights.recipe
     classes = [label for label, _ in Counter(y).most_common(side)]
     shown = [i for label in sorted(classes) for i in [j for j, other in enumerate(y) if other == label][:side]]
     images = [job.folder.read_image(i) for i in shown]

@@ -1,6 +1,7 @@
 """The seeded stream of samples: sample i depends on (seed, i) alone, whatever the batch or the number of processes."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -29,7 +30,10 @@ class SampleStream:
             raise ValueError(f"seed must not be negative: {seed}")
         self.seed = seed
         self.indices = [int(i) for i in indices]
-        self._noise = [_generator(seed, NOISE, i) for i in self.indices]
+
+    @cached_property
+    def _noise(self) -> list[np.random.Generator]:
+        return [_generator(self.seed, NOISE, i) for i in self.indices]
 
     def randn(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """The next standard-normal float32 numbers of every sample: (len(indices), *shape). Drawn on the CPU."""

@@ -1,12 +1,14 @@
 """The converting command: published files to our folders and back, what it says, and its errors."""
 
 import pickle
-import sys
 
+import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from sit_atconv.checkpointing.weights import load_weights
+from sit_atconv.sampling import SampleStream
 from tests.checkpointing.test_published_models import BATCH, assert_same_function, published, repa_model, small
 from tests.conftest import load_command
 
@@ -51,17 +53,26 @@ def test_a_run_to_sits_form(convert, tiny_run, tmp_path):
     assert torch.equal(ours.model(x, *BATCH[1:]), theirs.model(x, *BATCH[1:]))
 
 
-def test_a_pipeline_is_left_to_its_exporter(convert, tmp_path, monkeypatch):
-    class Pipeline:
-        @staticmethod
-        def export_pipeline(weights, folder):
-            folder.mkdir()
-            (folder / "classes").write_text(str(weights.model.config.num_classes))
+@pytest.mark.parametrize(("solver", "scheduler"), [
+    ("euler", FlowMatchEulerDiscreteScheduler()),
+    ("unipc", UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)),
+    ("dpm++", DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)),
+])
+def test_the_pipeline_of_a_run_draws_what_the_sampling_command_draws(
+    launch, convert, tiny_run, tmp_path, solver, scheduler
+):
+    from sit_atconv.pipeline import SiTPipeline
 
-    monkeypatch.setitem(sys.modules, "sit_atconv.pipeline", Pipeline)
-    source = published(small("atconv"), tmp_path / "a.pt", model="SiT-ATConv-Tiny/2")
-    assert "pipeline" in convert(source, tmp_path / "p", "--to", "pipeline", "--vae", "identity")[0]
-    assert (tmp_path / "p" / "classes").read_text() == "10"
+    assert "pipeline" in convert(tiny_run, tmp_path / "pipeline", "--to", "pipeline")[0]
+    codes, output = launch("sample/generate.py", [
+        "--ckpt", tiny_run, "--cfg", 3, "--classes", 4, 7, "--num-samples", 6, "--solver", solver, "--steps", 10,
+        "--out", tmp_path / "samples"])
+    assert codes == [0], output
+    pipeline = SiTPipeline.from_pretrained(tmp_path / "pipeline")
+    pipeline.scheduler = scheduler
+    images = pipeline([4, 7] * 3, 3.0, 10, latents=SampleStream(0, range(6)).randn((1, 8, 8))).images
+    expected = np.load(tmp_path / "samples" / "samples.npz")["arr_0"].astype(int)
+    assert np.abs(np.stack([np.array(image) for image in images]) - expected).max() <= 1
 
 
 def test_errors_name_value_and_remedy(fails, tmp_path, tiny_run):
