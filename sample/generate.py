@@ -67,11 +67,12 @@ def make_parser() -> ArgumentParser:
                           help="autoguidance: a weaker model of the same kind in the place of the null label")
 
     solver = parser.add_argument_group("solver")
-    solver.add_argument("--solver", default="euler",
+    solver.add_argument("--solver", default=None,
                         choices=("euler", "heun", "dopri5", "unipc", "dpm++", "sde-euler", "sde-heun"),
-                        help="both heun evaluate the model twice a step; unipc and dpm++ need the linear path; dopri5 "
-                        "is adaptive, chooses its steps for the batch, ignores --steps; the sde add noise on the way")
-    solver.add_argument("--steps", type=at_least(1), default=50, help="steps in time")
+                        help="default: unipc on the linear path, which unipc and dpm++ need, and heun on others; both "
+                        "heun evaluate the model twice a step; dopri5 is adaptive, chooses its steps for the batch and "
+                        "ignores --steps; the sde add noise on the way")
+    solver.add_argument("--steps", type=at_least(1), default=25, help="steps in time")
     solver.add_argument("--shift", type=positive, default=1.0, help="above 1, more of them near noise; 1 is uniform")
     solver.add_argument("--times", type=finite, nargs="+", default=(), metavar="T",
                         help="all times from 0 to 1, instead of --steps and --shift")

@@ -26,7 +26,7 @@ from sit_atconv.files import exclusive, sha256_of
 from sit_atconv.flow import as_velocity, get_interpolant
 from sit_atconv.pictures import save_sample_grid
 from sit_atconv.samples_folder import SamplesFolder
-from sit_atconv.sampling import Counted, Sampler, SampleStream
+from sit_atconv.sampling import Counted, Sampler, SampleStream, default_solver
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DECODED_AT_ONCE = 16  # images: a decoder needs much memory for each
@@ -38,6 +38,8 @@ class GenerateOptions(Sampler):
     """What to sample; the help of `sample/generate.py` says what each option means."""
 
     ckpt: str
+    solver: str | None = None
+    steps: int = 25
     model: str | None = None
     vae: str | None = None
     ema: bool | float = True
@@ -128,6 +130,7 @@ def generate_samples(options: GenerateOptions) -> tuple[SamplesFolder, dict]:
         OSError: the folder cannot be written to.
     """
     job = _prepare(options)
+    options = job.options
     folder, manifest = job.folder, job.folder.read_manifest()
     missing = folder.missing(options.num_samples, options.latents)
     if manifest.get("complete") and not missing and (folder.npz.exists() or not options.npz):
@@ -217,6 +220,7 @@ def _ready(weights: Weights | None, device: torch.device, options: GenerateOptio
 def _prepare(options: GenerateOptions) -> _Job:
     weights = load_weights(options.ckpt, options.ema, model=options.model, vae=options.vae)
     recipe, config = weights.recipe, weights.model.config
+    options = dataclasses.replace(options, solver=options.solver or default_solver(recipe.interpolant))
     weak = load_weights(options.weak) if options.weak else None
     if weak:
         _check_weak(weak, weights)

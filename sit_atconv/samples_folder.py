@@ -43,20 +43,25 @@ class SamplesFolder:
         """Raises ValueError where the folder holds anything but samples of these settings."""
         if self.folder.is_file():
             raise ValueError(f"{self.folder} is a file: give another --out")
-        if not self.manifest.exists() and self.folder.exists() and any(self.folder.iterdir()):
+        if not self.manifest.exists() and self._holds_anything():
             raise ValueError(f"{self.folder} is not empty and has no manifest.json: give another --out")
         held = self.read_manifest().get("settings", settings)
         changed = [f"{key} {held.get(key)!r} -> {new!r}" for key, new in settings.items() if held.get(key) != new]
         if changed:
             raise ValueError(f"{self.folder} holds other samples ({', '.join(changed)}): give another --out")
 
+    def _holds_anything(self) -> bool:
+        """Beside the hidden files of a command that was killed while it began."""
+        return self.folder.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir())
+
     def begin(self, settings: dict, latents: bool = False) -> None:
-        for folder in [self.images, *([self.latents] if latents else [])]:
-            folder.mkdir(parents=True, exist_ok=True)
-            for partial in folder.glob(PARTIAL + "*"):  # of a process that was killed while it wrote
-                partial.unlink()
+        """Makes ready what `check` has found to be empty or of these settings."""
         if not self.manifest.exists():
             self.write_manifest({"complete": False, "settings": settings})
+        for folder in [self.images, *([self.latents] if latents else [])]:
+            folder.mkdir(exist_ok=True)
+            for partial in folder.glob(PARTIAL + "*"):  # of a process that was killed while it wrote
+                partial.unlink()
 
     def missing(self, num_samples: int, latents: bool = False) -> list[int]:
         """The indices not written yet."""

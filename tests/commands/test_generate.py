@@ -14,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from sit_atconv.checkpointing.weights import Recipe, save_weights
 from sit_atconv.files import exclusive
 from sit_atconv.models import SiT
 from tests.conftest import ROOT, load_command, python
+from tests.models.test_sit import randomised
 
 GENERATE = "sample/generate.py"
 
@@ -164,7 +166,7 @@ def test_classes_balanced_labels_and_the_default_folder(launch, tiny_run):
         assert codes == [0], output
     folders = sorted(folder for folder in (tiny_run / "samples").iterdir() if folder.is_dir())
     assert [folder.name for folder in folders] == [
-        "step0000004-cfg4-euler1-balanced-seed0-n5", "step0000004-cfg4-euler1-classes3_7-seed0-n5",
+        "step0000004-cfg4-unipc1-balanced-seed0-n5", "step0000004-cfg4-unipc1-classes3_7-seed0-n5",
     ]
     labels = [json.loads((folder / "manifest.json").read_text())["labels"] for folder in folders]
     assert len(set(labels[0])) == 5 and labels[1] == [3, 7, 3, 7, 3]
@@ -203,7 +205,7 @@ def test_size_interval_schedule_weak_model_and_times(launch, tiny_run, tmp_path)
     assert codes == [0], output
     folder = next(path for path in (tiny_run / "samples").iterdir() if "weak" in path.name)
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert re.fullmatch(r"step0000004-cfg3-cosine-0.3to0.8-weak\w{8}-euler0_0.2_0.5_1-random-seed0-n3-8x12-bf16",
+    assert re.fullmatch(r"step0000004-cfg3-cosine-0.3to0.8-weak\w{8}-unipc0_0.2_0.5_1-random-seed0-n3-8x12-bf16",
                         folder.name)
     assert Image.open(folder / "images" / "000000.png").size == (12, 8)
     assert manifest["evaluations"] == 3 and manifest["forwards"] == 4  # at t = 0.5 the weak model too
@@ -237,9 +239,9 @@ def test_the_disk_is_checked_before_anything_is_written(launch, tiny_run, tmp_pa
 
 
 def test_a_full_disk_keeps_what_was_generated(launch, samples, tiny_run, tmp_path):
-    """Files of more than 1000 bytes are refused: PNGs are smaller, the npz is not."""
+    """Files of more than 3,000 bytes are refused: PNGs and manifest are smaller, the npz is not."""
     out = tmp_path / "out"
-    codes, output = launch(GENERATE, options(tiny_run, out), die="files of 1 kB are too large")
+    codes, output = launch(GENERATE, options(tiny_run, out), die="files of 3 kB are too large")
     assert codes == [1] and "samples.npz cannot be written" in output and "Traceback" not in output
     assert len(list((out / "images").glob("0*.png"))) == 20 and not (out / "samples.npz").exists()
     codes, output = launch(GENERATE, options(tiny_run, out))
@@ -253,6 +255,16 @@ def test_two_commands_do_not_write_to_one_folder(launch, samples, tiny_run, fail
         codes, output = launch(GENERATE, options(tiny_run, samples))
     (samples / "aside").rename(samples / "samples.npz")
     assert codes == [1] and f"in use by process {os.getpid()}" in output
+
+
+def test_the_solver_by_default_suits_the_path(launch, tmp_path):
+    for path, solver in (("linear", "unipc"), ("gvp", "heun")):
+        recipe = Recipe(path, "velocity", {"kind": "identity", "channels": 1, "downsample": 1}, list("0123456789"), 0)
+        save_weights(randomised(in_channels=1), recipe, tmp_path / path)
+        codes, output = launch(GENERATE, ["--ckpt", tmp_path / path, "--num-samples", 1, "--out", tmp_path / solver])
+        assert codes == [0], output
+        settings = json.loads((tmp_path / solver / "manifest.json").read_text())["settings"]
+        assert (settings["solver"], settings["steps"]) == (solver, 25)
 
 
 def test_as_typed_from_another_folder(tiny_run, tmp_path):
@@ -303,9 +315,6 @@ def test_other_settings_never_overwrite(fails, samples, tiny_run):
 
 
 def test_guidance_needs_a_null_label(fails, tmp_path):
-    from sit_atconv.checkpointing.weights import Recipe, save_weights
-    from tests.models.test_sit import randomised
-
     codec = {"kind": "identity", "channels": 4, "downsample": 1}
     recipe = Recipe("linear", "velocity", codec, list("0123456789"), 0)
     save_weights(randomised(has_null_label=False), recipe, tmp_path / "weights")

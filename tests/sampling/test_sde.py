@@ -63,8 +63,8 @@ def test_reaches_the_target(path, form):
 @pytest.mark.parametrize("solver", SDE_SOLVERS)
 @pytest.mark.parametrize("path", ["linear", "gvp", "vp"])
 def test_every_solver_and_last_step_reaches_the_target(path, solver, last_step, form):
-    size = 1e-3 if path == "vp" else 4e-3
-    x = sample(path, solver=solver, num_steps=1000, diffusion_form=form, last_step=last_step, last_step_size=size)
+    """With a short last step: without its noise, "mean" narrows the result by 2 w times its length."""
+    x = sample(path, solver=solver, num_steps=1000, diffusion_form=form, last_step=last_step, last_step_size=2e-4)
     assert standard_errors(x) < 4
 
 
