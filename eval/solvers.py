@@ -20,11 +20,12 @@ def main(argv: list[str] | None = None) -> None:
         result = compare_solvers(Options(**options))
     baseline, out = result["points"][0], options["out"]
     than = f"{baseline['steps']} Euler steps ({baseline['distance']:.2f} +- {baseline['error']:.2f})"
-    for best in result["enough"][:1]:
+    if result["enough"]:
+        best = result["enough"][0]
         times = best["images_per_second"] / baseline["images_per_second"]
         print(f"{best['evaluations']:g} evaluations are enough: {best['solver']}, shift {best['shift']:g}, Frechet "
               f"distance {best['distance']:.2f}, is within two standard errors of {than} and {times:.1f} times as fast")
-    if not result["enough"]:
+    else:
         print(f"none is within two standard errors of {than}")
     print(f"chart: {out}/solvers.png, table: {out}/solvers.md, figures: {out}/solvers.json")
 

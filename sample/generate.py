@@ -17,12 +17,17 @@ def main(argv: list[str] | None = None) -> None:
 
         source = {name: options[name] for name in ("ema", "model", "vae")}
         locate_weights(options["ckpt"], **source)  # answers before torch is imported
-        from sit_atconv.generation import GenerateOptions, generate_samples
+        from sit_atconv.generation import generate_samples
+        from sit_atconv.sample_job import GenerateOptions, prepare
+        from sit_atconv.sampling import Sampler
 
-        folder, manifest = generate_samples(GenerateOptions(**options))
+        sampler = {name: options.pop(name) for name in Sampler.__dataclass_fields__}
+        job = prepare(GenerateOptions(sampler=Sampler(**sampler), **options))
+    with user_errors(everywhere=True):  # a disk may be full for one process alone
+        manifest = generate_samples(job)
     if is_main_process():
-        speed = ""
-        if manifest["evaluations"]:  # unknown where a killed command had drawn all of them
+        folder, speed = job.folder, ""
+        if "evaluations" in manifest:  # unknown where a killed command had drawn all of them
             speed = f", {manifest['evaluations']:.0f} evaluations each, {manifest['images_per_second']:.1f} images/s"
         print(f"{folder.folder}: {len(manifest['labels'])} samples{speed}\npicture: {folder.grid}\n"
               f"all images: {folder.npz if options['npz'] else folder.images}\nsettings: {folder.manifest}")
@@ -46,7 +51,7 @@ def make_parser() -> ArgumentParser:
     wanted = parser.add_argument_group("what to draw")
     wanted.add_argument("--num-samples", type=at_least(1), default=100, help="how many images")
     wanted.add_argument("--classes", nargs="+", default=(), metavar="CLASS",
-                        help="these in turn, by number or name, instead of --labels")
+                        help="these in turn, by name or number, instead of --labels")
     wanted.add_argument("--labels", default="random", metavar="random|balanced|FILE",
                         help="uniform, every class equally often, or a class on each line of a text file; FID is lower "
                         "with balanced labels, say which")
@@ -57,7 +62,8 @@ def make_parser() -> ArgumentParser:
     guidance = parser.add_argument_group("guidance")
     guidance.add_argument("--cfg", type=finite, default=4.0,
                           help="guidance scale: v_null + cfg * (v_cond - v_null); 1 is off, 0 ignores the labels")
-    guidance.add_argument("--interval", type=finite, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
+    guidance.add_argument("--interval", dest="cfg_interval", type=finite, nargs=2, default=(0.0, 1.0),
+                          metavar=("LO", "HI"),
                           help="guide where LO <= t < HI (t = 0 is noise, 1 data); elsewhere half the work is saved")
     guidance.add_argument("--cfg-schedule", choices=("constant", "linear", "cosine"), default="constant",
                           help="a scale that rises with t, from 1, and is cfg on average")
@@ -72,22 +78,24 @@ def make_parser() -> ArgumentParser:
                         help="default: unipc on the linear path, which unipc and dpm++ need, and heun on others; both "
                         "heun evaluate the model twice a step; dopri5 is adaptive, chooses its steps for the batch and "
                         "ignores --steps; the sde add noise on the way")
-    solver.add_argument("--steps", type=at_least(1), default=25, help="steps in time")
+    solver.add_argument("--steps", type=at_least(1), default=25,
+                        help="intervals of the grid (SiT counts points: its 250 are 249 here, but for an SDE)")
     solver.add_argument("--shift", type=positive, default=1.0, help="above 1, more of them near noise; 1 is uniform")
-    solver.add_argument("--times", type=finite, nargs="+", default=(), metavar="T",
+    solver.add_argument("--times", type=finite, nargs="+", default=None, metavar="T",
                         help="all times from 0 to 1, instead of --steps and --shift")
     solver.add_argument("--diffusion-form", default="sigma",
                         choices=("constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"),
                         help="how much noise an sde solver adds, as a function of t")
     solver.add_argument("--diffusion-norm", type=positive, default=1.0, help="its factor")
     solver.add_argument("--last-step", choices=("none", "mean", "tweedie", "euler"), default="mean",
-                        help="of an sde solver: without noise, to the end")
+                        help="an SDE's last step, without noise")
     solver.add_argument("--last-step-size", type=positive, default=0.04, help="how long that is in time")
 
     how = parser.add_argument_group("how")
     how.add_argument("--dtype", choices=("fp32", "tf32", "bf16", "fp16"), default="fp32",
                      help="of the model's arithmetic")
-    how.add_argument("--batch-size", type=at_least(1), default=64, help="images at a time; does not change them")
+    how.add_argument("--batch-size", type=at_least(1), default=64,
+                     help="images at a time; changes none, except with dopri5")
     how.add_argument("--compile", action="store_true",
                      help="compile the model with torch.compile: a minute or more at the start, faster afterwards")
     how.add_argument("--latents", action="store_true", help="write latents too, before they are decoded")

@@ -1,12 +1,13 @@
 """Labels as people give them: by number or by name, one after another or in a file."""
 
 import difflib
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 
 
 def class_label(given: int | str, class_names: Sequence[str]) -> int:
-    """A number in range, or a class name -> its label.
+    """A class name, or else a number in range -> the label.
 
     Raises:
         ValueError: there is no such class; the message says which there are.
@@ -14,7 +15,9 @@ def class_label(given: int | str, class_names: Sequence[str]) -> int:
     if isinstance(given, str) and given in class_names:
         return class_names.index(given)
     try:
-        label = int(given)
+        label = int(given) if isinstance(given, str) else operator.index(given)
+    except TypeError:
+        raise ValueError(f"a class is a number or a name, not {given!r}") from None
     except ValueError:
         near = difflib.get_close_matches(given, class_names, n=3, cutoff=0.3) or class_names[:3]
         raise ValueError(f"there is no class {given!r}; near it: {', '.join(map(repr, near))}") from None
@@ -30,7 +33,7 @@ def read_labels(path: Path, class_names: Sequence[str]) -> list[int]:
         ValueError: the file is missing, no text or empty, or a line is no class of the model; the message names it.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise ValueError(f"labels {path} cannot be read ({reason}): give random, balanced, or a text file with a "

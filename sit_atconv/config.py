@@ -135,7 +135,7 @@ class PreviewConfig:
         num_classes: rows, at most.
         per_class: columns.
         cfg: guidance scale.
-        solver: as `--solver` of sample/generate.py, but for SDEs.
+        solver: as `--solver` of sample/generate.py, except SDEs.
         num_steps: its steps.
     """
 

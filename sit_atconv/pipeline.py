@@ -1,11 +1,10 @@
 """The model as a diffusers pipeline: schedulers, devices, offloading, saving and the hub are those of diffusers."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import diffusers
-import numpy as np
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
@@ -28,7 +27,7 @@ from sit_atconv.data.pixels import to_pil, to_uint8
 from sit_atconv.files import write_folder_aside
 from sit_atconv.flow import as_velocity, get_interpolant
 from sit_atconv.models.sit import SiT
-from sit_atconv.sampling import guided
+from sit_atconv.sampling import guided, time_grid
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -127,8 +126,6 @@ class SiTPipeline(DiffusionPipeline):
         check_scheduler(self.scheduler)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, not {output_type!r}")
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, not {num_inference_steps}")
         device = self._execution_device
         y = torch.tensor(self.label_ids(class_labels), device=device)
         x = self._noise((len(y), *self._latent_shape(height, width)), generator, latents, device)
@@ -137,12 +134,10 @@ class SiTPipeline(DiffusionPipeline):
         velocity = guided(model, y, cfg=guidance_scale, interval=guidance_interval)
 
         t0, t1 = interpolant.interval(prediction)
-        self._set_timesteps(num_inference_steps, t0, t1)
+        times = self._set_timesteps(num_inference_steps, t0, t1)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         options = {"generator": generator} if takes_generator else {}
-        for i, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            t = round(1 - self.scheduler.sigmas[i].item(), 6)  # timesteps may be integers, and sigmas are float32
-            t = torch.tensor(min(max(t, t0), t1), dtype=torch.float64)
+        for t, timestep in zip(times, self.progress_bar(self.scheduler.timesteps), strict=True):
             x = self.scheduler.step(-velocity(x, t), timestep, x, return_dict=False, **options)[0]
 
         images = x if output_type == "latent" else self._decode(x)
@@ -162,8 +157,11 @@ class SiTPipeline(DiffusionPipeline):
 
     def label_ids(self, class_labels: int | str | Sequence[int | str]) -> list[int]:
         """Labels, by number or name, as numbers. ValueError: out of range, or not a name; the message has near ones."""
-        if isinstance(class_labels, (int, str)):
+        if isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
             class_labels = [class_labels]
+        class_labels = list(class_labels)
+        if not class_labels:
+            raise ValueError("class_labels is empty: give a label for each image")
         given = self.config.id2label or {}
         class_names = [given.get(str(label), str(label)) for label in range(self.transformer.config.num_classes)]
         return [class_label(label, class_names) for label in class_labels]
@@ -172,7 +170,7 @@ class SiTPipeline(DiffusionPipeline):
         config = self.transformer.config
         unit = self.downsample * config.patch_size
         height, width = (config.input_size * self.downsample if side is None else side for side in (height, width))
-        if height % unit or width % unit:
+        if height < 1 or width < 1 or height % unit or width % unit:
             raise ValueError(f"images of {height}x{width} are not possible: sides must be divisible by {unit}")
         return config.in_channels, height // self.downsample, width // self.downsample
 
@@ -186,13 +184,19 @@ class SiTPipeline(DiffusionPipeline):
             raise ValueError(f"latents are {tuple(latents.shape)}, and must be {shape}")
         return latents.to(device, torch.float32)
 
-    def _set_timesteps(self, num_steps: int, t0: float, t1: float) -> None:
+    def _set_timesteps(self, num_steps: int, t0: float, t1: float) -> Tensor:
+        """The scheduler's grid, and the time of each of its evaluations (timesteps may be integers): float64, exactly
+        ours where it takes our grid, so that an edge of the guidance interval falls on the same side."""
+        ours = time_grid(num_steps, t0, t1)[:-1]
         if "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters:
-            times = t0 + (t1 - t0) * np.arange(num_steps) / num_steps
-            self.scheduler.set_timesteps(sigmas=1 - times)
+            self.scheduler.set_timesteps(sigmas=(1 - ours).numpy())
         else:
             self.scheduler.set_timesteps(num_steps)
         self.scheduler.set_begin_index(0)  # or it would look a step up by its timestep, which need not be the only one
+        times = 1 - self.scheduler.sigmas[: len(self.scheduler.timesteps)].double()
+        if len(times) == len(ours) and torch.allclose(times, ours, rtol=0, atol=2e-6):
+            return ours
+        return times.mul(1e6).round().div(1e6).clamp(t0, t1)
 
     def _decode(self, z: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1], greyscale repeated."""

@@ -1,6 +1,9 @@
 """The folder that samples are written to; what is in it is always whole, and of one setting."""
 
 import json
+import math
+import os
+import re
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,8 +39,14 @@ class SamplesFolder:
         self.grid = self.folder / "grid.png"
 
     def read_manifest(self) -> dict:
-        """{} where nothing has been begun."""
-        return json.loads(self.manifest.read_text()) if self.manifest.exists() else {}
+        """{} where nothing has been begun. ValueError: what is there is no manifest."""
+        if not self.manifest.exists():
+            return {}
+        try:
+            manifest = json.loads(self.manifest.read_text())
+            return {**manifest, "settings": dict(manifest["settings"])}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{self.manifest} is damaged: delete {self.folder}, or give another --out") from error
 
     def check(self, settings: dict) -> None:
         """Raises ValueError where the folder holds anything but samples of these settings."""
@@ -54,36 +63,54 @@ class SamplesFolder:
         """Beside the hidden files of a command that was killed while it began."""
         return self.folder.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir())
 
-    def begin(self, settings: dict, latents: bool = False) -> None:
-        """Makes ready what `check` has found to be empty or of these settings."""
-        if not self.manifest.exists():
-            self.write_manifest({"complete": False, "settings": settings})
+    def begin(self, settings: dict, where: dict, num_missing: int, latents: bool = False) -> None:
+        """Makes ready what `check` has found to be empty or of these settings.
+
+        Args:
+            settings: what the images depend on.
+            where: device, processes and versions that will draw what is missing.
+            num_missing: how many that are.
+            latents: whether they are wanted too.
+        """
+        sessions = self.read_manifest().get("sessions", [])
+        self.update_manifest({"complete": False, "settings": settings,
+                              "sessions": [*sessions, {"missing": num_missing, **where}]})
+        self._clear_partial(self.folder)
         for folder in [self.images, *([self.latents] if latents else [])]:
             folder.mkdir(exist_ok=True)
-            for partial in folder.glob(PARTIAL + "*"):  # of a process that was killed while it wrote
-                partial.unlink()
+            self._clear_partial(folder)
+
+    def _clear_partial(self, folder: Path) -> None:
+        """What a process that was killed left half written."""
+        for partial in folder.glob(PARTIAL + "*"):
+            partial.unlink()
+
+    def update_manifest(self, changes: dict) -> dict:
+        """Writes the manifest with these changes, and returns it."""
+        manifest = {**(self.read_manifest() if self.manifest.exists() else {}), **changes}
+        write_aside(self.manifest, json.dumps(manifest, indent=1))
+        return manifest
 
     def missing(self, num_samples: int, latents: bool = False) -> list[int]:
-        """The indices not written yet."""
-        written = _indices(self.images, ".png")
+        """The indices without an image that is whole, or without a latent."""
+        written = {i for i, path in _by_index(self.images, "png").items() if _is_whole_png(path)}
         if latents:
-            written &= _indices(self.latents, ".npy")
+            written &= _by_index(self.latents, "npy").keys()
         return [i for i in range(num_samples) if i not in written]
 
-    def check_room(self, num_missing: int, num_samples: int, shape: tuple[int, int, int], latent_bytes: int) -> None:
+    def check_room(self, num_samples: int, shape: tuple[int, int, int], npz: bool, latent_bytes: int) -> None:
         """Raises ValueError where the disk is too small for what is to come.
 
         Args:
-            num_missing: images to be written; a PNG may be as large as its pixels.
-            num_samples: images of the npz; 0 where it is not wanted or there.
+            num_samples: how many images there will be; a PNG may be as large as its pixels.
             shape: (H, W, 3) of an image.
+            npz: whether it is wanted.
             latent_bytes: of one latent; 0 where they are not wanted.
         """
-        pixels = int(np.prod(shape))
-        check_room(self.folder, num_missing * (pixels + latent_bytes) + num_samples * pixels)
-
-    def write_manifest(self, content: dict) -> None:
-        write_aside(self.manifest, json.dumps(content, indent=1))
+        pixels = math.prod(shape)
+        num_missing = max(0, num_samples - len(_by_index(self.images, "png")))
+        gathered = num_samples * pixels if npz and not self.npz.exists() else 0
+        check_room(self.folder, num_missing * (pixels + latent_bytes) + gathered)
 
     def write_sample(self, index: int, image: Tensor, latent: Tensor | None = None) -> None:
         """An image, uint8 (C, H, W) of one or three channels, and before it the latent it was decoded from."""
@@ -118,8 +145,20 @@ class SamplesFolder:
         return self.images / f"{index:06d}.png"
 
 
-def _indices(folder: Path, suffix: str) -> set[int]:
-    return {int(path.stem) for path in folder.glob(f"[0-9]*{suffix}")}
+def _by_index(folder: Path, suffix: str) -> dict[int, Path]:
+    """Index -> file, of files named as ours."""
+    if not folder.is_dir():
+        return {}
+    found = (re.fullmatch(rf"(\d{{6,}})\.{suffix}", name) for name in os.listdir(folder))
+    return {int(match[1]): folder / match[0] for match in found if match}
+
+
+def _is_whole_png(path: Path) -> bool:
+    """Whether its last chunk is there."""
+    with open(path, "rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(-min(12, file.tell()), os.SEEK_END)
+        return file.read()[4:8] == b"IEND"
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:

@@ -2,15 +2,14 @@
 
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from sit_atconv.checkpointing.weights import Weights, load_weights
-from sit_atconv.data.codecs import open_codec
+from sit_atconv.data.codecs import Codec, open_codec
 from sit_atconv.data.pixels import to_uint8
 from sit_atconv.devices import on_cpu, prepare_device
 from sit_atconv.evaluation.extractors import Extractor, open_extractor
@@ -20,6 +19,7 @@ from sit_atconv.files import write_aside
 from sit_atconv.pictures import save_solver_curves
 from sit_atconv.sampling import Counted, Sampler, SampleStream
 
+DECODED_AT_ONCE = 16  # images: a decoder needs much memory for each
 EVALUATIONS_A_STEP = {"heun": 2, "sde-heun": 2}  # one for all others; a last SDE step makes it one fewer
 
 
@@ -91,29 +91,39 @@ def compare_solvers(options: Options) -> dict:
     missing = [sampler for sampler in plan(options) if (sampler.solver, sampler.shift, sampler.steps) not in known]
     if missing:
         real = extract_features(network, open_image_set(options.reference), options.batch_size, device).features
+        codec = open_codec(recipe.codec).to(device)
+        warm_up = replace(options, num_samples=options.batch_size)
+        measure(Sampler(cfg=options.cfg, solver="euler", steps=1), weights, codec, network, real, warm_up, device)
     for sampler in tqdm(missing, unit="solver"):
-        points.append(measure(sampler, weights, network, real, options, device))
+        points.append(measure(sampler, weights, codec, network, real, options, device))
         _write(out / "solvers.json", settings, points)
     return _write(out / "solvers.json", settings, points)
 
 
-def plan(options: Options) -> Iterator[Sampler]:
-    """Euler on its fine grid first, then all others."""
-    yield Sampler(cfg=options.cfg, solver="euler", steps=options.baseline)
-    for solver in options.solvers:
-        for shift in options.shifts:
-            for evaluations in options.evaluations:
-                if steps := evaluations // EVALUATIONS_A_STEP.get(solver, 1):
-                    yield Sampler(cfg=options.cfg, solver=solver, steps=steps, shift=shift)
+def plan(options: Options) -> list[Sampler]:
+    """Euler on its fine grid first, then all others, each once."""
+    samplers = [Sampler(cfg=options.cfg, solver="euler", steps=options.baseline)] + [
+        Sampler(cfg=options.cfg, solver=solver, steps=steps, shift=shift)
+        for solver in options.solvers
+        for shift in options.shifts
+        for evaluations in options.evaluations
+        if (steps := evaluations // EVALUATIONS_A_STEP.get(solver, 1))
+    ]
+    return list(dict.fromkeys(samplers))
 
 
 @torch.inference_mode()
 def measure(
-    sampler: Sampler, weights: Weights, network: Extractor, real: torch.Tensor, options: Options, device: torch.device
+    sampler: Sampler, weights: Weights, codec: Codec, network: Extractor, real: torch.Tensor, options: Options,
+    device: torch.device,
 ) -> Point:
-    """Draws the samples, keeps their features alone, and takes the time of sampling."""
+    """Draws the samples, keeps their features alone, and takes the time of sampling.
+
+    Args:
+        real: features (N, D) of the reference.
+    """
     recipe, config = weights.recipe, weights.model.config
-    model, codec = Counted(weights.model.to(device)), open_codec(recipe.codec).to(device)
+    model = Counted(weights.model.to(device))
     features, seconds = [], 0.0
     for start in range(0, options.num_samples, options.batch_size):
         stream = SampleStream(options.seed, range(start, min(start + options.batch_size, options.num_samples)))
@@ -121,7 +131,7 @@ def measure(
         y = stream.labels(config.num_classes, "balanced").to(device)
         clock = time.perf_counter()
         z = sampler(model, noise, y, path=recipe.interpolant, prediction=recipe.prediction, randn=stream.randn_like)
-        images = to_uint8(codec.decode(z)).cpu()
+        images = torch.cat([to_uint8(codec.decode(part)) for part in z.split(DECODED_AT_ONCE)]).cpu()
         seconds += time.perf_counter() - clock
         features.append(network(images.expand(-1, 3, -1, -1).to(device))[0])
     distance, error = frechet_jackknife(torch.cat(features), real)
@@ -138,12 +148,16 @@ def is_enough(point: Point, baseline: Point) -> bool:
 def _read(path: Path, settings: dict) -> list[Point]:
     if not path.exists():
         return []
-    held = json.loads(path.read_text())
+    try:
+        held = json.loads(path.read_text())
+        points = [Point(**point) for point in held["points"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: delete it, or give another --out") from error
     changed = [f"{key} {held['settings'].get(key)!r} -> {value!r}" for key, value in settings.items()
                if key not in ("solvers", "evaluations", "shifts") and held["settings"].get(key) != value]
     if changed:
         raise ValueError(f"{path} holds another comparison ({', '.join(changed)}): give another --out")
-    return [Point(**point) for point in held["points"]]
+    return points
 
 
 def _write(path: Path, settings: dict, points: list[Point]) -> dict:

@@ -11,6 +11,7 @@ def test_numbers_and_names():
 
 @pytest.mark.parametrize(("given", "message"), [
     (3, "class 3 is out of range: the model knows 0 ... 2"), ("-1", "class -1 is out of range"),
+    (3.7, "a class is a number or a name, not 3.7"),
     ("gold fish", "no class 'gold fish'; near it: 'goldfish'"), ("", "no class ''; near it: 'goldfish'")])
 def test_errors(given, message):
     with pytest.raises(ValueError, match=message):
@@ -19,7 +20,7 @@ def test_errors(given, message):
 
 def test_a_file_has_a_class_on_each_line(tmp_path):
     path = tmp_path / "labels.txt"
-    path.write_text("0\ngolden retriever\n 2 \n")
+    path.write_bytes(b"\xef\xbb\xbf0\r\ngolden retriever\r\n 2 \n\n")  # as some editors leave it
     assert read_labels(path, NAMES) == [0, 1, 2]
     path.write_text("0\n\n1\n")
     with pytest.raises(ValueError, match=r"line 2 of .*labels\.txt: there is no class ''"):

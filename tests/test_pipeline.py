@@ -126,6 +126,9 @@ def test_guidance_where_it_is_asked_for():
     for options in (dict(guidance_interval=(0.3, 0.7)), dict(guidance_scale=1.0), dict()):
         pipeline(5, num_inference_steps=10, output_type="latent", **options)
     assert sizes == [1] * 3 + [2] * 4 + [1] * 3 + [1] * 10 + [2] * 10
+    sizes.clear()
+    pipeline(5, num_inference_steps=7, output_type="latent", guidance_interval=(2 / 7, 5 / 7))
+    assert sizes == [1, 1, 2, 2, 2, 1, 1]
     pipeline.transformer = randomised(has_null_label=False)
     pipeline(5, guidance_scale=1.0, num_inference_steps=1, output_type="latent")
     with pytest.raises(ValueError, match="needs a null label"):
@@ -136,12 +139,14 @@ def test_labels_by_number_and_name():
     pipeline = make_pipeline(id2label={str(i): name for i, name in enumerate(NAMES)})
     assert pipeline.label_ids([2, "digit 7", np.int64(3)]) == [2, 7, 3]
     assert pipeline.label_ids("digit 9") == [9] and pipeline.label_ids(4) == [4]
-    with pytest.raises(ValueError, match=r"there is no class 'digt 7'; near it: digit 7, digit"):
+    with pytest.raises(ValueError, match=r"there is no class 'digt 7'; near it: 'digit 7', 'digit"):
         pipeline.label_ids(["digt 7"])
     for label in (10, -1):
         with pytest.raises(ValueError, match=rf"class {label} is out of range: the model knows 0 \.\.\. 9"):
             pipeline.label_ids([0, label])
-    with pytest.raises(ValueError, match="have no names"):
+    with pytest.raises(ValueError, match="class_labels is empty"):
+        make_pipeline().label_ids([])
+    with pytest.raises(ValueError, match="there is no class 'digit 7'; near it: '0'"):
         make_pipeline().label_ids("digit 7")
 
 

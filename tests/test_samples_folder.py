@@ -15,7 +15,7 @@ SETTINGS = {"seed": 0}
 def folder(tmp_path):
     folder = SamplesFolder(tmp_path / "samples")
     folder.folder.mkdir()
-    folder.begin(SETTINGS, latents=True)
+    folder.begin(SETTINGS, {}, 0, latents=True)
     return folder
 
 
@@ -27,7 +27,7 @@ def test_missing_is_what_has_no_image_or_no_latent(folder):
 
 def test_begin_clears_what_a_killed_process_left_half(folder):
     (folder.images / ".partial-000001.png").write_bytes(b"half")
-    folder.begin(SETTINGS)
+    folder.begin(SETTINGS, {}, 0)
     assert list(folder.images.iterdir()) == []
 
 

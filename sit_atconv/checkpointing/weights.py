@@ -170,6 +170,9 @@ def _load_exported(folder: Path) -> Weights:
     wrong = {name: keys for name, keys in report.items() if keys}
     if wrong:
         raise ValueError(f"the weights in {folder} do not fit their config.json: {wrong}")
+    if len(recipe.class_names) != model.config.num_classes:
+        raise ValueError(f"the recipe.json in {folder} names {len(recipe.class_names)} classes, and its config.json "
+                         f"knows {model.config.num_classes}: export the weights again")
     return Weights(model.eval().requires_grad_(False), recipe, folder)
 
 

@@ -84,7 +84,9 @@ def sample_ode(
     """Integrates dx/dt = velocity(x, t) from noise to data.
 
     Args:
-        velocity: (x, t) -> velocity of x's shape; t is a 0-d float64 tensor on the CPU (dopri5: on x's device).
+        velocity: (x, t) -> velocity of x's shape; t is a 0-d float64 tensor on the CPU (dopri5: on x's device). Where
+            it is infinite at an end (VP, other predictions by `as_velocity`), give `times` within
+            `Interpolant.interval`.
         noise: x at the first time (B, ...).
         solver: a name in SOLVERS. Those in LINEAR_ONLY are right on the linear path alone.
         num_steps: number of intervals, uniform in t. (SiT counts points: its 50 is our 49.)

@@ -1,19 +1,22 @@
 """How noise becomes data, in one value: guidance, solver and grid together, as a command or a config names them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sit_atconv.flow import as_velocity, get_interpolant
+from sit_atconv.flow.interpolants import DIFFUSION_FORMS
 from sit_atconv.sampling.guidance import check_guidance, guidance_schedule, guided
 from sit_atconv.sampling.ode import BEGIN, LINEAR_ONLY, SOLVERS, sample_ode
-from sit_atconv.sampling.sde import SDE_SOLVERS, sample_sde, sde_times
+from sit_atconv.sampling.sde import LAST_STEPS, SDE_SOLVERS, sample_sde, sde_times
 from sit_atconv.sampling.times import as_times, time_grid
 
 SDE = "sde-"  # before the name of an SDE solver
 SOLVER_NAMES = (*SOLVERS, *(SDE + name for name in SDE_SOLVERS))
+AT_BOTH_ENDS = ("heun", "dopri5")  # of the ODE solvers, those that evaluate the velocity at the last time too
+MARGIN = 1e-3  # how far from 0 and 1 a grid may begin and end: where formulas are not finite there
 
 
 def default_solver(path: str) -> str:
@@ -29,62 +32,77 @@ class Sampler:
         cfg: guidance scale; 1 is off, 0 the null branch alone.
         cfg_schedule: "constant", or rising with t ("linear", "cosine") to the same scale on average.
         cfg_channels: guide the first so many channels only; None guides all.
-        interval: guidance is on where lo <= t < hi.
-        solver: a name in SOLVER_NAMES: those of SOLVERS, and of SDE_SOLVERS with "sde-" before.
+        cfg_interval: guidance is on where lo <= t < hi.
+        solver: a name in SOLVER_NAMES: those of SOLVERS, and of SDE_SOLVERS with "sde-" before; None is that of
+            `default_solver`.
         steps: intervals of the grid.
         shift: of the grid; above 1 it has more steps near noise (`time_grid`).
-        times: an explicit grid in place of steps and shift; () is none.
+        times: an explicit grid in place of steps and shift.
         diffusion_form: of an SDE solver, like what follows; see `sample_sde`.
         diffusion_norm: a factor of it.
-        last_step: how the last step goes.
+        last_step: the last, noiseless one: "mean", "tweedie", "euler" or "none".
         last_step_size: how long it is.
     """
 
     cfg: float = 4.0
     cfg_schedule: str = "constant"
     cfg_channels: int | None = None
-    interval: tuple[float, float] = (0.0, 1.0)
-    solver: str = "euler"
-    steps: int = 50
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    solver: str | None = None
+    steps: int = 25
     shift: float = 1.0
-    times: tuple[float, ...] = ()
+    times: tuple[float, ...] | None = None
     diffusion_form: str = "sigma"
     diffusion_norm: float = 1.0
     last_step: str = "mean"
     last_step_size: float = 0.04
 
+    def settled(self, path: str) -> "Sampler":
+        """With the solver's name filled in, and what has no effect as by default: equal where the samples are."""
+        solver, default = self.solver or default_solver(path), Sampler()
+        unused = [] if solver.startswith(SDE) else ["diffusion_form", "diffusion_norm", "last_step", "last_step_size"]
+        unused += ["steps", "shift"] if self.times else []
+        return replace(self, solver=solver, **{name: getattr(default, name) for name in unused})
+
     def check(self, path: str, prediction: str, null_label: int | None, weak: bool = False) -> None:
         """Raises ValueError where these settings do not suit each other, the path, the prediction or the model."""
-        if not 0 <= self.interval[0] < self.interval[1] <= 1:
-            raise ValueError(f"interval must be two increasing times in [0, 1], not {list(self.interval)}")
-        if self.solver in LINEAR_ONLY and path != "linear":
+        solver, (t0, t1) = self.settled(path).solver, self._finite_on(path, prediction)
+        for name, value, known in (("solver", solver, SOLVER_NAMES), ("last_step", self.last_step, LAST_STEPS),
+                                   ("diffusion_form", self.diffusion_form.lower(), DIFFUSION_FORMS)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        if not 0 <= self.cfg_interval[0] < self.cfg_interval[1] <= 1:
+            raise ValueError(f"the interval of guidance must be two increasing times in [0, 1], not "
+                             f"{list(self.cfg_interval)}")
+        if solver in LINEAR_ONLY and path != "linear":
             others = [name for name in SOLVER_NAMES if name not in LINEAR_ONLY]
-            raise ValueError(f"solver {self.solver} is right on the linear path alone, and this model was trained on "
+            raise ValueError(f"solver {solver} is right on the linear path alone, and this model was trained on "
                              f"{path}: use one of {', '.join(others)}")
         check_guidance(guidance_schedule(self.cfg_schedule, self.cfg), null_label, weak)
-        t0, t1 = self._interval(path, prediction)
+        with_last_step = solver.startswith(SDE) and self.last_step != "none"
+        if with_last_step and not self.times and not 1 - t1 <= self.last_step_size < 1 - t0:
+            raise ValueError(f"last_step_size must lie between {1 - t1:g} and {1 - t0:g}, not {self.last_step_size}")
         times = self.grid(path, prediction)
-        at_both_ends = self.solver in ("heun", "dopri5") or (self.is_sde and self.last_step == "none")
-        last = times[-1] if at_both_ends else times[-2]  # where the velocity is still evaluated
-        if times[0] < t0 or last > t1 or times[-1] > 1:
-            raise ValueError(f"times must lie in [{t0:g}, {t1:g}], where the formulas of {prediction} on the {path} "
-                             f"path are finite, not {times.tolist()}")
-
-    def _interval(self, path: str, prediction: str) -> tuple[float, float]:
-        return get_interpolant(path).interval(prediction, diffusion_form=self.diffusion_form if self.is_sde else None)
+        evaluated = times if solver in AT_BOTH_ENDS or (solver.startswith(SDE) and not with_last_step) else times[:-1]
+        for t in (evaluated[0], evaluated[-1]):
+            if not t0 <= t <= t1:
+                raise ValueError(f"times must lie in [{t0:g}, {t1:g}], where the formulas of {prediction} on the "
+                                 f"{path} path are finite: {t:g} does not")
+        if times[0] > MARGIN or not 1 - MARGIN <= times[-1] <= 1:
+            raise ValueError(f"times must lead from noise, 0, to data, 1, not from {times[0]:g} to {times[-1]:g}")
 
     def grid(self, path: str, prediction: str) -> Tensor:
-        """The times at which the solver stops, float64."""
+        """The times at which the solver stops, float64. Raises ValueError where they do not increase."""
         if self.times:
             return as_times(self.times)
-        t0, t1 = self._interval(path, prediction)
-        if self.is_sde:
+        solver, (t0, t1) = self.settled(path).solver, self._finite_on(path, prediction)
+        if solver.startswith(SDE):
             return sde_times(self.steps, (t0, t1), self.last_step, self.last_step_size, self.shift)
-        return time_grid(self.steps, max(t0, BEGIN.get(self.solver, 0.0)), t1, self.shift)
+        return time_grid(self.steps, max(t0, BEGIN.get(solver, 0.0)), t1, self.shift)
 
-    @property
-    def is_sde(self) -> bool:
-        return self.solver.startswith(SDE)
+    def _finite_on(self, path: str, prediction: str) -> tuple[float, float]:
+        is_sde = self.settled(path).solver.startswith(SDE)
+        return get_interpolant(path).interval(prediction, diffusion_form=self.diffusion_form if is_sde else None)
 
     def __call__(
         self,
@@ -105,17 +123,20 @@ class Sampler:
             prediction: what its output stands for.
             weak: a second model (x, t, y) -> velocity, for autoguidance.
             randn: of an SDE solver, x -> the next standard-normal tensor like x.
+
+        Raises:
+            ValueError: as `check`, as far as the solvers notice.
         """
         interpolant = get_interpolant(path)
         velocity = guided(
             as_velocity(model, interpolant, prediction), y, cfg=guidance_schedule(self.cfg_schedule, self.cfg),
-            channels=self.cfg_channels, interval=self.interval, weak=weak,
+            channels=self.cfg_channels, interval=self.cfg_interval, weak=weak,
         )
-        times = self.grid(path, prediction)
-        if not self.is_sde:
-            return sample_ode(velocity, noise, solver=self.solver, times=times)
+        solver, times = self.settled(path).solver, self.grid(path, prediction)
+        if not solver.startswith(SDE):
+            return sample_ode(velocity, noise, solver=solver, times=times)
         return sample_sde(
-            velocity, noise, interpolant, solver=self.solver.removeprefix(SDE), times=times, randn=randn,
+            velocity, noise, interpolant, solver=solver.removeprefix(SDE), times=times, randn=randn,
             diffusion_form=self.diffusion_form, diffusion_norm=self.diffusion_norm, last_step=self.last_step,
         )
 

@@ -61,7 +61,8 @@ def sample_sde(
     """Integrates dx = (v + w * score) dt + sqrt(2 w) dW from noise to data.
 
     Args:
-        velocity: (x, t) -> velocity of x's shape; t is a 0-d float64 tensor on the CPU.
+        velocity: (x, t) -> velocity of x's shape; t is a 0-d float64 tensor on the CPU. Where it comes from another
+            prediction (`as_velocity`) it is infinite at t = 0: give `times` that begin later.
         noise: x at the first time (B, ...).
         interpolant: the path, which turns velocity into score.
         solver: a name in SDE_SOLVERS.
@@ -85,6 +86,8 @@ def sample_sde(
         raise ValueError(f"solver must be one of {sorted(SDE_SOLVERS)}, not {solver!r}")
     if last_step not in LAST_STEPS:
         raise ValueError(f"last_step must be one of {LAST_STEPS}, not {last_step!r}")
+    if diffusion_norm < 0:
+        raise ValueError(f"diffusion_norm must not be negative: {diffusion_norm}")
     if times is None:
         times = sde_times(num_steps, interpolant.interval(diffusion_form=diffusion_form), last_step, last_step_size)
     times = as_times(times)
@@ -110,7 +113,8 @@ def sde_times(
     num_steps: int, interval: tuple[float, float], last_step: str, last_step_size: float, shift: float = 1.0
 ) -> Tensor:
     """(num_steps + 1,) times for `sample_sde`: a grid (`time_grid`) up to 1 - last_step_size, and 1; or without a
-    last step a grid on the interval where the score is finite."""
+    last step a grid on the interval where the score is finite. ValueError: fewer than one step, or a last step that
+    leaves no time before it."""
     t0, t1 = interval
     if last_step == "none":
         return time_grid(num_steps, t0, t1, shift)

@@ -28,11 +28,12 @@ def test_evaluations_are_counted(model, solver, evaluations):
 def test_settings_reach_guidance_and_solver(model):
     velocity = guided(model, Y, cfg=3.0, channels=3, interval=(0.2, 0.9))
     expected = sample_ode(velocity, NOISE, solver="heun", times=time_grid(5, shift=2.0))
-    sampler = Sampler(cfg=3.0, cfg_channels=3, interval=(0.2, 0.9), solver="heun", steps=5, shift=2.0)
+    sampler = Sampler(cfg=3.0, cfg_channels=3, cfg_interval=(0.2, 0.9), solver="heun", steps=5, shift=2.0)
     assert torch.equal(sampler(model, NOISE, Y), expected)
     times = (0.0, 0.1, 0.5, 1.0)
     expected = sample_ode(guided(model, Y, cfg=lambda t: 1 + 2 * 2 * t), NOISE, times=times)
-    assert torch.equal(Sampler(cfg=3.0, cfg_schedule="linear", times=times)(model, NOISE, Y), expected)
+    sampler = Sampler(cfg=3.0, cfg_schedule="linear", solver="euler", times=times)
+    assert torch.equal(sampler(model, NOISE, Y), expected)
 
 
 def test_settings_reach_the_sde(model):
@@ -59,20 +60,27 @@ def test_a_weak_model_guides(model):
     weak = randomised(depth=1)
     path = get_interpolant("linear")
     expected = sample_ode(guided(model, Y, cfg=2.0, weak=as_velocity(weak, path)), NOISE, num_steps=4)
-    assert torch.equal(Sampler(cfg=2.0, steps=4)(model, NOISE, Y, weak=weak), expected)
+    assert torch.equal(Sampler(cfg=2.0, solver="euler", steps=4)(model, NOISE, Y, weak=weak), expected)
 
 
 @pytest.mark.parametrize(("options", "model_options", "message"), [
-    (dict(interval=(0.8, 0.3)), {}, r"interval must be .* not \[0\.8, 0\.3\]"),
-    (dict(interval=(0.3, 1.2)), {}, r"not \[0\.3, 1\.2\]"),
+    (dict(cfg_interval=(0.8, 0.3)), {}, r"interval of guidance must be .* not \[0\.8, 0\.3\]"),
+    (dict(cfg_interval=(0.3, 1.2)), {}, r"not \[0\.3, 1\.2\]"),
     (dict(solver="unipc"), dict(path="gvp"), "unipc is right on the linear path alone.* gvp: use one of euler, heun"),
     (dict(solver="dpm++"), dict(path="vp"), "sde-heun"),
     (dict(cfg=2.0), dict(null_label=None), r"cfg = 2\.0 needs a null label"),
     (dict(cfg_schedule="linear"), dict(null_label=None), "cfg = a schedule needs a null label"),
-    (dict(times=(0.0, 1.1)), {}, r"\[0, 1\].*1\.1"),
-    (dict(times=(0.0, 1.0)), dict(prediction="noise"), r"\[0\.001, 0\.999\]"),
-    (dict(times=(0.0, 0.5, 1.0), solver="heun"), dict(path="vp"), r"\[0, 0\.999\]"),
-    (dict(solver="sde-euler", last_step_size=1.0), {}, r"last_step_size must lie between 0 and 1, not 1\.0"),
+    (dict(times=(0.0, 1.1)), {}, "from 0 to 1.1"),
+    (dict(times=(0.0, 0.5)), {}, "from 0 to 0.5"),
+    (dict(times=(0.4, 1.0)), {}, "from 0.4 to 1"),
+    (dict(times=(0.0, 1.0)), dict(prediction="noise"), r"\[0\.001, 0\.999\].*: 0 does not"),
+    (dict(times=(0.0, 0.5, 1.0), solver="heun"), dict(path="vp"), r"\[0, 0\.999\].*: 1 does not"),
+    (dict(solver="sde-euler", last_step_size=1.0), {}, r"last_step_size must lie between 0\.001 and 1, not 1\.0"),
+    (dict(solver="sde-euler", last_step_size=5e-4), {}, r"not 0\.0005"),
+    (dict(solver="rk9"), {}, "solver must be one of euler, .*, not 'rk9'"),
+    (dict(last_step="best"), {}, "last_step must be one of none, .*, not 'best'"),
+    (dict(diffusion_form="cubic"), {}, "diffusion_form must be one of constant, .*, not 'cubic'"),
+    (dict(steps=0), {}, "num_steps must be at least 1, not 0"),
 ])
 def test_what_does_not_suit_is_an_error(options, model_options, message):
     with pytest.raises(ValueError, match=message):
@@ -80,6 +88,14 @@ def test_what_does_not_suit_is_an_error(options, model_options, message):
 
 
 def test_what_suits_is_none():
-    Sampler(solver="unipc", interval=(0.3, 0.8)).check("linear", "data", 10)
-    Sampler(times=(0.0, 0.5, 1.0)).check("vp", "velocity", 10)  # Euler evaluates at 0 and 0.5
+    Sampler(solver="unipc", cfg_interval=(0.3, 0.8)).check("linear", "data", 10)
+    Sampler(solver="euler", times=(0.0, 0.5, 1.0)).check("vp", "velocity", 10)  # evaluates at 0 and 0.5
+    Sampler(diffusion_form="SBDM").check("gvp", "score", 10)
     Sampler(solver="sde-euler").check("vp", "noise", None, weak=True)
+
+
+def test_settled_settings_are_equal_where_samples_are():
+    assert Sampler().settled("linear").solver == "unipc" and Sampler().settled("gvp").solver == "heun"
+    assert Sampler(last_step="none").settled("linear") == Sampler(solver="unipc").settled("linear")
+    assert Sampler(times=(0.0, 1.0), steps=7, shift=2.0).settled("vp") == Sampler(times=(0.0, 1.0)).settled("vp")
+    assert Sampler(solver="sde-euler", last_step="none").settled("vp").last_step == "none"

@@ -13,6 +13,7 @@ from sit_atconv.sampling import SDE_SOLVERS, SampleStream, sample_sde
 MEAN = torch.tensor([0.7, -0.3])
 DEVIATION = torch.tensor([0.5, 0.2])
 SAMPLES = 20_000
+QUICK = ("sbdm", "increasing-decreasing")  # the other forms are slow tests
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +52,18 @@ def standard_errors(x) -> float:
     return max(mean.abs().max(), covariance.abs().max()).item()
 
 
-@pytest.mark.parametrize("form", DIFFUSION_FORMS)
+@pytest.mark.parametrize("form", [
+    pytest.param(form, marks=[] if form in QUICK else pytest.mark.slow) for form in DIFFUSION_FORMS])
 @pytest.mark.parametrize("path", ["linear", "gvp"])
 def test_reaches_the_target(path, form):
     assert standard_errors(sample(path, num_steps=1000, diffusion_form=form, last_step="none")) < 4
+
+
+@pytest.mark.parametrize("last_step", ["mean", "tweedie", "euler"])
+@pytest.mark.parametrize("path", ["linear", "gvp"])
+def test_stochastic_heun_reaches_the_target_in_few_steps(path, last_step):
+    x = sample(path, solver="heun", num_steps=100, last_step=last_step, last_step_size=2e-3)
+    assert standard_errors(x) < 4
 
 
 @pytest.mark.slow
@@ -106,7 +115,7 @@ def test_everything_is_finite_in_float32(path, form, solver):
     noise, interpolant = torch.randn(64, 1, 2, 2), get_interpolant(path)
     for last_step in ("none", "mean", "tweedie", "euler"):
         x = sample_sde(lambda x, t: interpolant.velocity(x.new_full((), 0.3), x, t), noise, interpolant, solver=solver,
-                       num_steps=50, diffusion_form=form.upper(), last_step=last_step)
+                       num_steps=5, diffusion_form=form.upper(), last_step=last_step)
         assert x.dtype == torch.float32 and x.isfinite().all()
 
 
@@ -137,7 +146,8 @@ def test_noise_comes_from_the_stream_and_never_twice(solver):
 
 def test_errors_name_the_value():
     wrong = [({"solver": "rk4"}, "'rk4'"), ({"last_step": "best"}, "'best'"), ({"diffusion_form": "cubic"}, "'cubic'"),
-             ({"num_steps": 0}, "not 0"), ({"last_step_size": 1.0}, r"not 1\.0"), ({"times": [0.5]}, r"\[0\.5")]
+             ({"num_steps": 0}, "not 0"), ({"diffusion_norm": -1.0}, r"negative: -1\.0"),
+             ({"last_step_size": 1.0}, r"not 1\.0"), ({"times": [0.5]}, r"\[0\.5")]
     for options, message in wrong:
         with pytest.raises(ValueError, match=message):
             sample_sde(lambda x, t: x, torch.zeros(2), get_interpolant("linear"), **options)
