@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
         check_out(out, form)  # answers before torch is imported
         path = locate_weights(source, ema, model=options["model"], vae=options["vae"])
         if options["class_names"]:
-            options["class_names"] = Path(options["class_names"]).read_text(encoding="utf-8").splitlines()
+            options["class_names"] = Path(options["class_names"]).read_text(encoding="utf-8-sig").splitlines()
         weights = load(source, path, ema, options)
         print(convert(weights, source, out, form))
 
@@ -66,8 +66,9 @@ def convert(weights, source: str, out: Path, form: str) -> str:
 
         out.parent.mkdir(parents=True, exist_ok=True)
         preset = save_published(weights, out, form)
+        vae = " --vae identity" if weights.recipe.codec["kind"] == "identity" else ""
         hint = "its code builds the model with projectors, which are not in it: load with strict=False" \
-            if form == "repa" else f"read it back: python -m sit_atconv.convert {shlex.quote(str(out))} OUT"
+            if form == "repa" else f"read it back: python -m sit_atconv.convert {shlex.quote(str(out))} OUT{vae}"
         return f"{out}: {preset}, {what}, in {form} form\n{hint}"
     if form == "pipeline":
         from sit_atconv.pipeline import export_pipeline

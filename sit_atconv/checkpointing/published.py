@@ -68,7 +68,14 @@ def read_published(path: Path, ema: bool = True) -> Published:
         raise ValueError(f"{path} holds no weights ({held}): give a file with 'ema' or 'model' in it, or a state dict")
     args = content.get("args")
     args = dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
-    tensors = {_unwrapped(name): tensor for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.is_meta:
+            raise ValueError(f"{path} is not loaded: {name} is {tensor.dtype}, {tensor.layout} on {tensor.device}, and "
+                             "weights are dense floating-point numbers")
+    named = [_unwrapped(name) for name in tensors]
+    if len(set(named)) < len(named):
+        raise ValueError(f"{path} is not loaded: without {' and '.join(WRAPPERS)} two of its names are the same")
+    tensors = dict(zip(named, tensors.values(), strict=True))
     repa = args.get("prediction") == "v" or any(
         name.startswith("projectors.") or _is_pointwise(name, tensor) for name, tensor in tensors.items())
     if repa:
@@ -76,6 +83,9 @@ def read_published(path: Path, ema: bool = True) -> Published:
             tensors = _from_repa(tensors)
         except KeyError as error:
             raise ValueError(f"{path} is of REPA's form but has no {error.args[0]}: give a file of whole "
+                             "weights") from error
+        except (IndexError, RuntimeError) as error:
+            raise ValueError(f"{path} is of REPA's form but for the shapes of its time embedding: give a file of whole "
                              "weights") from error
     return Published(tensors, {"ema": True, "model": False, None: None}[part], repa, args)
 

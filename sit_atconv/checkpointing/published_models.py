@@ -77,6 +77,8 @@ def load_published(
     """
     published = read_published(path, ema)
     tensors = {name: tensor.float() for name, tensor in published.tensors.items()}
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{path} holds numbers that are not finite, in {broken[0]} first: its training had failed")
     try:
         shown = shown_options(tensors)
     except ValueError as error:
@@ -129,6 +131,9 @@ def _preset_options(path: Path, preset: str | None, published: Published, shown:
 def _classes(path: Path, num_rows: int, args: dict, given: int | None) -> dict:
     """How many of the label table's rows are classes; the one after them is the null label's."""
     num_classes = given if given is not None else args.get("num_classes")
+    if num_classes is not None and type(num_classes) is not int:
+        raise ValueError(f"{path} was trained with num_classes {num_classes!r}, which is no number: let python -m "
+                         "sit_atconv.convert --num-classes say how many")
     if num_classes is None:
         num_classes = max(1, num_rows - 1)
     if num_rows - num_classes not in (0, 1):

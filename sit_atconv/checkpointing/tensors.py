@@ -36,11 +36,15 @@ def shown_options(tensors: Mapping[str, Tensor]) -> dict:
     Raises:
         ValueError: they are not those of a SiT; the message names the first that is missing.
     """
-    for name, ndim in ((PATCHES, 4), (LABELS, 2), (HIDDEN, 2), (OUTPUT[0], 2)):
-        if name not in tensors or tensors[name].ndim != ndim:
+    blocks = {int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name)}
+    depth = len(blocks)
+    for name, ndim in ((PATCHES, 4), (LABELS, 2), (HIDDEN, 2), (OUTPUT[0], 2), (POSITIONS, 3)):
+        is_there = name in tensors and tensors[name].ndim == ndim and tensors[name].numel() > 0
+        if not is_there and (name in tensors or name != POSITIONS):
             raise ValueError(f"no weights of a SiT: {name} is missing or of another shape")
+    if blocks != set(range(depth)):
+        raise ValueError(f"no weights of a SiT: its blocks are not 0 ... {depth - 1}, but go up to {max(blocks)}")
     hidden_size, in_channels, patch_size, _ = tensors[PATCHES].shape
-    depth = 1 + max(int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name))
     kinds = mixer_kinds(tensors)
     mixers = ["atconv" if "ATConv" in kinds.get(i, "") else "attention" for i in range(depth)]
     named = (name for name in ("attention", "atconv", "hybrid") if mixer_names(name, depth) == mixers)

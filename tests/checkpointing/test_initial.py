@@ -37,7 +37,8 @@ def start(tmp_path):
             tensors = theirs if isinstance(theirs, dict) else theirs.state_dict()
             save_file(tensors, ckpt := tmp_path / "theirs.safetensors")
         else:
-            save_weights(theirs, recipe, ckpt)
+            names = recipe.class_names[: theirs.config.num_classes]
+            save_weights(theirs, dataclasses.replace(recipe, class_names=names), ckpt)
         before = copy_of(net)
         settings = dict(flow_path="linear", prediction="velocity", codec=CODEC) | settings
         lines = start_from(net, str(ckpt), **settings)

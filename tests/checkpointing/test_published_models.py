@@ -1,5 +1,6 @@
 import argparse
 import itertools
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from sit_atconv.checkpointing.published_models import load_published, save_published
 from sit_atconv.checkpointing.weights import load_weights
 from sit_atconv.files import sha256_of
-from sit_atconv.models.sit import preset_config
+from sit_atconv.models.sit import SiT, preset_config
 from sit_atconv.sampling import sample_ode
 from tests.checkpointing.test_published import CONVOLUTIONS
 from tests.conftest import relative_error
@@ -282,3 +283,27 @@ def test_options_of_files_are_refused_elsewhere_and_those_of_runs_here(tmp_path)
     ]:
         with pytest.raises(ValueError, match=message):
             load_weights(str(tmp_path / ckpt), **options)
+
+
+@pytest.mark.parametrize(("name", "tensor", "message"), [
+    ("blocks.9999999999.x", torch.zeros(1), r"its blocks are not 0 \.\.\. 4, but go up to 9999999999"),
+    ("pos_embed", torch.zeros(()), "pos_embed is missing or of another shape"),
+    ("x_embedder.proj.weight", torch.zeros(0, 4, 2, 2), r"x_embedder\.proj\.weight is missing or of another shape"),
+    ("final_layer.linear.bias", torch.zeros(16, dtype=torch.int8), r"final_layer\.linear\.bias is torch\.int8"),
+    ("final_layer.linear.bias", torch.zeros(16).to_sparse(), "weights are dense floating-point numbers"),
+    ("final_layer.linear.bias", torch.full((16,), math.nan), "numbers that are not finite, in final_layer"),
+    ("module.final_layer.linear.bias", torch.zeros(16), "two of its names are the same"),
+])
+def test_odd_tensors_are_named(tmp_path, name, tensor, message):
+    weights = SiT.from_preset("SiT-ATConv-Tiny/2", num_classes=10, learn_sigma=False).state_dict()
+    torch.save({"ema": {**weights, name: tensor}, "args": argparse.Namespace(num_classes=10)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=message):
+        load_published(tmp_path / "a.pt", "SiT-ATConv-Tiny/2", vae="identity")
+
+
+@pytest.mark.parametrize("num_classes", ["10", [1], 10.0, True])
+def test_odd_numbers_of_classes_are_named(tmp_path, num_classes):
+    weights = SiT.from_preset("SiT-ATConv-Tiny/2", num_classes=10).state_dict()
+    torch.save({"ema": weights, "args": argparse.Namespace(num_classes=num_classes)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"which is no number: let python -m sit_atconv\.convert --num-classes say"):
+        load_published(tmp_path / "a.pt", "SiT-ATConv-Tiny/2", vae="identity")
