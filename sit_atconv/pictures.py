@@ -92,12 +92,12 @@ def save_loss_curves(stats: Sequence[dict], path: Path, title: str) -> None:
 def save_solver_curves(points: Sequence[dict], path: Path, title: str) -> None:
     """Frechet distance against evaluations: a panel for each shift of the grid, a line for each solver.
 
+    Does nothing where there is the baseline alone.
+
     Args:
         points: those of `solver_quality`, the baseline first, whose two standard errors are drawn as a band.
         path: where the PNG goes.
         title: what to say above.
-
-    Does nothing where there is the baseline alone.
     """
     baseline, points = points[0], points[1:]
     if not points:
@@ -124,7 +124,8 @@ def save_solver_curves(points: Sequence[dict], path: Path, title: str) -> None:
             axis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("Frechet distance")
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    named = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named), frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=9)
     _save(figure, path)
 
