@@ -5,12 +5,14 @@
 Compares with many Euler steps from the same noise; writes a table, a chart and all figures as JSON.
 """
 
-from sit_atconv.commands import ArgumentParser, at_least, finite, positive, user_errors
+from sit_atconv.commands import ArgumentParser, at_least, finite, is_main_process, positive, user_errors
 
 
 def main(argv: list[str] | None = None) -> None:
     options = vars(make_parser().parse_args(argv))
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    if not is_main_process():  # one process computes
+        return
     with user_errors():
         from sit_atconv.checkpointing.weights import locate_weights
 

@@ -120,9 +120,13 @@ class SamplesFolder:
         write_aside(self._image(index), lambda path: to_pil(image).save(path, format="PNG"))
 
     def read_image(self, index: int) -> np.ndarray:
-        """uint8 (H, W, 3)"""
-        with Image.open(self._image(index)) as file:
-            return np.array(file)
+        """uint8 (H, W, 3). ValueError: the file is damaged; the message names it."""
+        path = self._image(index)
+        try:
+            with Image.open(path) as file:
+                return np.array(file)
+        except (OSError, SyntaxError) as error:  # what Pillow raises for a damaged PNG
+            raise ValueError(f"{path} cannot be read as an image: delete it and run the same command again") from error
 
     def write_npz(self, num_samples: int) -> None:
         """Gathers the images into arr_0, a few at a time: memory stays small whatever their number."""
@@ -131,7 +135,11 @@ class SamplesFolder:
             shape = (num_samples, *self.read_image(0).shape)
             with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                for image in tqdm(self._read_all(num_samples), "gathering", num_samples, unit="image"):
+                images = tqdm(self._read_all(num_samples), "gathering", num_samples, unit="image")
+                for index, image in enumerate(images):
+                    if image.shape != shape[1:]:
+                        raise ValueError(f"{self._image(index)} is of another size: delete it and run the same command "
+                                         "again")
                     file.write(image.tobytes())
 
         write_aside(self.npz, write)

@@ -44,6 +44,19 @@ def test_gathering_keeps_a_few_images_at_a_time(folder):
     assert np.array_equal(np.load(folder.npz)["arr_0"], images.permute(0, 2, 3, 1).numpy())
 
 
+def test_images_that_cannot_be_gathered_are_named(folder):
+    for i in range(3):
+        folder.write_sample(i, torch.zeros(3, 4, 4, dtype=torch.uint8))
+    whole = (folder.images / "000001.png").read_bytes()
+    (folder.images / "000001.png").write_bytes(whole[:40] + b"\0" * 10 + whole[50:])  # its end is whole
+    with pytest.raises(ValueError, match=r"000001\.png cannot be read as an image: delete it"):
+        folder.write_npz(3)
+    folder.write_sample(1, torch.zeros(3, 6, 4, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"000001\.png is of another size: delete it"):
+        folder.write_npz(3)
+    assert not folder.npz.exists()
+
+
 def test_a_folder_of_anything_else_is_refused(folder, tmp_path):
     folder.check(SETTINGS)
     with pytest.raises(ValueError, match=r"holds other samples \(seed 0 -> 1\): give another --out"):

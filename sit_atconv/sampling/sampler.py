@@ -61,7 +61,7 @@ class Sampler:
         """With the solver's name filled in, and what has no effect as by default: equal where the samples are."""
         solver, default = self.solver or default_solver(path), Sampler()
         unused = [] if solver.startswith(SDE) else ["diffusion_form", "diffusion_norm", "last_step", "last_step_size"]
-        unused += ["steps", "shift"] if self.times else []
+        unused += ["steps", "shift"] if self.times or solver == "dopri5" else []
         return replace(self, solver=solver, **{name: getattr(default, name) for name in unused})
 
     def check(self, path: str, prediction: str, null_label: int | None, weak: bool = False) -> None:

@@ -98,4 +98,5 @@ def test_settled_settings_are_equal_where_samples_are():
     assert Sampler().settled("linear").solver == "unipc" and Sampler().settled("gvp").solver == "heun"
     assert Sampler(last_step="none").settled("linear") == Sampler(solver="unipc").settled("linear")
     assert Sampler(times=(0.0, 1.0), steps=7, shift=2.0).settled("vp") == Sampler(times=(0.0, 1.0)).settled("vp")
+    assert Sampler(solver="dopri5", steps=7).settled("gvp") == Sampler(solver="dopri5").settled("gvp")
     assert Sampler(solver="sde-euler", last_step="none").settled("vp").last_step == "none"
