@@ -100,3 +100,10 @@ def test_settled_settings_are_equal_where_samples_are():
     assert Sampler(times=(0.0, 1.0), steps=7, shift=2.0).settled("vp") == Sampler(times=(0.0, 1.0)).settled("vp")
     assert Sampler(solver="dopri5", steps=7).settled("gvp") == Sampler(solver="dopri5").settled("gvp")
     assert Sampler(solver="sde-euler", last_step="none").settled("vp").last_step == "none"
+
+
+def test_grids():
+    shifted = Sampler(solver="sde-euler", steps=4, shift=2.0).grid("linear", "velocity")
+    assert torch.equal(shifted, torch.cat([time_grid(3, 0, 0.96, 2.0), torch.ones(1)]))
+    assert torch.equal(Sampler(solver="dpm++", steps=4).grid("linear", "velocity"), time_grid(4, 1e-3))
+    assert torch.equal(Sampler(steps=4, times=(0, 0.5, 1)).grid("linear", "data"), torch.tensor([0, 0.5, 1]).double())
