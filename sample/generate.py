@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     if is_main_process():
         folder, speed = job.folder, ""
         if "evaluations" in manifest:  # unknown where a killed command had drawn all of them
-            speed = f", {manifest['evaluations']:.0f} evaluations each, {manifest['images_per_second']:.1f} images/s"
+            speed = f", {manifest['evaluations']:.0f} evaluations each, {manifest['images_per_second']:.3g} images/s"
         print(f"{folder.folder}: {len(manifest['labels'])} samples{speed}\npicture: {folder.grid}\n"
               f"all images: {folder.npz if options['npz'] else folder.images}\nsettings: {folder.manifest}")
 
