@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sit_atconv.checkpointing.weights import Weights, versions
+from sit_atconv.data.codecs import decode_in_parts
 from sit_atconv.data.pixels import to_uint8
 from sit_atconv.devices import on_cpu, prepare_device
 from sit_atconv.files import exclusive
@@ -20,7 +21,6 @@ from sit_atconv.pictures import save_sample_grid
 from sit_atconv.sample_job import DTYPES, SampleJob
 from sit_atconv.sampling import Counted, SampleStream
 
-DECODED_AT_ONCE = 16  # images: a decoder needs much memory for each
 WRITERS = 4  # threads that write images while the next are drawn
 
 
@@ -94,7 +94,7 @@ def draw(job: SampleJob, mine: list[int], state: PartialState) -> dict:
             stream = SampleStream(options.seed, mine[start : start + options.batch_size])
             counted, weak_counted = Counted(model), Counted(weak)
             z = sample_batch(job, counted, weak_counted if weak else None, stream, device)
-            images = torch.cat([codec.decode(part) for part in z.split(DECODED_AT_ONCE)])
+            images = decode_in_parts(codec, z)
             if not images.isfinite().all():
                 raise ValueError(f"samples {stream.indices[0]} ... {stream.indices[-1]} are not finite with "
                                  f"--cfg {job.sampler.cfg:g} and --dtype {options.dtype}: less guidance or a wider "

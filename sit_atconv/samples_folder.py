@@ -87,7 +87,7 @@ class SamplesFolder:
 
     def update_manifest(self, changes: dict) -> dict:
         """Writes the manifest with these changes, and returns it."""
-        manifest = {**(self.read_manifest() if self.manifest.exists() else {}), **changes}
+        manifest = {**self.read_manifest(), **changes}
         write_aside(self.manifest, json.dumps(manifest, indent=1))
         return manifest
 

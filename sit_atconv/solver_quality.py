@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from sit_atconv.checkpointing.weights import Weights, load_weights
-from sit_atconv.data.codecs import Codec, open_codec
+from sit_atconv.data.codecs import Codec, decode_in_parts, open_codec
 from sit_atconv.data.pixels import to_uint8
 from sit_atconv.devices import on_cpu, prepare_device
 from sit_atconv.evaluation.extractors import Extractor, open_extractor
@@ -19,7 +19,6 @@ from sit_atconv.files import write_aside
 from sit_atconv.pictures import save_solver_curves
 from sit_atconv.sampling import Counted, Sampler, SampleStream
 
-DECODED_AT_ONCE = 16  # images: a decoder needs much memory for each
 EVALUATIONS_A_STEP = {"heun": 2, "sde-heun": 2}  # one for all others; a last SDE step makes it one fewer
 
 
@@ -131,7 +130,7 @@ def measure(
         y = stream.labels(config.num_classes, "balanced").to(device)
         clock = time.perf_counter()
         z = sampler(model, noise, y, path=recipe.interpolant, prediction=recipe.prediction, randn=stream.randn_like)
-        images = torch.cat([to_uint8(codec.decode(part)) for part in z.split(DECODED_AT_ONCE)]).cpu()
+        images = to_uint8(decode_in_parts(codec, z)).cpu()
         seconds += time.perf_counter() - clock
         features.append(network(images.expand(-1, 3, -1, -1).to(device))[0])
     distance, error = frechet_jackknife(torch.cat(features), real)

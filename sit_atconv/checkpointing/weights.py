@@ -125,7 +125,7 @@ def locate_weights(
     if not path.exists():
         return _of_decay([_download(ckpt)], ema, ckpt)
     if not any(path.iterdir()):
-        raise ValueError(f"{ckpt} is an empty folder")
+        raise ValueError(f"{ckpt} is an empty folder: give a run, a checkpoint or exported weights")
     for folder in (newest_checkpoint(path), path):
         if folder and (folder / "ema").is_dir():
             if ema is False:

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+DECODED_AT_ONCE = 16
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -162,6 +163,11 @@ class VAECodec(_Codec):
 
 
 Codec = IdentityCodec | VAECodec
+
+
+def decode_in_parts(codec: Codec, z: Tensor) -> Tensor:
+    """`codec.decode` of a few at a time: a decoder needs much memory for each image of a batch."""
+    return torch.cat([codec.decode(part) for part in z.split(DECODED_AT_ONCE)])
 
 
 def open_codec(description: dict, made: str = "the weights were trained", precision: Precision = "tf32") -> Codec:
