@@ -1,0 +1,129 @@
+"""What an evaluation found and all that could change it, as one JSON; and how two of them may be compared."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sit_atconv.files import write_aside
+
+FULL = 50_000  # samples of the FID that papers report; another number stands in the score's name
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number and its uncertainty.
+
+    Args:
+        value: what is reported.
+        error: its standard error for the draw of the samples, the reference held fixed; None where there is none.
+        without_group: the value without group 0, 1, ... of the samples, which the error comes from.
+    """
+
+    value: float
+    error: float | None = None
+    without_group: Sequence[float] = ()
+
+    def __str__(self) -> str:
+        if not self.error or not math.isfinite(self.error):
+            return f"{self.value:.4g}"
+        decimals = max(0, 1 - math.floor(math.log10(self.error)))  # two digits of the error
+        return f"{self.value:.{decimals}f} ± {self.error:.{decimals}f}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation.
+
+    Args:
+        scores: by name: "FID", "FID-1000", "sFID", "IS", "precision", "recall", "KID"; with another extractor than
+            Inception "FD-NAME" and so on.
+        protocol: how it was measured: samples, reference, extractor, metrics, versions. Two that differ in it are not
+            comparable.
+        subject: what was measured: path and content of the samples, weights, step, seed, speed.
+        environment: what should not matter: date, device, processes.
+    """
+
+    scores: dict[str, Score]
+    protocol: dict
+    subject: dict
+    environment: dict
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    def save(self, path: Path) -> None:
+        write_aside(path, self.to_json() + "\n")
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Raises ValueError where the file is none."""
+    try:
+        held = json.loads(path.read_text())
+        scores = {name: Score(**score) for name, score in held.pop("scores").items()}
+        return Evaluation(scores, **held)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no evaluation as eval/fid.py writes it: give its --out, or the folder of samples "
+                         "that it was written to") from error
+
+
+def score_name(metric: str, extractor: str, num_samples: int) -> str:
+    """What a number deserves to be called.
+
+    Frechet distances are biased by the number of samples, so it stands in the name where it is not 50,000; and no
+    number of another extractor bears the name of Inception's.
+
+    Args:
+        metric: "FID", "sFID", "IS", "KID", "precision" or "recall".
+        extractor: "inception", or another's name.
+        num_samples: N.
+    """
+    other = {"FID": "FD", "KID": "KD", "IS": "score"}.get(metric, metric)
+    name = metric if extractor == "inception" else f"{other}-{extractor}"
+    return f"{name}-{num_samples}" if metric in ("FID", "sFID") and num_samples != FULL else name
+
+
+def protocol_differences(a: Evaluation, b: Evaluation) -> dict[str, tuple]:
+    """What differs in their protocols: dotted name -> (of a, of b); None where one says nothing."""
+    here, there = dict(_flat(a.protocol)), dict(_flat(b.protocol))
+    return {name: (here.get(name), there.get(name))
+            for name in dict.fromkeys([*here, *there]) if here.get(name) != there.get(name)}
+
+
+def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def are_paired(a: Evaluation, b: Evaluation) -> bool:
+    """Whether sample i of both was drawn from the same noise with the same label."""
+    drawn = [(e.subject.get("seed"), e.protocol["samples"]["num"], e.protocol["samples"].get("labels"),
+              e.protocol["samples"].get("image_size")) for e in (a, b)]
+    return drawn[0] == drawn[1] and drawn[0][0] is not None
+
+
+def difference(a: Evaluation, b: Evaluation, name: str) -> Score:
+    """Score `name` of a minus that of b, with the standard error of the difference.
+
+    Where both were drawn from the same noise and labels it is taken from the differences group by group, which is
+    what the two have not in common; else the two errors are independent and add up in squares.
+    """
+    ours, theirs = a.scores[name], b.scores[name]
+    value = ours.value - theirs.value
+    if are_paired(a, b) and len(ours.without_group) == len(theirs.without_group) > 1:
+        without = [x - y for x, y in zip(ours.without_group, theirs.without_group, strict=True)]
+        return Score(value, jackknife_error(without), without)
+    if ours.error is None or theirs.error is None:
+        return Score(value)
+    return Score(value, math.hypot(ours.error, theirs.error))
+
+
+def jackknife_error(without_group: Sequence[float]) -> float:
+    """Standard error from the values without one group each (delete-a-group jackknife, Shao and Tu 1995, 2.3)."""
+    groups = len(without_group)
+    mean = math.fsum(without_group) / groups
+    return math.sqrt((groups - 1) / groups * math.fsum((value - mean) ** 2 for value in without_group))

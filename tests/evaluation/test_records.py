@@ -1,0 +1,73 @@
+import math
+
+import numpy as np
+import pytest
+
+from sit_atconv.evaluation.records import (
+    Evaluation,
+    Score,
+    difference,
+    jackknife_error,
+    protocol_differences,
+    read_evaluation,
+    score_name,
+)
+
+
+def evaluation(values=(2.0, 2.2, 1.8), seed=0, num=1000, **protocol):
+    samples = {"num": num, "labels": "random", "image_size": [8, 8]} | protocol
+    score = Score(sum(values) / len(values), jackknife_error(values), list(values))
+    return Evaluation({"FID-1000": score}, {"samples": samples, "reference": {"num": 7}}, {"seed": seed}, {})
+
+
+@pytest.mark.parametrize(
+    ("metric", "extractor", "num", "name"),
+    [
+        ("FID", "inception", 50_000, "FID"), ("FID", "inception", 10_000, "FID-10000"),
+        ("sFID", "inception", 10_000, "sFID-10000"), ("IS", "inception", 10_000, "IS"),
+        ("FID", "dinov2", 50_000, "FD-dinov2"), ("FID", "digits", 1000, "FD-digits-1000"),
+        ("KID", "digits", 1000, "KD-digits"), ("precision", "digits", 1000, "precision-digits"),
+        ("IS", "digits", 50_000, "score-digits"),
+    ],
+)
+def test_names(metric, extractor, num, name):
+    assert score_name(metric, extractor, num) == name
+
+
+def test_scores_are_printed_to_two_digits_of_their_error():
+    assert str(Score(2.1234, 0.0456)) == "2.123 ± 0.046" and str(Score(17.2, 1.23)) == "17.2 ± 1.2"
+    assert str(Score(123.456, 25.0)) == "123 ± 25" and str(Score(0.82649)) == "0.8265"
+    assert str(Score(1.5, 0.0)) == "1.5" and str(Score(1.5, math.nan)) == "1.5"
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    evaluation().save(tmp_path / "x.json")
+    assert read_evaluation(tmp_path / "x.json") == evaluation()
+    for text in ("{}", "[]", "no json", '{"scores": {"FID": 3}}', '{"scores": {}}'):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(ValueError, match="no evaluation"):
+            read_evaluation(tmp_path / "x.json")
+
+
+def test_differences_of_protocols_are_named():
+    assert protocol_differences(evaluation(), evaluation(seed=1)) == {}
+    a, b = evaluation(sampler={"steps": 25}), evaluation(num=500, sampler={"steps": 50})
+    assert protocol_differences(a, b) == {"samples.num": (1000, 500), "samples.sampler.steps": (25, 50)}
+    assert protocol_differences(evaluation(), a) == {"samples.sampler.steps": (None, 25)}
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error():
+    values = np.random.default_rng(0).normal(size=400)
+    without = [np.delete(values, i).mean() for i in range(400)]
+    assert jackknife_error(without) == pytest.approx(values.std(ddof=1) / 20, rel=1e-9)
+
+
+def test_samples_of_the_same_noise_are_compared_in_pairs():
+    a, b = evaluation((2.0, 2.2, 1.8)), evaluation((1.0, 1.2, 0.8))
+    assert difference(a, b, "FID-1000").value == pytest.approx(1)
+    assert difference(a, b, "FID-1000").error == pytest.approx(0, abs=1e-12)
+    for other in (evaluation((1.0, 1.2, 0.8), seed=1), evaluation((1.0, 1.2, 0.8), labels="balanced")):
+        independent = difference(a, other, "FID-1000")
+        assert independent.error == pytest.approx(math.sqrt(2) * a.scores["FID-1000"].error)
+    unknown = evaluation(seed=None)
+    assert difference(unknown, unknown, "FID-1000").error > 0
