@@ -1,59 +1,91 @@
-"""FID, Inception Score, precision, recall and KID of samples against a reference: one JSON object on stdout.
+"""FID, sFID, Inception Score, precision, recall and KID of samples against a reference, with standard errors.
 
     python eval/fid.py --samples SAMPLES --reference REFERENCE
+    accelerate launch eval/fid.py --samples SAMPLES --reference VIRTUAL_imagenet256_labeled.npz
+    python eval/fid.py --make-reference STATISTICS.npz --reference IMAGENET/train --image-size 256
+
+One JSON object goes to stdout, the scores to stderr. Interrupted, the same command goes on where it was.
 """
 
 import json
+import sys
 from pathlib import Path
 
 from sit_atconv.commands import ArgumentParser, at_least, fail, is_main_process, user_errors
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = make_parser().parse_args(argv)
-    for source in (options.samples, options.reference):
-        if source != "digits" and not Path(source).exists():
-            fail(f"{source} does not exist: give a folder of images, an .npz with arr_0, or the word digits")
-    if options.inception_weights and not Path(options.inception_weights).is_file():
-        fail(f"there is no file {options.inception_weights}: give --inception-weights the path of Inception's weights")
-    if options.out and (Path(options.out).is_dir() or not Path(options.out).absolute().parent.is_dir()):
-        fail(f"{options.out} cannot be written: give --out a file in a folder that exists")
-    if not is_main_process():  # one process computes
-        return
+    options = vars(make_parser().parse_args(argv))
+    out, statistics = options.pop("out"), options.pop("make_reference")
+    check_paths(options, out, statistics)
     with user_errors():
-        from sit_atconv.evaluation.metrics import evaluate
+        from sit_atconv.scoring import EvaluateOptions, default_record, evaluate, make_reference
 
-        result = evaluate(
-            options.samples,
-            options.reference,
-            extractor=options.extractor,
-            metrics=options.metrics,
-            batch_size=options.batch_size,
-            inception_weights=options.inception_weights,
-        )
-        text = json.dumps(result, indent=1)
-        print(text, flush=True)
-        if options.out:
-            Path(options.out).write_text(text + "\n")
+        options = EvaluateOptions(**options)
+        if statistics:
+            recipe = make_reference(options, Path(statistics))
+            if is_main_process():
+                print(json.dumps(recipe, indent=1))
+            return
+        evaluation = evaluate(options)
+        if not is_main_process():
+            return
+        print(evaluation.to_json(), flush=True)
+        for name, score in evaluation.scores.items():
+            print(f"{name:24} {score}", file=sys.stderr)
+        record = Path(out) if out else default_record(options, evaluation)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        evaluation.save(record)
+    print(f"record: {record}", file=sys.stderr)
+
+
+def check_paths(options: dict, out: str | None, statistics: str | None) -> None:
+    """What can be known before torch is imported."""
+    if not options["samples"] and not statistics:
+        fail("--samples is missing: give what is to be compared, or --make-reference FILE.npz", code=2)
+    if options["samples"] and statistics:
+        fail("--make-reference is of the reference alone: leave --samples out", code=2)
+    for source in filter(None, (options["samples"], options["reference"])):
+        if source != "digits" and not Path(source).exists():
+            fail(f"{source} does not exist: give a folder of images, an .npz, or the word digits")
+    if options["weights"] and not Path(options["weights"]).is_file():
+        fail(f"there is no file {options['weights']}: give --weights the path of the extractor's weights")
+    for name, path in (("--out", out), ("--make-reference", statistics)):
+        if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+            fail(f"{path} cannot be written: give {name} a file in a folder that exists")
 
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         usage="python eval/fid.py --samples SAMPLES --reference REFERENCE [--extractor inception] [options]",
-        description="Compares samples with a reference: FID, Inception Score, KID, precision and recall, by "
-        "torch-fidelity. Prints one JSON object.",
+        description="Compares samples with a reference: FID, sFID, Inception Score, precision, recall and KID as the "
+        "ADM evaluator measures them, by torch-fidelity, with standard errors. Prints one JSON object and writes it "
+        "down, with all that could change the scores. Interrupted, the same command goes on where it was.",
     )
-    kinds = "a folder of images, an .npz with arr_0 uint8 (N, H, W, 3), or the word digits"
-    parser.add_argument("--samples", required=True, help=f"what sample/generate.py wrote, {kinds}")
-    parser.add_argument("--reference", required=True, help=kinds)
+    parser.add_argument("--samples", help="a folder that sample/generate.py wrote, or its manifest.json; a folder of "
+                        "images; an .npz with arr_0 uint8 (N, H, W, 3)")
+    parser.add_argument("--reference", required=True,
+                        help="an .npz with mu and sigma, as ADM's or of --make-reference; images as for --samples; or "
+                        "the word digits")
+    parser.add_argument("--make-reference", default=None, metavar="FILE.npz",
+                        help="write the statistics of --reference and some of its images to this file, and no scores")
+    parser.add_argument("--image-size", type=at_least(1), default=None, metavar="PIXELS",
+                        help="crop the images of a folder of references to squares, by ADM's rule")
+    parser.add_argument("--num-samples", type=at_least(2), default=None, metavar="N", help="the first N samples only")
     parser.add_argument("--extractor", default="inception",
-                        help="inception, digits (for 8x8 images, shipped) or one registered with torch-fidelity")
-    parser.add_argument("--inception-weights", default=None, metavar="FILE",
-                        help="torch-fidelity's Inception weights; by default from torch's hub cache, or downloaded")
-    metrics = ("fid", "is", "kid", "prc")
-    parser.add_argument("--metrics", nargs="+", choices=metrics, default=metrics, help="prc is precision and recall")
+                        help="inception; dinov2; digits (for 8x8 images, shipped); or one registered with "
+                        "torch-fidelity")
+    parser.add_argument("--weights", "--inception-weights", default=None, metavar="FILE",
+                        help="of the extractor, as torch-fidelity and Meta publish them (default: a download)")
+    parser.add_argument("--metrics", nargs="+", choices=("fid", "sfid", "is", "kid", "prc"), default=(),
+                        metavar="METRIC", help="fid, sfid, is, kid, prc (precision and recall); by default all that "
+                        "extractor and reference allow")
     parser.add_argument("--batch-size", type=at_least(1), default=64, help="images at a time")
-    parser.add_argument("--out", default=None, metavar="FILE", help="write the JSON here too")
+    parser.add_argument("--features", default="runs/features", metavar="FOLDER",
+                        help="where features are kept for the next time; several commands may share it, and it may be "
+                        "deleted")
+    parser.add_argument("--out", default=None, metavar="FILE",
+                        help="the record (default: scores-EXTRACTOR-KEY.json beside the samples)")
     return parser
 
 

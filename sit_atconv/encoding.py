@@ -40,6 +40,7 @@ from sit_atconv.data.pixels import CROP_RULE, to_float, to_uint8
 from sit_atconv.devices import keep_freed_memory, on_cpu, share_cores
 from sit_atconv.files import PARTIAL, check_room, exclusive, gigabytes
 from sit_atconv.pictures import save_sample_grid
+from sit_atconv.processes import raise_together
 
 
 @dataclass(frozen=True)
@@ -203,14 +204,8 @@ def _held(job: Job) -> Iterator[None]:
                 stack.enter_context(exclusive(job.folder.path))
             except (ValueError, OSError) as error:
                 faults.append(str(error))
-        _raise_together(faults)
+        raise_together(faults)
         yield
-
-
-def _raise_together(faults: list[str]) -> None:
-    """Raises on every process what any of them found, so that none waits for another that has left."""
-    if faults := sorted(set(gather_object(faults))):
-        raise OSError("\n".join(faults))
 
 
 def _encode_missing(job: Job, missing: list[int]) -> float:
@@ -241,7 +236,7 @@ def _encode_missing(job: Job, missing: list[int]) -> float:
     if (unreadable := sorted(gather_object(unreadable))) and not job.options.skip_unreadable:
         faults.append("\n".join([f"{len(unreadable)} images cannot be read: mend them and run the same command again, "
                                  "or give --skip-unreadable to leave them out", *unreadable]))
-    _raise_together(faults)
+    raise_together(faults)
     return rate
 
 
@@ -290,7 +285,7 @@ def _complete(job: Job) -> None:
             faults += reports[-1].faults
         except (ValueError, OSError) as error:
             faults.append(str(error))
-    _raise_together([f"{fault}: delete that file and run the same command again" for fault in faults])
+    raise_together([f"{fault}: delete that file and run the same command again" for fault in faults])
     reports = sorted(gather_object(reports), key=lambda report: report.entry["file"])
     if not any(report.entry["num_images"] for report in reports):
         raise ValueError(f"none of the {len(job.images)} images of {job.images.folder} can be read")
@@ -301,7 +296,7 @@ def _complete(job: Job) -> None:
             job.folder.write_index(job.options.vae, list(job.images.class_names), reports)
         except OSError as error:
             faults.append(str(error))
-    _raise_together(faults)
+    raise_together(faults)
 
 
 def _draw_preview(job: Job, reports: list[ShardReport], columns: int = 5) -> None:

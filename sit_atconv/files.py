@@ -12,18 +12,21 @@ from pathlib import Path
 PARTIAL = ".partial-"  # what a file is called until it is whole
 
 
-def write_aside(path: Path, content: str | bytes | Callable[[Path], object], durable: bool = False) -> None:
+def write_aside(
+    path: Path, content: str | bytes | Callable[[Path], object], durable: bool = False, writer: str = ""
+) -> None:
     """Writes under another name and renames: a file under its own name is whole, whatever happens meanwhile.
 
     Args:
         path: where it shall lie.
         content: text, bytes, or what is called with the name to write to. Where it fails nothing is left behind.
         durable: also outlast a power failure.
+        writer: a name of this process, where others may write the same file at the same time.
 
     Raises:
         OSError: the disk is full, ...; the message names the file.
     """
-    partial = path.with_name(PARTIAL + path.name)
+    partial = path.with_name(PARTIAL + writer + path.name)
     try:
         if callable(content):
             content(partial)

@@ -6,7 +6,6 @@ Prints and runs each command as you would type it, and at the end where every fi
 same command goes on where it was.
 """
 
-import json
 import resource
 import shlex
 import subprocess
@@ -15,6 +14,7 @@ import time
 from pathlib import Path
 
 from sit_atconv.commands import ArgumentParser, fail
+from sit_atconv.evaluation.records import read_evaluation
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = {
@@ -44,15 +44,15 @@ def main(argv: list[str] | None = None) -> None:
     }
     seconds = {name: run_as_typed(command) for name, command in parts.items()}
 
-    results = json.loads(scores.read_text())
+    found = {name: str(score) for name, score in read_evaluation(scores).scores.items()}
     print(f"\n{'part':10} {'wall s':>7} {'CPU s':>7}")
     for name, (wall, cpu) in [*seconds.items(), ("in all", tuple(map(sum, zip(*seconds.values(), strict=True))))]:
         print(f"{name:10} {wall:7.0f} {cpu:7.0f}")
     print(
         f"\nmodel            {run}\nloss curve       {run / 'loss.png'}\npreviews         {run / 'samples'}"
         f"\ngenerated digits {samples / 'grid.png'}\nall samples      {samples / 'samples.npz'}"
-        f"\nscores           {scores}: Frechet distance {results['fd_digits']:.2f}, precision "
-        f"{results['precision_digits']:.2f}, recall {results['recall_digits']:.2f} (in the digit classifier's features)"
+        f"\nscores           {scores}: Frechet distance {found['FD-digits-1000']}, precision "
+        f"{found['precision-digits']}, recall {found['recall-digits']} (in the digit classifier's features)"
         f"\nspeed            {speed / 'speed.png'}, {speed / 'speed.md'}"
     )
 

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from sit_atconv.data.image_npz import write_npz
 from sit_atconv.data.pixels import to_pil
 from sit_atconv.files import PARTIAL, check_room, write_aside
 
@@ -131,18 +131,14 @@ class SamplesFolder:
     def write_npz(self, num_samples: int) -> None:
         """Gathers the images into arr_0, a few at a time: memory stays small whatever their number."""
 
-        def write(path: Path) -> None:
-            shape = (num_samples, *self.read_image(0).shape)
-            with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                images = tqdm(self._read_all(num_samples), "gathering", num_samples, unit="image")
-                for index, image in enumerate(images):
-                    if image.shape != shape[1:]:
-                        raise ValueError(f"{self._image(index)} is of another size: delete it and run the same command "
-                                         "again")
-                    file.write(image.tobytes())
+        shape = (num_samples, *self.read_image(0).shape)
+        write_aside(self.npz, lambda path: write_npz(path, self._images_of(shape), shape))
 
-        write_aside(self.npz, write)
+    def _images_of(self, shape: tuple[int, int, int, int]) -> Iterator[np.ndarray]:
+        for index, image in enumerate(tqdm(self._read_all(shape[0]), "gathering", shape[0], unit="image")):
+            if image.shape != shape[1:]:
+                raise ValueError(f"{self._image(index)} is of another size: delete it and run the same command again")
+            yield image
 
     def _read_all(self, num_samples: int) -> Iterator[np.ndarray]:
         with ThreadPoolExecutor() as pool:

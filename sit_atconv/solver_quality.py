@@ -13,8 +13,10 @@ from sit_atconv.data.codecs import Codec, decode_in_parts, open_codec
 from sit_atconv.data.pixels import to_uint8
 from sit_atconv.devices import on_cpu, prepare_device
 from sit_atconv.evaluation.extractors import Extractor, open_extractor
+from sit_atconv.evaluation.features import extract_features
 from sit_atconv.evaluation.image_sets import open_image_set
-from sit_atconv.evaluation.metrics import extract_features, frechet_jackknife
+from sit_atconv.evaluation.metrics import frechet, jackknife_groups
+from sit_atconv.evaluation.statistics import Gaussian, fit_gaussian
 from sit_atconv.files import write_aside
 from sit_atconv.pictures import save_solver_curves
 from sit_atconv.sampling import Counted, Sampler, SampleStream
@@ -89,7 +91,8 @@ def compare_solvers(options: Options) -> dict:
     known = {(point.solver, point.shift, point.steps) for point in points}
     missing = [sampler for sampler in plan(options) if (sampler.solver, sampler.shift, sampler.steps) not in known]
     if missing:
-        real = extract_features(network, open_image_set(options.reference), options.batch_size, device).features
+        reference = extract_features(network, open_image_set(options.reference), options.batch_size, device)
+        real = fit_gaussian(reference["features"])
         codec = open_codec(recipe.codec).to(device)
         warm_up = replace(options, num_samples=options.batch_size)
         measure(Sampler(cfg=options.cfg, solver="euler", steps=1), weights, codec, network, real, warm_up, device)
@@ -113,30 +116,31 @@ def plan(options: Options) -> list[Sampler]:
 
 @torch.inference_mode()
 def measure(
-    sampler: Sampler, weights: Weights, codec: Codec, network: Extractor, real: torch.Tensor, options: Options,
+    sampler: Sampler, weights: Weights, codec: Codec, network: Extractor, real: Gaussian, options: Options,
     device: torch.device,
 ) -> Point:
     """Draws the samples, keeps their features alone, and takes the time of sampling.
 
     Args:
-        real: features (N, D) of the reference.
+        real: fitted to the features of the reference.
     """
     recipe, config = weights.recipe, weights.model.config
     model = Counted(weights.model.to(device))
-    features, seconds = [], 0.0
+    features, labels, seconds = [], [], 0.0
     for start in range(0, options.num_samples, options.batch_size):
         stream = SampleStream(options.seed, range(start, min(start + options.batch_size, options.num_samples)))
         noise = stream.randn((codec.channels, config.input_size, config.input_size), device)
         y = stream.labels(config.num_classes, "balanced").to(device)
+        labels += y.tolist()
         clock = time.perf_counter()
         z = sampler(model, noise, y, path=recipe.interpolant, prediction=recipe.prediction, randn=stream.randn_like)
         images = to_uint8(decode_in_parts(codec, z)).cpu()
         seconds += time.perf_counter() - clock
-        features.append(network(images.expand(-1, 3, -1, -1).to(device))[0])
-    distance, error = frechet_jackknife(torch.cat(features), real)
+        features.append(network(images.expand(-1, 3, -1, -1).to(device))["features"])
+    score = frechet(torch.cat(features), real, jackknife_groups(options.num_samples, labels))
     batches = len(features)
-    return Point(sampler.solver, sampler.shift, sampler.steps, model.evaluations / batches, distance, error,
-                 options.num_samples / seconds)
+    return Point(sampler.solver, sampler.shift, sampler.steps, model.evaluations / batches, score.value,
+                 score.error, options.num_samples / seconds)
 
 
 def is_enough(point: Point, baseline: Point) -> bool:

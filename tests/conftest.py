@@ -321,3 +321,17 @@ def working_folder(path: Path):
 
 def python(*argv) -> list[str]:
     return [sys.executable, *map(str, argv)]
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """Inception's true graph with random weights, in the format of the real file."""
+    from torch_fidelity import feature_extractor_inceptionv3 as theirs
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(theirs, "load_state_dict_from_url", lambda *a, **k: {})
+        patch.setattr(theirs.FeatureExtractorInceptionV3, "load_state_dict", lambda *a: None)
+        torch.manual_seed(0)
+        torch.save(theirs.FeatureExtractorInceptionV3("x", ["2048"]).state_dict(), path)
+    return path

@@ -11,8 +11,10 @@ from sklearn.svm import SVC
 
 from sit_atconv.data.images import load_digits
 from sit_atconv.evaluation.extractors import open_extractor
+from sit_atconv.evaluation.features import extract_features
 from sit_atconv.evaluation.image_sets import ImageSet
-from sit_atconv.evaluation.metrics import extract_features, frechet_distance
+from sit_atconv.evaluation.metrics import frechet_distance
+from sit_atconv.evaluation.statistics import fit_gaussian
 
 
 @dataclass(frozen=True)
@@ -71,4 +73,4 @@ def _nearest(images: np.ndarray, training: np.ndarray) -> float:
 def _frechet(images: np.ndarray, reference: np.ndarray) -> float:
     network = open_extractor("digits")
     sets = [ImageSet("digits", np.repeat(part[..., None], 3, axis=-1)) for part in (images, reference)]
-    return frechet_distance(*[extract_features(network, part, 512).features for part in sets])
+    return frechet_distance(*[fit_gaussian(extract_features(network, part, 512)["features"]) for part in sets])

@@ -67,7 +67,8 @@ def test_the_quickstarts_digits_are_good(tmp_path):
     assert quality.failures() == []
 
     scores = json.loads((tmp_path / "tour" / "scores.json").read_text())
-    assert scores["extractor"] == "digits" and 0 < scores["fd_digits"] < 5 and scores["precision_digits"] > 0.5
+    found = {name: score["value"] for name, score in scores["scores"].items()}
+    assert 0 < found["FD-digits-1000"] < 5 and found["precision-digits"] > 0.5
     speed = json.loads((tmp_path / "tour" / "speed" / "speed.json").read_text())
     assert len(speed["measurements"]) == 8
     for picture in ("run/loss.png", "samples/grid.png", "speed/speed.png"):

@@ -36,8 +36,8 @@ def center_crop(picture: Image.Image, size: int) -> Image.Image:
     return picture.crop((left, top, left + size, top + size))
 
 
-def read_image(path: Path, size: int) -> Tensor:
-    """An image file, upright, as RGB and cropped to a square -> uint8 (3, size, size).
+def read_image(path: Path, size: int | None) -> Tensor:
+    """An image file, upright, as RGB -> uint8 (3, H, W): cropped to a square of `size`, or whole where that is None.
 
     Greyscale is repeated, 16 bits become 8, transparency is dropped.
 
@@ -49,7 +49,8 @@ def read_image(path: Path, size: int) -> Tensor:
         raise ValueError("cannot be read as an image: it is no regular file")
     try:
         with Image.open(path) as file:
-            picture = center_crop(to_rgb(ImageOps.exif_transpose(file)), size)
+            picture = to_rgb(ImageOps.exif_transpose(file))
+            picture = center_crop(picture, size) if size else picture
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise whatever a damaged file makes them raise

@@ -33,10 +33,15 @@ class Extractor:
     name: str
     network: FeatureExtractorBase
     sha256: str | None
+    outputs: tuple = ("features", "logits")
+    resize: str = "none"
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor):
         outputs = [output.float().cpu() for output in self.network(images)]
-        return outputs[0], outputs[-1]
+        return {"features": outputs[0], "logits": outputs[-1]}
+
+    def describe(self):
+        return {"name": self.name, "sha256": self.sha256, "outputs": list(self.outputs), "resize": self.resize}
 
 
 def open_extractor(name: str, inception_weights: str | None = None, device: torch.device | str = "cpu") -> Extractor:

@@ -1,121 +1,139 @@
 """Sets of images to be evaluated: a folder, an `.npz`, what `sample/generate.py` wrote, or the embedded digits."""
 
+import hashlib
 import json
-import struct
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from sit_atconv.data.image_npz import IMAGES, ImageNpz
 from sit_atconv.data.images import find_images, load_digits
+from sit_atconv.data.pixels import CROP_RULE, read_image
+from sit_atconv.files import sha256_of
+
+LABELS = "arr_1"  # where ADM's sampler puts them
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images of one size, read batch by batch.
+    """Images of one size, read some at a time.
 
     Args:
         name: what the user called it.
         images: an array (N, H, W, 3) uint8, in memory or on disk, or N paths of images.
+        crop_to: the side that files are cropped to by ADM's rule; None takes them as they are.
+        labels: N whole numbers, or None where they are not known.
+        manifest: what `sample/generate.py` wrote about them, {} where it did not.
     """
 
     name: str
     images: np.ndarray | Sequence[Path]
+    crop_to: int | None = None
+    labels: Sequence[int] | None = None
+    manifest: dict = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """uint8 (B, 3, H, W). Raises ValueError for an unreadable image or one of another size than the first."""
-        expected = None
-        for start in range(0, len(self), batch_size):
-            batch = self.images[start : start + batch_size]
-            if not isinstance(batch, np.ndarray):
-                pictures = [_read(path) for path in batch]
-                expected = expected or pictures[0].shape
-                for path, picture in zip(batch, pictures, strict=True):
-                    if picture.shape != expected:
-                        (h, w, _), (h0, w0, _) = picture.shape, expected
-                        raise ValueError(f"{path} is {h}x{w}, and those before it {h0}x{w0}: give images of one size")
-                batch = np.stack(pictures)
-            yield torch.from_numpy(np.array(batch)).permute(0, 3, 1, 2)
+    def first(self, num: int) -> "ImageSet":
+        """ValueError: there are fewer."""
+        if num > len(self):
+            raise ValueError(f"{self.name} holds {len(self)} images, fewer than --num-samples {num}")
+        return replace(self, images=self.images[:num], labels=self.labels and self.labels[:num])
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the first, which all must have."""
+        return tuple(self.read(0, 1).shape[-2:])
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Images start ... stop - 1, uint8 (B, 3, H, W). ValueError: one cannot be read, or is of another size."""
+        if isinstance(self.images, np.ndarray):
+            return torch.from_numpy(np.array(self.images[start:stop])).permute(0, 3, 1, 2)
+        with ThreadPoolExecutor() as pool:
+            pictures = list(pool.map(self._read_file, self.images[start:stop]))
+        expected = pictures[0].shape if start == 0 else (3, *self.size)
+        for path, picture in zip(self.images[start:stop], pictures, strict=True):
+            if picture.shape != expected:
+                (_, h, w), (_, h0, w0) = picture.shape, expected
+                raise ValueError(f"{path} is {h}x{w}, and those before it {h0}x{w0}: give images of one size (of a "
+                                 "reference, --image-size crops all to one)")
+        return torch.stack(pictures)
+
+    def _read_file(self, path: Path) -> Tensor:
+        try:
+            return read_image(path, self.crop_to)
+        except ValueError as error:
+            raise ValueError(f"{path} {error}") from error
+
+    def content(self, start: int, stop: int) -> str:
+        """Digest of images start ... stop - 1: of their pixels, or of their files' bytes and the crop."""
+        if isinstance(self.images, np.ndarray):
+            pixels = np.ascontiguousarray(self.images[start:stop])
+            return digest_of(str(pixels.shape), hashlib.sha256(pixels).hexdigest())
+        with ThreadPoolExecutor() as pool:
+            return digest_of(self.crop, *pool.map(sha256_of, self.images[start:stop]))
+
+    @property
+    def crop(self) -> str:
+        """How files become images, in words."""
+        return f"{CROP_RULE}, to {self.crop_to}x{self.crop_to}" if self.crop_to else "none"
 
 
-def open_image_set(source: str) -> ImageSet:
+def digest_of(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def open_image_set(source: str, crop_to: int | None = None) -> ImageSet:
     """The images that a path, or the word "digits", stands for.
 
     Args:
-        source: a folder of images; an `.npz` with `arr_0` uint8 (N, H, W, 3); a folder that `sample/generate.py`
-            wrote (its samples.npz, or else its images/, and never the grid picture); or "digits", scikit-learn's 1,797
-            as RGB.
+        source: a folder of images; an `.npz` with `arr_0` uint8 (N, H, W, 3) and, if it likes, labels `arr_1`; a folder
+            that `sample/generate.py` wrote, or the manifest in it (its samples.npz, or else its images/, and never the
+            grid picture); or "digits", scikit-learn's 1,797 as RGB.
+        crop_to: side that the images of a folder are cropped to, by ADM's rule.
 
     Raises:
         ValueError: nothing readable is there, or the array is of another kind; the message says what was expected.
     """
     path = Path(source)
+    if path.name == "manifest.json":
+        path = path.parent
+    is_generated = (path / "manifest.json").is_file() and (path / "images").is_dir()
+    if crop_to and (is_generated or not path.is_dir()):
+        raise ValueError(f"--image-size crops the images of a folder, and {source} is none")
     if source == "digits":
         return ImageSet(source, np.repeat(load_digits()[0][..., None], 3, axis=-1))
-    if (path / "manifest.json").is_file() and (path / "images").is_dir():
-        if not json.loads((path / "manifest.json").read_text()).get("complete"):
-            raise ValueError(f"the samples in {path} are not complete: run the same sample/generate.py again")
-        npz = path / "samples.npz"
-        return ImageSet(source, _open_npz(npz) if npz.exists() else find_images(path / "images"))
+    if is_generated:
+        return _open_generated(source, path)
     if path.is_dir():
-        return ImageSet(source, find_images(path))
+        return ImageSet(source, find_images(path), crop_to)
     if path.is_file():
-        return ImageSet(source, _open_npz(path))
-    raise ValueError(f"{source} does not exist: give a folder of images, an .npz with arr_0, or the word digits")
+        npz = ImageNpz(path)
+        labels = npz.read(LABELS).ravel() if LABELS in npz.names else None
+        is_usable = labels is not None and labels.dtype.kind in "iu"
+        images = npz.images()
+        return ImageSet(source, images, labels=labels.tolist() if is_usable and len(labels) == len(images) else None)
+    raise ValueError(f"{source} does not exist: give a folder of images, an .npz with {IMAGES}, or the word digits")
 
 
-def _open_npz(path: Path) -> np.ndarray:
-    """arr_0, left on disk where it is stored as it is (`np.savez`); a compressed one is read into memory."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} cannot be read as an .npz: it is no zip archive, or cut short")
+def _open_generated(source: str, folder: Path) -> ImageSet:
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
-            if "arr_0" not in names:
-                raise ValueError(f"{path} holds {names} and no arr_0, where images (uint8, N, H, W, 3) belong")
-            member = archive.getinfo("arr_0.npy")
-            with archive.open(member) as file:
-                shape, is_fortran, dtype = _read_npy_header(file)
-                header_size = file.tell()
-        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
-            raise ValueError(f"arr_0 of {path} is {dtype} {shape}: images must be uint8 (N, H, W, 3)")
-        if member.compress_type != zipfile.ZIP_STORED or is_fortran:
-            with np.load(path, allow_pickle=False) as archive:
-                return archive["arr_0"]
-        offset = _start_of_member(path, member) + header_size
-        return np.memmap(path, dtype, mode="r", offset=offset, shape=shape)
-    except (zipfile.BadZipFile, zlib.error, KeyError, OSError, EOFError) as error:  # damaged within
-        raise ValueError(f"{path} cannot be read as an .npz ({error})") from error
-
-
-def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether columns come first, and dtype."""
-    major, _ = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-    return read(file)
-
-
-def _start_of_member(path: Path, member: zipfile.ZipInfo) -> int:
-    """Where the content of a stored member begins: behind its local header of 30 bytes, name and extra field."""
-    with open(path, "rb") as file:
-        file.seek(member.header_offset)
-        name_size, extra_size = struct.unpack("<26x2H", file.read(30))
-    return member.header_offset + 30 + name_size + extra_size
-
-
-def _read(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as file:
-            return np.array(file.convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        manifest = json.loads((folder / "manifest.json").read_text())
+        num_samples = manifest["settings"]["num_samples"] if manifest.get("complete") else None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder / 'manifest.json'} is damaged: run the same sample/generate.py again") from error
+    if num_samples is None:
+        raise ValueError(f"the samples in {folder} are not complete: run the same sample/generate.py again")
+    npz = folder / "samples.npz"
+    images = ImageNpz(npz).images() if npz.exists() else find_images(folder / "images")
+    if len(images) != num_samples:
+        raise ValueError(f"{folder} holds {len(images)} images, and its manifest says {num_samples}: run the same "
+                         "sample/generate.py again")
+    return ImageSet(source, images, labels=manifest.get("labels"), manifest=manifest)

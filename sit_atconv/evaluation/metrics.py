@@ -1,164 +1,136 @@
-"""FID, Inception Score, precision, recall and KID from one pass over the images, by torch-fidelity's own functions.
+"""FID, sFID, Inception Score, KID, precision and recall from features, by torch-fidelity's functions, with errors.
 
-With Inception the keys are `fid`, `inception_score`, `kid`, `precision` and `recall`; with another extractor they are
-`fd_NAME`, `score_NAME` and so on, since such numbers are no Inception numbers.
+Each takes features (N, D) or logits (N, K) of N samples. Errors are for the draw of the samples, the reference held
+fixed: by a jackknife over `GROUPS` groups of samples, which follows the true spread where a bootstrap does not (it adds
+FID's bias once more).
 """
 
-import contextlib
 import math
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch_fidelity
 from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+from torch_fidelity.metric_kid import kernel_poly, mmd2
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 from tqdm import tqdm
 
-from sit_atconv.evaluation.extractors import Extractor, open_extractor
-from sit_atconv.evaluation.image_sets import ImageSet, open_image_set
+from sit_atconv.evaluation.records import Score, jackknife_error
+from sit_atconv.evaluation.statistics import Gaussian, Moments
 
-METRICS = ("fid", "is", "kid", "prc")
-PRC_NEIGHBOURS = 3      # ADM's k, on the features of FID
+GROUPS = 20
+NEIGHBOURS = 3          # ADM's k, on the features of FID
 IS_SPLIT = 5000         # ADM takes chunks of 5,000 in the order of the file
 KID_SUBSET, KID_SUBSETS = 1000, 100
+SEED = 2020             # torch-fidelity's, of KID's subsets
+BLOCK = 1000            # images compared at a time for precision and recall: bounds memory
+METHOD = {              # what a protocol says of these
+    "groups": GROUPS, "neighbours": NEIGHBOURS, "is_split": IS_SPLIT, "is_order": "of the files",
+    "kid_subset": KID_SUBSET, "kid_subsets": KID_SUBSETS, "seed": SEED,
+}
 
 
-@dataclass(frozen=True)
-class Features:
-    """What an extractor saw in N images: features (N, D) and logits (N, K), float32 on the CPU."""
+def jackknife_groups(num: int, labels: Sequence[int] | None = None) -> Tensor:
+    """Group of each sample, (num,), of equal size: by index, or within each class where labels are balanced.
 
-    features: Tensor
-    logits: Tensor
-
-
-def evaluate(
-    samples: str,
-    reference: str,
-    *,
-    extractor: str = "inception",
-    metrics: Sequence[str] = METRICS,
-    batch_size: int = 64,
-    inception_weights: str | None = None,
-    device: torch.device | str | None = None,
-) -> dict:
-    """Compares samples with a reference; both are anything `open_image_set` takes.
-
-    Args:
-        metrics: some of "fid", "is", "kid", "prc" (precision and recall).
-        device: None is the accelerator where there is one.
-
-    Returns:
-        The metrics, and what they depend on: numbers of images, extractor and its weights, versions.
-
-    Raises:
-        ValueError: images or weights that cannot be had, or too few images for a metric.
+    (Labels that were drawn at random are part of the draw, and so not balanced out.)
     """
-    if unknown := sorted(set(metrics) - set(METRICS)):
-        raise ValueError(f"metrics are {', '.join(METRICS)}, not {unknown[0]!r}")
-    sets = [open_image_set(source) for source in (samples, reference)]
-    for images in sets:
-        if len(images) <= PRC_NEIGHBOURS:
-            raise ValueError(f"{images.name} holds {len(images)} images, too few for any metric")
-    device = device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    network = open_extractor(extractor, inception_weights, device)
-    generated, real = (extract_features(network, images, batch_size, device) for images in sets)
-    num_features = real.features.shape[1]
-    for images in sets:
-        if "fid" in metrics and len(images) <= num_features:
-            print(f"warning: {images.name} holds {len(images)} images, no more than the {num_features} features: their "
-                  "covariance is singular and the Frechet distance far too large; use more images", file=sys.stderr)
-    return compute_metrics(generated, real, extractor, metrics) | {
-        "num_samples": len(sets[0]),
-        "num_reference": len(sets[1]),
-        "samples": samples,
-        "reference": reference,
-        "extractor": extractor,
-        "extractor_sha256": network.sha256,
-        "versions": {"torch_fidelity": torch_fidelity.__version__, "torch": torch.__version__},
-    }
+    group = torch.arange(num) % GROUPS
+    if labels is None or not are_balanced(labels):
+        return group
+    order = torch.tensor(labels).sort(stable=True).indices
+    return torch.empty_like(group).scatter_(0, order, group)
 
 
-@torch.inference_mode()
-def extract_features(
-    extractor: Extractor, images: ImageSet, batch_size: int = 64, device: torch.device | str = "cpu"
-) -> Features:
-    """One pass over the images, in their order. Raises ValueError where a feature is not finite."""
-    parts = []
-    with _no_tf32(), tqdm(total=len(images), unit="image", desc=images.name) as progress:
-        for batch in images.batches(batch_size):
-            parts.append(extractor(batch.to(device)))
-            progress.update(len(batch))
-    features, logits = (torch.cat(part) for part in zip(*parts, strict=True))
-    if not (features.isfinite().all() and logits.isfinite().all()):
-        raise ValueError(f"extractor {extractor.name!r} gave features of {images.name} that are not finite")
-    return Features(features, logits)
+def are_balanced(labels: Sequence[int]) -> bool:
+    """Whether every class occurs equally often, to within one."""
+    counts = np.unique(np.asarray(labels), return_counts=True)[1]
+    return counts.max() - counts.min() <= 1 and len(counts) > 1
 
 
-@contextlib.contextmanager
-def _no_tf32():
-    """cuDNN convolves in TF32 by default, which moves FID; what the caller had chosen comes back afterwards."""
-    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    chosen = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = False
-        yield
-    finally:
-        for backend, allowed in zip(backends, chosen, strict=True):
-            backend.allow_tf32 = allowed
-
-
-def compute_metrics(generated: Features, real: Features, extractor: str, metrics: Sequence[str] = METRICS) -> dict:
-    """The metrics under the names they deserve."""
-    values = {}
-    if "fid" in metrics:
-        values["fid"] = frechet_distance(generated.features, real.features)
-    if "is" in metrics:
-        splits = math.ceil(len(generated.logits) / IS_SPLIT)
-        values["inception_score"] = isc_features_to_metric(generated.logits, splits, shuffle=False)[KEY_METRIC_ISC_MEAN]
-    if "kid" in metrics:
-        subset = min(KID_SUBSET, len(generated.features), len(real.features))
-        kid = kid_features_to_metric(
-            generated.features, real.features, kid_subsets=KID_SUBSETS, kid_subset_size=subset, verbose=False
-        )
-        values |= {"kid": kid[KEY_METRIC_KID_MEAN], "kid_subset_size": subset}
-    if "prc" in metrics:
-        prc = prc_features_to_metric(
-            generated.features, real.features, prc_neighborhood=PRC_NEIGHBOURS, save_cpu_ram=True, verbose=False
-        )
-        values |= {"precision": prc[KEY_METRIC_PRECISION], "recall": prc[KEY_METRIC_RECALL]}
-    if extractor == "inception":
-        return values
-    others = {"fid": "fd", "inception_score": "score", "kid": "kd", "kid_subset_size": "kd_subset_size"}
-    return {f"{others.get(name, name)}_{extractor}": value for name, value in values.items()}
-
-
-def frechet_distance(generated: Tensor, real: Tensor) -> float:
-    """Between Gaussians fitted to two sets of features (N, D), in float64."""
-    statistics = [
-        {"mu": features.mean(0), "sigma": np.cov(features, rowvar=False)}
-        for features in (generated.double().numpy(), real.double().numpy())
-    ]
+def frechet_distance(generated: Gaussian, real: Gaussian) -> float:
+    """Between two Gaussians (arXiv 1706.08500, eq. 6), by torch-fidelity."""
+    statistics = [{"mu": gaussian.mu, "sigma": gaussian.sigma} for gaussian in (generated, real)]
     return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
 
 
-def frechet_jackknife(generated: Tensor, real: Tensor, groups: int = 20) -> tuple[float, float]:
-    """The Frechet distance and its standard error for the draw of the samples, by a delete-a-group jackknife.
+def frechet(generated: Tensor, real: Gaussian, group: Tensor, progress: bool = False) -> Score:
+    """Frechet distance and its error; no error below two samples a group."""
+    origin = generated.double().mean(0) if len(generated) < BLOCK else generated[:BLOCK].double().mean(0)
+    parts = []
+    for g in range(GROUPS):
+        parts.append(Moments(origin))
+        parts[-1].add(generated[group == g])
+    whole = sum(parts, Moments(origin))
+    value = frechet_distance(whole.gaussian(), real)
+    if len(generated) < 2 * GROUPS:
+        return Score(value)
+    root = _root(real.sigma)
+    parts = tqdm(parts, "error of the Frechet distance", unit="group", disable=not progress, leave=False)
+    without = [_frechet_by_root((whole - part).gaussian(), real, root) for part in parts]
+    return Score(value, jackknife_error(without), without)
 
-    Group g holds samples g, g + groups, ...: where labels are balanced, every class in nearly equal parts.
 
-    Raises:
-        ValueError: fewer samples than two a group.
+def _root(sigma: np.ndarray) -> np.ndarray:
+    """The symmetric square root of a covariance."""
+    values, vectors = np.linalg.eigh(sigma)
+    return vectors * np.sqrt(values.clip(0)) @ vectors.T
+
+
+def _frechet_by_root(generated: Gaussian, real: Gaussian, root: np.ndarray) -> float:
+    """`frechet_distance` with the root of `real.sigma` at hand: three times as fast, by a symmetric problem."""
+    shared = np.sqrt(np.linalg.eigvalsh(root @ generated.sigma @ root).clip(0)).sum()
+    return float(((generated.mu - real.mu) ** 2).sum() + np.trace(generated.sigma) + np.trace(real.sigma) - 2 * shared)
+
+
+def inception_score(logits: Tensor) -> Score:
+    """Over chunks of 5,000 in the order of the samples, as ADM; with the error of the mean of two chunks or more."""
+    splits = math.ceil(len(logits) / IS_SPLIT)
+    score = isc_features_to_metric(logits, splits, shuffle=False)
+    error = score[KEY_METRIC_ISC_STD] / math.sqrt(splits - 1) if splits > 1 else None
+    return Score(score[KEY_METRIC_ISC_MEAN], error)
+
+
+def kid(generated: Tensor, real: Tensor, group: Tensor, progress: bool = False) -> Score:
+    """Kernel distance (arXiv 1801.01401) over torch-fidelity's subsets, and its error.
+
+    The usual "std" of KID is the spread over subsets, whose size decides it. The error here is that of the mean: each
+    group of samples is left out of all subsets, from whose kernel matrices its rows are taken away.
     """
-    if len(generated) < 2 * groups:
-        raise ValueError(f"{len(generated)} samples are too few for {groups} groups of two")
-    group = torch.arange(len(generated)) % groups
-    without = torch.tensor([frechet_distance(generated[group != g], real) for g in range(groups)]).double()
-    error = (without - without.mean()).square().sum().mul((groups - 1) / groups).sqrt()
-    return frechet_distance(generated, real), error.item()
+    size = min(KID_SUBSET, len(generated), len(real))
+    generated, real, group = generated.numpy(), real.numpy(), group.numpy()
+    random = np.random.RandomState(SEED)
+    values, without = [], []
+    for _ in tqdm(range(KID_SUBSETS), "KID", unit="subset", disable=not progress, leave=False):
+        ours = random.choice(len(generated), size, replace=False)
+        theirs = random.choice(len(real), size, replace=False)
+        x, y = generated[ours], real[theirs]
+        k_xx, k_xy, k_yy = kernel_poly(x, x), kernel_poly(x, y), kernel_poly(y, y)
+        values.append(mmd2(k_xx, k_xy, k_yy))
+        without.append(_mmd2_without_groups(k_xx, k_xy, k_yy, group[ours]))
+    if len(generated) < 2 * GROUPS:
+        return Score(float(np.mean(values)))
+    without = np.mean(without, axis=0).tolist()
+    return Score(float(np.mean(values)), jackknife_error(without), without)
+
+
+def _mmd2_without_groups(k_xx: np.ndarray, k_xy: np.ndarray, k_yy: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """The unbiased MMD^2 without each group of x, (GROUPS,)."""
+    n, m = k_xy.shape
+    member = np.eye(GROUPS)[group]                                      # (n, GROUPS)
+    sums = member.T @ k_xx @ member                                     # of kernels within and between groups
+    diagonal, cross, sizes = member.T @ np.diagonal(k_xx), member.T @ k_xy.sum(1, dtype=np.float64), member.sum(0)
+    left = n - sizes
+    xx = (sums.sum() - 2 * sums.sum(1) + np.diagonal(sums)) - (diagonal.sum() - diagonal)
+    xy = cross.sum() - cross
+    yy = k_yy.sum(dtype=np.float64) - np.trace(k_yy, dtype=np.float64)
+    return xx / (left * (left - 1)) - 2 * xy / (left * m) + yy / (m * (m - 1))
+
+
+def precision_recall(generated: Tensor, real: Tensor, device: torch.device | str = "cpu") -> tuple[Score, Score]:
+    """Precision, of the samples, and recall, of the reference (arXiv 1904.06991), with k = 3."""
+    found = prc_features_to_metric(generated.to(device), real.to(device), prc_neighborhood=NEIGHBOURS,
+                                   prc_batch_size=BLOCK, save_cpu_ram=True, verbose=False)
+    return Score(found[KEY_METRIC_PRECISION]), Score(found[KEY_METRIC_RECALL])

@@ -43,12 +43,14 @@ class Evaluation:
             comparable.
         subject: what was measured: path and content of the samples, weights, step, seed, speed.
         environment: what should not matter: date, device, processes.
+        warnings: what was found wrong on the way.
     """
 
     scores: dict[str, Score]
     protocol: dict
     subject: dict
     environment: dict
+    warnings: Sequence[str] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

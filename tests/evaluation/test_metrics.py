@@ -1,51 +1,35 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from PIL import Image
-from safetensors import safe_open
-from torch_fidelity import register_feature_extractor
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from sit_atconv.data.images import load_digits
-from sit_atconv.data.pixels import to_float
-from sit_atconv.evaluation import extractors
-from sit_atconv.evaluation.digit_features import WEIGHTS, DigitClassifier
+from sit_atconv.evaluation import metrics
 from sit_atconv.evaluation.extractors import open_extractor
-from sit_atconv.evaluation.image_sets import ImageSet, open_image_set
-from sit_atconv.evaluation.metrics import (
-    Features,
-    compute_metrics,
-    evaluate,
-    extract_features,
-    frechet_distance,
-    frechet_jackknife,
-)
-from sit_atconv.evaluation.train_digit_features import split
+from sit_atconv.evaluation.features import extract_features
+from sit_atconv.evaluation.image_sets import ImageSet
+from sit_atconv.evaluation.statistics import Gaussian, fit_gaussian
 
 
 @pytest.fixture(scope="module")
-def halves(tmp_path_factory):
-    """Two halves of the digits, as npz files and as a folder of PNGs."""
-    folder = tmp_path_factory.mktemp("halves")
+def digits():
+    """Two parts of the digits, shuffled: uint8 (300, 8, 8, 3) and (400, 8, 8, 3)."""
     images = np.repeat(load_digits()[0][..., None], 3, axis=-1)[np.random.default_rng(0).permutation(1797)]
-    for name, half in [("a", images[:300]), ("b", images[300:700])]:
-        np.savez(folder / f"{name}.npz", half)
-    (folder / "a").mkdir()
-    for i, image in enumerate(images[:300]):
-        Image.fromarray(image).save(folder / "a" / f"{i:04d}.png")
-    return folder
+    return images[:300], images[300:700]
 
 
 @pytest.fixture(scope="module")
-def result(halves):
-    return evaluate(str(halves / "a.npz"), str(halves / "b.npz"), extractor="digits")
+def features(digits):
+    network = open_extractor("digits")
+    return [extract_features(network, ImageSet("x", part)) for part in digits]
 
 
 class Images(torch.utils.data.Dataset):
-    def __init__(self, path):
-        self.images = torch.from_numpy(np.load(path)["arr_0"]).permute(0, 3, 1, 2)
+    def __init__(self, images):
+        self.images = torch.from_numpy(images).permute(0, 3, 1, 2)
 
     def __len__(self):
         return len(self.images)
@@ -54,49 +38,74 @@ class Images(torch.utils.data.Dataset):
         return self.images[index]
 
 
-def test_agrees_with_torch_fidelitys_own_metrics(halves, result):
+def compare_with_torch_fidelity(generated: dict, real: dict, theirs: dict):
+    """Ours, from features, and theirs, from the same images."""
+    group = metrics.jackknife_groups(len(generated["features"]))
+    precision, recall = metrics.precision_recall(generated["features"], real["features"])
+    ours = {
+        "frechet_inception_distance":
+            metrics.frechet(generated["features"], fit_gaussian(real["features"]), group).value,
+        "inception_score_mean": metrics.inception_score(generated["logits"]).value,
+        "kernel_inception_distance_mean": metrics.kid(generated["features"], real["features"], group).value,
+        "precision": precision.value,
+        "recall": recall.value,
+    }
+    for name, value in ours.items():
+        assert value == pytest.approx(theirs[name], rel=1e-6), name
+
+
+ALL = dict(fid=True, isc=True, kid=True, prc=True, samples_shuffle=False, prc_neighborhood=3, cache=False,
+           cuda=False, verbose=False)
+
+
+def test_agrees_with_torch_fidelity_on_digits(digits, features):
+    a, b = map(Images, digits)
     theirs = torch_fidelity.calculate_metrics(
-        input1=Images(halves / "a.npz"), input2=Images(halves / "b.npz"), feature_extractor="digits",
-        fid=True, isc=True, kid=True, prc=True, isc_splits=1, samples_shuffle=False, kid_subset_size=300,
-        prc_neighborhood=3, cache=False, cuda=False, verbose=False,
-    )
-    assert result["fd_digits"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
-    assert result["score_digits"] == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
-    assert result["kd_digits"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6)
-    assert result["kd_subset_size_digits"] == 300
-    assert (result["precision_digits"], result["recall_digits"]) == (theirs["precision"], theirs["recall"])
+        input1=a, input2=b, feature_extractor="digits", isc_splits=1, kid_subset_size=300, **ALL)
+    compare_with_torch_fidelity(*features, theirs)
 
 
-def test_no_number_of_another_extractor_is_called_inceptions(result):
-    assert not {"fid", "inception_score", "kid", "precision", "recall"} & set(result)
-    assert result["extractor"] == "digits" and result["num_samples"] == 300 and result["num_reference"] == 400
-    assert len(result["extractor_sha256"]) == 64
+@pytest.mark.slow
+def test_agrees_with_torch_fidelity_on_inceptions_graph(digits, inception_file, monkeypatch):
+    """The true network with random weights."""
+    from sit_atconv.evaluation import extractors
+
+    monkeypatch.setattr(extractors, "INCEPTION_SHA256", extractors.sha256_of(inception_file)[:8])
+    network = open_extractor("inception", str(inception_file))
+    parts = [part[:160] for part in digits]
+    ours = [extract_features(network, ImageSet("x", part)) for part in parts]
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Images(parts[0]), input2=Images(parts[1]), isc_splits=1, kid_subset_size=160,
+        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(inception_file), **ALL)
+    compare_with_torch_fidelity(*ours, theirs)
 
 
-def test_a_folder_and_an_npz_of_the_same_images_are_the_same(halves, result):
-    folder = evaluate(str(halves / "a"), str(halves / "b.npz"), extractor="digits")
-    assert folder | {"samples": None} == result | {"samples": None}
+def test_the_registered_extractor_is_the_one_compared(features):
+    assert "digits" in FEATURE_EXTRACTORS_REGISTRY
+    assert features[0]["features"].shape == (300, 48) and features[0]["logits"].shape == (300, 10)
 
 
-def test_an_npz_stays_on_disk_and_a_compressed_one_is_the_same(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
-    np.savez(tmp_path / "second.npz", labels=np.arange(10), arr_0=images)
-    np.savez_compressed(tmp_path / "compressed.npz", images)
-    np.savez(tmp_path / "columns.npz", np.asfortranarray(images))
-    for name, on_disk in [("second", True), ("compressed", False), ("columns", False)]:
-        opened = open_image_set(str(tmp_path / f"{name}.npz"))
-        assert isinstance(opened.images, np.memmap) == on_disk, name
-        assert torch.equal(torch.cat(list(opened.batches(3))), torch.from_numpy(images).permute(0, 3, 1, 2)), name
+# -------------------------------------------------------------------------------------------- Frechet distance
+
+def test_frechet_distance_of_gaussians():
+    torch.manual_seed(0)
+    a, b = torch.randn(20_000, 3), 2 * torch.randn(20_000, 3) + 1
+    assert metrics.frechet_distance(fit_gaussian(a), fit_gaussian(b)) == pytest.approx(3 * (1 + 1), rel=0.03)
+    assert abs(metrics.frechet_distance(fit_gaussian(a), fit_gaussian(a))) < 1e-8
 
 
-def test_precision_is_of_the_samples_and_recall_of_the_reference():
-    """One digit alone is precise and forgets nine of ten."""
-    images, labels = load_digits()
-    network = open_extractor("digits")
-    rgb = np.repeat(images[..., None], 3, axis=-1)
-    threes, everything = (extract_features(network, ImageSet("x", part)) for part in (rgb[labels == 3], rgb))
-    values = compute_metrics(threes, everything, "digits", ["prc"])
-    assert values["precision_digits"] == 1.0 and values["recall_digits"] < 0.2
+def test_its_fast_form_is_equal(features):
+    generated, real = (fit_gaussian(part["features"]) for part in features)
+    fast = metrics._frechet_by_root(generated, real, metrics._root(real.sigma))
+    assert fast == pytest.approx(metrics.frechet_distance(generated, real), rel=1e-8)
+
+
+def test_single_precision_statistics_are_cast(features):
+    """torch-fidelity asserts equal dtypes; published statistics are of either."""
+    generated, real = (fit_gaussian(part["features"]) for part in features)
+    single = Gaussian(*(array.astype(np.float32).astype(np.float64) for array in (real.mu, real.sigma)))
+    assert metrics.frechet_distance(generated, single) == pytest.approx(
+        metrics.frechet_distance(generated, real), rel=1e-4)
 
 
 def test_the_digits_distance_tells_good_from_bad():
@@ -108,7 +117,8 @@ def test_the_digits_distance_tells_good_from_bad():
 
     def distance(images, reference):
         sets = (ImageSet("x", np.repeat(part[..., None], 3, axis=-1)) for part in (images, reference))
-        return frechet_distance(*[extract_features(network, part, 512).features for part in sets])
+        gaussians = [fit_gaussian(extract_features(network, part, 512)["features"]) for part in sets]
+        return metrics.frechet_distance(*gaussians)
 
     halves = distance(digits[order[::2]], digits[order[1::2]])
     assert 0 < halves < 2
@@ -118,206 +128,97 @@ def test_the_digits_distance_tells_good_from_bad():
     assert distance(digits[labels != 3], digits) > 3 * halves
 
 
-def test_inception_score_is_taken_in_the_order_of_the_file():
-    logits = torch.eye(10).repeat_interleave(1000, 0) * 20  # 10,000 sorted by class: two chunks of five classes each
-    features = Features(torch.randn(10_000, 4), logits)
-    values = compute_metrics(features, features, "inception", ["is"])
-    assert values["inception_score"] == pytest.approx(5, rel=0.01)
+# ---------------------------------------------------------------------------------------------- standard errors
 
-
-def test_frechet_distance_of_gaussians():
-    torch.manual_seed(0)
-    a, b = torch.randn(20_000, 3), 2 * torch.randn(20_000, 3) + 1
-    assert frechet_distance(a, b) == pytest.approx(3 * (1 + 1), rel=0.03)
-    assert abs(frechet_distance(a, a)) < 1e-8
-
-
-def test_the_shipped_classifier():
-    assert WEIGHTS.stat().st_size <= 500_000
-    with safe_open(WEIGHTS, "pt") as file:
-        metadata = file.metadata()
-    assert metadata["command"] == "python -m sit_atconv.evaluation.train_digit_features"
-    (pixels, labels), (_, held_out) = map(torch.from_numpy, load_digits()), split(1797)
-    network = open_extractor("digits").network.classifier
-    assert isinstance(network, DigitClassifier)
-    with torch.inference_mode():
-        correct = network(to_float(pixels[held_out])[:, None])[1].argmax(1) == labels[held_out]
-    assert correct.float().mean().item() == pytest.approx(float(metadata["held_out_accuracy"]), abs=0.003)
-    assert correct.float().mean() > 0.98
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda f: np.savez(f, images=np.zeros((9, 8, 8, 3), np.uint8)), r"holds \['images'\] and no arr_0"),
-        (lambda f: np.savez(f, np.zeros((9, 8, 8, 3), np.float32)), r"float32 \(9, 8, 8, 3\)"),
-        (lambda f: np.savez(f, np.zeros((9, 3, 8, 8), np.uint8)), r"\(9, 3, 8, 8\)"),
-        (lambda f: f.write_bytes(b"no archive"), "cannot be read as an .npz"),
-        (lambda f: np.savez(f, np.array([{}])), r"object \(1,\)"),
-        (lambda f: damage(f), "cannot be read as an .npz"),
-        (lambda f: np.savez(f, np.zeros((0, 8, 8, 3), np.uint8)), "holds 0 images, too few"),
-        (lambda f: np.savez(f, np.zeros((2, 8, 8, 3), np.uint8)), "holds 2 images, too few"),
-        (lambda f: np.savez(f, np.zeros((9, 16, 16, 3), np.uint8)), "for 8x8 images, not 16x16"),
-    ],
-)
-def test_arrays_of_another_kind_are_named(tmp_path, make, message):
-    make(tmp_path / "x.npz")
-    with pytest.raises(ValueError, match=message):
-        evaluate(str(tmp_path / "x.npz"), "digits", extractor="digits")
-
-
-def damage(path):
-    """A compressed npz whose content is overwritten in the middle."""
-    np.savez_compressed(path, np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8))
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2 : len(content) // 2 + 64] = bytes(64)
-    path.write_bytes(content)
-
-
-def test_images_of_several_sizes_are_named(tmp_path):
-    for i, side in enumerate((8, 8, 9)):
-        Image.new("RGB", (side, side)).save(tmp_path / f"{i}.png")
-    with pytest.raises(ValueError, match=r"2\.png is 9x9, and those before it 8x8"):
-        list(open_image_set(str(tmp_path)).batches(2))
-
-
-def test_incomplete_samples_are_not_evaluated(tmp_path):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "manifest.json").write_text('{"complete": false}')
-    with pytest.raises(ValueError, match="not complete"):
-        open_image_set(str(tmp_path))
-
-
-def test_samples_without_their_npz_are_read_from_images(tmp_path):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "manifest.json").write_text('{"complete": true}')
-    for path in [tmp_path / "grid.png", *(tmp_path / "images" / f"{i}.png" for i in range(5))]:
-        Image.new("RGB", (8, 8)).save(path)
-    assert [path.parent.name for path in open_image_set(str(tmp_path)).images] == ["images"] * 5
-
-
-def test_few_images_are_warned_of(halves, capsys):
-    np.savez(halves / "few.npz", np.load(halves / "a.npz")["arr_0"][:20])
-    evaluate(str(halves / "few.npz"), "digits", extractor="digits", metrics=["fid"])
-    assert "few.npz holds 20 images" in capsys.readouterr().err
-    evaluate(str(halves / "few.npz"), "digits", extractor="digits", metrics=["is"])
-    assert "warning" not in capsys.readouterr().err
-
-
-def test_unknown_names():
-    with pytest.raises(ValueError, match=r"no extractor 'clip9'.*digits.*inception"):
-        evaluate("digits", "digits", extractor="clip9")
-    with pytest.raises(ValueError, match="not 'fvd'"):
-        evaluate("digits", "digits", extractor="digits", metrics=["fvd"])
-
-
-def test_a_registered_extractor_with_one_output(halves):
-    register_feature_extractor("corner", Corner)
-    try:
-        values = evaluate(str(halves / "a.npz"), str(halves / "b.npz"), extractor="corner", metrics=["fid", "is"])
-    finally:
-        del FEATURE_EXTRACTORS_REGISTRY["corner"]
-    assert values["fd_corner"] > 0 and values["score_corner"] >= 1 and values["extractor_sha256"] is None
-
-
-class Corner(FeatureExtractorBase):
-    """Pixels as features and as logits, as torch-fidelity's own CLIP and DINOv2 have one output for all metrics."""
-
-    @staticmethod
-    def get_provided_features_list():
-        return ("pixels",)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric):
-        return "pixels"
-
-    def forward(self, x):
-        return (x[:, 0, 3:5, 3:5].flatten(1).float() / 255,)
-
-
-@pytest.fixture
-def tf32():
-    """cuDNN and cuBLAS with TF32 switched on."""
-    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = True
-    yield backends
-    for backend, allowed in zip(backends, before, strict=True):
-        backend.allow_tf32 = allowed
-
-
-def test_features_are_extracted_without_tf32_and_the_callers_choice_comes_back(tf32):
-    seen = []
-
-    def network(images):
-        seen.append([backend.allow_tf32 for backend in tf32])
-        return torch.zeros(len(images), 2), torch.zeros(len(images), 3)
-
-    extract_features(extractors.Extractor("x", network, None), ImageSet("x", np.zeros((4, 8, 8, 3), np.uint8)))
-    assert seen == [[False, False]] and all(backend.allow_tf32 for backend in tf32)
-
-
-# ----------------------------------------------------------------------------------------------------- Inception
-
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory):
-    """The true graph with random weights, in the format of the real file."""
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **k: {})
-        patch.setattr(extractors.FeatureExtractorInceptionV3, "load_state_dict", lambda *a: None)
-        torch.manual_seed(0)
-        torch.save(extractors.FeatureExtractorInceptionV3("x", ["2048"]).state_dict(), path)
-    return path
-
-
-def test_inception_from_a_path(inception_file, monkeypatch, halves):
-    monkeypatch.setattr(extractors, "INCEPTION_SHA256", extractors._sha256(inception_file)[:8])
-    network = open_extractor("inception", str(inception_file))
-    features = extract_features(network, ImageSet("x", np.load(halves / "a.npz")["arr_0"][:4]), batch_size=2)
-    assert features.features.shape == (4, 2048) and features.logits.shape == (4, 1008)
-    assert set(compute_metrics(features, features, "inception", ["fid", "is"])) == {"fid", "inception_score"}
-
-
-def test_another_file_is_not_inception(inception_file, tmp_path):
-    with pytest.raises(ValueError, match=r"sha256 begins with .*, not 6726825d"):
-        open_extractor("inception", str(inception_file))
-    with pytest.raises(ValueError, match=r"no Inception weights at .*nowhere"):
-        open_extractor("inception", str(tmp_path / "nowhere"))
-
-
-def test_weights_that_run_code_are_refused(tmp_path, monkeypatch):
-    class Payload:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "owned"), "w"))
-
-    torch.save({"fc.bias": Payload()}, tmp_path / "evil.pth")
-    monkeypatch.setattr(extractors, "INCEPTION_SHA256", extractors._sha256(tmp_path / "evil.pth")[:8])
-    with pytest.raises(Exception, match=r"(?i)weights.only"):
-        open_extractor("inception", str(tmp_path / "evil.pth"))
-    assert not (tmp_path / "owned").exists()
-
-
-def test_without_network_the_remedy_is_named(monkeypatch, tmp_path):
-    from urllib.error import URLError
-
-    def offline(*args, **kwargs):
-        raise URLError("no route")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(ValueError, match=r"could not be downloaded.*--inception-weights"):
-        open_extractor("inception")
-
-
-def test_the_jackknife_tracks_the_true_spread():
-    """Of 60 sets of 2,000 samples from a known Gaussian, in 4 dimensions; far from the reference, so that bias is
-    small."""
+def test_the_jackknife_follows_the_true_spread_of_the_frechet_distance():
+    """Of 200 sets of samples in 16 dimensions, so large that the distance is 10 times its bias."""
     generator = torch.Generator().manual_seed(0)
-    real = torch.randn(4000, 4, generator=generator)
-    values, errors = zip(*[
-        frechet_jackknife(1.3 * torch.randn(2000, 4, generator=generator) + 1, real) for _ in range(60)], strict=True)
-    assert np.std(values) == pytest.approx(np.mean(errors), rel=0.2)
-    with pytest.raises(ValueError, match="39 samples are too few"):
-        frechet_jackknife(real[:39], real)
+    mix = torch.randn(16, 16, generator=generator) / 4
+    real = Gaussian(np.zeros(16), np.eye(16))
+    draws = [torch.randn(1000, 16, generator=generator) @ (torch.eye(16) + mix) + 0.3 for _ in range(200)]
+    group = metrics.jackknife_groups(1000)
+    scores = [metrics.frechet(draw, real, group) for draw in draws]
+    values = np.array([score.value for score in scores])
+    true = metrics.frechet_distance(fit_gaussian(torch.cat(draws)), real)
+    assert true > 10 * abs(values.mean() - true)
+    assert np.mean([score.error for score in scores]) == pytest.approx(values.std(ddof=1), rel=0.2)
+
+
+@pytest.mark.parametrize("shift", [0.1, 0.5])
+def test_the_error_of_kid_is_no_spread_over_subsets(monkeypatch, shift):
+    monkeypatch.setattr(metrics, "KID_SUBSETS", 12)
+    monkeypatch.setattr(metrics, "KID_SUBSET", 200)
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(800, 8, generator=generator)
+    group = metrics.jackknife_groups(800)
+    scores = [metrics.kid(torch.randn(800, 8, generator=generator) + shift, real, group) for _ in range(120)]
+    spread = np.std([score.value for score in scores], ddof=1)
+    assert np.mean([score.error for score in scores]) == pytest.approx(spread, rel=0.2)
+
+
+def test_kid_without_a_group_is_kid_of_the_rest(features):
+    from torch_fidelity.metric_kid import kernel_poly
+
+    x, y = (part["features"][:200].numpy().astype(np.float64) for part in features)
+    group = metrics.jackknife_groups(200).numpy()
+    without = metrics._mmd2_without_groups(kernel_poly(x, x), kernel_poly(x, y), kernel_poly(y, y), group)
+    for g in (0, 7, 19):
+        rest = x[group != g]
+        k_xx, k_xy, k_yy = kernel_poly(rest, rest), kernel_poly(rest, y), kernel_poly(y, y)
+        n, m = k_xy.shape
+        by_hand = ((k_xx.sum() - np.trace(k_xx)) / (n * (n - 1)) - 2 * k_xy.mean()
+                   + (k_yy.sum() - np.trace(k_yy)) / (m * (m - 1)))
+        assert without[g] == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_groups_are_of_equal_size_and_balanced_labels_are_spread_over_them():
+    labels = torch.randperm(400).remainder(8).tolist()  # 50 of each
+    group = metrics.jackknife_groups(400, labels)
+    counts = torch.zeros(8, metrics.GROUPS).index_put_((torch.tensor(labels), group), torch.ones(400), accumulate=True)
+    assert counts.min() >= 2 and counts.max() <= 3 and set(counts.sum(0).tolist()) == {20.0}
+    by_index = torch.arange(400) % metrics.GROUPS
+    assert torch.equal(metrics.jackknife_groups(400), by_index)
+    drawn = torch.randint(8, (400,)).tolist()
+    assert not metrics.are_balanced(drawn) and torch.equal(metrics.jackknife_groups(400, drawn), by_index)
+    assert metrics.are_balanced([0, 1, 1]) and not metrics.are_balanced([0, 1, 1, 1]) and not metrics.are_balanced([0])
+
+
+def test_few_samples_have_no_error(features):
+    generated, real = (part["features"] for part in features)
+    few = generated[:39]
+    assert metrics.frechet(few, fit_gaussian(real), metrics.jackknife_groups(39)).error is None
+    assert metrics.kid(few, real, metrics.jackknife_groups(39)).error is None
+
+
+# ----------------------------------------------------------------------------- Inception Score, precision, recall
+
+def test_inception_score_is_taken_in_chunks_in_the_order_of_the_file():
+    logits = torch.eye(10).repeat_interleave(1000, 0) * 20  # 10,000 sorted by class: two chunks of five classes each
+    score = metrics.inception_score(logits)
+    assert score.value == pytest.approx(5, rel=0.01) and score.error == pytest.approx(0, abs=1e-3)
+    assert metrics.inception_score(logits[torch.randperm(10_000)]).value == pytest.approx(10, rel=0.01)
+    assert metrics.inception_score(logits[::2]).error is None  # one chunk
+
+
+def test_its_error_is_that_of_a_mean_of_chunks():
+    logits = torch.cat([torch.randn(5000, 10) * scale for scale in (1, 2, 3, 4)])
+    chunks = [metrics.inception_score(chunk).value for chunk in logits.split(5000)]
+    assert metrics.inception_score(logits).error == pytest.approx(np.std(chunks, ddof=1) / math.sqrt(4), rel=1e-6)
+
+
+def test_precision_is_of_the_samples_and_recall_of_the_reference():
+    """One digit alone is precise and forgets nine of ten."""
+    images, labels = load_digits()
+    network = open_extractor("digits")
+    rgb = np.repeat(images[..., None], 3, axis=-1)
+    threes, everything = (extract_features(network, ImageSet("x", part))["features"]
+                          for part in (rgb[labels == 3], rgb))
+    precision, recall = metrics.precision_recall(threes, everything)
+    assert precision.value == 1.0 and recall.value < 0.2
+
+
+def test_a_neighbourhood_reaches_to_the_third_neighbour():
+    """Real points at 0, 1, 2, 3, 10: the ball of 0 reaches to 3, of 10 to 1."""
+    real = torch.tensor([[0.0], [1.0], [2.0], [3.0], [10.0]])
+    generated = torch.tensor([[-2.9], [-3.1], [18.9], [19.1]])
+    assert metrics.precision_recall(generated, real)[0].value == 0.5

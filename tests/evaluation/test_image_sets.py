@@ -1,0 +1,166 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sit_atconv.data.images import load_digits
+from sit_atconv.data.pixels import read_image
+from sit_atconv.evaluation.image_sets import open_image_set
+
+DIGITS = np.repeat(load_digits()[0][..., None], 3, axis=-1)
+
+
+def all_of(images):
+    return torch.cat([images.read(start, min(start + 3, len(images))) for start in range(0, len(images), 3)])
+
+
+def write_pngs(folder, images):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:06d}.png")
+
+
+@pytest.fixture
+def generated(tmp_path):
+    """generated(**manifest) -> a folder as generate.py leaves it, of ten images, a labelled picture beside them."""
+
+    def make(**manifest):
+        write_pngs(tmp_path / "images", DIGITS[:10])
+        Image.new("RGB", (90, 50)).save(tmp_path / "grid.png")
+        manifest = {"complete": True, "settings": {"num_samples": 10}, "labels": [*range(10)]} | manifest
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        return tmp_path
+
+    return make
+
+
+def test_an_npz_stays_on_disk_and_a_compressed_one_is_the_same(tmp_path, capsys):
+    images = DIGITS[:10]
+    np.savez(tmp_path / "second.npz", labels=np.arange(10), arr_0=images)
+    np.savez_compressed(tmp_path / "compressed.npz", images)
+    np.savez(tmp_path / "columns.npz", np.asfortranarray(images))
+    for name, on_disk in [("second", True), ("compressed", False), ("columns", False)]:
+        opened = open_image_set(str(tmp_path / f"{name}.npz"))
+        assert isinstance(opened.images, np.memmap) == on_disk, name
+        assert torch.equal(all_of(opened), torch.from_numpy(images).permute(0, 3, 1, 2)), name
+    warned = capsys.readouterr().err
+    assert "compressed.npz is compressed" in warned and "columns.npz" in warned and "second" not in warned
+
+
+def test_labels_of_an_npz(tmp_path):
+    np.savez(tmp_path / "labelled.npz", DIGITS[:4], np.array([3, 1, 2, 1]))
+    np.savez(tmp_path / "other.npz", DIGITS[:4], np.zeros((2, 2, 7)))
+    assert open_image_set(str(tmp_path / "labelled.npz")).labels == [3, 1, 2, 1]
+    assert open_image_set(str(tmp_path / "other.npz")).labels is None
+    assert open_image_set(str(tmp_path / "labelled.npz")).first(2).labels == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: np.savez(f, images=np.zeros((9, 8, 8, 3), np.uint8)), r"holds \['images'\] and no arr_0"),
+        (lambda f: np.savez(f, np.zeros((9, 8, 8, 3), np.float32)), r"float32 \(9, 8, 8, 3\).*astype\(np.uint8\)"),
+        (lambda f: np.savez(f, np.zeros((9, 3, 8, 8), np.uint8)), r"\(9, 3, 8, 8\)"),
+        (lambda f: np.savez(f, np.zeros((9, 8, 8), np.uint8)), r"\(9, 8, 8\)"),
+        (lambda f: f.write_bytes(b"no archive"), "cannot be read as an .npz"),
+        (lambda f: np.savez(f, np.array([{}])), r"object \(1,\)"),
+        (lambda f: damage(f), "cannot be read"),
+    ],
+)
+def test_arrays_of_another_kind_are_named(tmp_path, make, message):
+    make(tmp_path / "x.npz")
+    with pytest.raises(ValueError, match=message):
+        open_image_set(str(tmp_path / "x.npz"))
+
+
+def damage(path):
+    """A compressed npz whose content is overwritten in the middle."""
+    np.savez_compressed(path, np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 64] = bytes(64)
+    path.write_bytes(content)
+
+
+def test_images_of_several_sizes_are_named_wherever_reading_begins(tmp_path):
+    write_pngs(tmp_path, DIGITS[:3])
+    Image.new("RGB", (9, 9)).save(tmp_path / "000003.png")
+    images = open_image_set(str(tmp_path))
+    for start in (0, 3):
+        with pytest.raises(ValueError, match=r"000003\.png is 9x9, and those before it 8x8.*--image-size"):
+            images.read(start, 4)
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"text", r"1\.png cannot be read as an image"),
+    (None, r"1\.png cannot be read as an image"),  # cut short
+])
+def test_a_damaged_image_is_named(tmp_path, content, message):
+    write_pngs(tmp_path, DIGITS[:2])
+    path = tmp_path / "000001.png"
+    path.write_bytes(content or path.read_bytes()[:60])
+    with pytest.raises(ValueError, match=message):
+        open_image_set(str(tmp_path)).read(0, 2)
+
+
+def test_floating_point_images_are_named(tmp_path):
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "x.tiff")
+    with pytest.raises(ValueError, match=r"x\.tiff .*floating point"):
+        open_image_set(str(tmp_path)).read(0, 1)
+
+
+def test_a_folder_is_cropped_by_adms_rule(tmp_path):
+    Image.fromarray(np.kron(DIGITS[0], np.ones((3, 5, 1), np.uint8))).save(tmp_path / "wide.png")
+    images = open_image_set(str(tmp_path), crop_to=8)
+    assert images.size == (8, 8) and torch.equal(images.read(0, 1)[0], read_image(tmp_path / "wide.png", 8))
+    with pytest.raises(ValueError, match="--image-size crops the images of a folder, and digits is none"):
+        open_image_set("digits", crop_to=8)
+
+
+def test_samples_of_generate_and_their_manifest(generated):
+    folder = generated()
+    for source in (folder, folder / "manifest.json"):
+        images = open_image_set(str(source))
+        assert [path.parent.name for path in images.images] == ["images"] * 10  # not the labelled picture
+        assert images.labels == [*range(10)] and images.manifest["settings"] == {"num_samples": 10}
+    np.savez(folder / "samples.npz", DIGITS[:10])
+    assert isinstance(open_image_set(str(folder)).images, np.memmap)
+
+
+@pytest.mark.parametrize(("manifest", "message"), [
+    ({"complete": False}, "not complete: run the same sample/generate.py again"),
+    ({"settings": {"num_samples": 11}}, "holds 10 images, and its manifest says 11"),
+    ({"settings": None}, "damaged"),
+])
+def test_incomplete_samples_are_not_evaluated(generated, manifest, message):
+    with pytest.raises(ValueError, match=message):
+        open_image_set(str(generated(**manifest)))
+
+
+def test_the_content_is_that_of_every_image(tmp_path):
+    """Of the same size and date, one pixel apart."""
+    import os
+
+    write_pngs(tmp_path / "a", DIGITS[:4])
+    folder = open_image_set(str(tmp_path / "a"))
+    np.savez(tmp_path / "a.npz", DIGITS[:4])
+    npz = open_image_set(str(tmp_path / "a.npz"))
+    before = [folder.content(0, 4), npz.content(0, 4), npz.content(0, 3), npz.content(1, 4)]
+    assert len(set(before)) == 4
+    assert folder.content(0, 4) == before[0] and npz.content(0, 4) == before[1]
+    changed = DIGITS[:4].copy()
+    changed[2, 3, 3, 1] ^= 1
+    for path, write in [(tmp_path / "a" / "000002.png", lambda p: Image.fromarray(changed[2]).save(p)),
+                        (tmp_path / "a.npz", lambda p: np.savez(p, changed))]:
+        date = path.stat().st_mtime_ns
+        write(path)
+        os.utime(path, ns=(date, date))
+    assert open_image_set(str(tmp_path / "a")).content(0, 4) != before[0]
+    assert open_image_set(str(tmp_path / "a.npz")).content(0, 4) != before[1]
+    assert open_image_set(str(tmp_path / "a"), crop_to=8).content(0, 4) not in before
+
+
+def test_fewer_images_than_asked_for(generated):
+    with pytest.raises(ValueError, match="holds 10 images, fewer than --num-samples 11"):
+        open_image_set(str(generated())).first(11)

@@ -1,0 +1,222 @@
+"""Evaluations whole, in this process."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch_fidelity import register_feature_extractor
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+from sit_atconv.data.images import load_digits
+from sit_atconv.evaluation import features
+from sit_atconv.evaluation.records import difference, protocol_differences
+from sit_atconv.scoring import EvaluateOptions, default_record, evaluate, make_reference
+
+DIGITS = np.repeat(load_digits()[0][..., None], 3, axis=-1)[np.random.default_rng(0).permutation(1797)]
+
+
+@pytest.fixture
+def npz(tmp_path):
+    """npz(images, name) -> its path."""
+
+    def write(images, name="x.npz", **arrays):
+        np.savez(tmp_path / name, images, **arrays)
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
+def options(tmp_path, npz):
+    """300 digits against 400 others."""
+    return EvaluateOptions(samples=npz(DIGITS[:300], "a.npz"), reference=npz(DIGITS[300:700], "b.npz"),
+                           extractor="digits", features=str(tmp_path / "features"))
+
+
+class Pixels(FeatureExtractorBase):
+    """Some pixels as features and as logits, as torch-fidelity's own CLIP has one output for all metrics."""
+
+    seen = 0
+
+    @staticmethod
+    def get_provided_features_list():
+        return ("pixels",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "pixels"
+
+    def forward(self, x):
+        Pixels.seen += len(x)
+        return (x[:, 0, 2:5, 2:5].flatten(1).float() / 255,)
+
+
+@pytest.fixture
+def pixels():
+    register_feature_extractor("pixels", Pixels)
+    Pixels.seen = 0
+    yield Pixels
+    del FEATURE_EXTRACTORS_REGISTRY["pixels"]
+
+
+def values(evaluation):
+    return {name: score.value for name, score in evaluation.scores.items()}
+
+
+def test_scores_have_names_of_their_own_and_errors(options):
+    found = evaluate(options)
+    assert set(found.scores) == {"FD-digits-300", "score-digits", "precision-digits", "recall-digits", "KD-digits"}
+    for name in ("FD-digits-300", "KD-digits"):
+        assert found.scores[name].error > 0 and len(found.scores[name].without_group) == 20
+    assert found.protocol["extractor"]["sha256"] and found.protocol["samples"]["num"] == 300
+    assert found.protocol["reference"]["num"] == 400 and found.environment["versions"]["torch"] == torch.__version__
+    assert default_record(options, found).name.startswith("a.scores-digits-")
+
+
+def test_statistics_give_what_their_images_gave(options, tmp_path):
+    direct = evaluate(options)
+    recipe = make_reference(options, tmp_path / "reference.npz")
+    assert recipe["num"] == 400 and recipe["extractor"]["name"] == "digits"
+    by_statistics = evaluate(replace(options, reference=str(tmp_path / "reference.npz")))
+    for name, value in values(direct).items():
+        assert values(by_statistics)[name] == pytest.approx(value, rel=1e-6), name
+    assert by_statistics.protocol["reference"]["num"] == 400
+
+
+def test_a_folder_and_an_npz_of_the_same_images_are_the_same(options, tmp_path):
+    for i, image in enumerate(DIGITS[:300]):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "a" / f"{i:04d}.png")
+    folder = evaluate(replace(options, samples=str(tmp_path / "a")))
+    assert folder.scores == evaluate(options).scores
+
+
+def test_shards_of_both_sets_are_one_pass(options, pixels, monkeypatch):
+    """Bitwise the same whether extracted or read again, and the same pass as one whole."""
+    whole = evaluate(replace(options, extractor="pixels"))
+    monkeypatch.setattr(features, "SHARD", 128)
+    monkeypatch.setattr("sit_atconv.extraction.SHARD", 128)
+    first = evaluate(replace(options, extractor="pixels"))
+    seen = pixels.seen
+    again = evaluate(replace(options, extractor="pixels"))
+    assert again.scores == first.scores and pixels.seen == seen + 1  # the first look at one image
+    assert values(first) == pytest.approx(values(whole), rel=1e-9)
+
+
+def test_only_some_reference_images_are_compared_where_there_are_many(options, monkeypatch):
+    monkeypatch.setattr("sit_atconv.scoring.MOST_COMPARED", 300)
+    found = evaluate(replace(options, metrics=["prc", "fid"]))
+    assert found.protocol["reference"]["num_compared"] == 300
+    assert values(found)["recall-digits"] * 300 == pytest.approx(round(values(found)["recall-digits"] * 300), abs=1e-4)
+
+
+def test_the_first_samples_alone(options):
+    found = evaluate(replace(options, num_samples=100, metrics=["fid"]))
+    assert list(found.scores) == ["FD-digits-100"]
+
+
+def test_protocols_that_differ(options, npz):
+    base = evaluate(replace(options, metrics=["fid"]))
+    fewer = evaluate(replace(options, metrics=["fid"], num_samples=200))
+    assert set(protocol_differences(base, fewer)) == {"samples.num"}
+    other = evaluate(replace(options, metrics=["fid"], reference=npz(DIGITS[300:699], "c.npz")))
+    assert {"reference.num", "reference.images"} <= set(protocol_differences(base, other))
+    assert difference(base, other, "FD-digits-300").error > 0
+
+
+def test_a_manifest_is_the_protocol(options, tmp_path):
+    folder = tmp_path / "samples"
+    (folder / "images").mkdir(parents=True)
+    np.savez(folder / "samples.npz", DIGITS[:300])
+    settings = {"num_samples": 300, "seed": 7, "labels": "balanced", "solver": "heun", "cfg": 2.0, "steps": 12,
+                "weights": "w", "uint8_rule": "truncated", "codec": {"kind": "identity"}, "size": [8, 8]}
+    manifest = {"complete": True, "settings": settings, "labels": [i % 10 for i in range(300)], "step": 400,
+                "images_per_second": 9.0, "sessions": [{"device": "cpu", "processes": 2}]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    found = evaluate(replace(options, samples=str(folder), metrics=["fid"]))
+    assert found.protocol["samples"] == {
+        "num": 300, "image_size": [8, 8], "labels": "balanced", "uint8_rule": "truncated",
+        "codec": {"kind": "identity"}, "sampler": {"solver": "heun", "cfg": 2.0, "steps": 12}}
+    assert found.subject["seed"] == 7 and found.subject["step"] == 400 and found.subject["processes"] == 2
+    assert found.scores["FD-digits-300"].error != evaluate(replace(options, metrics=["fid"])).scores[
+        "FD-digits-300"].error  # groups within the classes
+    assert default_record(replace(options, samples=str(folder)), found).parent == folder
+
+
+# --------------------------------------------------------------------------------------------- what is not possible
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"samples": "none"}, "holds 0 images, too few"),
+    ({"samples": "one"}, "holds 1 images, too few"),
+    ({"samples": "three", "metrics": ["prc"]}, "no prc of .*: it needs 4 images on both sides"),
+    ({"samples": "one", "metrics": ["fid"]}, "no fid of .*: one image has no covariance"),
+    ({"samples": "wide"}, "for 8x8 images, not 16x16"),
+    ({"metrics": ["fvd"]}, "not 'fvd'"),
+    ({"metrics": ["sfid"]}, "no sfid of .*: extractor 'digits' has no spatial features"),
+    ({"reference": "statistics", "metrics": ["prc"]}, "no prc of .* holds no images"),
+    ({"reference": "inception"}, "mu of .* has 2048 values, and of extractor 'digits' come 48"),
+    ({"extractor": "clip9"}, r"no extractor 'clip9'.*digits.*inception"),
+])
+def test_what_is_not_possible_is_named(options, npz, change, message):
+    made = {
+        "none": lambda: npz(DIGITS[:0]), "one": lambda: npz(DIGITS[:1]), "three": lambda: npz(DIGITS[:3]),
+        "wide": lambda: npz(np.zeros((9, 16, 16, 3), np.uint8)),
+        "statistics": lambda: npz(np.zeros(48), mu=np.zeros(48), sigma=np.eye(48), arr_0=None),
+        "inception": lambda: npz(np.zeros(1), mu=np.zeros(2048), sigma=np.eye(2048)),
+    }
+    for side in ("samples", "reference"):
+        if change.get(side) in made:
+            change = change | {side: made[change[side]]()}
+    with pytest.raises(ValueError, match=message):
+        evaluate(replace(options, **change))
+
+
+def test_a_reference_of_other_weights_is_refused(options, tmp_path, npz):
+    recipe = json.dumps({"extractor": {"name": "digits", "sha256": "0000"}})
+    np.savez(tmp_path / "r.npz", mu=np.zeros(48), sigma=np.eye(48), recipe=np.array(recipe))
+    with pytest.raises(ValueError, match=r"made with an extractor of sha256 '0000', and this one has '9c94"):
+        evaluate(replace(options, reference=str(tmp_path / "r.npz")))
+
+
+def test_what_is_left_out_is_said(options, tmp_path, capsys):
+    np.savez(tmp_path / "r.npz", mu=np.zeros(48), sigma=np.eye(48))
+    found = evaluate(replace(options, reference=str(tmp_path / "r.npz")))
+    assert set(found.scores) == {"FD-digits-300", "score-digits"}
+    said = capsys.readouterr().err
+    assert "left out: prc, since" in said and "left out: kid, since" in said and "left out: sfid, since" in said
+
+
+@pytest.mark.parametrize(("samples", "message"), [
+    ("few", "holds 20 images, no more than the 48 features"),
+    ("few", "20 samples are too few for a standard error"),
+    ("equal", "all 60 images of .* are equal"),
+    ("copies", "20 of the 60 images of .* are copies of others"),
+    ("large", "the samples are 16x16 and the reference's images 8x8"),
+])
+def test_what_is_suspicious_is_warned_of_and_written_down(options, npz, pixels, samples, message, capsys):
+    images = {"few": DIGITS[:20], "equal": DIGITS[:1].repeat(60, 0),
+              "copies": np.concatenate([DIGITS[:40], DIGITS[:20]]),
+              "large": DIGITS[:60].repeat(2, 1).repeat(2, 2)}[samples]
+    extractor = "pixels" if samples == "large" else "digits"
+    found = evaluate(replace(options, samples=npz(images), metrics=["fid"], extractor=extractor))
+    import re
+
+    assert any(re.search(message, warning) for warning in found.warnings)
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_nothing_is_warned_of_without_reason(options, capsys):
+    found = evaluate(options)
+    assert found.warnings == [] and "warning" not in capsys.readouterr().err
+
+
+def test_samples_in_the_order_of_their_labels(options, npz, pixels, monkeypatch):
+    monkeypatch.setattr("sit_atconv.evaluation.metrics.IS_SPLIT", 100)
+    ordered = npz(DIGITS[:300], arr_1=np.arange(300) // 30)
+    assert "order of their labels" in evaluate(replace(options, samples=ordered, metrics=["is"])).warnings[0]
+    mixed = npz(DIGITS[:300], arr_1=np.arange(300) % 10)
+    assert evaluate(replace(options, samples=mixed, metrics=["is"])).warnings == []
