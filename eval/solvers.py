@@ -43,7 +43,8 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--cfg", type=finite, default=2.0, help="guidance scale")
     parser.add_argument("--reference", default="digits", help="real images, as eval/fid.py takes them")
     parser.add_argument("--extractor", default="digits", help="of the features: inception, digits or a registered one")
-    parser.add_argument("--inception-weights", default=None, metavar="FILE", help="as for eval/fid.py")
+    parser.add_argument("--weights", "--inception-weights", dest="extractor_weights", default=None, metavar="FILE",
+                        help="of the extractor, as for eval/fid.py")
     parser.add_argument("--num-samples", type=at_least(100), default=1000, help="of each solver, with balanced labels")
     parser.add_argument("--batch-size", type=at_least(1), default=125, help="images at a time")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise, the same for all")

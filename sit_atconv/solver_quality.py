@@ -33,7 +33,7 @@ class Options:
     cfg: float = 2.0
     reference: str = "digits"
     extractor: str = "digits"
-    inception_weights: str | None = None
+    extractor_weights: str | None = None
     num_samples: int = 1000
     batch_size: int = 125
     seed: int = 0
@@ -81,10 +81,10 @@ def compare_solvers(options: Options) -> dict:
         sampler.check(recipe.interpolant, recipe.prediction, weights.model.null_label)
     device = torch.device("cpu") if on_cpu() else torch.accelerator.current_accelerator()
     prepare_device(device)
-    network = open_extractor(options.extractor, options.inception_weights, device)
+    network = open_extractor(options.extractor, options.extractor_weights, device)
     out = Path(options.out)
     settings = asdict(options) | {"weights": weights.identity(), "extractor_sha256": network.sha256}
-    del settings["ckpt"], settings["out"], settings["batch_size"]
+    del settings["ckpt"], settings["out"], settings["batch_size"], settings["extractor_weights"]
     settings = json.loads(json.dumps(settings))
     out.mkdir(parents=True, exist_ok=True)
     points = _read(out / "solvers.json", settings)

@@ -55,24 +55,25 @@ def launch(tmp_path_factory):
     """launch(command, argv, processes=1, die=None, kill_at=None, ...) -> (exit codes, what was printed).
 
     Runs a command's main() as torchrun would, in processes forked from one that has imported everything. `die` names
-    one of DEATHS, or is the number of the write to the folder --out in which it dies; `kill_at` is the count of the
-    progress bar at which all of them, or `kill_rank` alone, get their kill -9, or `kill_with`. They have `seconds`.
+    one of DEATHS, or is the number of the write to the folder --out, or `work`, in which it dies; `kill_at` is the
+    count of the progress bar at which all of them, or `kill_rank` alone, get their kill -9, or `kill_with`. They have
+    `seconds`.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sit_atconv.train", "sit_atconv.generation", "sit_atconv.encoding", "torchdiffeq",
-                                    "diffusers.models.autoencoders.autoencoder_kl"])
+                                    "sit_atconv.scoring", "diffusers.models.autoencoders.autoencoder_kl"])
     logs = tmp_path_factory.mktemp("logs")
 
     def run(
         command: str, argv: list, processes: int = 1, die: str | int | None = None, kill_at: int | None = None,
-        kill_with: int = signal.SIGKILL, kill_rank: int | None = None, seconds: int = 120,
+        kill_with: int = signal.SIGKILL, kill_rank: int | None = None, seconds: int = 120, work: Path | None = None,
     ) -> tuple[list[int], str]:
         log = logs / f"{len(list(logs.iterdir()))}.txt"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         workers = [
-            context.Process(target=_worker, args=(command, list(map(str, argv)), rank, processes, port, log, die))
+            context.Process(target=_worker, args=(command, list(map(str, argv)), rank, processes, port, log, die, work))
             for rank in range(processes)
         ]
         for worker in workers:
@@ -93,7 +94,7 @@ def launch(tmp_path_factory):
     return run
 
 
-def _worker(command, argv, rank, processes, port, log, die):
+def _worker(command, argv, rank, processes, port, log, die, work):
     output = open(log, "a", buffering=1)  # noqa: SIM115
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
@@ -106,7 +107,7 @@ def _worker(command, argv, rank, processes, port, log, die):
             "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }
     if isinstance(die, int):
-        _die_at_write(die, argv[argv.index("--out") + 1])
+        _die_at_write(die, str(work or argv[argv.index("--out") + 1]))
     elif die:
         DEATHS[die]()
     load_command(command).main(argv)

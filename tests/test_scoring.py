@@ -24,7 +24,7 @@ def npz(tmp_path):
     """npz(images, name) -> its path."""
 
     def write(images, name="x.npz", **arrays):
-        np.savez(tmp_path / name, images, **arrays)
+        np.savez(tmp_path / name, *([] if images is None else [images]), **arrays)
         return str(tmp_path / name)
 
     return write
@@ -165,8 +165,8 @@ def test_what_is_not_possible_is_named(options, npz, change, message):
     made = {
         "none": lambda: npz(DIGITS[:0]), "one": lambda: npz(DIGITS[:1]), "three": lambda: npz(DIGITS[:3]),
         "wide": lambda: npz(np.zeros((9, 16, 16, 3), np.uint8)),
-        "statistics": lambda: npz(np.zeros(48), mu=np.zeros(48), sigma=np.eye(48), arr_0=None),
-        "inception": lambda: npz(np.zeros(1), mu=np.zeros(2048), sigma=np.eye(2048)),
+        "statistics": lambda: npz(None, mu=np.zeros(48), sigma=np.eye(48)),
+        "inception": lambda: npz(None, mu=np.zeros(2048), sigma=np.eye(2048)),
     }
     for side in ("samples", "reference"):
         if change.get(side) in made:

@@ -1,19 +1,30 @@
-"""Feature extractors by name: Inception, the digits', and whatever was registered with torch-fidelity."""
+"""Feature extractors by name: Inception, DINOv2, the digits', and whatever was registered with torch-fidelity."""
 
 import hashlib
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+import torch.nn as nn
+from safetensors.torch import load_file
 from torch import Tensor
 from torch_fidelity import register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from sit_atconv.evaluation.digit_features import WEIGHTS, DigitFeatures
+from sit_atconv.evaluation.dinov2 import PUBLISHED_WIDTH, DINOv2
+from sit_atconv.files import sha256_of
 
 INCEPTION_SHA256 = "6726825d"  # how the digest of torch-fidelity's Inception begins, and its file's name ends
+DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
+DINOV2_SHA256 = "d5383ea8"
+SPATIAL_CHANNELS = 7           # of Mixed_6d.branch1x1, at 17 x 17: 2,023 values, about as many as features
 
 if "digits" not in FEATURE_EXTRACTORS_REGISTRY:
     register_feature_extractor("digits", DigitFeatures)
@@ -21,80 +32,173 @@ if "digits" not in FEATURE_EXTRACTORS_REGISTRY:
 
 @dataclass(frozen=True)
 class Extractor:
-    """A network and which of its outputs the metrics use.
+    """A network and what its outputs are.
 
     Args:
-        name: "inception", "digits" or a registered name.
-        network: uint8 (B, 3, H, W) -> a tuple of features (B, D) for distances and logits (B, K) for scores, or of one
-            tensor that serves as both.
-        sha256: digest of the weights file, where there is one.
+        name: "inception", "dinov2", "digits" or a registered name.
+        network: uint8 (B, 3, H, W) -> a tuple of `outputs`, or of one tensor that serves as all of them.
+        sha256: digest of the weights file; where a network fetched its weights itself, of its parameters.
+        outputs: some of "features" (B, D), for distances; "logits" (B, K), for scores; "spatial" (B, S), for sFID.
+        resize: in words, how the network resizes images.
     """
 
     name: str
-    network: FeatureExtractorBase
+    network: Callable[[Tensor], tuple[Tensor, ...]]
     sha256: str | None
-    outputs: tuple = ("features", "logits")
-    resize: str = "none"
+    outputs: tuple[str, ...]
+    resize: str
 
-    def __call__(self, images: Tensor):
-        outputs = [output.float().cpu() for output in self.network(images)]
-        return {"features": outputs[0], "logits": outputs[-1]}
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """uint8 (B, 3, H, W) -> output's name -> float32 (B, ...) on the CPU."""
+        tensors = self.network(images)
+        if len(tensors) == 1:
+            tensors *= len(self.outputs)
+        return {name: tensor.float().cpu() for name, tensor in zip(self.outputs, tensors, strict=True)}
 
-    def describe(self):
+    def describe(self) -> dict:
+        """What features depend on beside the images, for records and the names of caches."""
         return {"name": self.name, "sha256": self.sha256, "outputs": list(self.outputs), "resize": self.resize}
 
 
-def open_extractor(name: str, inception_weights: str | None = None, device: torch.device | str = "cpu") -> Extractor:
+def open_extractor(name: str, weights: str | None = None, device: torch.device | str = "cpu") -> Extractor:
     """Opens an extractor by name.
 
     Args:
-        name: "inception" (of ADM and torch-fidelity), "digits" (8x8, shipped), or any name registered with
-            `torch_fidelity.register_feature_extractor`.
-        inception_weights: path of torch-fidelity's Inception weights; None takes them from torch's hub cache, or
-            downloads them into it.
+        name: "inception" (of ADM and torch-fidelity), "dinov2" (of FD-DINOv2), "digits" (8x8, shipped), or any name
+            registered with `torch_fidelity.register_feature_extractor`.
+        weights: path of its weights. None takes them from torch's hub cache, or downloads them into it.
 
     Raises:
-        ValueError: an unknown name, or Inception weights that are missing, of another file, or not to be downloaded.
+        ValueError: an unknown name, or weights that are missing, of another network, or not to be downloaded.
     """
-    if name == "inception":
-        path = Path(inception_weights) if inception_weights else _cached_inception()
-        network = _load_inception(path)
-        return Extractor(name, network.to(device), _sha256(path))
-    if name not in FEATURE_EXTRACTORS_REGISTRY:
-        known = ", ".join(sorted({"inception", *FEATURE_EXTRACTORS_REGISTRY}))
-        raise ValueError(f"there is no extractor {name!r}: known are {known}")
+    if name not in (known := {"inception", "dinov2", *FEATURE_EXTRACTORS_REGISTRY}):
+        raise ValueError(f"there is no extractor {name!r}: known are {', '.join(sorted(known))}")
+    path = Path(weights) if weights else None
+    if path and not path.is_file():
+        raise ValueError(f"there is no file {path}: give --weights the path of the weights of {name!r}")
+    openers = {"inception": _open_inception, "dinov2": _open_dinov2, "digits": _open_digits}
+    opened = openers[name](path) if name in openers else _open_registered(name, path)
+    opened.network.eval().requires_grad_(False).to(device)
+    return opened
+
+
+class Inception(FeatureExtractorInceptionV3):
+    """torch-fidelity's Inception, with the spatial features of sFID (Nash et al., arXiv 2103.03841) as ADM takes them.
+
+    uint8 (B, 3, H, W) -> the features it was opened for, and spatial (B, 2023).
+    """
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        seen = []
+        with self.Mixed_6d.branch1x1.register_forward_hook(lambda *call: seen.append(call[-1])):
+            outputs = super().forward(x)
+        spatial = seen[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1)     # (B, 17, 17, 7): TensorFlow's order
+        return *outputs, spatial.flatten(1)
+
+
+def _open_inception(path: Path | None) -> Extractor:
+    path = path or _cached(URL_INCEPTION_V3, INCEPTION_SHA256)
+    sha256 = _verified(path, URL_INCEPTION_V3, INCEPTION_SHA256)
+    _read(path, URL_INCEPTION_V3)  # torch-fidelity unpickles without restriction: we go first
+    network = _construct(Inception, "inception", ["2048", "logits_unbiased"], path)
+    return Extractor(
+        "inception", network, sha256, ("features", "logits", "spatial"), "299x299, bilinear as TensorFlow 1")
+
+
+def _open_dinov2(path: Path | None) -> Extractor:
+    if path:
+        sha256 = sha256_of(path)
+    else:
+        path = _cached(DINOV2_URL, DINOV2_SHA256)
+        sha256 = _verified(path, DINOV2_URL, DINOV2_SHA256)
+    weights = _read(path, DINOV2_URL, load_file if path.suffix == ".safetensors" else _unpickle)
+    try:
+        network = DINOv2(weights)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}; download {DINOV2_URL} and give its path as --weights"
+                         ) from error
+    if network.width != PUBLISHED_WIDTH:
+        print(f"warning: {path} is of width {network.width}: FD-DINOv2 as published is of ViT-L/14, whose width is "
+              f"{PUBLISHED_WIDTH}", file=sys.stderr)
+    return Extractor("dinov2", network, sha256, ("features",), "224x224, bicubic, antialiased")
+
+
+def _open_digits(path: Path | None) -> Extractor:
+    if path:
+        raise ValueError("the extractor 'digits' has its own weights: leave out --weights")
+    network = DigitFeatures("digits", ["features", "logits"])
+    return Extractor("digits", network, sha256_of(WEIGHTS), ("features", "logits"), "none")
+
+
+def _open_registered(name: str, path: Path | None) -> Extractor:
     kind = FEATURE_EXTRACTORS_REGISTRY[name]
+    if path and issubclass(kind, FeatureExtractorInceptionV3 | FeatureExtractorVGG16):
+        _read(path, "its own weights")  # they too would unpickle without restriction
     layers = [kind.get_default_feature_layer_for_metric(metric) for metric in ("fid", "isc")]
-    layers = list(dict.fromkeys(layers))  # torch-fidelity refuses a repetition
-    network = kind(name, layers).eval().requires_grad_(False)
-    return Extractor(name, network.to(device), _sha256(WEIGHTS) if name == "digits" else None)
+    network = _construct(kind, name, list(dict.fromkeys(layers)), path)  # torch-fidelity refuses a repetition
+    return Extractor(name, network, sha256_of(path) if path else _state_sha256(network), ("features", "logits"),
+                     "its own")
 
 
-def _load_inception(path: Path) -> FeatureExtractorInceptionV3:
-    if not path.is_file():
-        raise ValueError(f"there are no Inception weights at {path}: download {URL_INCEPTION_V3}")
-    if not (digest := _sha256(path)).startswith(INCEPTION_SHA256):
-        raise ValueError(
-            f"{path} is not torch-fidelity's Inception: its sha256 begins with {digest[:8]}, not {INCEPTION_SHA256}; "
-            f"download {URL_INCEPTION_V3}"
-        )
-    torch.load(path, weights_only=True, map_location="cpu")  # torch-fidelity unpickles without restriction: we go first
-    return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
+def _construct(
+    kind: type[FeatureExtractorBase], name: str, layers: list[str], path: Path | None
+) -> FeatureExtractorBase:
+    try:
+        return kind(name, layers, **({"feature_extractor_weights_path": str(path)} if path else {}))
+    except (NotImplementedError, TypeError) as error:
+        if not path:
+            raise
+        raise ValueError(f"the extractor {name!r} takes no weights from a file: leave out --weights") from error
+    except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        remedy = (f"{path} does not hold its weights; give their path as --weights" if path else
+                  "it fetches its weights itself; open it once on a machine with network and copy torch's hub cache "
+                  "here, or give their path as --weights")
+        raise ValueError(f"the extractor {name!r} could not be opened ({reason}): {remedy}") from error
 
 
-def _cached_inception() -> Path:
-    path = Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rsplit("/", 1)[1])
+def _cached(url: str, sha256: str) -> Path:
+    """The file of that URL in torch's hub cache, downloaded if it is not there yet."""
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
         except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"the Inception weights could not be downloaded ({error}): fetch {URL_INCEPTION_V3} "
-                "on a machine with network and give its path as --inception-weights"
-            ) from error
+            raise ValueError(f"{path.name} could not be downloaded ({error}): fetch {url} on a machine with network "
+                             "and give its path as --weights") from error
     return path
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _verified(path: Path, url: str, sha256: str) -> str:
+    """The file's digest. Raises ValueError where it does not begin with `sha256`."""
+    if not (digest := sha256_of(path)).startswith(sha256):
+        raise ValueError(f"{path} is not {url}: its sha256 begins with {digest[:8]}, not {sha256}; download it again "
+                         "and give its path as --weights")
+    return digest
+
+
+def _unpickle(path: Path) -> object:
+    return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def _read(path: Path, url: str, load: Callable[[Path], object] = _unpickle) -> dict[str, Tensor]:
+    """Name -> tensor; no code in the file is run. Raises ValueError where it holds anything else."""
+    try:
+        weights = load(path)
+    except Exception as error:  # what a damaged file raises is anything
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}): it is cut short, no weights, or would run "
+                         f"code; download {url} and give its path as --weights") from error
+    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise ValueError(f"{path} holds more than tensors by name: download {url} and give its path as --weights")
+    return weights
+
+
+def _state_sha256(network: nn.Module) -> str | None:
+    """Of the names, types, shapes and bytes of its parameters and buffers; None where it has none."""
+    state = network.state_dict()
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest() if state else None

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from sit_atconv.files import write_aside
@@ -50,7 +50,7 @@ class Evaluation:
     protocol: dict
     subject: dict
     environment: dict
-    warnings: Sequence[str] = ()
+    warnings: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

@@ -6,61 +6,200 @@ import numpy as np
 import pytest
 
 from sit_atconv.data.images import load_digits
+from sit_atconv.evaluation.records import read_evaluation
 from tests.conftest import ROOT, load_command, python
 
 FID = "eval/fid.py"
+DIGITS = np.repeat(load_digits()[0][..., None], 3, axis=-1)
 
 
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory):
     path = tmp_path_factory.mktemp("npz") / "samples.npz"
-    np.savez(path, np.repeat(load_digits()[0][:400, ..., None], 3, axis=-1))
+    np.savez(path, DIGITS[:400])
     return path
 
 
-def test_one_json_object_on_stdout(npz, tmp_path):
-    command = python(ROOT / FID, "--samples", npz, "--reference", "digits", "--extractor", "digits", "--out", "x.json")
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+def digits_argv(samples, work, *more):
+    return ["--samples", samples, "--reference", "digits", "--extractor", "digits", "--features", work / "features",
+            "--out", work / "scores.json", *more]
+
+
+def quick_argv(samples, work):
+    return digits_argv(samples, work, "--metrics", "fid", "is", "prc", "--batch-size", 4)
+
+
+def test_one_json_object_on_stdout_and_the_scores_on_stderr(npz, tmp_path):
+    argv = ["--samples", npz, "--reference", "digits", "--extractor", "digits"]
+    done = subprocess.run(python(ROOT / FID, *argv), cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert 0 < result["fd_digits"] < 2 and result == json.loads((tmp_path / "x.json").read_text())
+    assert 0 < result["scores"]["FD-digits-400"]["value"] < 2
+    [record] = npz.parent.glob("samples.scores-digits-*.json")
+    assert result == json.loads(record.read_text()) and str(record) in done.stderr
+    assert f"FD-digits-400            {read_evaluation(record).scores['FD-digits-400']}" in done.stderr
+    assert "±" in done.stderr and list((tmp_path / "runs" / "features").iterdir())
 
 
 def test_samples_of_generate(launch, tiny_run, tmp_path, capsys):
-    """The labelled picture beside the samples is not one of them."""
+    """The labelled picture beside the samples is not one of them; the record lies there too and is found again."""
     out = tmp_path / "samples"
-    codes, output = launch("sample/generate.py", ["--ckpt", tiny_run, "--steps", 1, "--num-samples", 60, "--out", out])
+    argv = ["--ckpt", tiny_run, "--steps", 1, "--num-samples", 60, "--labels", "balanced", "--seed", 3, "--out", out]
+    codes, output = launch("sample/generate.py", argv)
     assert codes == [0], output
-    argv = ["--samples", str(out), "--reference", "digits", "--extractor", "digits", "--metrics", "fid"]
+    argv = ["--samples", str(out), "--reference", "digits", "--extractor", "digits", "--metrics", "fid",
+            "--features", str(tmp_path / "features")]
     load_command(FID).main(argv)
-    assert json.loads(capsys.readouterr().out)["num_samples"] == 60
+    result = json.loads(capsys.readouterr().out)
+    assert result["protocol"]["samples"]["num"] == 60 and result["protocol"]["samples"]["labels"] == "balanced"
+    assert result["protocol"]["samples"]["sampler"]["solver"] == "unipc" and result["subject"]["seed"] == 3
+    assert result["subject"]["images_per_second"] > 0 and result["subject"]["device"] == "cpu"
+    load_command(FID).main(argv)
+    assert len(list(out.glob("scores-digits-*.json"))) == 1
 
+
+def test_a_reference_is_made_and_used(npz, tmp_path, capsys):
+    main = load_command(FID).main
+    common = ["--extractor", "digits", "--features", str(tmp_path / "features")]
+    main(["--make-reference", str(tmp_path / "r.npz"), "--reference", "digits", *common])
+    assert json.loads(capsys.readouterr().out)["num"] == 1797
+    scores = []
+    for reference in ("digits", tmp_path / "r.npz"):
+        main(["--samples", str(npz), "--reference", str(reference), "--out", str(tmp_path / "x.json"), *common])
+        scores.append(json.loads(capsys.readouterr().out)["scores"])
+    for name, score in scores[0].items():
+        assert scores[1][name]["value"] == pytest.approx(score["value"], rel=1e-6), name
+
+
+def test_references_are_cropped(digit_folder, tmp_path, capsys):
+    """Of 16x16 to 8x8."""
+    load_command(FID).main(["--make-reference", str(tmp_path / "r.npz"), "--reference", str(digit_folder),
+                            "--image-size", "8", "--extractor", "digits", "--features", str(tmp_path / "features")])
+    recipe = json.loads(capsys.readouterr().out)
+    assert recipe["image_size"] == [8, 8] and "(ADM), to 8x8" in recipe["crop"]
+    with np.load(tmp_path / "r.npz") as file:
+        assert file["arr_0"].shape == (120, 8, 8, 3)
+
+
+# ------------------------------------------------------------------------------------ several processes, and kills
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Digits for six shards, the last of them short."""
+    path = tmp_path_factory.mktemp("large") / "samples.npz"
+    images = np.random.default_rng(0).choice(DIGITS, 5200)
+    np.savez(path, images ^ np.random.default_rng(1).integers(0, 8, images.shape, dtype=np.uint8))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(launch, large, tmp_path_factory):
+    work = tmp_path_factory.mktemp("undisturbed")
+    codes, output = launch(FID, quick_argv(large, work))
+    assert codes == [0], output
+    return read_evaluation(work / "scores.json")
+
+
+def test_two_processes_find_the_same(launch, large, undisturbed, tmp_path):
+    codes, output = launch(FID, quick_argv(large, tmp_path), processes=2)
+    assert codes == [0, 0], output
+    found = read_evaluation(tmp_path / "scores.json")
+    assert found.protocol == undisturbed.protocol and found.environment["processes"] == 2
+    for name, score in undisturbed.scores.items():
+        assert found.scores[name].value == pytest.approx(score.value, rel=1e-6), name
+    assert output.count('"scores"') == 1
+
+
+def same_after(launch, large, undisturbed, work, processes=1):
+    codes, output = launch(FID, quick_argv(large, work), processes)
+    assert codes == [0] * processes, output
+    found = read_evaluation(work / "scores.json")
+    assert found.scores == undisturbed.scores and found.subject["content"] == undisturbed.subject["content"]
+    return output
+
+
+def test_killed_over_the_work(launch, large, undisturbed, tmp_path):
+    """Five times, at one image after another: what was done is not done again, and the result is the same bitwise."""
+    for count, kill_at in enumerate((64, 1040, 2060, 3090, 4110)):
+        codes, _ = launch(FID, quick_argv(large, tmp_path), kill_at=kill_at)
+        assert codes == [-9], kill_at
+        assert len(list((tmp_path / "features").glob("[!.]*"))) >= count
+    same_after(launch, large, undisturbed, tmp_path)
+
+
+@pytest.mark.parametrize("number", [2, 5, 22])
+def test_killed_at_a_write(launch, large, undisturbed, tmp_path, number):
+    codes, _ = launch(FID, quick_argv(large, tmp_path), die=number, work=tmp_path)
+    assert codes == [-9]
+    same_after(launch, large, undisturbed, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_every_write(launch, large, undisturbed, tmp_path, processes):
+    """Before each file is opened, renamed or made, until there is none left."""
+    for number in range(1, 99):
+        work = tmp_path / str(number)
+        work.mkdir()
+        codes, output = launch(FID, quick_argv(large, work), processes, die=number, work=work, seconds=60)
+        if codes == [0] * processes:
+            break
+        assert -9 in codes, output
+        if processes == 1:
+            same_after(launch, large, undisturbed, work)
+        else:
+            codes, output = launch(FID, quick_argv(large, work), processes)
+            assert codes == [0, 0], output
+            found = read_evaluation(work / "scores.json")
+            for name, score in undisturbed.scores.items():
+                assert found.scores[name].value == pytest.approx(score.value, rel=1e-6), name
+    assert number > 10
+
+
+def test_a_fault_of_one_process_ends_all(launch, tmp_path):
+    """Its image cannot be read; the message is said once."""
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    for i in range(1100):  # two shards
+        Image.fromarray(DIGITS[i]).save(tmp_path / "images" / f"{i:04d}.png")
+    (tmp_path / "images" / "1099.png").write_bytes(b"no image")
+    codes, output = launch(FID, digits_argv(tmp_path / "images", tmp_path), processes=2)
+    assert 0 not in codes and output.count("1099.png cannot be read as an image") == 1 and "Traceback" not in output
+
+
+# ----------------------------------------------------------------------------------------------------- errors
 
 def test_arguments_are_checked_before_anything_is_loaded(fails, npz, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sit_atconv.evaluation.metrics", None)  # an import would raise
+    monkeypatch.setitem(sys.modules, "sit_atconv.scoring", None)  # an import would raise
     main = load_command(FID).main
     argv = ["--samples", npz, "--reference", "digits", "--extractor", "digits"]
-    assert "nowhere.pth" in fails(main, [*argv, "--inception-weights", tmp_path / "nowhere.pth"])
-    assert "cannot be written" in fails(main, [*argv, "--out", tmp_path / "nowhere" / "x.json"])
-    assert "cannot be written" in fails(main, [*argv, "--out", tmp_path])
+    for more, message in [
+        (["--weights", tmp_path / "nowhere.pth"], "nowhere.pth"),
+        (["--inception-weights", tmp_path / "nowhere.pth"], "nowhere.pth"),
+        (["--out", tmp_path / "nowhere" / "x.json"], "cannot be written"),
+        (["--out", tmp_path], "cannot be written"),
+        (["--make-reference", tmp_path / "x.npz"], "leave --samples out"),
+    ]:
+        assert message in fails(main, [*argv, *more])
+    assert "--samples is missing" in fails(main, ["--reference", "digits"])
 
 
 def test_the_scores_are_printed_even_where_they_cannot_be_written(npz, tmp_path, monkeypatch, capsys):
     def full(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr("pathlib.Path.write_text", full)
-    argv = ["--samples", str(npz), "--reference", "digits", "--extractor", "digits", "--metrics", "is"]
+    monkeypatch.setattr("sit_atconv.evaluation.records.write_aside", full)
     with pytest.raises(SystemExit):
-        load_command(FID).main([*argv, "--out", str(tmp_path / "x.json")])
+        load_command(FID).main(list(map(str, digits_argv(npz, tmp_path, "--metrics", "is"))))
     printed = capsys.readouterr()
-    assert json.loads(printed.out)["score_digits"] > 1 and "error: disk full" in printed.err
+    assert json.loads(printed.out)["scores"]["score-digits"]["value"] > 1 and "error: disk full" in printed.err
 
 
-def test_other_processes_leave_quietly(npz, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    load_command(FID).main(["--samples", str(npz), "--reference", "digits", "--extractor", "digits"])
-    assert capsys.readouterr() == ("", "")
+def test_a_full_disk_loses_nothing(launch, large, undisturbed, tmp_path):
+    codes, output = launch(FID, quick_argv(large, tmp_path), die="files of 100 kB are too large")
+    assert codes == [1] and "cannot be written" in output and "Traceback" not in output
+    same_after(launch, large, undisturbed, tmp_path)
 
 
 def test_errors(fails, npz, tmp_path, monkeypatch):
@@ -73,7 +212,8 @@ def test_errors(fails, npz, tmp_path, monkeypatch):
     for argv, message in [
         (["--samples", tmp_path / "nowhere", "--reference", "digits"], "nowhere does not exist"),
         (["--samples", tmp_path / "empty", "--reference", "digits", "--extractor", "digits"], "holds no images"),
-        (["--samples", npz, "--reference", "digits"], "--inception-weights"),
+        (["--samples", npz, "--reference", "digits"], "--weights"),
+        (["--samples", npz, "--reference", "digits", "--extractor", "dinov2"], "--weights"),
         (["--samples", npz, "--reference", "digits", "--extractor", "vgg99"], "vgg99"),
         (["--samples", npz, "--reference", "digits", "--metrics", "fvd"], "fvd"),
         (["--samples", npz], "--reference"),

@@ -1,0 +1,408 @@
+import json
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch_fidelity import register_feature_extractor
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+from sit_atconv.evaluation import extractors
+from sit_atconv.evaluation.extractors import Extractor, open_extractor
+from sit_atconv.files import sha256_of
+from tests.conftest import relative_error
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Noise, uint8 (2, 3, 250, 270): every filter shows on it."""
+    return torch.randint(0, 256, (2, 3, 250, 270), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def offline(*args, **kwargs):
+    raise URLError("no route")
+
+
+# ----------------------------------------------------------------------------------------------------- any network
+
+def test_outputs_have_names_and_are_float32():
+    def network(x):
+        return x.flatten(1).double(), x.flatten(1)[:, :2].half()
+
+    opened = Extractor("x", network, None, ("features", "logits"), "none")
+    outputs = opened(torch.arange(24, dtype=torch.uint8).view(2, 3, 2, 2))
+    assert {name: (tuple(t.shape), t.dtype) for name, t in outputs.items()} == {
+        "features": ((2, 12), torch.float32), "logits": ((2, 2), torch.float32)}
+    assert json.loads(json.dumps(opened.describe())) == {
+        "name": "x", "sha256": None, "outputs": ["features", "logits"], "resize": "none"}
+    with pytest.raises(ValueError, match="zip"):
+        Extractor("x", network, None, ("features", "logits", "spatial"), "none")(torch.zeros(2, 3, 2, 2))
+
+
+def test_the_digits_extractor():
+    opened = open_extractor("digits")
+    outputs = opened(torch.zeros(5, 3, 8, 8, dtype=torch.uint8))
+    assert [(name, tuple(t.shape)) for name, t in outputs.items()] == [("features", (5, 48)), ("logits", (5, 10))]
+    assert opened.resize == "none" and opened.sha256 == sha256_of(extractors.WEIGHTS)
+    with pytest.raises(ValueError, match="'digits' has its own weights"):
+        open_extractor("digits", str(extractors.WEIGHTS))
+
+
+def test_unknown_names_and_missing_files(tmp_path):
+    with pytest.raises(ValueError, match=r"no extractor 'clip9'.*digits, dinov2, dinov2-vit.*inception.*vgg16"):
+        open_extractor("clip9")
+    for name in ("inception", "dinov2", "vgg16"):
+        with pytest.raises(ValueError, match=rf"no file .*nowhere: give --weights .*'{name}'"):
+            open_extractor(name, str(tmp_path / "nowhere"))
+
+
+# ----------------------------------------------------------------------------------------------------- registered ones
+
+class Corner(FeatureExtractorBase):
+    """Pixels as features and as logits, as torch-fidelity's own CLIP and DINOv2 have one output for all metrics."""
+
+    @staticmethod
+    def get_provided_features_list():
+        return ("pixels",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "pixels"
+
+    def forward(self, x):
+        return (x[:, 0, 3:5, 3:5].flatten(1).float() / 255,)
+
+
+class Two(Corner):
+    @staticmethod
+    def get_provided_features_list():
+        return "bright", "dark"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return {"fid": "dark", "isc": "bright"}[metric]
+
+    def forward(self, x):
+        values = {"bright": x.flatten(1), "dark": 255 - x.flatten(1)}
+        return tuple(values[name] for name in self.features_list)
+
+
+class Scaled(Corner):
+    """With a parameter, of a file or as it is set here."""
+
+    scale = 1.0
+
+    def __init__(self, name, features_list, feature_extractor_weights_path=None):
+        super().__init__(name, features_list)
+        if feature_extractor_weights_path:
+            self.load_state_dict(torch.load(feature_extractor_weights_path))
+        else:
+            self.factor = torch.nn.Parameter(torch.tensor(self.scale))
+            self.register_buffer("flags", torch.tensor([True, False]))
+
+
+class Downloads(Corner):
+    error = None
+
+    def __init__(self, name, features_list, feature_extractor_weights_path=None):
+        super().__init__(name, features_list)
+        raise self.error
+
+
+@pytest.fixture
+def register():
+    """register(kind) -> its name."""
+    names = []
+
+    def run(kind):
+        names.append(f"of-a-test-{len(names)}")
+        register_feature_extractor(names[-1], kind)
+        return names[-1]
+
+    yield run
+    for name in names:
+        del FEATURE_EXTRACTORS_REGISTRY[name]
+
+
+def test_one_tensor_serves_as_features_and_logits(register):
+    opened = open_extractor(register(Corner))
+    outputs = opened(torch.full((2, 3, 8, 8), 255, dtype=torch.uint8))
+    assert list(outputs) == ["features", "logits"] and torch.equal(outputs["features"], torch.ones(2, 4))
+    assert torch.equal(outputs["features"], outputs["logits"]) and opened.sha256 is None
+    assert opened.resize == "its own"
+
+
+def test_features_are_what_fid_takes_and_logits_what_the_score_takes(register):
+    outputs = open_extractor(register(Two))(torch.full((2, 3, 1, 1), 200, dtype=torch.uint8))
+    assert outputs["features"].tolist() == [[55] * 3] * 2 and outputs["logits"].tolist() == [[200] * 3] * 2
+
+
+def test_other_parameters_are_another_digest(register, monkeypatch, tmp_path):
+    name = register(Scaled)
+    first, again = open_extractor(name).sha256, open_extractor(name).sha256
+    monkeypatch.setattr(Scaled, "scale", 2.0)
+    assert first == again != open_extractor(name).sha256 and len(first) == 64
+    torch.save({}, tmp_path / "empty.pth")
+    assert open_extractor(name, str(tmp_path / "empty.pth")).sha256 == sha256_of(tmp_path / "empty.pth")
+    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other.pth does not hold its weights; give their path as --weights$"):
+        open_extractor(name, str(tmp_path / "other.pth"))
+    (tmp_path / "html.pth").write_bytes(b"<html>")
+    for extractor in (name, "vgg16", "clip-rn50"):
+        with pytest.raises(ValueError, match=r"html.pth"):
+            open_extractor(extractor, str(tmp_path / "html.pth"))
+
+
+@pytest.mark.parametrize("error", [URLError("no route"), RuntimeError("no internet\nconnection")])
+def test_registered_ones_that_cannot_download(register, monkeypatch, error):
+    monkeypatch.setattr(Downloads, "error", error)
+    with pytest.raises(ValueError, match=r"could not be opened \(.*no (route|internet).*\).* network .*--weights"):
+        open_extractor(register(Downloads))
+
+
+def test_registered_ones_that_take_no_weights(register, monkeypatch, tmp_path):
+    (tmp_path / "w").write_bytes(b"")
+    with pytest.raises(ValueError, match="takes no weights from a file: leave out --weights"):
+        open_extractor(register(Corner), str(tmp_path / "w"))
+    monkeypatch.setattr(Downloads, "error", NotImplementedError())  # as torch-fidelity's DINOv2
+    with pytest.raises(ValueError, match="takes no weights from a file: leave out --weights"):
+        open_extractor(register(Downloads), str(tmp_path / "w"))
+
+
+# ----------------------------------------------------------------------------------------------------- Inception
+
+@pytest.fixture
+def as_published(monkeypatch):
+    """as_published(path): that file passes for the published weights."""
+    return lambda path: monkeypatch.setattr(extractors, "INCEPTION_SHA256", sha256_of(path)[:8])
+
+
+def test_inception(inception_file, as_published, images):
+    as_published(inception_file)
+    opened = open_extractor("inception", str(inception_file))
+    passes, branches = [], []
+    opened.network.Conv2d_1a_3x3.register_forward_hook(lambda *call: passes.append(call))
+    opened.network.Mixed_6d.branch1x1.register_forward_hook(lambda *call: branches.append(call[-1]))
+    outputs = opened(images)
+    assert {name: tuple(t.shape) for name, t in outputs.items()} == {
+        "features": (2, 2048), "logits": (2, 1008), "spatial": (2, 2023)}
+    assert opened.describe() == {
+        "name": "inception", "sha256": sha256_of(inception_file), "outputs": list(outputs),
+        "resize": "299x299, bilinear as TensorFlow 1"}
+    assert len(passes) == 1
+
+    branch = branches[0].tolist()  # (2, 192, 17, 17)
+    channels_last = [[branch[b][c][i][j] for i in range(17) for j in range(17) for c in range(7)] for b in range(2)]
+    assert outputs["spatial"].tolist() == channels_last
+    assert len(set(channels_last[0])) > 500  # it can tell orders apart
+
+    theirs = extractors.FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], str(inception_file))(images)
+    assert torch.equal(outputs["features"], theirs[0]) and torch.equal(outputs["logits"], theirs[1])
+
+
+def test_another_file_is_not_inception(inception_file):
+    with pytest.raises(ValueError, match=r"sha256 begins with .*, not 6726825d; .*--weights"):
+        open_extractor("inception", str(inception_file))
+
+
+def test_weights_that_run_code_are_refused(tmp_path, as_published):
+    path = tmp_path / "evil.pth"
+    torch.save({"fc.bias": Payload(tmp_path / "owned")}, path)
+    as_published(path)
+    for name in ("inception", "inception-v3-compat", "vgg16", "dinov2"):
+        with pytest.raises(ValueError, match=r"evil\.pth cannot be read.*would run code; download .*--weights"):
+            open_extractor(name, str(path))
+        assert not (tmp_path / "owned").exists(), name
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: torch.save({"a": torch.zeros(9999)}, f) or f.write_bytes(f.read_bytes()[:20_000]), "cannot be read"),
+        (lambda f: f.write_bytes(b"<html>404</html>"), "cannot be read"),
+        (lambda f: f.write_bytes(b""), "cannot be read"),
+        (lambda f: torch.save([torch.zeros(2)], f), "holds more than tensors by name"),
+        (lambda f: torch.save({"model": {"a": torch.zeros(2)}}, f), "holds more than tensors by name"),
+    ],
+)
+def test_files_that_hold_no_weights(tmp_path, as_published, make, message):
+    for name in ("weights.pth", "weights.safetensors"):
+        make(path := tmp_path / name)
+        as_published(path)
+        extractor = "inception" if path.suffix == ".pth" else "dinov2"
+        with pytest.raises(ValueError, match=rf"{name} ({message}|cannot be read).* download .*--weights"):
+            open_extractor(extractor, str(path))
+
+
+def test_inception_with_other_names(tmp_path, as_published):
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "weights.pth")
+    as_published(tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"weights\.pth does not hold its weights") as raised:
+        open_extractor("inception", str(tmp_path / "weights.pth"))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("name", "file"), [("inception", "weights-inception"), ("dinov2", "dinov2_vitl14_pretrain")])
+def test_without_network_the_remedy_is_named(monkeypatch, tmp_path, name, file):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(ValueError, match=rf"{file}.*could not be downloaded.*fetch https.*{file}.*--weights"):
+        open_extractor(name)
+
+
+# ----------------------------------------------------------------------------------------------------- DINOv2
+
+def make_dinov2(width=128, depth=2, side=37):
+    """Random weights under Meta's names, large enough that every one of them shows."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape, std=0.05):
+        return std * torch.randn(shape, generator=generator)
+
+    weights = {
+        "cls_token": draw(1, 1, width), "pos_embed": draw(1, 1 + side**2, width, std=0.5),
+        "mask_token": draw(1, width), "patch_embed.proj.weight": draw(width, 3, 14, 14),
+        "patch_embed.proj.bias": draw(width), "norm.weight": 1 + draw(width), "norm.bias": draw(width),
+    }
+    for i in range(depth):
+        for layer, out, into in [("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4)]:
+            weights[f"blocks.{i}.{layer}.weight"] = draw(out * width, into * width)
+            weights[f"blocks.{i}.{layer}.bias"] = draw(out * width)
+        for j in (1, 2):
+            weights[f"blocks.{i}.norm{j}.weight"] = 1 + draw(width)
+            weights[f"blocks.{i}.norm{j}.bias"] = draw(width)
+            weights[f"blocks.{i}.ls{j}.gamma"] = 1 + draw(width)
+    return weights
+
+
+def as_timm(weights):
+    return {name: tensor for name, tensor in weights.items() if name != "mask_token"}
+
+
+def bicubic(size, new_size, scale):
+    """(new_size, size): each row holds the four taps of a cubic with a = -0.75 around (i + 0.5) * scale - 0.5."""
+    matrix = torch.zeros(new_size, size, dtype=torch.float64)
+    for i in range(new_size):
+        x = (i + 0.5) * scale - 0.5
+        for tap in range(int(np.floor(x)) - 1, int(np.floor(x)) + 3):
+            d, a = abs(x - tap), -0.75
+            near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
+            matrix[i, min(max(tap, 0), size - 1)] += near if d <= 1 else far
+    return matrix
+
+
+def cls_token(weights, images):
+    """DINOv2 written out in float64: the normalised CLS token (B, C) of uint8 (B, 3, H, W)."""
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    pixels = np.stack([  # Pillow resizes as torch does with antialiasing; mode F does not round
+        [np.asarray(Image.fromarray(plane.astype(np.float32)).resize((224, 224), Image.Resampling.BICUBIC))
+         for plane in image] for image in images.numpy()])
+    mean, std = (torch.tensor(v).double().view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    x = (torch.from_numpy(pixels).double() / 255 - mean) / std
+    patches = x.unfold(2, 14, 14).unfold(3, 14, 14)                                  # (B, 3, 16, 16, 14, 14)
+    x = torch.einsum("bcijhw,dchw->bijd", patches, w["patch_embed.proj.weight"]) + w["patch_embed.proj.bias"]
+    side, width = round((w["pos_embed"].shape[1] - 1) ** 0.5), x.shape[-1]
+    matrix = bicubic(side, 16, side / 16.1)
+    positions = w["pos_embed"][0, 1:].view(side, side, width)
+    x = (x + torch.einsum("ip,jq,pqd->ijd", matrix, matrix, positions)).flatten(1, 2)
+    x = torch.cat([(w["cls_token"] + w["pos_embed"][:, :1]).expand(len(x), -1, -1), x], 1)    # (B, 257, C)
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    for i in range(len([name for name in w if name.endswith("ls1.gamma")])):
+        q, k, v = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").chunk(3, -1)
+        heads = []
+        for h in range(0, width, 64):
+            scores = q[..., h : h + 64] @ k[..., h : h + 64].mT / 8
+            heads.append(scores.softmax(-1) @ v[..., h : h + 64])
+        x = x + w[f"blocks.{i}.ls1.gamma"] * linear(torch.cat(heads, -1), f"blocks.{i}.attn.proj")
+        hidden = F.gelu(linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1"))
+        x = x + w[f"blocks.{i}.ls2.gamma"] * linear(hidden, f"blocks.{i}.mlp.fc2")
+    return norm(x, "norm")[:, 0]
+
+
+def test_dinov2_from_metas_file_and_from_timms(tmp_path, images, capsys):
+    weights = make_dinov2()
+    torch.save(weights, tmp_path / "meta.pth")
+    save_file(as_timm(weights), tmp_path / "timm.safetensors")
+    results = []
+    for file in ("meta.pth", "timm.safetensors"):
+        opened = open_extractor("dinov2", str(tmp_path / file))
+        warning = capsys.readouterr().err
+        assert warning.count("\n") == 1 and "of width 128: FD-DINOv2 as published is of ViT-L/14" in warning
+        assert opened.describe() == {"name": "dinov2", "sha256": sha256_of(tmp_path / file), "outputs": ["features"],
+                                     "resize": "224x224, bicubic, antialiased"}
+        outputs = opened(images)
+        assert list(outputs) == ["features"] and outputs["features"].dtype == torch.float32
+        results.append(outputs["features"])
+    assert torch.equal(*results)
+    assert relative_error(results[0], cls_token(weights, images)) < 1e-5
+
+
+def test_dinov2_enlarges_small_images_too(tmp_path, images):
+    torch.save(weights := make_dinov2(depth=1), tmp_path / "meta.pth")
+    small = images[:, :, :8, :8]
+    assert relative_error(open_extractor("dinov2", str(tmp_path / "meta.pth"))(small)["features"],
+                          cls_token(weights, small)) < 1e-5
+
+
+def test_dinov2_of_the_published_width_is_not_warned_of(tmp_path, capsys):
+    save_file(as_timm(make_dinov2(width=1024, depth=1, side=16)), tmp_path / "timm.safetensors")
+    open_extractor("dinov2", str(tmp_path / "timm.safetensors"))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"register_tokens": torch.zeros(1, 4, 128)}, r"its register_tokens is \(1, 4, 128\), not absent"),
+        ({"reg_token": torch.zeros(1, 4, 128), "pos_embed": torch.zeros(1, 1369, 128)}, "its reg_token is"),
+        ({"blocks.0.mlp.fc1.weight": None, "blocks.0.mlp.w12.weight": torch.zeros(512, 128)}, "fc1.weight is absent"),
+        ({"blocks.0.mlp.fc1.weight": torch.zeros(680, 128)}, r"fc1.weight is \(680, 128\)"),
+        ({"blocks.0.mlp.fc1.weight": torch.zeros(400, 100)}, "C a multiple of 64"),
+        ({"pos_embed": torch.zeros(1, 1300, 128)}, r"its pos_embed is \(1, 1300, 128\), not \(1, 257, 128\)"),
+        ({"pos_embed": None}, r"its pos_embed is absent, not \(1, 257, 128\)"),
+        ({"patch_embed.proj.weight": torch.zeros(128, 3, 16, 16)}, r"is \(128, 3, 16, 16\), not \(128, 3, 14, 14\)"),
+        ({"blocks.0.ls1.gamma": None}, r"its blocks\.0\.ls1\.gamma is absent"),
+        ({"head.weight": torch.zeros(10, 128)}, r"its head\.weight is \(10, 128\), not absent"),
+    ],
+)
+def test_other_transformers_are_named(tmp_path, change, message):
+    weights = {name: tensor for name, tensor in (make_dinov2(depth=1) | change).items() if tensor is not None}
+    torch.save(weights, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=rf"other\.pth cannot be used: .*{message}.*without registers; download"):
+        open_extractor("dinov2", str(tmp_path / "other.pth"))
+
+
+def test_a_download_of_dinov2_is_verified(tmp_path, monkeypatch):
+    def download(url, path, hash_prefix):
+        assert hash_prefix == "d5383ea8" and url.endswith("/dinov2_vitl14_pretrain.pth")
+        torch.save(make_dinov2(depth=1), path)
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(ValueError, match=r"pretrain\.pth is not https.*not d5383ea8; download it again"):
+        open_extractor("dinov2")
+    digest = sha256_of(tmp_path / "checkpoints" / "dinov2_vitl14_pretrain.pth")
+    monkeypatch.setattr(extractors, "DINOV2_SHA256", digest[:8])
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    assert open_extractor("dinov2").sha256 == digest
