@@ -27,6 +27,7 @@ from sit_atconv.extraction import Extraction
 
 METRICS = ("fid", "sfid", "is", "kid", "prc")
 MOST_COMPARED = 50_000  # reference images for precision, recall and KID, from all over the set: bounds memory
+LOSSY = {".jpg", ".jpeg", ".webp"}
 NOT_OF_THE_SAMPLER = ("labels", "num_samples", "seed", "size", "weights", "model", "weak", "codec", "uint8_rule")
 
 
@@ -173,6 +174,8 @@ def _compute(
     if reference.images is not None and reference.images.size != samples.size:
         warn("the samples are {}x{} and the reference's images {}x{}: scores of two sizes are compared by no paper; "
              "--image-size crops a folder of references".format(*samples.size, *reference.images.size))
+    if lossy := sorted({path.suffix.lower() for path in _paths(samples)} & LOSSY):
+        warn(f"samples are {', '.join(lossy)} files, whose compression changes every score: give PNGs or an .npz")
     if "sfid" in chosen:
         spatial = ours.load("spatial")
         scores["sFID"] = metrics.frechet(spatial, gaussian("spatial"), group, progress=True)
@@ -195,6 +198,10 @@ def _compute(
             scores["precision"], scores["recall"] = metrics.precision_recall(features, real, device)
     order = ("FID", "sFID", "IS", "precision", "recall", "KID")
     return {score_name(metric, name, num): scores[metric] for metric in order if metric in scores}
+
+
+def _paths(images: ImageSet) -> Sequence[Path]:
+    return () if isinstance(images.images, np.ndarray) else images.images
 
 
 def _warn_of_features(features: Tensor, samples: ImageSet, has_fid: bool, warn: Callable[[str], None]) -> None:

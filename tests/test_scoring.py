@@ -1,6 +1,7 @@
 """Evaluations whole, in this process."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -196,15 +197,18 @@ def test_what_is_left_out_is_said(options, tmp_path, capsys):
     ("equal", "all 60 images of .* are equal"),
     ("copies", "20 of the 60 images of .* are copies of others"),
     ("large", "the samples are 16x16 and the reference's images 8x8"),
+    ("jpeg", "samples are .jpg files, whose compression changes every score"),
 ])
-def test_what_is_suspicious_is_warned_of_and_written_down(options, npz, pixels, samples, message, capsys):
-    images = {"few": DIGITS[:20], "equal": DIGITS[:1].repeat(60, 0),
+def test_what_is_suspicious_is_warned_of_and_written_down(options, npz, pixels, samples, message, capsys, tmp_path):
+    images = {"jpeg": DIGITS[:60], "few": DIGITS[:20], "equal": DIGITS[:1].repeat(60, 0),
               "copies": np.concatenate([DIGITS[:40], DIGITS[:20]]),
               "large": DIGITS[:60].repeat(2, 1).repeat(2, 2)}[samples]
     extractor = "pixels" if samples == "large" else "digits"
-    found = evaluate(replace(options, samples=npz(images), metrics=["fid"], extractor=extractor))
-    import re
-
+    if samples == "jpeg":
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / f"{i:03d}.jpg")
+    source = str(tmp_path) if samples == "jpeg" else npz(images)
+    found = evaluate(replace(options, samples=source, metrics=["fid"], extractor=extractor))
     assert any(re.search(message, warning) for warning in found.warnings)
     assert re.search(message, capsys.readouterr().err)
 

@@ -5,7 +5,8 @@ import json
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import PIL
@@ -39,8 +40,7 @@ def extract_features(
     parts = []
     stop = len(images) if stop is None else stop
     with _no_tf32():
-        for first in range(start, stop, batch_size):
-            batch = images.read(first, min(first + batch_size, stop))
+        for batch in _read_ahead(images, start, stop, batch_size):
             parts.append(extractor(batch.to(device)))
             if progress is not None:
                 progress.update(len(batch))
@@ -51,6 +51,18 @@ def extract_features(
             raise ValueError(f"extractor {extractor.name!r} gives {name} of image {which} of {images.name} that are "
                              "not finite: its weights are damaged")
     return features
+
+
+def _read_ahead(images: ImageSet, start: int, stop: int, batch_size: int) -> Iterator[Tensor]:
+    """The batches of images; the next is read while one is worked on."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = None
+        for first in range(start, stop, batch_size):
+            ready, coming = coming, reader.submit(images.read, first, min(first + batch_size, stop))
+            if ready:
+                yield ready.result()
+        if coming:
+            yield coming.result()
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ def frechet_distance(generated: Gaussian, real: Gaussian) -> float:
 
 def frechet(generated: Tensor, real: Gaussian, group: Tensor, progress: bool = False) -> Score:
     """Frechet distance and its error; no error below two samples a group."""
-    origin = generated.double().mean(0) if len(generated) < BLOCK else generated[:BLOCK].double().mean(0)
+    origin = generated[:BLOCK].double().mean(0)
     parts = []
     for g in range(GROUPS):
         parts.append(Moments(origin))
@@ -97,7 +97,8 @@ def kid(generated: Tensor, real: Tensor, group: Tensor, progress: bool = False) 
     """Kernel distance (arXiv 1801.01401) over torch-fidelity's subsets, and its error.
 
     The usual "std" of KID is the spread over subsets, whose size decides it. The error here is that of the mean: each
-    group of samples is left out of all subsets, from whose kernel matrices its rows are taken away.
+    group of samples is left out of all subsets, from whose kernel matrices its rows are taken away. No error where a
+    subset has fewer than two samples a group.
     """
     size = min(KID_SUBSET, len(generated), len(real))
     generated, real, group = generated.numpy(), real.numpy(), group.numpy()
@@ -110,7 +111,7 @@ def kid(generated: Tensor, real: Tensor, group: Tensor, progress: bool = False) 
         k_xx, k_xy, k_yy = kernel_poly(x, x), kernel_poly(x, y), kernel_poly(y, y)
         values.append(mmd2(k_xx, k_xy, k_yy))
         without.append(_mmd2_without_groups(k_xx, k_xy, k_yy, group[ours]))
-    if len(generated) < 2 * GROUPS:
+    if size < 2 * GROUPS:
         return Score(float(np.mean(values)))
     without = np.mean(without, axis=0).tolist()
     return Score(float(np.mean(values)), jackknife_error(without), without)

@@ -1,10 +1,12 @@
 import json
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from sit_atconv.data.image_npz import write_npz
 from sit_atconv.data.images import load_digits
 from sit_atconv.evaluation.records import read_evaluation
 from tests.conftest import ROOT, load_command, python
@@ -219,3 +221,70 @@ def test_errors(fails, npz, tmp_path, monkeypatch):
         (["--samples", npz], "--reference"),
     ]:
         assert message in fails(main, argv)
+
+
+# ----------------------------------------------------------------------------------------------------- 50,000 images
+
+WATCHED = """
+import runpy, sys, threading, time
+import torch, torch.nn.functional as F
+import sit_atconv.scoring
+from sit_atconv.evaluation.extractors import Extractor
+
+mix = torch.randn(768, 2048 + 1008 + 2023, generator=torch.Generator().manual_seed(0)) / 28
+
+def network(images):
+    return ((F.adaptive_avg_pool2d(images.float(), 16).flatten(1) / 10) @ mix).relu().split((2048, 1008, 2023), 1)
+
+network.eval = lambda: network
+sit_atconv.scoring.open_extractor = lambda *args: Extractor(
+    "inception", network, "0" * 64, ("features", "logits", "spatial"), "none")
+
+def watch(peak=0):
+    while True:
+        for line in open("/proc/self/smaps_rollup"):
+            if line.startswith("Anonymous:"):
+                peak = max(peak, int(line.split()[1]))
+        open(sys.argv[1], "w").write(str(peak))
+        time.sleep(0.1)
+
+threading.Thread(target=watch, daemon=True).start()
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_fifty_thousand_images_of_256_pixels_in_bounded_memory(tmp_path):
+    """All metrics, against a reference of as many images, with an extractor of Inception's widths."""
+    rng = np.random.default_rng(0)
+    images = (rng.integers(0, 256, (256, 256, 3), dtype=np.uint8) for _ in range(50_000))
+    write_npz(tmp_path / "x.npz", images, (50_000, 256, 256, 3))
+    command = python("-c", WATCHED, tmp_path / "peak", ROOT / FID, "--samples", tmp_path / "x.npz", "--reference",
+                     tmp_path / "x.npz", "--features", tmp_path / "features", "--out", tmp_path / "scores.json")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    scores = read_evaluation(tmp_path / "scores.json").scores
+    peak = int((tmp_path / "peak").read_text()) / 2**20
+    print(f"peak private memory {peak:.2f} GiB")
+    assert set(scores) == {"FID", "sFID", "IS", "precision", "recall", "KID"}
+    assert peak < 6
+
+
+REAL = ("ADM_SAMPLES", "ADM_REFERENCE", "INCEPTION_WEIGHTS")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not all(name in os.environ for name in REAL), reason=(
+    "set ADM_SAMPLES, ADM_REFERENCE and INCEPTION_WEIGHTS to the paths of admnet_guided_upsampled_imagenet256.npz, "
+    "VIRTUAL_imagenet256_labeled.npz and torch-fidelity's weights"))
+def test_adms_own_samples_have_the_published_scores(tmp_path):
+    samples, reference, weights = (os.environ[name] for name in REAL)
+    command = python(ROOT / FID, "--samples", samples, "--reference", reference, "--weights", weights,
+                     "--features", tmp_path / "features", "--out", tmp_path / "scores.json")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    scores = read_evaluation(tmp_path / "scores.json").scores
+    for name, value, tolerance in [("FID", 3.941, 0.003), ("sFID", 6.140, 0.003), ("IS", 216.0, 0.3),
+                                   ("precision", 0.8255, 0.002), ("recall", 0.5285, 0.002)]:
+        assert scores[name].value == pytest.approx(value, abs=tolerance), name

@@ -72,10 +72,10 @@ def test_agrees_with_torch_fidelity_on_inceptions_graph(digits, inception_file, 
 
     monkeypatch.setattr(extractors, "INCEPTION_SHA256", extractors.sha256_of(inception_file)[:8])
     network = open_extractor("inception", str(inception_file))
-    parts = [part[:160] for part in digits]
+    parts = [part[:80] for part in digits]
     ours = [extract_features(network, ImageSet("x", part)) for part in parts]
     theirs = torch_fidelity.calculate_metrics(
-        input1=Images(parts[0]), input2=Images(parts[1]), isc_splits=1, kid_subset_size=160,
+        input1=Images(parts[0]), input2=Images(parts[1]), isc_splits=1, kid_subset_size=80,
         feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(inception_file), **ALL)
     compare_with_torch_fidelity(*ours, theirs)
 
