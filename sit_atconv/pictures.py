@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
@@ -50,7 +51,7 @@ def save_sample_grid(
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_title(title, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_loss_curves(stats: Sequence[dict], path: Path, title: str) -> None:
@@ -81,12 +82,9 @@ def save_loss_curves(stats: Sequence[dict], path: Path, title: str) -> None:
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
         if all(line["loss"] > 0 for line in stats):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            set_log(axes, "y", subs=(1, 1.5, 2, 3, 5, 7))
     figure.suptitle(title, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_solver_curves(points: Sequence[dict], path: Path, title: str) -> None:
@@ -117,18 +115,24 @@ def save_solver_curves(points: Sequence[dict], path: Path, title: str) -> None:
                               color=colormaps["tab10"](number), label=solver)
         axes.set_title(f"shift {shift:g}", fontsize=9)
         axes.set_xlabel("evaluations of the model")
-        for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
-            scale("log")
-            axis.set_major_locator(LogLocator(subs=(1, 2, 4)))
-            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axis.set_minor_formatter(NullFormatter())
+        for name in ("x", "y"):
+            set_log(axes, name)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("Frechet distance")
     named = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named), frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def set_log(axes: Axes, name: str, subs: Sequence[float] = (1, 2, 4)) -> None:
+    """Makes the "x" or "y" axis logarithmic, with plain numbers at `subs` times the powers of ten."""
+    axes.set(**{f"{name}scale": "log"})
+    axis = getattr(axes, f"{name}axis")
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def save_figure(figure: Figure, path: Path) -> None:
     write_aside(path, lambda partial: figure.savefig(partial, dpi=120))

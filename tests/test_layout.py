@@ -79,7 +79,7 @@ def test_no_module_hides_another():
 @pytest.mark.parametrize(
     "argv",
     [["sample/generate.py", "--help"], ["eval/fid.py", "--help"], ["eval/speed.py", "--help"],
-     ["sit_atconv/encode.py", "--help"], ["sit_atconv/convert.py", "--help"],
+     ["eval/compare.py", "--help"], ["sit_atconv/encode.py", "--help"], ["sit_atconv/convert.py", "--help"],
      ["sample/generate.py", "--cfg", "x"], ["eval/fid.py", "--samples", "nowhere"],
      ["sit_atconv/convert.py", "a.pt"]],
 )

@@ -111,7 +111,7 @@ def test_shards_of_both_sets_are_one_pass(options, pixels, monkeypatch):
 def test_only_some_reference_images_are_compared_where_there_are_many(options, monkeypatch):
     monkeypatch.setattr("sit_atconv.scoring.MOST_COMPARED", 300)
     found = evaluate(replace(options, metrics=["prc", "fid"]))
-    assert found.protocol["reference"]["num_compared"] == 300
+    assert found.protocol["compared"]["num"] == 300
     assert values(found)["recall-digits"] * 300 == pytest.approx(round(values(found)["recall-digits"] * 300), abs=1e-4)
 
 
@@ -125,8 +125,15 @@ def test_protocols_that_differ(options, npz):
     fewer = evaluate(replace(options, metrics=["fid"], num_samples=200))
     assert set(protocol_differences(base, fewer)) == {"samples.num"}
     other = evaluate(replace(options, metrics=["fid"], reference=npz(DIGITS[300:699], "c.npz")))
-    assert {"reference.num", "reference.images"} <= set(protocol_differences(base, other))
+    assert {"reference.num", "reference.content"} <= set(protocol_differences(base, other))
     assert difference(base, other, "FD-digits-300").error > 0
+
+
+def test_metrics_that_were_not_asked_for_are_no_difference(options, tmp_path):
+    make_reference(options, tmp_path / "r.npz")
+    options = replace(options, reference=str(tmp_path / "r.npz"))
+    few, many = evaluate(replace(options, metrics=["fid"])), evaluate(options)
+    assert "compared" not in few.protocol and "compared" in many.protocol and not protocol_differences(few, many)
 
 
 def test_a_manifest_is_the_protocol(options, tmp_path):

@@ -2,13 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from sit_atconv.files import write_aside
 
 FULL = 50_000  # samples of the FID that papers report; another number stands in the score's name
+OTHERS = {"FID": "FD", "KID": "KD", "IS": "score"}  # what is called otherwise with another extractor than Inception
 
 
 @dataclass(frozen=True)
@@ -81,30 +82,43 @@ def score_name(metric: str, extractor: str, num_samples: int) -> str:
         extractor: "inception", or another's name.
         num_samples: N.
     """
-    other = {"FID": "FD", "KID": "KD", "IS": "score"}.get(metric, metric)
+    other = OTHERS.get(metric, metric)
     name = metric if extractor == "inception" else f"{other}-{extractor}"
     return f"{name}-{num_samples}" if metric in ("FID", "sFID") and num_samples != FULL else name
 
 
+def metric_of(name: str) -> str:
+    """The metric of a score's name: "FID" of "FID-1000" and of "FD-digits-1000"."""
+    first = name.split("-")[0]
+    return {other: metric for metric, other in OTHERS.items()}.get(first, first)
+
+
 def protocol_differences(a: Evaluation, b: Evaluation) -> dict[str, tuple]:
-    """What differs in their protocols: dotted name -> (of a, of b); None where one says nothing."""
-    here, there = dict(_flat(a.protocol)), dict(_flat(b.protocol))
+    """What differs in their protocols: dotted name -> (of a, of b); None where one says nothing.
+
+    Of a whole part that one of them lacks, as that of metrics that were not asked for, nothing is said.
+    """
+    both = a.protocol.keys() & b.protocol.keys()
+    here, there = (flat({part: e.protocol[part] for part in e.protocol if part in both}) for e in (a, b))
     return {name: (here.get(name), there.get(name))
             for name in dict.fromkeys([*here, *there]) if here.get(name) != there.get(name)}
 
 
-def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+def flat(values: dict) -> dict[str, object]:
+    """{"samples": {"num": 1000}} -> {"samples.num": 1000}"""
+    found = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+            found |= {f"{name}.{below}": inner for below, inner in flat(value).items()}
         else:
-            yield prefix + name, value
+            found[name] = value
+    return found
 
 
 def are_paired(a: Evaluation, b: Evaluation) -> bool:
     """Whether sample i of both was drawn from the same noise with the same label."""
-    drawn = [(e.subject.get("seed"), e.protocol["samples"]["num"], e.protocol["samples"].get("labels"),
-              e.protocol["samples"].get("image_size")) for e in (a, b)]
+    drawn = [[e.subject.get("seed"), *(flat(e.protocol).get(f"samples.{name}") for name in
+                                       ("num", "labels", "image_size"))] for e in (a, b)]
     return drawn[0] == drawn[1] and drawn[0][0] is not None
 
 

@@ -7,7 +7,9 @@ from sit_atconv.evaluation.records import (
     Evaluation,
     Score,
     difference,
+    flat,
     jackknife_error,
+    metric_of,
     protocol_differences,
     read_evaluation,
     score_name,
@@ -32,6 +34,7 @@ def evaluation(values=(2.0, 2.2, 1.8), seed=0, num=1000, **protocol):
 )
 def test_names(metric, extractor, num, name):
     assert score_name(metric, extractor, num) == name
+    assert metric_of(name) == metric
 
 
 def test_scores_are_printed_to_two_digits_of_their_error():
@@ -56,6 +59,10 @@ def test_differences_of_protocols_are_named():
     assert protocol_differences(evaluation(), a) == {"samples.sampler.steps": (None, 25)}
 
 
+def test_what_lies_within_is_named_with_dots():
+    assert flat({"a": 1, "b": {"c": [2], "d": {"e": None}}}) == {"a": 1, "b.c": [2], "b.d.e": None}
+
+
 def test_the_jackknife_of_a_mean_is_its_standard_error():
     values = np.random.default_rng(0).normal(size=400)
     without = [np.delete(values, i).mean() for i in range(400)]
@@ -71,3 +78,5 @@ def test_samples_of_the_same_noise_are_compared_in_pairs():
         assert independent.error == pytest.approx(math.sqrt(2) * a.scores["FID-1000"].error)
     unknown = evaluation(seed=None)
     assert difference(unknown, unknown, "FID-1000").error > 0
+    of_nobody = Evaluation(a.scores, {}, {}, {})
+    assert difference(a, of_nobody, "FID-1000").error == pytest.approx(independent.error)

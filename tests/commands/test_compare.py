@@ -1,0 +1,44 @@
+"""The command that compares evaluations; how it compares is tested in tests/test_score_comparison.py."""
+
+import subprocess
+
+import pytest
+
+from sit_atconv.evaluation.records import Evaluation, Score
+from tests.conftest import ROOT, load_command, python
+
+COMPARE = "eval/compare.py"
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for name, fid in (("ours", 2.0), ("theirs", 2.5)):
+        (tmp_path / name).mkdir()
+        protocol = {"samples": {"num": 50_000, "sampler": {"cfg": fid}}}
+        subject = {"weights": name, "images_per_second": 10 * fid}
+        Evaluation({"FID": Score(fid, 0.1)}, protocol, subject, {}).save(tmp_path / name / "scores-inception.json")
+    return [tmp_path / "ours", tmp_path / "theirs" / "scores-inception.json"]
+
+
+def test_it_prints_the_table_draws_and_needs_no_torch(runs, tmp_path):
+    code = (f"import runpy, sys\nsys.argv = {[COMPARE, *map(str, runs)]!r}\nsys.modules['torch'] = None\n"
+            f"runpy.run_path({str(ROOT / COMPARE)!r}, run_name='__main__')")
+    done = subprocess.run(python("-c", code), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (tmp_path / "runs" / "compare" / "compare.md").read_text()
+    assert "| ours (baseline) | 2.00 ± 0.10 |" in done.stdout
+    assert "| theirs | 2.50 ± 0.10 | **+0.50 ± 0.14** |" in done.stdout
+    assert "warning: theirs differs from ours: cfg 2 → 2.5\n" in done.stderr
+    assert done.stderr.splitlines()[-1] == ("written: runs/compare/compare.md, runs/compare/compare.csv, "
+                                            "runs/compare/pareto.png")
+
+
+def test_errors(fails, runs, tmp_path):
+    main = load_command(COMPARE).main
+    assert "the following arguments are required: RUN" in fails(main, [])
+    assert "nowhere does not exist" in fails(main, [tmp_path / "nowhere"])
+    assert "1 names for 2 evaluations" in fails(main, [*runs, "--names", "a"])
+    assert "no run 'c' to be the baseline" in fails(main, [*runs, "--names", "a", "b", "--baseline", "c"])
+    assert "ours has no KID" in fails(main, [*runs, "--metric", "KID"])
+    (tmp_path / "file").write_text("")
+    assert "give another --out" in fails(main, [*runs, "--out", tmp_path / "file"])
