@@ -13,6 +13,7 @@ from matplotlib.text import Annotation, Text
 from sit_atconv.comparison_charts import pareto_front, spread, trend
 from sit_atconv.evaluation.records import Evaluation, Score, jackknife_error
 from sit_atconv.score_comparison import (
+    Comparison,
     Run,
     compare,
     distinct_names,
@@ -356,3 +357,17 @@ def test_each_run_of_another_protocol_is_warned_of_in_a_line(save, tmp_path):
     assert (tmp_path / "out" / "compare.md").read_text() == report.table and "| a (baseline) | 3." in report.table
     assert report.messages[-1].startswith(f"written: {tmp_path / 'out' / 'compare.md'}, ")
     assert json.loads((runs[0] / "scores-inception.json").read_text())["scores"]  # and what is read is left alone
+
+
+@pytest.mark.parametrize(("metric", "part", "is_alike"), [
+    ("FID-1000", "reference", False), ("FID-1000", "compared", True), ("recall", "reference", True),
+    ("recall", "compared", False), ("IS", "reference", True), ("IS", "compared", True), ("IS", "extractor", False),
+])
+def test_a_score_depends_on_its_own_reference_alone(metric, part, is_alike):
+    """FID on the statistics, precision and recall on the images beside them, IS on neither."""
+    a, b = record(), record()
+    for evaluation, content in ((a, "x"), (b, "y")):
+        evaluation.protocol["compared"] = {"content": "z"}
+        evaluation.protocol[part]["content"] = content
+    runs = named(a=a, b=b)
+    assert Comparison(runs, runs[0], metric).is_measured_alike(runs[1]) == is_alike

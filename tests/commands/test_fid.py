@@ -240,15 +240,15 @@ network.eval = lambda: network
 sit_atconv.scoring.open_extractor = lambda *args: Extractor(
     "inception", network, "0" * 64, ("features", "logits", "spatial"), "none")
 
-def watch(peak=0):
+def watch(file, peak=0):
     while True:
         for line in open("/proc/self/smaps_rollup"):
             if line.startswith("Anonymous:"):
                 peak = max(peak, int(line.split()[1]))
-        open(sys.argv[1], "w").write(str(peak))
+        open(file, "w").write(str(peak))
         time.sleep(0.1)
 
-threading.Thread(target=watch, daemon=True).start()
+threading.Thread(target=watch, args=sys.argv[1:2], daemon=True).start()
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -222,3 +222,16 @@ def test_a_neighbourhood_reaches_to_the_third_neighbour():
     real = torch.tensor([[0.0], [1.0], [2.0], [3.0], [10.0]])
     generated = torch.tensor([[-2.9], [-3.1], [18.9], [19.1]])
     assert metrics.precision_recall(generated, real)[0].value == 0.5
+
+
+def test_balanced_labels_make_smaller_errors_which_are_true():
+    """Eight classes far apart, equally often: their proportions are no part of the draw."""
+    generator = torch.Generator().manual_seed(0)
+    means = 2 * torch.randn(8, 6, generator=generator)
+    labels = torch.arange(8).repeat(100)[torch.randperm(800, generator=generator)].tolist()
+    real = Gaussian(np.zeros(6), np.eye(6))
+    draws = [means[labels] + torch.randn(800, 6, generator=generator) for _ in range(100)]
+    spread = np.std([metrics.frechet_distance(fit_gaussian(draw), real) for draw in draws], ddof=1)
+    groups = [metrics.jackknife_groups(800, labels), metrics.jackknife_groups(800)]
+    within, across = (np.mean([metrics.frechet(draw, real, group).error for draw in draws]) for group in groups)
+    assert within == pytest.approx(spread, rel=0.2) and across > 1.5 * spread
