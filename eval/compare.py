@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> None:
         from sit_atconv.score_comparison import compare
 
         report = compare(options.runs, options.out, options.names, options.baseline, options.metric)
+    sys.stdout.reconfigure(errors="replace")  # a terminal may know neither ± nor →
     print(report.table, end="")
     print("\n".join(report.messages), file=sys.stderr)
 

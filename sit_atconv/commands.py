@@ -24,7 +24,7 @@ def fail(message: object, code: int = 1, everywhere: bool = False):
 
 @contextlib.contextmanager
 def user_errors(everywhere: bool = False):
-    """Turns a ValueError or OSError into `fail`. For the part of a command that checks what the user gave.
+    """Turns a ValueError, OSError or Ctrl-C into `fail`. For the part of a command that checks what the user gave.
 
     `everywhere`: what can go wrong in one process alone.
     """
@@ -32,6 +32,8 @@ def user_errors(everywhere: bool = False):
         yield
     except (ValueError, OSError) as error:
         fail(error, everywhere=everywhere)
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
 
 
 def finite(text: str) -> float:

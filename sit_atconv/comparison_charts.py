@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, NullLocator
 
-from sit_atconv.evaluation.records import flat, metric_of
+from sit_atconv.evaluation.records import METRICS, flat, metric_of
 from sit_atconv.pictures import save_figure, set_log
 from sit_atconv.score_comparison import SAMPLER, Comparison, Run, distinct_names, said, shared_protocol, short
 
@@ -22,7 +22,6 @@ TRENDS = {  # chart -> what varies along its lines, and what to call it
     "cfg": (f"{SAMPLER}.cfg", "guidance scale"),
     "training": ("step", "training step"),
 }
-HIGHER_IS_BETTER = ("IS", "precision", "recall")
 TITLE = ("samples.num", "samples.labels", f"{SAMPLER}.solver", f"{SAMPLER}.steps", f"{SAMPLER}.cfg")  # what it says
 
 
@@ -35,11 +34,16 @@ def draw(comparison: Comparison, out: Path) -> tuple[list[Path], list[str]]:
     Returns:
         The charts, and what is not in them or was not drawn, and why.
     """
+    with rc_context({"text.parse_math": False}):  # a name may hold a $
+        return _draw(comparison, out)
+
+
+def _draw(comparison: Comparison, out: Path) -> tuple[list[Path], list[str]]:
     metric, charts, notes = metric_of(comparison.metric), [], []
     runs = [run for run in comparison.runs if comparison.is_measured_alike(run)]
     if others := [run.name for run in comparison.runs if run not in runs]:
         notes.append(f"not in the charts, for another score, reference or extractor: {', '.join(others)}")
-    ylabel = f"{comparison.metric} ({'higher' if metric in HIGHER_IS_BETTER else 'lower'} is better)"
+    ylabel = f"{comparison.metric} ({'higher' if METRICS[metric].higher_is_better else 'lower'} is better)"
 
     for name, (along, xlabel) in TRENDS.items():
         path, lines = out / f"{metric.lower()}-{name}.png", trend(runs, along)
@@ -184,7 +188,7 @@ def save_pareto(runs: Sequence[Run], metric: str, place: str | None, path: Path,
     set_log(axes, "x", subs=(1, 2, 5))
     axes.set_xlabel("images per second (higher is better)")
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # as they are
-    higher = metric_of(metric) in HIGHER_IS_BETTER
+    higher = METRICS[metric_of(metric)].higher_is_better
     front = pareto_front([point for run, point in zip(runs, points, strict=True) if run.place == place], higher)
     corners = [(axes.get_xlim()[0], front[0][1]), *front, (front[-1][0], axes.get_ylim()[0 if higher else 1])]
     axes.plot(*zip(*corners, strict=True), drawstyle="steps-pre", color="0.6", linewidth=1.2, zorder=2)

@@ -46,8 +46,21 @@ def keep_freed_memory() -> None:
     glibc returns what is above 32 MiB at once, and the system clears every page anew at the next allocation.
     Does nothing where there is no glibc.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of malloc.h
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    _set_malloc(mmap_max=0, trim_threshold=2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """Undoes `keep_freed_memory`, and returns what was kept: before work whose blocks are few and very large."""
+    if libc := _set_malloc(mmap_max=65_536, trim_threshold=128 * 1024):  # glibc's own
+        libc.malloc_trim(0)
+
+
+def _set_malloc(mmap_max: int, trim_threshold: int) -> ctypes.CDLL | None:
+    """Returns the C library where it is glibc."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is None or not hasattr(libc, "mallopt"):
+        return None
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of malloc.h
+    libc.mallopt(M_MMAP_MAX, mmap_max)
+    libc.mallopt(M_TRIM_THRESHOLD, trim_threshold)
+    return libc

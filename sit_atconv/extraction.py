@@ -1,46 +1,36 @@
 """Features extracted by several processes together, and read again whole, in part or as a Gaussian."""
 
-import numpy as np
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from sit_atconv.evaluation.features import SHARD, FeatureShards
-from sit_atconv.evaluation.image_sets import digest_of
-from sit_atconv.evaluation.statistics import Gaussian, Moments
+from sit_atconv.evaluation.features import FeatureShards
+from sit_atconv.evaluation.gaussians import Gaussian, Moments
+from sit_atconv.evaluation.image_sets import digest_of, evenly_spaced
 from sit_atconv.processes import raise_together
 
 
-class Extraction:
-    """The features of a set of images, extracted by all processes together and read by the main one.
+@dataclass(frozen=True)
+class ExtractedFeatures:
+    """The features of a set of images.
 
     Args:
         shards: where they are kept.
-        state: of the processes; each takes every n-th shard.
-
-    Raises:
-        OSError: on all processes, what any of them met.
+        contents: the digests of the images of each shard.
     """
 
-    def __init__(self, shards: FeatureShards, state: PartialState):
-        self.shards, self.num = shards, len(shards.images)
-        if state.is_main_process:
-            self.shards.clear_partial()
-        mine = range(len(self.shards))[state.process_index :: state.num_processes]
-        made, faults = [], []
-        with tqdm(total=sum(min(SHARD, self.num - number * SHARD) for number in mine), unit="image",
-                  desc=shards.images.name[-40:], disable=not state.is_main_process) as progress:
-            for number in mine:
-                try:
-                    made.append((number, self.shards.make(number, progress)))
-                except (ValueError, OSError) as error:
-                    faults.append(str(error))
-                    break
-        raise_together(faults)
-        self.contents = [content for _, content in sorted(gather_object(made))]
-        self.content = digest_of(*self.contents)
+    shards: FeatureShards
+    contents: list[str]
+
+    @property
+    def content(self) -> str:
+        """Digest of all images."""
+        return digest_of(*self.contents)
 
     def load(self, output: str) -> Tensor:
         """All of them, (N, D)."""
@@ -48,10 +38,11 @@ class Extraction:
 
     def load_spread(self, output: str, most: int) -> Tensor:
         """`most` of them, from all over the set, or all."""
-        chosen = np.linspace(0, self.num - 1, min(most, self.num)).astype(int)
+        chosen = torch.tensor(evenly_spaced(len(self.shards.images), most))
         parts = []
         for number, content in enumerate(self.contents):
-            here = chosen[(chosen >= number * SHARD) & (chosen < (number + 1) * SHARD)] - number * SHARD
+            start, stop = self.shards.bounds(number)
+            here = chosen[(chosen >= start) & (chosen < stop)] - start
             parts.append(self.shards.load(output, [content])[here])
         return torch.cat(parts)
 
@@ -63,3 +54,28 @@ class Extraction:
             moments = moments or Moments(features.double().mean(0))
             moments.add(features)
         return moments.gaussian()
+
+
+def extract_together(shards: FeatureShards, state: PartialState) -> ExtractedFeatures:
+    """Extracts what is missing; each process takes every n-th shard.
+
+    Raises:
+        OSError: on all processes, what any of them met; or they do not see each other's files.
+    """
+    mine = range(len(shards))[state.process_index :: state.num_processes]
+    num_images = sum(stop - start for start, stop in map(shards.bounds, mine))
+    made, faults = [], []
+    with tqdm(total=num_images, unit="image", desc=Path(shards.images.name).name,
+              disable=not state.is_main_process) as progress:
+        try:
+            shards.make_ready()
+            for number in mine:
+                made.append((number, shards.make(number, progress)))
+        except (ValueError, OSError) as error:
+            faults.append(str(error))
+    raise_together(faults)
+    contents = [content for _, content in sorted(gather_object(made))]
+    unseen = state.is_main_process and not all(map(shards.has, contents))
+    raise_together([f"{shards.folder} lacks what other processes wrote: give --features a folder that all of them "
+                    "see"] if unseen else [])
+    return ExtractedFeatures(shards, contents)

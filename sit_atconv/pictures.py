@@ -46,7 +46,7 @@ def save_sample_grid(
     axes = figure.add_subplot()
     axes.imshow(mosaic, interpolation="nearest")
     axes.set_yticks([row * (height + gap) + height / 2 for row in range(len(classes))])
-    axes.set_yticklabels([class_names[label] for label in classes])
+    axes.set_yticklabels([class_names[label] for label in classes], parse_math=False)  # a name may hold a $
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

@@ -1,4 +1,4 @@
-"""What several processes say to each other."""
+"""Errors raised on all processes together."""
 
 from accelerate.utils import gather_object
 

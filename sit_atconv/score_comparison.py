@@ -11,24 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sit_atconv.evaluation.records import (
+    METRICS,
     Evaluation,
     Score,
     difference,
     flat,
+    is_measured_alike,
     metric_of,
     protocol_differences,
     read_evaluation,
 )
 from sit_atconv.files import write_aside
 
-METRICS = ("FID", "sFID", "IS", "KID", "precision", "recall")  # the order of the columns
-MEASURED_AGAINST = {"IS": set(), "KID": {"compared"}, "precision": {"compared"}, "recall": {"compared"}}  # protocol's
 SAMPLER = "samples.sampler"
 NOTE = """\
 ± is the standard error for the draw of the samples alone, the reference held fixed; that of a difference is taken in
-pairs where both runs drew the same noise and labels. Bold differences are beyond two standard errors. Scores of another
-number of samples, reference or extractor are not subtracted. Training again with another seed moves FID more than
-drawing again: gaps under about 1.3 % of FID are inconclusive without several training seeds (arXiv 2606.20536)."""
+pairs where both runs drew the same noise and labels. Bold differences are beyond two standard errors. Nothing is
+subtracted where the number of samples, reference, extractor or image size has changed the score. Training again with
+another seed moves FID more than drawing again: gaps under about 1.3 % of FID are inconclusive without several training
+seeds (arXiv 2606.20536)."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,8 @@ class Comparison:
     metric: str
 
     def is_measured_alike(self, run: Run) -> bool:
-        """Whether its score may be subtracted from the baseline's: same name, reference and extractor."""
-        differing = {name.split(".")[0] for name in protocol_differences(self.baseline.evaluation, run.evaluation)}
-        must_agree = {"extractor"} | MEASURED_AGAINST.get(metric_of(self.metric), {"reference"})
-        return self.metric in run.evaluation.scores and not differing & must_agree
+        """Whether its score may be subtracted from the baseline's."""
+        return is_measured_alike(self.baseline.evaluation, run.evaluation, self.metric)
 
     def difference(self, run: Run) -> Score | None:
         """Its score minus the baseline's; None where there is nothing to subtract."""
@@ -101,7 +100,8 @@ def compare(
         ValueError: a source that holds no evaluation, names that do not fit, an unknown baseline or metric.
         OSError: OUT cannot be written to.
     """
-    comparison = read_comparison(sources, names, baseline, metric)
+    messages = []
+    comparison = read_comparison(sources, names, baseline, metric, messages)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -116,20 +116,22 @@ def compare(
     warnings = [f"warning: {run.name} differs from {baseline.name}: {words}" for run in comparison.runs
                 if (words := in_words(baseline.evaluation, run.evaluation))]
     written = ", ".join(map(str, (out / "compare.md", out / "compare.csv", *charts)))
-    return Report(table, [*warnings, *notes, f"written: {written}"])
+    return Report(table, [*messages, *warnings, *notes, f"written: {written}"])
 
 
-def read_comparison(sources: Sequence[Path], names: Sequence[str] | None, baseline: str, metric: str) -> Comparison:
-    """As `compare`, of which it is the part that reads."""
-    paths = find_evaluations(sources)
+def read_comparison(
+    sources: Sequence[Path], names: Sequence[str] | None, baseline: str, metric: str, messages: list[str]
+) -> Comparison:
+    """As `compare`, of which it is the part that reads; what it leaves out it says in `messages`."""
+    paths = find_evaluations(sources, messages)
     evaluations = [read_evaluation(path) for path in paths]
-    if names is None:
-        names = distinct_names(paths_to_name(paths))
+    names = [" ".join(name.split()) for name in names or distinct_names(paths_to_name(paths))]  # on one line
     if len(names) != len(paths):
         raise ValueError(f"{len(names)} names for {len(paths)} evaluations: give one for each of "
                          f"{', '.join(distinct_names(paths_to_name(paths)))}")
-    if len(set(names)) != len(names):
-        raise ValueError(f"the names {', '.join(names)} are not distinct: give each evaluation its own")
+    if len({*names, ""}) != len(names) + 1:
+        raise ValueError(f"the names {', '.join(map(repr, names))} are not distinct, or empty: give each evaluation "
+                         "its own")
     runs = [Run(name, evaluation) for name, evaluation in zip(names, evaluations, strict=True)]
     chosen = {str(number): run for number, run in enumerate(runs, 1)} | {run.name: run for run in runs}
     if baseline not in chosen:
@@ -143,8 +145,12 @@ def read_comparison(sources: Sequence[Path], names: Sequence[str] | None, baseli
     return Comparison(runs, chosen[baseline], found[0])
 
 
-def find_evaluations(sources: Sequence[Path]) -> list[Path]:
-    """Absolute paths, each file once. Raises ValueError for a source that holds none."""
+def find_evaluations(sources: Sequence[Path], messages: list[str]) -> list[Path]:
+    """Absolute paths, each file once; `messages` are told of folders that hold none.
+
+    Raises:
+        ValueError: a source that does not exist, or none of them holds an evaluation.
+    """
     found = {}
     for source in map(Path, sources):
         if not source.exists():
@@ -152,10 +158,12 @@ def find_evaluations(sources: Sequence[Path]) -> list[Path]:
                              "that it wrote to")
         files = sorted(source.glob("scores-*.json")) if source.is_dir() else [source]
         if not files:
-            raise ValueError(f"{source} holds no scores-*.json: evaluate it first, python eval/fid.py --samples "
-                             f"{source} --reference REFERENCE")
+            messages.append(f"left out: {source} holds no scores-*.json: evaluate it first, python eval/fid.py "
+                            f"--samples {source} --reference REFERENCE")
         for file in files:
             found.setdefault(file.resolve(), Path(os.path.abspath(file)))
+    if not found:
+        raise ValueError(messages[0].removeprefix("left out: "))
     return list(found.values())
 
 

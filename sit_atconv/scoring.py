@@ -1,56 +1,71 @@
 """From samples and a reference to scores, on several processes, after any kill."""
 
+import contextlib
 import datetime
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch_fidelity
 from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
-from sit_atconv import __version__
+from sit_atconv import evaluation_record as record
 from sit_atconv.commands import is_main_process
-from sit_atconv.devices import on_cpu, prepare_device
+from sit_atconv.devices import on_cpu, prepare_device, return_freed_memory
 from sit_atconv.evaluation import metrics
 from sit_atconv.evaluation.extractors import Extractor, open_extractor
 from sit_atconv.evaluation.features import FeatureShards
-from sit_atconv.evaluation.image_sets import ImageSet, digest_of, open_image_set
-from sit_atconv.evaluation.records import Evaluation, Score, score_name
-from sit_atconv.evaluation.statistics import NAMES, Gaussian, Reference, open_reference, save_reference
-from sit_atconv.extraction import Extraction
+from sit_atconv.evaluation.gaussians import Gaussian
+from sit_atconv.evaluation.image_sets import ImageSet, open_image_set
+from sit_atconv.evaluation.records import METRICS, Evaluation, Score, score_name
+from sit_atconv.evaluation.references import COMPARED, NAMES, Reference, open_reference, save_reference
+from sit_atconv.extraction import ExtractedFeatures, extract_together
+from sit_atconv.files import gigabytes
 
-METRICS = ("fid", "sfid", "is", "kid", "prc")
-MOST_COMPARED = 50_000  # reference images for precision, recall and KID, from all over the set: bounds memory
+CHOICES = ("fid", "sfid", "is", "kid", "prc")
+NEEDS_REFERENCE = {"fid", "sfid", "kid", "prc"}
+NEEDS_IMAGES = {"kid", "prc"}  # of the reference
 LOSSY = {".jpg", ".jpeg", ".webp"}
-NOT_OF_THE_SAMPLER = ("labels", "num_samples", "seed", "size", "weights", "model", "weak", "codec", "uint8_rule")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
-    """What to evaluate; the help of `eval/fid.py` says what each option means."""
+class ExtractionOptions:
+    """How features are extracted; the help of `eval/fid.py` says what each option means."""
 
-    reference: str
-    samples: str | None = None
     extractor: str = "inception"
     weights: str | None = None
+    batch_size: int = 64
+    features: str = "runs/features"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ExtractionOptions):
+    """What to evaluate."""
+
+    samples: str
+    reference: str
     metrics: Sequence[str] = ()
     num_samples: int | None = None
     image_size: int | None = None
-    batch_size: int = 64
-    features: str = "runs/features"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceOptions(ExtractionOptions):
+    """Of what to write statistics."""
+
+    reference: str
+    image_size: int | None = None
 
 
 def evaluate(options: EvaluateOptions) -> Evaluation | None:
     """Compares samples with a reference, on all processes together. Killed, the same call goes on.
 
     Returns:
-        Scores, protocol and what else there is to say; None on processes other than the main one.
+        The scores and how they were measured; None on processes other than the main one.
 
     Raises:
         ValueError: images, statistics or weights that cannot be had or do not fit each other, a metric that they do
@@ -62,24 +77,28 @@ def evaluate(options: EvaluateOptions) -> Evaluation | None:
     reference = open_reference(options.reference, options.image_size)
     state, extractor = _start(options)
     _check_fit(extractor, samples, reference, state.device)
-    chosen = choose_metrics(options.metrics, extractor, samples, reference)
+    chosen = set(choose_metrics(options.metrics, extractor, samples, reference))
+    warnings = Warnings()
+    _warn_of_images(samples, reference, warnings)
     ours = _extract(options, extractor, samples, state)
-    is_compared = {"kid", "prc"} & set(chosen) or not reference.gaussians
-    theirs = _extract(options, extractor, reference.images, state) if is_compared else None
+    is_compared = bool(NEEDS_IMAGES & chosen)
+    is_needed = is_compared or (NEEDS_REFERENCE & chosen and not reference.gaussians)
+    theirs = _extract(options, extractor, reference.images, state) if is_needed else None
     if not state.is_main_process:
         return None
-    found = []
+    return_freed_memory()
+    scores = _compute(chosen, ours, theirs, reference, samples, warnings, state.device)
+    named = {score_name(name, extractor.name, len(samples)): scores[name] for name in METRICS if name in scores}
+    return Evaluation(
+        named,
+        record.protocol(samples, reference, theirs, extractor, is_compared),
+        record.subject(samples, reference, ours),
+        record.environment(state, options.batch_size),
+        warnings.found,
+    )
 
-    def warn(message: str) -> None:
-        found.append(message)
-        tqdm.write(f"warning: {message}", file=sys.stderr)
 
-    scores = _compute(chosen, extractor, ours, theirs, reference, samples, warn, state.device)
-    return Evaluation(scores, _protocol(samples, reference, theirs, extractor), _subject(samples, reference, ours),
-                      _environment(options, state), found)
-
-
-def make_reference(options: EvaluateOptions, path: Path) -> dict | None:
+def make_reference(options: ReferenceOptions, path: Path) -> dict | None:
     """Writes the statistics of a set of images, as `open_reference` and ADM's evaluator read them.
 
     Returns:
@@ -89,26 +108,43 @@ def make_reference(options: EvaluateOptions, path: Path) -> dict | None:
     if len(images) < 2:
         raise ValueError(f"{images.name} holds {len(images)} images: statistics need two at least")
     state, extractor = _start(options)
-    extraction = _extract(options, extractor, images, state)
+    extracted = _extract(options, extractor, images, state)
     if not state.is_main_process:
         return None
+    return_freed_memory()
     recipe = {
-        "num": len(images), "image_size": list(images.size), "crop": images.crop, "content": extraction.content,
-        "extractor": extractor.describe(), "made_from": options.reference, "environment": _environment(options, state),
+        "num": len(images), "image_size": list(images.size), "crop": images.crop, "content": extracted.content,
+        "extractor": extractor.describe(), "made_from": options.reference,
+        "environment": record.environment(state, options.batch_size),
     }
     outputs = [output for output in NAMES if output in extractor.outputs]
-    save_reference(path, {output: extraction.gaussian(output) for output in outputs}, images, recipe)
+    save_reference(path, {output: extracted.gaussian(output) for output in outputs}, images, recipe)
     return recipe
 
 
-def _start(options: EvaluateOptions) -> tuple[PartialState, Extractor]:
+class Warnings:
+    """What was found wrong on the way: said at once, and kept for the record."""
+
+    def __init__(self):
+        self.found: list[str] = []
+
+    def add(self, message: str) -> None:
+        self.found.append(message)
+        if is_main_process():
+            tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def _start(options: ExtractionOptions) -> tuple[PartialState, Extractor]:
     state = PartialState(cpu=on_cpu(), timeout=datetime.timedelta(days=7))  # one may wait long for another's last shard
-    prepare_device(state.device, tf32=False)
-    return state, open_extractor(options.extractor, options.weights, state.device)
+    prepare_device(state.device, tf32=False)  # nor in the distances of precision and recall
+    with state.local_main_process_first() if state.num_processes > 1 else contextlib.nullcontext():  # one downloads
+        return state, open_extractor(options.extractor, options.weights, state.device)
 
 
-def _extract(options: EvaluateOptions, extractor: Extractor, images: ImageSet, state: PartialState) -> Extraction:
-    return Extraction(FeatureShards(options.features, extractor, images, options.batch_size, state.device), state)
+def _extract(
+    options: ExtractionOptions, extractor: Extractor, images: ImageSet, state: PartialState
+) -> ExtractedFeatures:
+    return extract_together(FeatureShards(options.features, extractor, images, options.batch_size, state.device), state)
 
 
 def _check_fit(extractor: Extractor, samples: ImageSet, reference: Reference, device: torch.device) -> None:
@@ -120,8 +156,7 @@ def _check_fit(extractor: Extractor, samples: ImageSet, reference: Reference, de
         if made_with.get(name, value) != value:
             raise ValueError(f"{reference.name} was made with an extractor of {name} {made_with[name]!r}, and this one "
                              f"has {value!r}: give another --reference or --extractor")
-    with torch.inference_mode():
-        seen = extractor(samples.read(0, 1).to(device))
+    seen = extractor(samples.read(0, 1).to(device))
     for output, gaussian in reference.gaussians.items():
         if output in seen and seen[output].shape[1] != len(gaussian.mu):
             raise ValueError(f"{NAMES[output][0]} of {reference.name} has {len(gaussian.mu)} values, and of extractor "
@@ -130,151 +165,106 @@ def _check_fit(extractor: Extractor, samples: ImageSet, reference: Reference, de
 
 def choose_metrics(
     asked: Sequence[str], extractor: Extractor, samples: ImageSet, reference: Reference
-) -> tuple[str, ...]:
+) -> list[str]:
     """Those asked for, or else all that samples, reference and extractor allow; others are named on stderr.
 
     Raises:
-        ValueError: one that was asked for is not possible; the message says why.
+        ValueError: one that was asked for is not possible, and why; or none is that compares.
     """
-    if unknown := sorted(set(asked) - set(METRICS)):
-        raise ValueError(f"metrics are {', '.join(METRICS)}, not {unknown[0]!r}")
-    few = min(len(samples), len(reference.images) if reference.images is not None else len(samples))
-    no_images = reference.images is None and f"{reference.name} holds no images"
-    lacking = {
-        "fid": few < 2 and "one image has no covariance",
-        "sfid": ("spatial" not in extractor.outputs and f"extractor {extractor.name!r} has no spatial features")
-        or (bool(reference.gaussians) and "spatial" not in reference.gaussians
-            and f"{reference.name} holds no mu_s and sigma_s") or (few < 2 and "one image has no covariance"),
-        "is": "logits" not in extractor.outputs and f"extractor {extractor.name!r} has no logits",
-        "kid": no_images or (few < 2 and "it needs two images on both sides"),
-        "prc": no_images or (few <= metrics.NEIGHBOURS and f"it needs {metrics.NEIGHBOURS + 1} images on both sides"),
-    }
-    for metric in asked or METRICS:
-        if lacking[metric] and asked:
-            raise ValueError(f"there is no {metric} of {samples.name}: {lacking[metric]}")
-        if lacking[metric] and is_main_process():
-            print(f"left out: {metric}, since {lacking[metric]}", file=sys.stderr)
-    chosen = tuple(metric for metric in METRICS if metric in (asked or METRICS) and not lacking[metric])
-    if not set(chosen) - {"is"} and not asked:
+    if unknown := sorted(set(asked) - set(CHOICES)):
+        raise ValueError(f"metrics are {', '.join(CHOICES)}, not {unknown[0]!r}")
+    lacking = {metric: _what_lacks(metric, extractor, samples, reference) for metric in asked or CHOICES}
+    for metric, reason in lacking.items():
+        if reason and asked:
+            raise ValueError(f"there is no {metric} of {samples.name}: {reason}")
+        if reason and is_main_process():
+            print(f"left out: {metric}, since {reason}", file=sys.stderr)
+    chosen = [metric for metric, reason in lacking.items() if not reason]
+    if not asked and not NEEDS_REFERENCE & set(chosen):
         raise ValueError(f"{samples.name} holds {len(samples)} images, too few for any metric")
     return chosen
 
 
+def _what_lacks(metric: str, extractor: Extractor, samples: ImageSet, reference: Reference) -> str | None:
+    """Why a metric is not possible, or None."""
+    output = {"sfid": "spatial", "is": "logits"}.get(metric, "features")
+    if output not in extractor.outputs:
+        return f"extractor {extractor.name!r} has no {output.replace('spatial', 'spatial features')}"
+    if metric == "sfid" and reference.gaussians and "spatial" not in reference.gaussians:
+        return f"{reference.name} holds no mu_s and sigma_s"
+    if metric in NEEDS_IMAGES and reference.images is None:
+        return f"{reference.name} holds no images"
+    is_fitted = not reference.gaussians and metric in NEEDS_REFERENCE
+    fewest = min(len(samples), len(reference.images) if metric in NEEDS_IMAGES or is_fitted else len(samples))
+    needed = {"is": 1, "prc": metrics.NEIGHBOURS + 1}.get(metric, 2)
+    return f"it needs {needed} images on both sides" if fewest < needed else None
+
+
 def _compute(
-    chosen: Sequence[str], extractor: Extractor, ours: Extraction, theirs: Extraction | None, reference: Reference,
-    samples: ImageSet, warn: Callable[[str], None], device: torch.device,
+    chosen: set[str], ours: ExtractedFeatures, theirs: ExtractedFeatures | None, reference: Reference,
+    samples: ImageSet, warnings: Warnings, device: torch.device,
 ) -> dict[str, Score]:
-    num, name = len(samples), extractor.name
-    group = metrics.jackknife_groups(num, samples.labels)
+    """By name of the metric."""
+    group = metrics.jackknife_groups(len(samples), _balanced_labels(samples))
     scores = {}
 
     def gaussian(output: str) -> Gaussian:
         return reference.gaussians.get(output) or theirs.gaussian(output)
 
-    if reference.images is not None and reference.images.size != samples.size:
-        warn("the samples are {}x{} and the reference's images {}x{}: scores of two sizes are compared by no paper; "
-             "--image-size crops a folder of references".format(*samples.size, *reference.images.size))
-    if lossy := sorted({path.suffix.lower() for path in _paths(samples)} & LOSSY):
-        warn(f"samples are {', '.join(lossy)} files, whose compression changes every score: give PNGs or an .npz")
     if "sfid" in chosen:
-        spatial = ours.load("spatial")
-        scores["sFID"] = metrics.frechet(spatial, gaussian("spatial"), group, progress=True)
-        del spatial
+        scores["sFID"] = metrics.frechet(ours.load("spatial"), gaussian("spatial"), group, progress=True)
     if "is" in chosen:
-        if num > metrics.IS_SPLIT and samples.labels is not None and list(samples.labels) == sorted(samples.labels):
-            warn(f"the samples lie in the order of their labels, so that a chunk of {metrics.IS_SPLIT} for the "
-                 "Inception Score has few classes and the score is far too low: shuffle them")
         scores["IS"] = metrics.inception_score(ours.load("logits"))
     features = ours.load("features")
-    _warn_of_features(features, samples, "fid" in chosen or "sfid" in chosen, warn)
+    _warn_of_features(features, samples, bool({"fid", "sfid"} & chosen), warnings)
     if "fid" in chosen:
         scores["FID"] = metrics.frechet(features, gaussian("features"), group, progress=True)
-    if {"kid", "prc"} & set(chosen):
-        real = theirs.load_spread("features", MOST_COMPARED)
-        if "kid" in chosen:
-            scores["KID"] = metrics.kid(features, real, group, progress=True)
-        if "prc" in chosen:
-            print(f"precision and recall: {num} samples and {len(real)} images", file=sys.stderr)
-            scores["precision"], scores["recall"] = metrics.precision_recall(features, real, device)
-    order = ("FID", "sFID", "IS", "precision", "recall", "KID")
-    return {score_name(metric, name, num): scores[metric] for metric in order if metric in scores}
+    real = theirs.load_spread("features", COMPARED) if NEEDS_IMAGES & chosen else None
+    if "kid" in chosen:
+        scores["KID"] = metrics.kid(features, real, group, progress=True)
+    if "prc" in chosen:
+        print(f"precision and recall: {len(features)} samples and {len(real)} images", file=sys.stderr)
+        scores["precision"], scores["recall"] = metrics.precision_recall(features, real, device)
+    return scores
 
 
-def _paths(images: ImageSet) -> Sequence[Path]:
-    return () if isinstance(images.images, np.ndarray) else images.images
+def _balanced_labels(samples: ImageSet) -> Sequence[int] | None:
+    """None where they were drawn at random, even if they came out even."""
+    drawn = samples.manifest.get("settings", {}).get("labels", "balanced") == "random"
+    return None if drawn else samples.labels
 
 
-def _warn_of_features(features: Tensor, samples: ImageSet, has_fid: bool, warn: Callable[[str], None]) -> None:
+def _warn_of_images(samples: ImageSet, reference: Reference, warnings: Warnings) -> None:
+    """Of what can be known before any feature is extracted."""
+    for images in filter(None, (samples, reference.images)):
+        if images.name.endswith(".npz") and not isinstance(images.images, np.memmap):
+            warnings.add(f"{images.name} is compressed, or in Fortran's order, and so read into the memory of every "
+                         f"process, {gigabytes(images.images.nbytes)}: written by np.savez it would stay on disk")
+    if reference.images is not None and reference.images.size != samples.size:
+        warnings.add("the samples are {}x{} and the reference's images {}x{}: scores of two sizes are compared by no "
+                     "paper; --image-size crops a folder of references".format(*samples.size, *reference.images.size))
+    paths = () if isinstance(samples.images, np.ndarray) else samples.images
+    if lossy := sorted({Path(path).suffix.lower() for path in paths} & LOSSY):
+        warnings.add(f"samples are {', '.join(lossy)} files, whose compression changes every score: give PNGs or an "
+                     ".npz")
+    if len(samples) > metrics.IS_SPLIT and samples.labels is not None and _is_sorted(samples.labels):
+        warnings.add(f"the samples lie in the order of their labels, so that a chunk of {metrics.IS_SPLIT} for the "
+                     "Inception Score has few classes and the score is far too low: shuffle them")
+
+
+def _is_sorted(labels: Sequence[int]) -> bool:
+    return bool((np.diff(labels) >= 0).all())
+
+
+def _warn_of_features(features: Tensor, samples: ImageSet, has_fid: bool, warnings: Warnings) -> None:
     num, width = features.shape
     if has_fid and num <= width:
-        warn(f"{samples.name} holds {num} images, no more than the {width} features: their covariance is singular and "
-             "the Frechet distance far too large; use more images")
+        warnings.add(f"{samples.name} holds {num} images, no more than the {width} features: their covariance is "
+                     "singular and the Frechet distance far too large; use more images")
     num_different = len({hash(row.tobytes()) for row in features.numpy()})
     if num_different == 1 < num:
-        warn(f"all {num} images of {samples.name} are equal")
+        warnings.add(f"all {num} images of {samples.name} are equal")
     elif num_different < num:
-        warn(f"{num - num_different} of the {num} images of {samples.name} are copies of others")
+        warnings.add(f"{num - num_different} of the {num} images of {samples.name} are copies of others")
     if num < 2 * metrics.GROUPS:
-        warn(f"{num} samples are too few for a standard error: it takes {2 * metrics.GROUPS}")
-
-
-def _protocol(samples: ImageSet, reference: Reference, theirs: Extraction | None, extractor: Extractor) -> dict:
-    settings = samples.manifest.get("settings", {})
-    labels = settings.get("labels")
-    if labels is None and samples.labels is not None:
-        labels = "balanced" if metrics.are_balanced(samples.labels) else "as in the file"
-    images = reference.images
-    return {
-        "samples": {
-            "num": len(samples),
-            "image_size": list(samples.size),
-            "labels": labels,
-            "uint8_rule": settings.get("uint8_rule"),
-            "codec": settings.get("codec"),
-            "sampler": {key: settings[key] for key in settings if key not in NOT_OF_THE_SAMPLER} or None,
-        },
-        "reference": {
-            "kind": "statistics" if reference.gaussians else "images",
-            "num": reference.recipe.get("num", None if reference.gaussians else len(images)),
-            "content": reference.content() or theirs.content,
-            "crop": reference.recipe.get("crop", None if reference.gaussians else images.crop),
-        },
-        **({"compared": {"num": min(len(images), MOST_COMPARED), "content": theirs.content}} if theirs else {}),
-        "extractor": extractor.describe(),
-        "metrics": metrics.METHOD,
-        "versions": {"torch_fidelity": torch_fidelity.__version__},
-    }
-
-
-def _subject(samples: ImageSet, reference: Reference, ours: Extraction) -> dict:
-    manifest = samples.manifest
-    settings, session = manifest.get("settings", {}), (manifest.get("sessions") or [{}])[-1]
-    return {
-        "path": samples.name,
-        "reference": reference.name,
-        "content": ours.content,
-        **{key: manifest.get(key) for key in ("ckpt", "step", "images_per_second", "evaluations", "forwards")},
-        **{key: session.get(key) for key in ("device", "processes")},
-        **{key: settings.get(key) for key in ("seed", "weights", "model", "weak")},
-    }
-
-
-def _environment(options: EvaluateOptions, state: PartialState) -> dict:
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": state.device.type,
-        "processes": state.num_processes,
-        "batch_size": options.batch_size,
-        "versions": {"sit_atconv": __version__, "torch": torch.__version__, "numpy": np.__version__},
-    }
-
-
-def default_record(options: EvaluateOptions, evaluation: Evaluation) -> Path:
-    """Where an evaluation is written down: beside its samples, under a name of its protocol."""
-    key = digest_of(json.dumps(evaluation.protocol, sort_keys=True), evaluation.subject["content"])[:8]
-    name = f"scores-{options.extractor}-{key}.json"
-    path = Path(options.samples)
-    path = path.parent if path.name == "manifest.json" else path
-    if path.is_dir():
-        return path / name
-    return path.with_name(f"{path.stem}.{name}") if path.is_file() else Path("runs", name)
+        warnings.add(f"{num} samples are too few for a standard error: it takes {2 * metrics.GROUPS}")

@@ -14,9 +14,9 @@ from sit_atconv.data.pixels import to_uint8
 from sit_atconv.devices import on_cpu, prepare_device
 from sit_atconv.evaluation.extractors import Extractor, open_extractor
 from sit_atconv.evaluation.features import extract_features
+from sit_atconv.evaluation.gaussians import Gaussian, fit_gaussian
 from sit_atconv.evaluation.image_sets import open_image_set
 from sit_atconv.evaluation.metrics import frechet, jackknife_groups
-from sit_atconv.evaluation.statistics import Gaussian, fit_gaussian
 from sit_atconv.files import write_aside
 from sit_atconv.pictures import save_solver_curves
 from sit_atconv.sampling import Counted, Sampler, SampleStream

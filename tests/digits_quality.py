@@ -12,9 +12,9 @@ from sklearn.svm import SVC
 from sit_atconv.data.images import load_digits
 from sit_atconv.evaluation.extractors import open_extractor
 from sit_atconv.evaluation.features import extract_features
+from sit_atconv.evaluation.gaussians import fit_gaussian
 from sit_atconv.evaluation.image_sets import ImageSet
 from sit_atconv.evaluation.metrics import frechet_distance
-from sit_atconv.evaluation.statistics import fit_gaussian
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,8 @@ def save(tmp_path):
 
 @pytest.fixture
 def read(save):
-    return lambda *evaluations, baseline="1", metric="FID": read_comparison(save(*evaluations), None, baseline, metric)
+    return lambda *evaluations, baseline="1", metric="FID": read_comparison(
+        save(*evaluations), None, baseline, metric, [])
 
 
 def column(comparison, start):
@@ -106,7 +107,7 @@ def test_each_file_is_read_once_and_a_folder_may_hold_several(save):
     folder, = save(record())
     (folder / "scores-digits.json").write_bytes((folder / "scores-inception.json").read_bytes())
     (folder / "scores.json").write_text("{}")
-    found = read_comparison([folder, folder / "scores-digits.json", folder / ".." / folder.name], None, "1", "FID")
+    found = read_comparison([folder, folder / "scores-digits.json", folder / ".." / folder.name], None, "1", "FID", [])
     assert [run.name for run in found.runs] == ["digits", "inception"]
 
 
@@ -119,13 +120,14 @@ def test_what_cannot_be_compared_is_named(save, tmp_path):
         ([tmp_path / "empty"], {}, "empty holds no scores-.*: evaluate it first"),
         ([tmp_path / "list.json"], {}, "list.json is no evaluation"),
         (folders, {"names": ["a"]}, "1 names for 2 evaluations: give one for each of cfg1.5, cfg2$"),
-        (folders, {"names": ["a", "a"]}, "a, a are not distinct"),
+        (folders, {"names": ["a", "a"]}, "'a', 'a' are not distinct"),
+        (folders, {"names": ["a", " "]}, "not distinct, or empty"),
         (folders, {"baseline": "3"}, "no run '3' to be the baseline: give .* from 1 to 2, or one .* cfg1.5, cfg2$"),
         (folders, {"baseline": "0"}, "no run '0'"),
         (folders, {"metric": "KID"}, "baseline cfg1.5 has no KID: give --metric one of FID-1000, IS, recall"),
     ):
         with pytest.raises(ValueError, match=message):
-            read_comparison(sources, **{"names": None, "baseline": "1", "metric": "FID"} | options)
+            read_comparison(sources, **{"names": None, "baseline": "1", "metric": "FID", "messages": []} | options)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"file cannot be written to .*: give another --out"):
         compare(folders, tmp_path / "file")
@@ -362,12 +364,28 @@ def test_each_run_of_another_protocol_is_warned_of_in_a_line(save, tmp_path):
 @pytest.mark.parametrize(("metric", "part", "is_alike"), [
     ("FID-1000", "reference", False), ("FID-1000", "compared", True), ("recall", "reference", True),
     ("recall", "compared", False), ("IS", "reference", True), ("IS", "compared", True), ("IS", "extractor", False),
+    ("recall", "metrics", False), ("IS", "samples", False), ("recall", "samples", False),
 ])
-def test_a_score_depends_on_its_own_reference_alone(metric, part, is_alike):
-    """FID on the statistics, precision and recall on the images beside them, IS on neither."""
+def test_a_score_is_subtracted_where_all_agrees_that_it_depends_on(metric, part, is_alike):
+    """FID on the statistics, precision and recall on the images beside them, IS on neither; all on how it is done."""
     a, b = record(), record()
-    for evaluation, content in ((a, "x"), (b, "y")):
-        evaluation.protocol["compared"] = {"content": "z"}
-        evaluation.protocol[part]["content"] = content
+    for evaluation, value in ((a, 3), (b, 5)):
+        evaluation.protocol.update(compared={}, metrics={})
+        evaluation.protocol[part]["num"] = value
     runs = named(a=a, b=b)
     assert Comparison(runs, runs[0], metric).is_measured_alike(runs[1]) == is_alike
+
+
+def test_folders_without_records_are_left_out(save, tmp_path):
+    (tmp_path / "empty").mkdir()
+    folders = save(record())
+    report = compare([tmp_path / "empty", *folders], tmp_path / "out")
+    assert report.messages[0].startswith(f"left out: {tmp_path / 'empty'} holds no scores-*.json")
+
+
+def test_names_may_hold_anything(save, tmp_path):
+    """A formula that is none, what Markdown takes for a column, and a new line."""
+    folders = save(record(), record(cfg=2.0), record(cfg=2.5))
+    report = compare(folders, tmp_path / "out", names=["$x_{$", "a|b", "a\nc"])
+    assert "| $x_{$ (baseline) |" in report.table and "| a\\|b |" in report.table and "| a c |" in report.table
+    assert (tmp_path / "out" / "pareto.png").exists() and (tmp_path / "out" / "fid-cfg.png").exists()

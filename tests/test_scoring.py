@@ -13,9 +13,13 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from sit_atconv.data.images import load_digits
-from sit_atconv.evaluation import features
-from sit_atconv.evaluation.records import difference, protocol_differences
-from sit_atconv.scoring import EvaluateOptions, default_record, evaluate, make_reference
+from sit_atconv.evaluation import features, metrics
+from sit_atconv.evaluation.gaussians import fit_gaussian
+from sit_atconv.evaluation.image_sets import ImageSet, evenly_spaced
+from sit_atconv.evaluation.records import difference, protocol_differences, read_evaluation
+from sit_atconv.evaluation.references import save_reference
+from sit_atconv.evaluation_record import write_record
+from sit_atconv.scoring import EvaluateOptions, ReferenceOptions, evaluate, make_reference
 
 DIGITS = np.repeat(load_digits()[0][..., None], 3, axis=-1)[np.random.default_rng(0).permutation(1797)]
 
@@ -64,6 +68,10 @@ def pixels():
     del FEATURE_EXTRACTORS_REGISTRY["pixels"]
 
 
+def of_reference(options):
+    return ReferenceOptions(reference=options.reference, extractor=options.extractor, features=options.features)
+
+
 def values(evaluation):
     return {name: score.value for name, score in evaluation.scores.items()}
 
@@ -75,12 +83,12 @@ def test_scores_have_names_of_their_own_and_errors(options):
         assert found.scores[name].error > 0 and len(found.scores[name].without_group) == 20
     assert found.protocol["extractor"]["sha256"] and found.protocol["samples"]["num"] == 300
     assert found.protocol["reference"]["num"] == 400 and found.environment["versions"]["torch"] == torch.__version__
-    assert default_record(options, found).name.startswith("a.scores-digits-")
+    assert write_record(found).name.startswith("a.scores-digits-")
 
 
 def test_statistics_give_what_their_images_gave(options, tmp_path):
     direct = evaluate(options)
-    recipe = make_reference(options, tmp_path / "reference.npz")
+    recipe = make_reference(of_reference(options), tmp_path / "reference.npz")
     assert recipe["num"] == 400 and recipe["extractor"]["name"] == "digits"
     by_statistics = evaluate(replace(options, reference=str(tmp_path / "reference.npz")))
     for name, value in values(direct).items():
@@ -100,7 +108,6 @@ def test_shards_of_both_sets_are_one_pass(options, pixels, monkeypatch):
     """Bitwise the same whether extracted or read again, and the same pass as one whole."""
     whole = evaluate(replace(options, extractor="pixels"))
     monkeypatch.setattr(features, "SHARD", 128)
-    monkeypatch.setattr("sit_atconv.extraction.SHARD", 128)
     first = evaluate(replace(options, extractor="pixels"))
     seen = pixels.seen
     again = evaluate(replace(options, extractor="pixels"))
@@ -109,7 +116,8 @@ def test_shards_of_both_sets_are_one_pass(options, pixels, monkeypatch):
 
 
 def test_only_some_reference_images_are_compared_where_there_are_many(options, monkeypatch):
-    monkeypatch.setattr("sit_atconv.scoring.MOST_COMPARED", 300)
+    for module in ("scoring", "evaluation_record"):
+        monkeypatch.setattr(f"sit_atconv.{module}.COMPARED", 300)
     found = evaluate(replace(options, metrics=["prc", "fid"]))
     assert found.protocol["compared"]["num"] == 300
     assert values(found)["recall-digits"] * 300 == pytest.approx(round(values(found)["recall-digits"] * 300), abs=1e-4)
@@ -130,7 +138,7 @@ def test_protocols_that_differ(options, npz):
 
 
 def test_metrics_that_were_not_asked_for_are_no_difference(options, tmp_path):
-    make_reference(options, tmp_path / "r.npz")
+    make_reference(of_reference(options), tmp_path / "r.npz")
     options = replace(options, reference=str(tmp_path / "r.npz"))
     few, many = evaluate(replace(options, metrics=["fid"])), evaluate(options)
     assert "compared" not in few.protocol and "compared" in many.protocol and not protocol_differences(few, many)
@@ -152,7 +160,7 @@ def test_a_manifest_is_the_protocol(options, tmp_path):
     assert found.subject["seed"] == 7 and found.subject["step"] == 400 and found.subject["processes"] == 2
     assert found.scores["FD-digits-300"].error != evaluate(replace(options, metrics=["fid"])).scores[
         "FD-digits-300"].error  # groups within the classes
-    assert default_record(replace(options, samples=str(folder)), found).parent == folder
+    assert write_record(found).parent == folder
 
 
 # --------------------------------------------------------------------------------------------- what is not possible
@@ -161,7 +169,7 @@ def test_a_manifest_is_the_protocol(options, tmp_path):
     ({"samples": "none"}, "holds 0 images, too few"),
     ({"samples": "one"}, "holds 1 images, too few"),
     ({"samples": "three", "metrics": ["prc"]}, "no prc of .*: it needs 4 images on both sides"),
-    ({"samples": "one", "metrics": ["fid"]}, "no fid of .*: one image has no covariance"),
+    ({"samples": "one", "metrics": ["fid"]}, "no fid of .*: it needs 2 images on both sides"),
     ({"samples": "wide"}, "for 8x8 images, not 16x16"),
     ({"metrics": ["fvd"]}, "not 'fvd'"),
     ({"metrics": ["sfid"]}, "no sfid of .*: extractor 'digits' has no spatial features"),
@@ -204,10 +212,11 @@ def test_what_is_left_out_is_said(options, tmp_path, capsys):
     ("equal", "all 60 images of .* are equal"),
     ("copies", "20 of the 60 images of .* are copies of others"),
     ("large", "the samples are 16x16 and the reference's images 8x8"),
+    ("compressed", r"x\.npz is compressed.* read into the memory of every process, 0\.0 MB"),
     ("jpeg", "samples are .jpg files, whose compression changes every score"),
 ])
 def test_what_is_suspicious_is_warned_of_and_written_down(options, npz, pixels, samples, message, capsys, tmp_path):
-    images = {"jpeg": DIGITS[:60], "few": DIGITS[:20], "equal": DIGITS[:1].repeat(60, 0),
+    images = {"jpeg": DIGITS[:60], "compressed": DIGITS[:60], "few": DIGITS[:20], "equal": DIGITS[:1].repeat(60, 0),
               "copies": np.concatenate([DIGITS[:40], DIGITS[:20]]),
               "large": DIGITS[:60].repeat(2, 1).repeat(2, 2)}[samples]
     extractor = "pixels" if samples == "large" else "digits"
@@ -215,6 +224,8 @@ def test_what_is_suspicious_is_warned_of_and_written_down(options, npz, pixels, 
         for i, image in enumerate(images):
             Image.fromarray(image).save(tmp_path / f"{i:03d}.jpg")
     source = str(tmp_path) if samples == "jpeg" else npz(images)
+    if samples == "compressed":
+        np.savez_compressed(source, images)
     found = evaluate(replace(options, samples=source, metrics=["fid"], extractor=extractor))
     assert any(re.search(message, warning) for warning in found.warnings)
     assert re.search(message, capsys.readouterr().err)
@@ -231,3 +242,92 @@ def test_samples_in_the_order_of_their_labels(options, npz, pixels, monkeypatch)
     assert "order of their labels" in evaluate(replace(options, samples=ordered, metrics=["is"])).warnings[0]
     mixed = npz(DIGITS[:300], arr_1=np.arange(300) % 10)
     assert evaluate(replace(options, samples=mixed, metrics=["is"])).warnings == []
+
+
+# ------------------------------------------------------------------------------ which features go into which score
+
+@pytest.fixture
+def three_outputs(monkeypatch):
+    """An extractor with all outputs of Inception, each of its own, and what it sees in digits."""
+    from sit_atconv.evaluation.extractors import Extractor
+
+    def network(x):
+        pixels = x[:, 0].float() / 255
+        return pixels[:, 2:5, 1:4].flatten(1), pixels[:, 1:3].flatten(1)[:, :8] * 9, pixels[:, 5:7, 2:6].flatten(1) ** 2
+
+    extractor = Extractor("inception", network, "abc", ("features", "logits", "spatial"), "none")
+    monkeypatch.setattr("sit_atconv.scoring.open_extractor", lambda *args: extractor)
+    return lambda images: extractor(torch.from_numpy(images).permute(0, 3, 1, 2))
+
+
+def test_each_score_is_of_its_own_features(options, three_outputs, monkeypatch):
+    monkeypatch.setattr(features, "SHARD", 128)
+    ours, real = three_outputs(DIGITS[:300]), three_outputs(DIGITS[300:700])
+    found = values(evaluate(options))
+    precision, recall = metrics.precision_recall(ours["features"], real["features"])
+    assert precision.value != recall.value
+    assert found == pytest.approx({
+        "FID-300": metrics.frechet(ours["features"], fit_gaussian(real["features"])).value,
+        "sFID-300": metrics.frechet(ours["spatial"], fit_gaussian(real["spatial"])).value,
+        "IS": metrics.inception_score(ours["logits"]).value,
+        "precision": precision.value,
+        "recall": recall.value,
+        "KID": metrics.kid(ours["features"], real["features"]).value,
+    }, rel=1e-6)
+
+
+def test_statistics_are_taken_where_there_are_some_and_images_only_for_what_compares_them(
+    options, three_outputs, tmp_path
+):
+    """As in ADM's file, whose images are a fifth of what its statistics are of."""
+    ours, real = three_outputs(DIGITS[:300]), three_outputs(DIGITS[300:])
+    fitted = {"features": fit_gaussian(real["features"]), "spatial": fit_gaussian(real["spatial"])}
+    save_reference(tmp_path / "r.npz", fitted, ImageSet("x", DIGITS[300:700]), {})
+    found = values(evaluate(replace(options, reference=str(tmp_path / "r.npz"))))
+    assert found["FID-300"] == pytest.approx(metrics.frechet(ours["features"], fitted["features"]).value, rel=1e-6)
+    assert found["sFID-300"] == pytest.approx(metrics.frechet(ours["spatial"], fitted["spatial"]).value, rel=1e-6)
+    compared = three_outputs(DIGITS[300:700])["features"]
+    assert found["recall"] == metrics.precision_recall(ours["features"], compared)[1].value
+
+
+def test_images_that_are_compared_come_from_all_over(options, three_outputs, monkeypatch):
+    monkeypatch.setattr(features, "SHARD", 128)
+    monkeypatch.setattr("sit_atconv.scoring.COMPARED", 57)
+    real = three_outputs(DIGITS[300:700])["features"][evenly_spaced(400, 57)]
+    found = values(evaluate(replace(options, metrics=["prc"])))
+    assert found["recall"] == metrics.precision_recall(three_outputs(DIGITS[:300])["features"], real)[1].value
+
+
+def test_the_inception_score_needs_no_reference(options, pixels):
+    evaluate(replace(options, extractor="pixels", metrics=["is"]))
+    assert pixels.seen == 300 + 1  # and the first look
+
+
+# ------------------------------------------------------------------------------------------------------- the record
+
+@pytest.mark.parametrize("kind", ["images", "statistics"])
+def test_a_second_call_with_other_metrics_adds_to_the_record(options, tmp_path, kind):
+    if kind == "statistics":
+        make_reference(of_reference(options), tmp_path / "r.npz")
+        options = replace(options, reference=str(tmp_path / "r.npz"))
+    whole = evaluate(options)
+    path = write_record(whole)
+    assert write_record(evaluate(replace(options, metrics=["fid"]))) == path
+    assert read_evaluation(path).scores == whole.scores and read_evaluation(path).protocol == whole.protocol
+    path.write_text("damaged")
+    assert write_record(whole) == path and read_evaluation(path).scores == whole.scores
+    assert write_record(evaluate(replace(options, num_samples=200))) != path
+
+
+def test_labels_drawn_at_random_are_not_balanced_even_if_they_come_out_even(options, tmp_path):
+    folder = tmp_path / "samples"
+    (folder / "images").mkdir(parents=True)
+    np.savez(folder / "samples.npz", DIGITS[:300])
+    errors = []
+    for labels in ("balanced", "random"):
+        manifest = {"complete": True, "settings": {"num_samples": 300, "labels": labels},
+                    "labels": [i % 10 for i in range(300)]}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        found = evaluate(replace(options, samples=str(folder), metrics=["fid"]))
+        errors.append(found.scores["FD-digits-300"].error)
+    assert errors[0] != errors[1] == evaluate(replace(options, metrics=["fid"])).scores["FD-digits-300"].error

@@ -1,7 +1,7 @@
 """Images in an `.npz` as the ADM evaluator reads and writes them: arr_0, uint8 (N, H, W, 3), left on disk."""
 
+import math
 import struct
-import sys
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-
-from sit_atconv.files import gigabytes
 
 IMAGES = "arr_0"
 DAMAGED = (zipfile.BadZipFile, zlib.error, KeyError, OSError, EOFError, ValueError)  # what numpy and zipfile raise then
@@ -31,7 +29,7 @@ class ImageNpz:
         if not zipfile.is_zipfile(path):
             raise ValueError(f"{path} cannot be read as an .npz: it is no zip archive, or cut short")
         with zipfile.ZipFile(path) as archive:
-            self.names = [name.removesuffix(".npy") for name in archive.namelist()]
+            self.names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
     def read(self, name: str) -> np.ndarray:
         """An array that fits into memory. ValueError: it is not there, or damaged; objects are not unpickled."""
@@ -44,7 +42,7 @@ class ImageNpz:
             raise ValueError(f"{name} of {self.path} cannot be read ({error})") from error
 
     def images(self) -> np.ndarray:
-        """arr_0, on disk if it is stored as `np.savez` does; a compressed one is read into memory, with a warning.
+        """arr_0, on disk if it is stored as `np.savez` does; a compressed one, or one in Fortran's order, in memory.
 
         Raises:
             ValueError: it is not there, damaged, or of another kind than uint8 (N, H, W, 3).
@@ -63,11 +61,10 @@ class ImageNpz:
             raise ValueError(f"{IMAGES} of {self.path} is {dtype} {shape}: images must be uint8 (N, H, W, 3); for x in "
                              "[-1, 1] that is (127.5 * x + 128).clip(0, 255).astype(np.uint8)")
         if member.compress_type != zipfile.ZIP_STORED or is_fortran:
-            how = "in the order of Fortran" if is_fortran else "compressed"
-            print(f"warning: {self.path} is {how} and so read into memory, {gigabytes(np.prod(shape))}: written by "
-                  "np.savez, row by row, it would stay on disk", file=sys.stderr)
             return np.ascontiguousarray(self.read(IMAGES))
         offset = _start_of_member(self.path, member) + header_size
+        if offset + math.prod(shape) > self.path.stat().st_size:
+            raise ValueError(f"{self.path} cannot be read as an .npz: {IMAGES} is cut short")
         return np.memmap(self.path, dtype, mode="r", offset=offset, shape=shape) if shape[0] else np.zeros(shape, dtype)
 
 
@@ -82,8 +79,11 @@ def write_npz(path: Path, images: Iterable[np.ndarray], shape: tuple[int, int, i
                 np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
         with archive.open(f"{IMAGES}.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            written = 0
             for image in images:
                 file.write(image.tobytes())
+                written += image.size
+        assert written == math.prod(shape), f"{written} pixels are not {shape}"
 
 
 def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -1,7 +1,7 @@
 """Feature extractors by name: Inception, DINOv2, the digits', and whatever was registered with torch-fidelity."""
 
+import contextlib
 import hashlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ class Extractor:
     """A network and what its outputs are.
 
     Args:
-        name: "inception", "dinov2", "digits" or a registered name.
+        name: "inception", "dinov2" (of another width than ViT-L's "dinov2-384"), "digits" or a registered name.
         network: uint8 (B, 3, H, W) -> a tuple of `outputs`, or of one tensor that serves as all of them.
         sha256: digest of the weights file; where a network fetched its weights itself, of its parameters.
         outputs: some of "features" (B, D), for distances; "logits" (B, K), for scores; "spatial" (B, S), for sFID.
@@ -49,8 +49,9 @@ class Extractor:
     resize: str
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 (B, 3, H, W) -> output's name -> float32 (B, ...) on the CPU."""
-        tensors = self.network(images)
+        """uint8 (B, 3, H, W) -> output's name -> float32 (B, ...) on the CPU; computed without TF32."""
+        with _no_tf32(), torch.inference_mode():
+            tensors = self.network(images)
         if len(tensors) == 1:
             tensors *= len(self.outputs)
         return {name: tensor.float().cpu() for name, tensor in zip(self.outputs, tensors, strict=True)}
@@ -58,6 +59,20 @@ class Extractor:
     def describe(self) -> dict:
         """What features depend on beside the images, for records and the names of caches."""
         return {"name": self.name, "sha256": self.sha256, "outputs": list(self.outputs), "resize": self.resize}
+
+
+@contextlib.contextmanager
+def _no_tf32():
+    """cuDNN convolves in TF32 by default, which moves FID; what the caller had chosen comes back afterwards."""
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    chosen = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, chosen, strict=True):
+            backend.allow_tf32 = allowed
 
 
 def open_extractor(name: str, weights: str | None = None, device: torch.device | str = "cpu") -> Extractor:
@@ -117,10 +132,8 @@ def _open_dinov2(path: Path | None) -> Extractor:
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}; download {DINOV2_URL} and give its path as --weights"
                          ) from error
-    if network.width != PUBLISHED_WIDTH:
-        print(f"warning: {path} is of width {network.width}: FD-DINOv2 as published is of ViT-L/14, whose width is "
-              f"{PUBLISHED_WIDTH}", file=sys.stderr)
-    return Extractor("dinov2", network, sha256, ("features",), "224x224, bicubic, antialiased")
+    name = "dinov2" if network.width == PUBLISHED_WIDTH else f"dinov2-{network.width}"  # only one is FD-DINOv2
+    return Extractor(name, network, sha256, ("features",), "224x224, bicubic, antialiased")
 
 
 def _open_digits(path: Path | None) -> Extractor:

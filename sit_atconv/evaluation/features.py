@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ def extract_features(
     extractor: Extractor, images: ImageSet, batch_size: int = 64, device: torch.device | str = "cpu",
     start: int = 0, stop: int | None = None, progress: tqdm | None = None,
 ) -> dict[str, Tensor]:
-    """One pass over images start ... stop - 1, in their order and without TF32.
+    """One pass over images start ... stop - 1, in their order.
 
     Returns:
         By output of the extractor, float32 (N, D) on the CPU.
@@ -39,11 +40,10 @@ def extract_features(
     """
     parts = []
     stop = len(images) if stop is None else stop
-    with _no_tf32():
-        for batch in _read_ahead(images, start, stop, batch_size):
-            parts.append(extractor(batch.to(device)))
-            if progress is not None:
-                progress.update(len(batch))
+    for batch in _read_ahead(images, start, stop, batch_size):
+        parts.append(extractor(batch.to(device)))
+        if progress is not None:
+            progress.update(len(batch))
     features = {name: torch.cat([part[name] for part in parts]) for name in extractor.outputs}
     for name, values in features.items():
         if not values.isfinite().all():
@@ -65,26 +65,12 @@ def _read_ahead(images: ImageSet, start: int, stop: int, batch_size: int) -> Ite
             yield coming.result()
 
 
-@contextlib.contextmanager
-def _no_tf32():
-    """cuDNN convolves in TF32 by default, which moves FID; what the caller had chosen comes back afterwards."""
-    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    chosen = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = False
-        yield
-    finally:
-        for backend, allowed in zip(backends, chosen, strict=True):
-            backend.allow_tf32 = allowed
-
-
 class FeatureShards:
     """The features of a set of images, `SHARD` images a file.
 
     A file's name is the digest of everything its content depends on: the images themselves, the extractor and its
-    weights, batch size, kind of device and versions. So what is found under that name is right, whoever wrote it, for
-    whichever set of images; and one image or setting changed is another name.
+    weights, batch size, kind of device and versions. So a shard that is found under its name is always valid, whoever
+    wrote it, for whichever set of images; and one image or setting changed is another name.
 
     Args:
         folder: of the files; several commands may share it.
@@ -106,18 +92,20 @@ class FeatureShards:
     def __len__(self) -> int:
         return -(-len(self.images) // SHARD)
 
+    def bounds(self, number: int) -> tuple[int, int]:
+        """The first image of a shard, and the first behind it."""
+        return number * SHARD, min((number + 1) * SHARD, len(self.images))
+
     def make(self, number: int, progress: tqdm | None = None) -> str:
-        """Sees to it that a shard is there; returns the digest of its images."""
-        start, stop = number * SHARD, min((number + 1) * SHARD, len(self.images))
+        """Extracts and writes a shard unless it is there; returns the digest of its images."""
+        start, stop = self.bounds(number)
         content = self.images.content(start, stop)
-        path = self._path(content)
-        if self._is_whole(path, stop - start):
+        if self.has(content):
             if progress is not None:
                 progress.update(stop - start)
             return content
         features = extract_features(self.extractor, self.images, self.batch_size, self.device, start, stop, progress)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(path, save(features), writer=f"{socket.gethostname()}-{os.getpid()}-")
+        write_aside(self._path(content), save(features), writer=f"{socket.gethostname()}-{os.getpid()}-")
         return content
 
     def load(self, name: str, contents: Sequence[str]) -> Tensor:
@@ -137,8 +125,27 @@ class FeatureShards:
                                  "and run the same command again") from error
         return torch.cat(parts)
 
-    def clear_partial(self) -> None:
-        """What was left half written by a process killed more than a day ago; others may be at work."""
+    def has(self, content: str) -> bool:
+        """Whether the shard whose images have this digest is there and can be read."""
+        try:
+            with safe_open(self._path(content), "pt") as file:
+                return set(file.keys()) == set(self.extractor.outputs)
+        except (OSError, SafetensorError):
+            return False
+
+    def make_ready(self) -> None:
+        """Makes the folder, and clears it of what a process killed more than a day ago left half written.
+
+        Raises:
+            OSError: it cannot be written to.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise OSError(f"{self.folder} cannot be written to ({error.strerror or error}): give another "
+                          "--features") from error
         for partial in self.folder.glob(PARTIAL + "*"):
             with contextlib.suppress(OSError):
                 if time.time() - partial.stat().st_mtime > DAY:
@@ -146,11 +153,3 @@ class FeatureShards:
 
     def _path(self, content: str) -> Path:
         return self.folder / f"{digest_of(self._settings, content)[:32]}.safetensors"
-
-    def _is_whole(self, path: Path, num_images: int) -> bool:
-        try:
-            with safe_open(path, "pt") as file:
-                shapes = [file.get_slice(name).get_shape() for name in self.extractor.outputs]
-            return all(shape[0] == num_images for shape in shapes)
-        except (OSError, SafetensorError):
-            return False

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import operator
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sit_atconv.data.image_npz import IMAGES, ImageNpz
-from sit_atconv.data.images import find_images, load_digits
+from sit_atconv.data.images import list_images, load_digits
 from sit_atconv.data.pixels import CROP_RULE, read_image
 from sit_atconv.files import sha256_of
 
@@ -26,14 +28,14 @@ class ImageSet:
 
     Args:
         name: what the user called it.
-        images: an array (N, H, W, 3) uint8, in memory or on disk, or N paths of images.
+        images: an array (N, H, W, 3) uint8, in memory or on disk, or the paths of N images.
         crop_to: the side that files are cropped to by ADM's rule; None takes them as they are.
         labels: N whole numbers, or None where they are not known.
         manifest: what `sample/generate.py` wrote about them, {} where it did not.
     """
 
     name: str
-    images: np.ndarray | Sequence[Path]
+    images: np.ndarray | Sequence[str]
     crop_to: int | None = None
     labels: Sequence[int] | None = None
     manifest: dict = field(default_factory=dict)
@@ -45,7 +47,7 @@ class ImageSet:
         """ValueError: there are fewer."""
         if num > len(self):
             raise ValueError(f"{self.name} holds {len(self)} images, fewer than --num-samples {num}")
-        return replace(self, images=self.images[:num], labels=self.labels and self.labels[:num])
+        return replace(self, images=self.images[:num], labels=None if self.labels is None else self.labels[:num])
 
     @cached_property
     def size(self) -> tuple[int, int]:
@@ -62,13 +64,13 @@ class ImageSet:
         for path, picture in zip(self.images[start:stop], pictures, strict=True):
             if picture.shape != expected:
                 (_, h, w), (_, h0, w0) = picture.shape, expected
-                raise ValueError(f"{path} is {h}x{w}, and those before it {h0}x{w0}: give images of one size (of a "
+                raise ValueError(f"{path} is {h}x{w}, and the first {h0}x{w0}: give images of one size (of a "
                                  "reference, --image-size crops all to one)")
         return torch.stack(pictures)
 
-    def _read_file(self, path: Path) -> Tensor:
+    def _read_file(self, path: str) -> Tensor:
         try:
-            return read_image(path, self.crop_to)
+            return read_image(Path(path), self.crop_to)
         except ValueError as error:
             raise ValueError(f"{path} {error}") from error
 
@@ -78,12 +80,17 @@ class ImageSet:
             pixels = np.ascontiguousarray(self.images[start:stop])
             return digest_of(str(pixels.shape), hashlib.sha256(pixels).hexdigest())
         with ThreadPoolExecutor() as pool:
-            return digest_of(self.crop, *pool.map(sha256_of, self.images[start:stop]))
+            return digest_of(self.crop, *pool.map(sha256_of, map(Path, self.images[start:stop])))
 
     @property
     def crop(self) -> str:
         """How files become images, in words."""
         return f"{CROP_RULE}, to {self.crop_to}x{self.crop_to}" if self.crop_to else "none"
+
+
+def evenly_spaced(num: int, most: int) -> list[int]:
+    """`most` indices from all over `num`, or all of them."""
+    return np.linspace(0, num - 1, min(most, num)).astype(int).tolist()
 
 
 def digest_of(*parts: str) -> str:
@@ -94,7 +101,7 @@ def open_image_set(source: str, crop_to: int | None = None) -> ImageSet:
     """The images that a path, or the word "digits", stands for.
 
     Args:
-        source: a folder of images; an `.npz` with `arr_0` uint8 (N, H, W, 3) and, if it likes, labels `arr_1`; a folder
+        source: a folder of images; an `.npz` with `arr_0` uint8 (N, H, W, 3) and optionally labels `arr_1`; a folder
             that `sample/generate.py` wrote, or the manifest in it (its samples.npz, or else its images/, and never the
             grid picture); or "digits", scikit-learn's 1,797 as RGB.
         crop_to: side that the images of a folder are cropped to, by ADM's rule.
@@ -113,7 +120,7 @@ def open_image_set(source: str, crop_to: int | None = None) -> ImageSet:
     if is_generated:
         return _open_generated(source, path)
     if path.is_dir():
-        return ImageSet(source, find_images(path), crop_to)
+        return ImageSet(source, _paths(path), crop_to)
     if path.is_file():
         npz = ImageNpz(path)
         labels = npz.read(LABELS).ravel() if LABELS in npz.names else None
@@ -126,14 +133,24 @@ def open_image_set(source: str, crop_to: int | None = None) -> ImageSet:
 def _open_generated(source: str, folder: Path) -> ImageSet:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        num_samples = manifest["settings"]["num_samples"] if manifest.get("complete") else None
+        num_samples = int(manifest["settings"]["num_samples"]) if manifest.get("complete") else None
+        labels = [operator.index(label) for label in manifest.get("labels", ())]
+        sessions = [dict(session) for session in manifest.get("sessions", ())]
+        if num_samples is not None and len(labels) not in (0, num_samples):
+            raise ValueError(f"{len(labels)} labels for {num_samples} samples")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{folder / 'manifest.json'} is damaged: run the same sample/generate.py again") from error
+        raise ValueError(f"{folder / 'manifest.json'} is damaged ({error}): give the folder images/ alone, or run the "
+                         "same sample/generate.py again") from error
     if num_samples is None:
         raise ValueError(f"the samples in {folder} are not complete: run the same sample/generate.py again")
     npz = folder / "samples.npz"
-    images = ImageNpz(npz).images() if npz.exists() else find_images(folder / "images")
+    images = ImageNpz(npz).images() if npz.exists() else _paths(folder / "images")
     if len(images) != num_samples:
         raise ValueError(f"{folder} holds {len(images)} images, and its manifest says {num_samples}: run the same "
                          "sample/generate.py again")
-    return ImageSet(source, images, labels=manifest.get("labels"), manifest=manifest)
+    return ImageSet(source, images, labels=labels or None, manifest={**manifest, "sessions": sessions})
+
+
+def _paths(folder: Path) -> list[str]:
+    """Strings: of a million `Path`s every process would hold half a gigabyte."""
+    return [os.path.join(folder, name) for name in list_images(folder)]

@@ -17,17 +17,17 @@ from torch_fidelity.metric_kid import kernel_poly, mmd2
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 from tqdm import tqdm
 
+from sit_atconv.evaluation.gaussians import Gaussian, Moments
 from sit_atconv.evaluation.records import Score, jackknife_error
-from sit_atconv.evaluation.statistics import Gaussian, Moments
 
 GROUPS = 20
 NEIGHBOURS = 3          # ADM's k, on the features of FID
-IS_SPLIT = 5000         # ADM takes chunks of 5,000 in the order of the file
+IS_SPLIT = 5000         # ADM takes chunks of 5,000 in the order of the file; torch-fidelity as many, but equal ones
 KID_SUBSET, KID_SUBSETS = 1000, 100
 SEED = 2020             # torch-fidelity's, of KID's subsets
 BLOCK = 1000            # images compared at a time for precision and recall: bounds memory
 METHOD = {              # what a protocol says of these
-    "groups": GROUPS, "neighbours": NEIGHBOURS, "is_split": IS_SPLIT, "is_order": "of the files",
+    "groups": GROUPS, "neighbours": NEIGHBOURS, "is_chunks": f"ceil(N / {IS_SPLIT}) in the order of the files",
     "kid_subset": KID_SUBSET, "kid_subsets": KID_SUBSETS, "seed": SEED,
 }
 
@@ -45,9 +45,9 @@ def jackknife_groups(num: int, labels: Sequence[int] | None = None) -> Tensor:
 
 
 def are_balanced(labels: Sequence[int]) -> bool:
-    """Whether every class occurs equally often, to within one."""
+    """Whether every class that occurs does so equally often, to within one, and twice at least."""
     counts = np.unique(np.asarray(labels), return_counts=True)[1]
-    return counts.max() - counts.min() <= 1 and len(counts) > 1
+    return bool(counts.max() - counts.min() <= 1 and counts.min() > 1 and len(counts) > 1)
 
 
 def frechet_distance(generated: Gaussian, real: Gaussian) -> float:
@@ -56,8 +56,16 @@ def frechet_distance(generated: Gaussian, real: Gaussian) -> float:
     return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
 
 
-def frechet(generated: Tensor, real: Gaussian, group: Tensor, progress: bool = False) -> Score:
-    """Frechet distance and its error; no error below two samples a group."""
+def frechet(generated: Tensor, real: Gaussian, group: Tensor | None = None, progress: bool = False) -> Score:
+    """Frechet distance and its error; no error below two samples a group.
+
+    Args:
+        generated: features (N, D).
+        real: of the reference, as `fit_gaussian` fits it to features.
+        group: of each sample, (N,), by `jackknife_groups`; None is by index.
+        progress: whether to show a bar.
+    """
+    group = jackknife_groups(len(generated)) if group is None else group
     origin = generated[:BLOCK].double().mean(0)
     parts = []
     for g in range(GROUPS):
@@ -86,14 +94,17 @@ def _frechet_by_root(generated: Gaussian, real: Gaussian, root: np.ndarray) -> f
 
 
 def inception_score(logits: Tensor) -> Score:
-    """Over chunks of 5,000 in the order of the samples, as ADM; with the error of the mean of two chunks or more."""
+    """Over ceil(N / 5,000) equal chunks in the order of the samples: ADM's, where 5,000 divides N.
+
+    With the error of the mean of two chunks or more.
+    """
     splits = math.ceil(len(logits) / IS_SPLIT)
     score = isc_features_to_metric(logits, splits, shuffle=False)
     error = score[KEY_METRIC_ISC_STD] / math.sqrt(splits - 1) if splits > 1 else None
     return Score(score[KEY_METRIC_ISC_MEAN], error)
 
 
-def kid(generated: Tensor, real: Tensor, group: Tensor, progress: bool = False) -> Score:
+def kid(generated: Tensor, real: Tensor, group: Tensor | None = None, progress: bool = False) -> Score:
     """Kernel distance (arXiv 1801.01401) over torch-fidelity's subsets, and its error.
 
     The usual "std" of KID is the spread over subsets, whose size decides it. The error here is that of the mean: each
@@ -101,6 +112,8 @@ def kid(generated: Tensor, real: Tensor, group: Tensor, progress: bool = False) 
     subset has fewer than two samples a group.
     """
     size = min(KID_SUBSET, len(generated), len(real))
+    has_error = size >= 2 * GROUPS
+    group = jackknife_groups(len(generated)) if group is None else group
     generated, real, group = generated.numpy(), real.numpy(), group.numpy()
     random = np.random.RandomState(SEED)
     values, without = [], []
@@ -110,8 +123,9 @@ def kid(generated: Tensor, real: Tensor, group: Tensor, progress: bool = False) 
         x, y = generated[ours], real[theirs]
         k_xx, k_xy, k_yy = kernel_poly(x, x), kernel_poly(x, y), kernel_poly(y, y)
         values.append(mmd2(k_xx, k_xy, k_yy))
-        without.append(_mmd2_without_groups(k_xx, k_xy, k_yy, group[ours]))
-    if size < 2 * GROUPS:
+        if has_error:
+            without.append(_mmd2_without_groups(k_xx, k_xy, k_yy, group[ours]))
+    if not has_error:
         return Score(float(np.mean(values)))
     without = np.mean(without, axis=0).tolist()
     return Score(float(np.mean(values)), jackknife_error(without), without)

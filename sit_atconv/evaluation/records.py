@@ -3,12 +3,36 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from sit_atconv.files import write_aside
 
 FULL = 50_000  # samples of the FID that papers report; another number stands in the score's name
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What to know of a metric.
+
+    Args:
+        higher_is_better: or lower.
+        depends_on: parts of the protocol, beside extractor, constants and image size, that change it.
+    """
+
+    higher_is_better: bool
+    depends_on: tuple[str, ...]
+
+
+METRICS = {  # in the order of tables
+    "FID": Metric(False, ("samples.num", "reference")),
+    "sFID": Metric(False, ("samples.num", "reference")),
+    "IS": Metric(True, ("samples.num",)),
+    "precision": Metric(True, ("samples.num", "compared")),
+    "recall": Metric(True, ("samples.num", "compared")),
+    "KID": Metric(False, ("compared",)),
+}
+ALWAYS = ("extractor", "metrics", "samples.image_size")
 OTHERS = {"FID": "FD", "KID": "KD", "IS": "score"}  # what is called otherwise with another extractor than Inception
 
 
@@ -24,7 +48,7 @@ class Score:
 
     value: float
     error: float | None = None
-    without_group: Sequence[float] = ()
+    without_group: list[float] = field(default_factory=list)
 
     def __str__(self) -> str:
         if not self.error or not math.isfinite(self.error):
@@ -54,21 +78,50 @@ class Evaluation:
     warnings: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps(asdict(self), indent=1, allow_nan=False)
 
     def save(self, path: Path) -> None:
         write_aside(path, self.to_json() + "\n")
 
+    def brief(self) -> "Evaluation":
+        """The same without the values that lack a group, for people."""
+        return replace(self, scores={name: replace(score, without_group=[]) for name, score in self.scores.items()})
+
+    def with_scores_of(self, earlier: "Evaluation") -> "Evaluation":
+        """The same, and what an earlier evaluation of the same samples by the same protocol found beside.
+
+        Where the two are of something else, nothing is added.
+        """
+        if self.subject.get("content") != earlier.subject.get("content") or protocol_differences(self, earlier):
+            return self
+        return replace(self, scores={**earlier.scores, **self.scores}, protocol={**earlier.protocol, **self.protocol})
+
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Raises ValueError where the file is none."""
+    """Raises ValueError if the file is not an evaluation."""
     try:
         held = json.loads(path.read_text())
         scores = {name: Score(**score) for name, score in held.pop("scores").items()}
-        return Evaluation(scores, **held)
+        evaluation = Evaluation(scores, **held)
+        _check_types(evaluation)
+        return evaluation
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no evaluation as eval/fid.py writes it: give its --out, or the folder of samples "
                          "that it was written to") from error
+
+
+def _check_types(evaluation: Evaluation) -> None:
+    """Raises TypeError or ValueError for what no evaluation holds, as after editing by hand."""
+    numbers = [(score.value, score.error or 0.0, *score.without_group) for score in evaluation.scores.values()]
+    if not all(math.isfinite(number) for each in numbers for number in each) or any(each[1] < 0 for each in numbers):
+        raise ValueError("a score is not finite, or its error negative")
+    if unknown := [name for name in evaluation.scores if metric_of(name) not in METRICS]:
+        raise ValueError(f"there is no score {unknown[0]}")
+    facts = evaluation.subject | flat(evaluation.protocol)
+    texts = ("ckpt", "path", "device")
+    for name in (*texts, "images_per_second", "step", "processes", "samples.sampler.steps", "samples.sampler.cfg"):
+        if not isinstance(facts.get(name), str | None if name in texts else int | float | None):
+            raise TypeError(f"{name} is {facts[name]!r}")
 
 
 def score_name(metric: str, extractor: str, num_samples: int) -> str:
@@ -113,6 +166,14 @@ def flat(values: dict) -> dict[str, object]:
         else:
             found[name] = value
     return found
+
+
+def is_measured_alike(a: Evaluation, b: Evaluation, name: str) -> bool:
+    """Whether score `name` of one may be subtracted from the other's: all agrees that the metric depends on."""
+    matters = (*ALWAYS, *METRICS[metric_of(name)].depends_on)
+    differing = protocol_differences(a, b)
+    return name in a.scores and name in b.scores and not any(
+        found == part or found.startswith(f"{part}.") for found in differing for part in matters)
 
 
 def are_paired(a: Evaluation, b: Evaluation) -> bool:

@@ -1,5 +1,6 @@
 """The command that compares evaluations; how it compares is tested in tests/test_score_comparison.py."""
 
+import os
 import subprocess
 
 import pytest
@@ -31,6 +32,12 @@ def test_it_prints_the_table_draws_and_needs_no_torch(runs, tmp_path):
     assert "warning: theirs differs from ours: cfg 2 → 2.5\n" in done.stderr
     assert done.stderr.splitlines()[-1] == ("written: runs/compare/compare.md, runs/compare/compare.csv, "
                                             "runs/compare/pareto.png")
+
+
+def test_a_terminal_that_knows_no_arrows(runs, tmp_path):
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(python(ROOT / COMPARE, *runs), cwd=tmp_path, capture_output=True, text=True, env=ascii_only)
+    assert done.returncode == 0 and "| theirs | 2.50 ? 0.10 |" in done.stdout, done.stderr
 
 
 def test_errors(fails, runs, tmp_path):

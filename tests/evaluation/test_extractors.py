@@ -53,6 +53,29 @@ def test_outputs_have_names_and_are_float32():
         Extractor("x", network, None, ("features", "logits", "spatial"), "none")(torch.zeros(2, 3, 2, 2))
 
 
+@pytest.fixture
+def tf32():
+    """cuDNN and cuBLAS with TF32 switched on."""
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = True
+    yield backends
+    for backend, allowed in zip(backends, before, strict=True):
+        backend.allow_tf32 = allowed
+
+
+def test_features_are_extracted_without_tf32_and_the_callers_choice_comes_back(tf32):
+    seen = []
+
+    def network(images):
+        seen.append([backend.allow_tf32 for backend in tf32])
+        return torch.zeros(len(images), 2), torch.zeros(len(images), 3)
+
+    Extractor("x", network, None, ("features", "logits"), "none")(torch.zeros(4, 3, 8, 8, dtype=torch.uint8))
+    assert seen == [[False, False]] and all(backend.allow_tf32 for backend in tf32)
+
+
 def test_the_digits_extractor():
     opened = open_extractor("digits")
     outputs = opened(torch.zeros(5, 3, 8, 8, dtype=torch.uint8))
@@ -340,17 +363,15 @@ def cls_token(weights, images):
     return norm(x, "norm")[:, 0]
 
 
-def test_dinov2_from_metas_file_and_from_timms(tmp_path, images, capsys):
+def test_dinov2_from_metas_file_and_from_timms(tmp_path, images):
     weights = make_dinov2()
     torch.save(weights, tmp_path / "meta.pth")
     save_file(as_timm(weights), tmp_path / "timm.safetensors")
     results = []
     for file in ("meta.pth", "timm.safetensors"):
         opened = open_extractor("dinov2", str(tmp_path / file))
-        warning = capsys.readouterr().err
-        assert warning.count("\n") == 1 and "of width 128: FD-DINOv2 as published is of ViT-L/14" in warning
-        assert opened.describe() == {"name": "dinov2", "sha256": sha256_of(tmp_path / file), "outputs": ["features"],
-                                     "resize": "224x224, bicubic, antialiased"}
+        assert opened.describe() == {"name": "dinov2-128", "sha256": sha256_of(tmp_path / file),
+                                     "outputs": ["features"], "resize": "224x224, bicubic, antialiased"}
         outputs = opened(images)
         assert list(outputs) == ["features"] and outputs["features"].dtype == torch.float32
         results.append(outputs["features"])
@@ -365,10 +386,9 @@ def test_dinov2_enlarges_small_images_too(tmp_path, images):
                           cls_token(weights, small)) < 1e-5
 
 
-def test_dinov2_of_the_published_width_is_not_warned_of(tmp_path, capsys):
+def test_only_the_published_width_bears_the_published_name(tmp_path):
     save_file(as_timm(make_dinov2(width=1024, depth=1, side=16)), tmp_path / "timm.safetensors")
-    open_extractor("dinov2", str(tmp_path / "timm.safetensors"))
-    assert capsys.readouterr().err == ""
+    assert open_extractor("dinov2", str(tmp_path / "timm.safetensors")).name == "dinov2"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import numpy as np
+import PIL
 import pytest
 import torch
 
@@ -55,7 +56,8 @@ def test_what_is_there_is_not_extracted_again(tmp_path):
     assert torch.equal(make_all(shards(tmp_path, second)), made) and second.seen == 0
 
 
-@pytest.mark.parametrize("change", ["pixel", "order", "count", "weights", "name", "resize", "batch size", "version"])
+@pytest.mark.parametrize(
+    "change", ["pixel", "order", "count", "weights", "name", "resize", "batch size", "version", "device"])
 def test_what_has_changed_is(tmp_path, change, monkeypatch):
     """An image of the first shard, or anything else that features depend on."""
     make_all(shards(tmp_path, Watched()))
@@ -71,8 +73,11 @@ def test_what_has_changed_is(tmp_path, change, monkeypatch):
     if change == "batch size":
         batch_size = 20
     if change == "version":
-        monkeypatch.setattr(torch, "__version__", "9.9")
+        monkeypatch.setattr(PIL, "__version__", "9.9")
     changed = shards(tmp_path, watched, images, batch_size)
+    if change == "device":
+        changed = FeatureShards(tmp_path, watched.extractor, changed.images, 16, "meta")
+        changed.device = torch.device("cpu")
     changed.make(0)
     assert watched.seen == min(40, len(images))
 
@@ -103,11 +108,11 @@ def test_a_shard_that_vanishes_is_named(tmp_path):
 def test_only_old_leftovers_are_cleared(tmp_path):
     import os
 
-    old, new = tmp_path / f"{PARTIAL}old", tmp_path / f"{PARTIAL}new"
+    old, new = tmp_path / f"{PARTIAL}old", tmp_path / f"{PARTIAL}new"  # of somebody at work
     old.touch()
     new.touch()
     os.utime(old, (0, 0))
-    shards(tmp_path, Watched()).clear_partial()
+    shards(tmp_path, Watched()).make_ready()
     assert not old.exists() and new.exists()
 
 
@@ -121,24 +126,7 @@ def test_features_that_are_not_finite_are_named():
         extract_features(Extractor("x", network, None, ("features", "logits"), "none"), ImageSet("digits", DIGITS))
 
 
-@pytest.fixture
-def tf32():
-    """cuDNN and cuBLAS with TF32 switched on."""
-    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = True
-    yield backends
-    for backend, allowed in zip(backends, before, strict=True):
-        backend.allow_tf32 = allowed
-
-
-def test_features_are_extracted_without_tf32_and_the_callers_choice_comes_back(tf32):
-    seen = []
-
-    def network(images):
-        seen.append([backend.allow_tf32 for backend in tf32])
-        return torch.zeros(len(images), 2), torch.zeros(len(images), 3)
-
-    extract_features(Extractor("x", network, None, ("features", "logits"), "none"), ImageSet("digits", DIGITS[:4]))
-    assert seen == [[False, False]] and all(backend.allow_tf32 for backend in tf32)
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file cannot be written to \(File exists\): give another --features"):
+        shards(tmp_path / "file", Watched()).make_ready()

@@ -10,8 +10,8 @@ from sit_atconv.data.images import load_digits
 from sit_atconv.evaluation import metrics
 from sit_atconv.evaluation.extractors import open_extractor
 from sit_atconv.evaluation.features import extract_features
+from sit_atconv.evaluation.gaussians import Gaussian, fit_gaussian
 from sit_atconv.evaluation.image_sets import ImageSet
-from sit_atconv.evaluation.statistics import Gaussian, fit_gaussian
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,8 @@ def test_groups_are_of_equal_size_and_balanced_labels_are_spread_over_them():
     assert torch.equal(metrics.jackknife_groups(400), by_index)
     drawn = torch.randint(8, (400,)).tolist()
     assert not metrics.are_balanced(drawn) and torch.equal(metrics.jackknife_groups(400, drawn), by_index)
-    assert metrics.are_balanced([0, 1, 1]) and not metrics.are_balanced([0, 1, 1, 1]) and not metrics.are_balanced([0])
+    assert metrics.are_balanced([0, 0, 1, 1, 1]) and not metrics.are_balanced([0, 0, 1, 1, 1, 1])
+    assert not metrics.are_balanced([0, 0]) and not metrics.are_balanced([3, 1, 2])
 
 
 def test_few_samples_have_no_error(features):

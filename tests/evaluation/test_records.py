@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -50,6 +51,44 @@ def test_what_is_written_is_read_again(tmp_path):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(ValueError, match="no evaluation"):
             read_evaluation(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("edit", [
+    lambda held: held["scores"]["FID-1000"].update(value=None),
+    lambda held: held["scores"]["FID-1000"].update(value="2"),
+    lambda held: held["scores"]["FID-1000"].update(value=float("nan")),
+    lambda held: held["scores"]["FID-1000"].update(error=-1.0),
+    lambda held: held["scores"]["FID-1000"].update(error="x"),
+    lambda held: held["scores"]["FID-1000"].update(without_group=None),
+    lambda held: held["scores"]["FID-1000"].update(without_group=["x"]),
+    lambda held: held["scores"].update(FVD={"value": 3.0}),
+    lambda held: held.update(subject=None),
+    lambda held: held.update(protocol=[]),
+    lambda held: held["subject"].update(ckpt=3),
+    lambda held: held["subject"].update(images_per_second="fast"),
+    lambda held: held["protocol"]["samples"].update(sampler={"steps": "many"}),
+])
+def test_records_edited_by_hand_are_refused(tmp_path, edit):
+    held = json.loads(evaluation().to_json())
+    edit(held)
+    (tmp_path / "x.json").write_text(json.dumps(held))
+    with pytest.raises(ValueError, match=r"x\.json is no evaluation"):
+        read_evaluation(tmp_path / "x.json")
+
+
+def test_scores_of_another_call_are_kept():
+    """Of the same samples and protocol, and the newer of each; of others nothing."""
+    first, second, other = evaluation(), evaluation((3.0, 3.0)), evaluation(num=7)
+    for each, content in ((first, "a"), (second, "a"), (other, "a")):
+        each.subject["content"] = content
+    first.scores["recall"] = Score(0.5)
+    first.protocol["compared"] = {"num": 3}
+    merged = second.with_scores_of(first)
+    assert merged.scores == {"FID-1000": second.scores["FID-1000"], "recall": Score(0.5)}
+    assert merged.protocol["compared"] == {"num": 3}
+    assert second.with_scores_of(other) is second
+    second.subject["content"] = "b"
+    assert second.with_scores_of(first) is second
 
 
 def test_differences_of_protocols_are_named():

@@ -2,38 +2,14 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from sit_atconv.data.images import load_digits
+from sit_atconv.evaluation.gaussians import Gaussian
 from sit_atconv.evaluation.image_sets import ImageSet
-from sit_atconv.evaluation.statistics import Gaussian, Moments, fit_gaussian, open_reference, save_reference
+from sit_atconv.evaluation.references import open_reference, save_reference
 
 DIGITS = np.repeat(load_digits()[0][:50, ..., None], 3, axis=-1)
 EYE = {"mu": np.zeros(5), "sigma": np.eye(5)}
-
-
-def test_a_gaussian_is_numpys_mean_and_covariance():
-    features = torch.randn(300, 7) * 3 + 100
-    gaussian = fit_gaussian(features)
-    assert gaussian.mu.dtype == gaussian.sigma.dtype == np.float64
-    np.testing.assert_allclose(gaussian.mu, features.double().numpy().mean(0), rtol=1e-12)
-    np.testing.assert_allclose(gaussian.sigma, np.cov(features.double().numpy(), rowvar=False), rtol=1e-9, atol=1e-12)
-
-
-def test_moments_of_parts_add_and_subtract():
-    features = torch.randn(90, 4) + 50
-    parts = [Moments(features[0]) for _ in range(3)]
-    for part, piece in zip(parts, features.split([20, 30, 40]), strict=True):
-        part.add(piece)
-    whole = parts[0] + parts[1] + parts[2]
-    for moments, rows in [(whole, features), (whole - parts[1], torch.cat([features[:20], features[50:]]))]:
-        gaussian, direct = moments.gaussian(), fit_gaussian(rows)
-        np.testing.assert_allclose(gaussian.mu, direct.mu, rtol=1e-12)
-        np.testing.assert_allclose(gaussian.sigma, direct.sigma, rtol=1e-9, atol=1e-12)
-
-
-def test_equal_images_have_no_variance():
-    assert np.abs(fit_gaussian(torch.full((50, 3), 1 / 3)).sigma).max() < 1e-30
 
 
 def test_a_reference_is_written_as_adm_reads_it_and_read_again(tmp_path):
@@ -49,9 +25,7 @@ def test_a_reference_is_written_as_adm_reads_it_and_read_again(tmp_path):
 
 
 def test_images_kept_come_from_all_over(tmp_path, monkeypatch):
-    from sit_atconv.evaluation import statistics
-
-    monkeypatch.setattr(statistics, "IMAGES_KEPT", 5)
+    monkeypatch.setattr("sit_atconv.evaluation.references.COMPARED", 5)
     save_reference(tmp_path / "x.npz", {}, ImageSet("digits", DIGITS), {})
     with np.load(tmp_path / "x.npz") as file:
         assert np.array_equal(file["arr_0"], DIGITS[[0, 12, 24, 36, 49]])
@@ -65,14 +39,22 @@ def test_others_statistics(tmp_path):
     assert reference.gaussians["features"].sigma.dtype == np.float64
     other = dict(EYE, mu=np.ones(5))
     np.savez(tmp_path / "y.npz", **other)
-    assert open_reference(str(tmp_path / "y.npz")).content() != reference.content()
+    np.savez(tmp_path / "z.npz", **EYE | {"sigma": 2 * np.eye(5)})
+    contents = [open_reference(str(tmp_path / f"{name}.npz")).content() for name in "xyz"]
+    assert len(set(contents)) == 3
 
 
 @pytest.mark.parametrize(("arrays", "message"), [
     ({"mu": np.zeros(5)}, "no sigma"),
     ({"labels": np.zeros(5)}, r"holds \['labels'\]: a reference has mu and sigma, or images as arr_0"),
-    (EYE | {"sigma": np.eye(4)}, r"\(5,\) and \(4, 4\)"),
-    (EYE | {"mu": np.full(5, np.nan)}, "all finite"),
+    (EYE | {"sigma": np.eye(4)}, r"\(5,\) and \(4, 4\), not \(D,\) and \(D, D\)"),
+    (EYE | {"mu": np.full(5, np.nan)}, "are not finite"),
+    (EYE | {"mu": np.zeros(5, complex)}, "complex128 and float64, not floating point"),
+    (EYE | {"mu": np.array(list("abcde"))}, "not floating point"),
+    (EYE | {"sigma": -np.eye(5)}, "eigenvalues would not be negative"),
+    (EYE | {"sigma": np.triu(np.ones((5, 5))) + np.eye(5)}, "would be symmetric"),
+    (EYE | {"sigma": 1e200 * np.eye(5)}, "beyond 1e12"),
+    (EYE | {"mu": np.full(5, 1e200)}, "beyond 1e12"),
     (EYE | {"mu_s": np.zeros(3)}, "no sigma_s"),
     (EYE | {"arr_0": np.zeros((4, 8, 8, 3))}, "float64"),
 ])
@@ -89,8 +71,9 @@ def test_statistics_are_not_cropped(tmp_path):
 
 
 def test_a_recipe_that_is_none_is_named(tmp_path):
-    np.savez(tmp_path / "x.npz", **EYE, recipe=np.array("{"))
-    with pytest.raises(ValueError, match="recipe"):
-        open_reference(str(tmp_path / "x.npz"))
+    for recipe in ("{", "null", "[]", '{"extractor": "x"}', '{"extractor": 3}'):
+        np.savez(tmp_path / "x.npz", **EYE, recipe=np.array(recipe))
+        with pytest.raises(ValueError, match=r"recipe of .*x\.npz is not what --make-reference writes"):
+            open_reference(str(tmp_path / "x.npz"))
     np.savez(tmp_path / "x.npz", **EYE, recipe=np.array(json.dumps({"num": 3})))
     assert open_reference(str(tmp_path / "x.npz")).recipe == {"num": 3}

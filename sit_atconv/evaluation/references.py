@@ -1,4 +1,4 @@
-"""Gaussians fitted to features: moments that add and subtract, and the files that hold a reference's."""
+"""What samples are compared with: statistics as ADM publishes them, with images or without, or images alone."""
 
 import hashlib
 import json
@@ -6,56 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from sit_atconv.data.image_npz import IMAGES, ImageNpz, write_npz
-from sit_atconv.evaluation.image_sets import ImageSet, digest_of, open_image_set
+from sit_atconv.evaluation.gaussians import Gaussian
+from sit_atconv.evaluation.image_sets import ImageSet, digest_of, evenly_spaced, open_image_set
 from sit_atconv.files import write_aside
 
 NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # of ADM's files
-RECIPE = "recipe"       # what --make-reference adds to them
-IMAGES_KEPT = 10_000    # as in ADM's files, for precision and recall
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """Mean (D,) and covariance (D, D), float64."""
-
-    mu: np.ndarray
-    sigma: np.ndarray
-
-
-class Moments:
-    """Number, sum and scatter of features (N, D), in float64 about a fixed origin; those of parts add and subtract."""
-
-    def __init__(self, origin: Tensor, num: int = 0, total: Tensor | float = 0.0, scatter: Tensor | float = 0.0):
-        self.origin, self.num, self.total, self.scatter = origin.double(), num, total, scatter
-
-    def add(self, features: Tensor) -> None:
-        centred = features.double() - self.origin
-        self.num += len(centred)
-        self.total = self.total + centred.sum(0)
-        self.scatter = self.scatter + centred.T @ centred
-
-    def __sub__(self, part: "Moments") -> "Moments":
-        return Moments(self.origin, self.num - part.num, self.total - part.total, self.scatter - part.scatter)
-
-    def __add__(self, part: "Moments") -> "Moments":
-        return Moments(self.origin, self.num + part.num, self.total + part.total, self.scatter + part.scatter)
-
-    def gaussian(self) -> Gaussian:
-        """With the unbiased covariance, as numpy's and ADM's."""
-        mean = self.total / self.num
-        sigma = (self.scatter - torch.outer(mean, self.total)) / (self.num - 1)
-        return Gaussian((self.origin + mean).numpy(), sigma.numpy())
-
-
-def fit_gaussian(features: Tensor) -> Gaussian:
-    """To features (N, D), N at least 2."""
-    moments = Moments(features.double().mean(0))
-    moments.add(features)
-    return moments.gaussian()
+RECIPE = "recipe"   # what --make-reference adds to them
+COMPARED = 10_000   # images for precision, recall and KID, from all over the set, as in ADM's files
 
 
 @dataclass(frozen=True)
@@ -102,27 +61,45 @@ def open_reference(source: str, crop_to: int | None = None) -> Reference:
         return Reference(source, {}, open_image_set(source, crop_to))
     if crop_to:
         raise ValueError(f"--image-size crops the images of a folder, and {source} holds statistics")
-    gaussians = {output: Gaussian(*(npz.read(name).astype(np.float64) for name in names))
-                 for output, names in NAMES.items() if names[0] in npz.names}
-    for output, gaussian in gaussians.items():
-        mu, sigma = gaussian.mu, gaussian.sigma
-        is_finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not is_finite:
-            raise ValueError(f"{NAMES[output][0]} and {NAMES[output][1]} of {source} are {mu.shape} and {sigma.shape} "
-                             "and must be (D,) and (D, D), all finite: the file is damaged, or no reference")
+    gaussians = {output: _read_gaussian(npz, *names) for output, names in NAMES.items() if names[0] in npz.names}
     return Reference(source, gaussians, open_image_set(source) if IMAGES in npz.names else None, _read_recipe(npz))
+
+
+def _read_gaussian(npz: ImageNpz, mu_name: str, sigma_name: str) -> Gaussian:
+    mu, sigma = npz.read(mu_name), npz.read(sigma_name)
+    fault = None
+    if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
+        fault = f"are {mu.dtype} and {sigma.dtype}, not floating point"
+    elif mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        fault = f"are of shapes {mu.shape} and {sigma.shape}, not (D,) and (D, D)"
+    elif not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        fault = "are not finite"
+    else:
+        mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+        scale = np.abs(np.diagonal(sigma)).max(initial=0)
+        if max(scale, np.abs(mu).max(initial=0)) > 1e12:
+            fault = "reach beyond 1e12, which no features do"
+        elif np.abs(sigma - sigma.T).max(initial=0) > 1e-3 * scale:
+            fault = "are no mean and covariance, which would be symmetric"
+        elif np.linalg.eigvalsh(sigma).min(initial=0) < -1e-3 * scale:
+            fault = "are no mean and covariance, whose eigenvalues would not be negative"
+    if fault:
+        raise ValueError(f"{mu_name} and {sigma_name} of {npz.path} {fault}: the file is damaged, or no reference")
+    return Gaussian(mu, sigma)
 
 
 def _read_recipe(npz: ImageNpz) -> dict:
     try:
-        return dict(json.loads(str(npz.read(RECIPE)))) if RECIPE in npz.names else {}
-    except (ValueError, TypeError) as error:
+        recipe = json.loads(str(npz.read(RECIPE))) if RECIPE in npz.names else {}
+        dict(recipe.get("extractor", {}))
+        return recipe
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{RECIPE} of {npz.path} is not what --make-reference writes ({error})") from error
 
 
 def save_reference(path: Path, gaussians: dict[str, Gaussian], images: ImageSet, recipe: dict) -> None:
-    """Writes a file that `open_reference` and ADM's evaluator read; of the images, `IMAGES_KEPT` from all over."""
-    chosen = np.linspace(0, len(images) - 1, min(IMAGES_KEPT, len(images))).astype(int).tolist()
+    """Writes a file that `open_reference` and ADM's evaluator read; of the images, `COMPARED` from all over."""
+    chosen = evenly_spaced(len(images), COMPARED)
     arrays = {name: array for output, gaussian in gaussians.items()
               for name, array in zip(NAMES[output], (gaussian.mu, gaussian.sigma), strict=True)}
     pixels = (images.read(i, i + 1)[0].permute(1, 2, 0).contiguous().numpy() for i in chosen)
