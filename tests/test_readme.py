@@ -1,4 +1,4 @@
-"""The README's Python runs as printed, and what it names exists."""
+"""The Python of README and docs/evaluation.md runs as printed, and what the README names exists."""
 
 import re
 
@@ -7,12 +7,14 @@ import pytest
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
+PAGES = [README, (ROOT / "docs" / "evaluation.md").read_text()]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+@pytest.mark.parametrize("block", BLOCKS)
 def test_python_blocks_run(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, "a page", "exec"), {})
 
 
 def test_files_named_exist():
