@@ -199,6 +199,8 @@ def test_inception_score_is_taken_in_chunks_in_the_order_of_the_file():
     assert score.value == pytest.approx(5, rel=0.01) and score.error == pytest.approx(0, abs=1e-3)
     assert metrics.inception_score(logits[torch.randperm(10_000)]).value == pytest.approx(10, rel=0.01)
     assert metrics.inception_score(logits[::2]).error is None  # one chunk
+    assert metrics.inception_score(logits[:7500]).value == pytest.approx(4.24, rel=0.01)  # two of 3,750
+    assert metrics.inception_score(logits[:7500]).error is not None
 
 
 def test_its_error_is_that_of_a_mean_of_chunks():
