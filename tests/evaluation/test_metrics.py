@@ -144,6 +144,15 @@ def test_the_jackknife_follows_the_true_spread_of_the_frechet_distance():
     assert np.mean([score.error for score in scores]) == pytest.approx(values.std(ddof=1), rel=0.2)
 
 
+def test_at_its_bias_the_jackknife_is_too_large():
+    """Of samples of the reference's own distribution: what the docs warn of."""
+    generator = torch.Generator().manual_seed(0)
+    real, group = Gaussian(np.zeros(16), np.eye(16)), metrics.jackknife_groups(1000)
+    scores = [metrics.frechet(torch.randn(1000, 16, generator=generator), real, group) for _ in range(300)]
+    spread = np.std([score.value for score in scores], ddof=1)
+    assert 1.2 < np.mean([score.error for score in scores]) / spread < 1.6
+
+
 @pytest.mark.parametrize("shift", [0.1, 0.5])
 def test_the_error_of_kid_is_no_spread_over_subsets(monkeypatch, shift):
     monkeypatch.setattr(metrics, "KID_SUBSETS", 12)
