@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         "generate": f"python sample/generate.py --ckpt {shlex.quote(str(run))} --cfg 2 --num-samples 1000 "
         f"--labels balanced --solver heun --steps 12 --batch-size 125 --out {shlex.quote(str(samples))}",
         "evaluate": f"python eval/fid.py --samples {shlex.quote(str(samples))} --reference digits --extractor digits "
-        f"--out {shlex.quote(str(scores))}",
+        f"--features {shlex.quote(str(out / 'features'))} --out {shlex.quote(str(scores))}",
         "speed": f"python eval/speed.py --preset S/2 --forms attention atconv --out {shlex.quote(str(speed))}",
     }
     seconds = {name: run_as_typed(command) for name, command in parts.items()}
