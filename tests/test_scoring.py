@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 from torch_fidelity import register_feature_extractor
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from sit_atconv.data.images import load_digits
@@ -20,6 +19,7 @@ from sit_atconv.evaluation.records import difference, protocol_differences, read
 from sit_atconv.evaluation.references import save_reference
 from sit_atconv.evaluation_record import write_record
 from sit_atconv.scoring import EvaluateOptions, ReferenceOptions, evaluate, make_reference
+from tests.pixel_features import Pixels
 
 DIGITS = np.repeat(load_digits()[0][..., None], 3, axis=-1)[np.random.default_rng(0).permutation(1797)]
 
@@ -40,24 +40,6 @@ def options(tmp_path, npz):
     """300 digits against 400 others."""
     return EvaluateOptions(samples=npz(DIGITS[:300], "a.npz"), reference=npz(DIGITS[300:700], "b.npz"),
                            extractor="digits", features=str(tmp_path / "features"))
-
-
-class Pixels(FeatureExtractorBase):
-    """Some pixels as features and as logits, as torch-fidelity's own CLIP has one output for all metrics."""
-
-    seen = 0
-
-    @staticmethod
-    def get_provided_features_list():
-        return ("pixels",)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric):
-        return "pixels"
-
-    def forward(self, x):
-        Pixels.seen += len(x)
-        return (x[:, 0, 2:5, 2:5].flatten(1).float() / 255,)
 
 
 @pytest.fixture

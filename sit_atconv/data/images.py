@@ -141,11 +141,6 @@ def list_images(folder: Path) -> list[str]:
     return sorted(names, key=os.fsencode)
 
 
-def find_images(folder: str | Path) -> list[Path]:
-    """`list_images` as paths."""
-    return [Path(folder, name) for name in list_images(Path(folder))]
-
-
 def _raise(error: OSError):
     raise error
 

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch_fidelity import register_feature_extractor
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from sit_atconv.evaluation import extractors
 from sit_atconv.evaluation.extractors import Extractor, open_extractor
 from sit_atconv.files import sha256_of
 from tests.conftest import relative_error
+from tests.pixel_features import Pixels
 
 
 @pytest.fixture(scope="module")
@@ -95,22 +95,7 @@ def test_unknown_names_and_missing_files(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------- registered ones
 
-class Corner(FeatureExtractorBase):
-    """Pixels as features and as logits, as torch-fidelity's own CLIP and DINOv2 have one output for all metrics."""
-
-    @staticmethod
-    def get_provided_features_list():
-        return ("pixels",)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric):
-        return "pixels"
-
-    def forward(self, x):
-        return (x[:, 0, 3:5, 3:5].flatten(1).float() / 255,)
-
-
-class Two(Corner):
+class Two(Pixels):
     @staticmethod
     def get_provided_features_list():
         return "bright", "dark"
@@ -124,7 +109,7 @@ class Two(Corner):
         return tuple(values[name] for name in self.features_list)
 
 
-class Scaled(Corner):
+class Scaled(Pixels):
     """With a parameter, of a file or as it is set here."""
 
     scale = 1.0
@@ -138,7 +123,7 @@ class Scaled(Corner):
             self.register_buffer("flags", torch.tensor([True, False]))
 
 
-class Downloads(Corner):
+class Downloads(Pixels):
     error = None
 
     def __init__(self, name, features_list, feature_extractor_weights_path=None):
@@ -162,9 +147,9 @@ def register():
 
 
 def test_one_tensor_serves_as_features_and_logits(register):
-    opened = open_extractor(register(Corner))
+    opened = open_extractor(register(Pixels))
     outputs = opened(torch.full((2, 3, 8, 8), 255, dtype=torch.uint8))
-    assert list(outputs) == ["features", "logits"] and torch.equal(outputs["features"], torch.ones(2, 4))
+    assert list(outputs) == ["features", "logits"] and torch.equal(outputs["features"], torch.ones(2, 9))
     assert torch.equal(outputs["features"], outputs["logits"]) and opened.sha256 is None
     assert opened.resize == "its own"
 
@@ -200,7 +185,7 @@ def test_registered_ones_that_cannot_download(register, monkeypatch, error):
 def test_registered_ones_that_take_no_weights(register, monkeypatch, tmp_path):
     (tmp_path / "w").write_bytes(b"")
     with pytest.raises(ValueError, match="takes no weights from a file: leave out --weights"):
-        open_extractor(register(Corner), str(tmp_path / "w"))
+        open_extractor(register(Pixels), str(tmp_path / "w"))
     monkeypatch.setattr(Downloads, "error", NotImplementedError())  # as torch-fidelity's DINOv2
     with pytest.raises(ValueError, match="takes no weights from a file: leave out --weights"):
         open_extractor(register(Downloads), str(tmp_path / "w"))
