@@ -32,6 +32,9 @@ class Recipe:
         class_names: names of labels 0, 1, ...
         step: optimizer steps behind these weights.
         ema_decay: decay of the average that these weights are; None for the weights as trained.
+        null_label_trained: whether labels were ever dropped, so that guidance has something to guide with; None where
+            that is not known (weights older than this field), which is taken for yes.
+        empty_classes: labels of which no image was trained on; they are drawn only where they are asked for.
         versions: of what wrote them.
     """
 
@@ -41,16 +44,31 @@ class Recipe:
     class_names: list[str]
     step: int
     ema_decay: float | None = None
+    null_label_trained: bool | None = None
+    empty_classes: list[int] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A loaded model, its recipe, and the exported folder or the published file that both came from."""
+    """A loaded model and where it came from.
+
+    Args:
+        model: on the CPU, in float32.
+        recipe: how it was trained, and so how to sample from it.
+        path: the exported folder or the published file of both.
+        notes: what the user must hear of them, a line each: what had to be assumed, dropped or reordered.
+    """
 
     model: "SiT"
     recipe: Recipe
     path: Path
+    notes: tuple[str, ...] = ()
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that guidance takes for no class; None where there is none, or none that was trained."""
+        return None if self.recipe.null_label_trained is False else self.model.null_label
 
     @property
     def home(self) -> Path:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sit_atconv.data.pixels import CROP_RULE, read_image, to_uint8
+from sit_atconv.data.pixels import CROP_RULE, MAX_MEGAPIXELS, read_image, to_uint8
 
 MOST_CLASSES = 10**6  # beyond that a label is no class
+RULES = 2  # by which files become images and labels; 1 is that of data sets begun before 2026-11-25
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 
 
@@ -43,6 +44,7 @@ class Digits(Dataset):
     def __init__(self):
         images, self.labels = load_digits()
         self.images = torch.from_numpy(images)[:, None]
+        self.class_counts = np.bincount(self.labels).tolist()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -66,6 +68,9 @@ class ImageFolder(Dataset):
     Args:
         folder: where the images lie.
         image_size: side in pixels after ADM's centre crop.
+        rules: by which files become images and labels: RULES, or 1 for what was begun under it.
+        keep_empty_classes: keep labels below the largest that no image has, instead of refusing them.
+        max_megapixels: files of more pixels than that are not read.
 
     Raises:
         ValueError: no such folder, no images, images both beside and inside subfolders, a class without images, or a
@@ -75,9 +80,19 @@ class ImageFolder(Dataset):
     channels = 3
     is_encoded = False
 
-    def __init__(self, folder: str | Path, image_size: int):
+    def __init__(
+        self,
+        folder: str | Path,
+        image_size: int,
+        *,
+        rules: int = RULES,
+        keep_empty_classes: bool = False,
+        max_megapixels: float = MAX_MEGAPIXELS,
+    ):
         self.folder = Path(folder)
         self.image_size = image_size
+        self.rules = rules
+        self.max_megapixels = max_megapixels
         names = list_images(self.folder)
         if (self.folder / "dataset.json").is_file():
             self.class_names, labels = _labels_of_dataset_json(self.folder / "dataset.json", names)
@@ -86,6 +101,7 @@ class ImageFolder(Dataset):
         # Arrays, not lists: millions of small objects would be copied into every loading process, one after another.
         self.names = np.array([os.fsencode(name) for name in names])
         self.labels = np.array(labels, np.int64)
+        self.class_counts = np.bincount(self.labels, minlength=len(self.class_names)).tolist()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -100,7 +116,7 @@ class ImageFolder(Dataset):
 
     def read(self, index: int) -> Tensor:
         """uint8 (3, H, W). ValueError: the file cannot be read."""
-        return read_image(self.folder / self.name(index), self.image_size)
+        return read_image(self.folder / self.name(index), self.image_size, self.max_megapixels)
 
     def name(self, index: int) -> str:
         """Of an image, relative to the folder."""

@@ -36,6 +36,7 @@ class CachedLatents(Dataset):
                 raise ValueError(f"{path} has {size} bytes, and {entry['bytes']} by the index: delete it and run the "
                                  "same sit_atconv/encode.py again")
         self.class_names = tuple(self.index.class_names)
+        self.class_counts = list(self.index.class_counts)
         self.image_size = settings.image_size
         self.codec = settings.codec | {"source": self.index.vae}  # as Codec.describe() has it
         self.ends = list(itertools.accumulate(entry["num_images"] for entry in self.index.shards))

@@ -11,6 +11,9 @@ UINT8_RULE = "clamp(127.5 * x + 128, 0, 255), truncated"
 CROP_RULE = "upright by EXIF, RGB, halved by box filter while twice as large, bicubic, centre (ADM)"
 
 
+MAX_MEGAPIXELS = 178.0  # Pillow's limit against files that unpack to more than memory holds
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """[-1, 1] -> uint8 by clamp(127.5 x + 128, 0, 255), truncated: the rule of DiT and SiT."""
     return (127.5 * images.float() + 128.0).clamp(0, 255).to(torch.uint8)
@@ -36,7 +39,7 @@ def center_crop(picture: Image.Image, size: int) -> Image.Image:
     return picture.crop((left, top, left + size, top + size))
 
 
-def read_image(path: Path, size: int | None) -> Tensor:
+def read_image(path: Path, size: int | None, max_megapixels: float = MAX_MEGAPIXELS) -> Tensor:
     """An image file, upright, as RGB -> uint8 (3, H, W): cropped to a square of `size`, or whole where that is None.
 
     Greyscale is repeated, 16 bits become 8, transparency is dropped.
