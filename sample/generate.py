@@ -6,6 +6,8 @@ Several processes: `accelerate launch sample/generate.py ...` or `torchrun --npr
 the images are the same. The same command again completes what a kill left unfinished.
 """
 
+import sys
+
 from sit_atconv.commands import ArgumentParser, at_least, finite, is_main_process, positive, user_errors
 
 
@@ -23,6 +25,8 @@ def main(argv: list[str] | None = None) -> None:
 
         sampler = {name: options.pop(name) for name in Sampler.__dataclass_fields__}
         job = prepare(GenerateOptions(sampler=Sampler(**sampler), **options))
+        if is_main_process():
+            print(*(f"note: {note}\n" for note in job.notes), sep="", end="", file=sys.stderr)
     with user_errors(everywhere=True):  # a disk may be full for one process alone
         manifest = generate_samples(job)
     if is_main_process():
@@ -51,17 +55,19 @@ def make_parser() -> ArgumentParser:
     wanted = parser.add_argument_group("what to draw")
     wanted.add_argument("--num-samples", type=at_least(1), default=100, help="how many images")
     wanted.add_argument("--classes", nargs="+", default=(), metavar="CLASS",
-                        help="these in turn, by name or number, instead of --labels")
+                        help="classes to draw in turn, instead of --labels: a label (3, label:3) or a class name "
+                        "(tench, name:3)")
     wanted.add_argument("--labels", default="random", metavar="random|balanced|FILE",
-                        help="uniform, every class equally often, or a class on each line of a text file; FID is lower "
-                        "with balanced labels, say which")
+                        help="draw labels uniformly, draw every class equally often, or read a class for each sample "
+                        "from a text file, written as for --classes; FID is lower with balanced labels: report which")
     wanted.add_argument("--seed", type=at_least(0), default=0, help="sample i is a function of (seed, i)")
     wanted.add_argument("--size", type=at_least(1), nargs="+", default=(), metavar="PIXELS",
                         help="side, or height and width (default: as trained)")
 
     guidance = parser.add_argument_group("guidance")
-    guidance.add_argument("--cfg", type=finite, default=4.0,
-                          help="guidance scale: v_null + cfg * (v_cond - v_null); 1 is off, 0 ignores the labels")
+    guidance.add_argument("--cfg", type=finite, default=None,
+                          help="guidance scale: v_null + cfg * (v_cond - v_null); 1 is off, 0 ignores the labels "
+                          "(default: 4, or 1 for models trained without label dropout)")
     guidance.add_argument("--interval", dest="cfg_interval", type=finite, nargs=2, default=(0.0, 1.0),
                           metavar=("LO", "HI"),
                           help="guide where LO <= t < HI (t = 0 is noise, 1 data); elsewhere half the work is saved")

@@ -134,7 +134,7 @@ class PreviewConfig:
         every: steps between two pictures; the last step always makes one.
         num_classes: rows, at most.
         per_class: columns.
-        cfg: guidance scale.
+        cfg: guidance scale; null is 4, or 1 where labels are never dropped.
         solver: as `--solver` of sample/generate.py, except SDEs.
         num_steps: its steps.
     """
@@ -142,7 +142,7 @@ class PreviewConfig:
     every: int = 10_000
     num_classes: int = 10
     per_class: int = 8
-    cfg: float = 4.0
+    cfg: float | None = None
     solver: Literal["euler", "heun", "dopri5", "unipc", "dpm++"] = "euler"
     num_steps: int = 50
 
@@ -154,7 +154,7 @@ class PreviewConfig:
         for name in ("every", "num_classes", "per_class", "num_steps"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"preview.{name} must be at least 1, not {value}")
-        if not math.isfinite(self.cfg):
+        if self.cfg is not None and not math.isfinite(self.cfg):
             raise ValueError(f"preview.cfg must be finite, not {self.cfg}")
 
 
@@ -173,18 +173,18 @@ class Config:
     preview: PreviewConfig
     options: dict  # all of the above as plain nested values, what config.yaml holds
 
-    def check_guidance(self, null_label: int | None) -> None:
-        """Raises ValueError where label dropout or the previews' guidance need a null label that the model lacks, or
-        the previews' solver another path."""
+    def check_dropout(self, null_label: int | None) -> None:
+        """Raises ValueError where labels shall be dropped and the model has no null label."""
         if null_label is None and self.flow.class_dropout_prob > 0:
             raise ValueError("model.has_null_label is false: there is nothing to drop labels to; "
                              "set flow.class_dropout_prob to 0")
-        if null_label is None and self.preview.cfg != 1:
-            raise ValueError("model.has_null_label is false: there is no guidance; set preview.cfg to 1")
+
+    def check_previews(self, null_label: int | None) -> None:
+        """Raises ValueError where previews cannot be drawn as asked: `null_label` is None where it is never trained."""
         try:
             self.preview.sampler.check(self.flow.path, self.flow.prediction, null_label)
         except ValueError as error:
-            raise ValueError(f"preview: {error}") from error
+            raise ValueError(f"preview: {error} (preview.cfg, flow.class_dropout_prob)") from error
 
     def check_resumable(self, data: dict) -> None:
         """Raises ValueError where a run in `out` cannot go on as asked, with these data."""

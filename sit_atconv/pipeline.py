@@ -1,7 +1,7 @@
 """The model as a diffusers pipeline: schedulers, devices, offloading, saving and the hub are those of diffusers."""
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import diffusers
@@ -16,6 +16,7 @@ from diffusers import (
     ImagePipelineOutput,
     SchedulerMixin,
 )
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 from torch import Tensor
@@ -28,6 +29,7 @@ from sit_atconv.files import write_folder_aside
 from sit_atconv.flow import as_velocity, get_interpolant
 from sit_atconv.models.sit import SiT
 from sit_atconv.sampling import guided, time_grid
+from sit_atconv.sampling.guidance import check_guidance, default_cfg
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -44,6 +46,7 @@ class SiTPipeline(DiffusionPipeline):
         prediction: what the model's output stands for: "velocity", "noise", "score" or "data".
         interpolant: the path it was trained on, "linear".
         id2label: class names by label, {"0": "tench", ...}. (A list would pass for a component when loaded.)
+        null_label_trained: whether guidance has a null label to guide with; None (not known) is taken for yes.
 
     Raises:
         ValueError: another path than the linear one, or a scheduler that is not set up for flows.
@@ -51,6 +54,7 @@ class SiTPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -60,6 +64,7 @@ class SiTPipeline(DiffusionPipeline):
         prediction: str = "velocity",
         interpolant: str = "linear",
         id2label: dict[str, str] | None = None,
+        null_label_trained: bool | None = None,
     ):
         super().__init__()
         if interpolant != "linear":
@@ -67,7 +72,8 @@ class SiTPipeline(DiffusionPipeline):
                              f"{interpolant!r}: sample it with sample/generate.py")
         check_scheduler(scheduler)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self.register_to_config(prediction=prediction, interpolant=interpolant, id2label=id2label)
+        self.register_to_config(prediction=prediction, interpolant=interpolant, id2label=id2label,
+                                null_label_trained=null_label_trained)
 
     @classmethod
     def download(
@@ -97,7 +103,7 @@ class SiTPipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels: int | str | Sequence[int | str],
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         num_inference_steps: int = 50,
         generator: torch.Generator | list[torch.Generator] | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -106,11 +112,13 @@ class SiTPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         """
         Args:
-            class_labels: one label or several, each a number or a name.
-            guidance_scale: 1 is off.
+            class_labels: one class or several, each a label (int) or a class name (str).
+            guidance_scale: 1 is off; None is 4, or 1 for models trained without label dropout.
             num_inference_steps: the scheduler's steps, uniform in t where it takes sigmas; its own grid elsewhere.
             generator: of the noise, one for all images or one for each.
             guidance_interval: guidance is on where lo <= t < hi.
@@ -118,12 +126,20 @@ class SiTPipeline(DiffusionPipeline):
             latents: the noise itself (B, C, h, w).
             output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1]; "latent" (B, C, h, w) undecoded.
             return_dict: whether the images come in an `ImagePipelineOutput` or in a tuple.
+            callback_on_step_end: called after each step as (pipeline, step, timestep, tensors), as by all pipelines of
+                diffusers. It may return other tensors, set `_guidance_scale`, or set `_interrupt` to skip what is left.
+            callback_on_step_end_tensor_inputs: names of the tensors that it gets: "latents".
 
         Raises:
-            ValueError: unknown labels, sizes that do not fit, guidance without a null label, or a scheduler that is
-                not set up for flows.
+            ValueError: unknown labels, sizes that do not fit, guidance that is impossible (`check_guidance`), or a
+                scheduler that is not set up for flows.
         """
         check_scheduler(self.scheduler)
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if unknown := sorted({*callback_on_step_end_tensor_inputs} - {*self._callback_tensor_inputs}):
+            raise ValueError(f"callback_on_step_end_tensor_inputs can be {self._callback_tensor_inputs}, not "
+                             f"{unknown[0]!r}")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, not {output_type!r}")
         device = self._execution_device
@@ -131,14 +147,24 @@ class SiTPipeline(DiffusionPipeline):
         x = self._noise((len(y), *self._latent_shape(height, width)), generator, latents, device)
         interpolant, prediction = get_interpolant(self.config.interpolant), self.config.prediction
         model = as_velocity(self.transformer, interpolant, prediction)
-        velocity = guided(model, y, cfg=guidance_scale, interval=guidance_interval)
+        null_label = None if self.config.null_label_trained is False else self.transformer.null_label
+        scale = default_cfg(null_label) if guidance_scale is None else guidance_scale
+        check_guidance(scale, null_label, interval=guidance_interval)
+        cfg = scale if null_label is None else lambda t: self._guidance_scale  # which a callback may change
+        velocity = guided(model, y, cfg=cfg, interval=guidance_interval)
 
         t0, t1 = interpolant.interval(prediction)
         times = self._set_timesteps(num_inference_steps, t0, t1)
+        self._guidance_scale, self._interrupt, self._num_timesteps = scale, False, len(times)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         options = {"generator": generator} if takes_generator else {}
-        for t, timestep in zip(times, self.progress_bar(self.scheduler.timesteps), strict=True):
+        for step, (t, timestep) in enumerate(zip(times, self.progress_bar(self.scheduler.timesteps), strict=True)):
+            if self._interrupt:
+                continue
             x = self.scheduler.step(-velocity(x, t), timestep, x, return_dict=False, **options)[0]
+            if callback_on_step_end is not None:
+                tensors = {name: x for name in callback_on_step_end_tensor_inputs}
+                x = (callback_on_step_end(self, step, timestep, tensors) or tensors).get("latents", x)
 
         images = x if output_type == "latent" else self._decode(x)
         self.maybe_free_model_hooks()
@@ -151,12 +177,24 @@ class SiTPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
     def downsample(self) -> int:
         """Pixels for each latent, along a side."""
         return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def label_ids(self, class_labels: int | str | Sequence[int | str]) -> list[int]:
-        """Labels, by number or name, as numbers. ValueError: out of range, or not a name; the message has near ones."""
+        """Returns the labels of classes given by label (int) or name (str). ValueError: as `class_label`."""
         if isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
             class_labels = [class_labels]
         class_labels = list(class_labels)
@@ -244,5 +282,6 @@ def export_pipeline(weights: Weights, folder: Path) -> None:
         prediction=recipe.prediction,
         interpolant=recipe.interpolant,
         id2label={str(label): name for label, name in enumerate(recipe.class_names)},
+        null_label_trained=recipe.null_label_trained,
     )
     write_folder_aside(folder, pipeline.save_pretrained)

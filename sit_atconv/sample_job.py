@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shlex
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sit_atconv.checkpointing.weights import Weights, load_weights
-from sit_atconv.class_labels import class_label, read_labels
+from sit_atconv.checkpointing.weights import Recipe, Weights, load_weights
+from sit_atconv.class_labels import read_labels, typed_label
 from sit_atconv.data.codecs import Codec, open_codec
 from sit_atconv.data.pixels import UINT8_RULE
 from sit_atconv.files import sha256_of
@@ -33,7 +34,7 @@ class GenerateOptions:
     vae: str | None = None
     ema: bool | float = True
     weak: str | None = None
-    classes: tuple[int | str, ...] = ()
+    classes: tuple[str, ...] = ()
     labels: str = "random"
     num_samples: int = 100
     seed: int = 0
@@ -61,6 +62,7 @@ class SampleJob:
         settings: all that the images depend on.
         folder: where they go.
         missing: the indices that were not there when this was asked.
+        notes: what the user must hear of all this, a line each.
     """
 
     options: GenerateOptions
@@ -73,12 +75,14 @@ class SampleJob:
     settings: dict
     folder: SamplesFolder
     missing: list[int]
+    notes: list[str]
 
     def labels(self, stream: SampleStream) -> Tensor:
         """(B,)"""
         if self.given:
             return torch.tensor([self.given[i % len(self.given)] for i in stream.indices])
-        return stream.labels(self.weights.model.config.num_classes, self.options.labels)
+        recipe = self.weights.recipe
+        return stream.labels(len(recipe.class_names), self.options.labels, recipe.empty_classes)
 
     @cached_property
     def all_labels(self) -> list[int]:
@@ -101,8 +105,8 @@ def prepare(options: GenerateOptions) -> SampleJob:
     weights = load_weights(options.ckpt, options.ema, model=options.model, vae=options.vae)
     recipe, config = weights.recipe, weights.model.config
     weak = _load_weak(options.weak, weights)
-    sampler = options.sampler.settled(recipe.interpolant)
-    sampler.check(recipe.interpolant, recipe.prediction, weights.model.null_label, weak is not None)
+    sampler = options.sampler.settled(recipe.interpolant, weights.null_label, weak is not None)
+    sampler.check(recipe.interpolant, recipe.prediction, weights.null_label, weak is not None)
     codec = open_codec(recipe.codec, precision="fp32" if options.dtype == "fp32" else "tf32")
     if sampler.cfg_channels and sampler.cfg_channels > codec.channels:
         raise ValueError(f"--cfg-channels {sampler.cfg_channels} are more than the {codec.channels} that there are")
@@ -132,7 +136,19 @@ def prepare(options: GenerateOptions) -> SampleJob:
     folder.check(settings)
     folder.check_room(options.num_samples, image_shape, options.npz, 4 * math.prod(shape) if options.latents else 0)
     missing = folder.missing(options.num_samples, options.latents)
-    return SampleJob(options, sampler, weights, weak, codec, given, shape, settings, folder, missing)
+    notes = [*weights.notes, *_notes_on_labels(given, recipe)]
+    if options.sampler.cfg is None and weights.null_label is None and weak is None:
+        why = "has no null label" if weights.model.null_label is None else "was trained without label dropout"
+        notes.append(f"samples are not guided (--cfg 1): the model {why}")
+    if options.out is None and not folder.folder.exists() and (fewer := folder.with_fewer(settings)):
+        notes.append(f"{fewer} holds some of these samples: with --out {shlex.quote(str(fewer))} this command draws only "
+                     "the others")
+    return SampleJob(options, sampler, weights, weak, codec, given, shape, settings, folder, missing, notes)
+
+
+def _notes_on_labels(given: list[int], recipe: Recipe) -> list[str]:
+    untrained = sorted({*given} & {*recipe.empty_classes})
+    return [f"no image of label {label} ({recipe.class_names[label]!r}) was trained on" for label in untrained]
 
 
 def _load_weak(ckpt: str | None, weights: Weights) -> Weights | None:
@@ -160,7 +176,7 @@ def _given_labels(options: GenerateOptions, class_names: list[str]) -> tuple[lis
     if options.classes:
         if options.labels != "random":
             raise ValueError(f"--classes and --labels {options.labels} contradict each other: give one of them")
-        labels = [class_label(given, class_names) for given in options.classes]
+        labels = [typed_label(given, class_names) for given in options.classes]
         return labels, "classes" + "_".join(map(str, labels))
     if options.labels in ("random", "balanced"):
         return [], options.labels

@@ -1,5 +1,6 @@
 """The folder that samples are written to; what is in it is always whole, and of one setting."""
 
+import contextlib
 import json
 import math
 import os
@@ -49,15 +50,28 @@ class SamplesFolder:
             raise ValueError(f"{self.manifest} is damaged: delete {self.folder}, or give another --out") from error
 
     def check(self, settings: dict) -> None:
-        """Raises ValueError where the folder holds anything but samples of these settings."""
+        """Raises ValueError where the folder holds anything but samples of these settings, as many or fewer."""
         if self.folder.is_file():
             raise ValueError(f"{self.folder} is a file: give another --out")
         if not self.manifest.exists() and self._holds_anything():
             raise ValueError(f"{self.folder} is not empty and has no manifest.json: give another --out")
         held = self.read_manifest().get("settings", settings)
-        changed = [f"{key} {held.get(key)!r} -> {new!r}" for key, new in settings.items() if held.get(key) != new]
+        num_held, num_samples = held.get("num_samples", 0), settings.get("num_samples", 0)
+        changed = _differences(held, settings)
+        if not changed and num_held > num_samples:
+            raise ValueError(f"{self.folder} holds {num_held} samples already, and {num_samples} are asked for: give "
+                             "another --out, or use the first of them (eval/fid.py --num-samples)")
         if changed:
             raise ValueError(f"{self.folder} holds other samples ({', '.join(changed)}): give another --out")
+
+    def with_fewer(self, settings: dict) -> Path | None:
+        """A neighbour of this folder that holds fewer samples of the same settings, or None."""
+        for path in sorted(self.folder.parent.glob("*/manifest.json")):
+            with contextlib.suppress(ValueError):  # a damaged one helps nobody
+                held = SamplesFolder(path.parent).read_manifest()["settings"]
+                if not _differences(held, settings) and held["num_samples"] < settings["num_samples"]:
+                    return path.parent
+        return None
 
     def _holds_anything(self) -> bool:
         """Beside the hidden files of a command that was killed while it began."""
@@ -72,7 +86,10 @@ class SamplesFolder:
             num_missing: how many that are.
             latents: whether they are wanted too.
         """
-        sessions = self.read_manifest().get("sessions", [])
+        manifest = self.read_manifest()
+        sessions = manifest.get("sessions", [])
+        if manifest and manifest["settings"] != settings:  # there will be more: what was gathered is not all of them
+            self.npz.unlink(missing_ok=True)
         self.update_manifest({"complete": False, "settings": settings,
                               "sessions": [*sessions, {"missing": num_missing, **where}]})
         self._clear_partial(self.folder)
@@ -109,7 +126,7 @@ class SamplesFolder:
         """
         pixels = math.prod(shape)
         num_missing = max(0, num_samples - len(_by_index(self.images, "png")))
-        gathered = num_samples * pixels if npz and not self.npz.exists() else 0
+        gathered = num_samples * pixels if npz and (num_missing or not self.npz.exists()) else 0
         check_room(self.folder, num_missing * (pixels + latent_bytes) + gathered)
 
     def write_sample(self, index: int, image: Tensor, latent: Tensor | None = None) -> None:
@@ -147,6 +164,12 @@ class SamplesFolder:
 
     def _image(self, index: int) -> Path:
         return self.images / f"{index:06d}.png"
+
+
+def _differences(held: dict, settings: dict) -> list[str]:
+    """Settings that make other samples, as "name then -> now". (Sample i does not depend on how many there are.)"""
+    return [f"{key} {held.get(key)!r} -> {new!r}" for key, new in settings.items()
+            if held.get(key) != new and key != "num_samples"]
 
 
 def _by_index(folder: Path, suffix: str) -> dict[int, Path]:

@@ -78,7 +78,7 @@ def compare_solvers(options: Options) -> dict:
     weights = load_weights(options.ckpt)
     recipe = weights.recipe
     for sampler in plan(options):
-        sampler.check(recipe.interpolant, recipe.prediction, weights.model.null_label)
+        sampler.check(recipe.interpolant, recipe.prediction, weights.null_label)
     device = torch.device("cpu") if on_cpu() else torch.accelerator.current_accelerator()
     prepare_device(device)
     network = open_extractor(options.extractor, options.extractor_weights, device)
@@ -130,7 +130,7 @@ def measure(
     for start in range(0, options.num_samples, options.batch_size):
         stream = SampleStream(options.seed, range(start, min(start + options.batch_size, options.num_samples)))
         noise = stream.randn((codec.channels, config.input_size, config.input_size), device)
-        y = stream.labels(config.num_classes, "balanced").to(device)
+        y = stream.labels(config.num_classes, "balanced", recipe.empty_classes).to(device)
         labels += y.tolist()
         clock = time.perf_counter()
         z = sampler(model, noise, y, path=recipe.interpolant, prediction=recipe.prediction, randn=stream.randn_like)

@@ -87,7 +87,8 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
         size = codec.latent_size(data.image_size)
         torch.manual_seed(train.seed)
         net = SiT(**config.model, num_classes=len(data.class_names), in_channels=codec.channels, input_size=size)
-        config.check_guidance(net.null_label)
+        config.check_dropout(net.null_label)
+        config.check_previews(net.null_label if config.flow.class_dropout_prob else None)
         check_tracker(train.tracker)
         plan = Plan.of(train, order)
         if config.dry_run:

@@ -19,6 +19,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from sit_atconv import pipeline as pipeline_module
 from sit_atconv.checkpointing.weights import Recipe, Weights
@@ -130,12 +131,83 @@ def test_guidance_where_it_is_asked_for():
     pipeline(5, num_inference_steps=7, output_type="latent", guidance_interval=(2 / 7, 5 / 7))
     assert sizes == [1, 1, 2, 2, 2, 1, 1]
     pipeline.transformer = randomised(has_null_label=False)
-    pipeline(5, guidance_scale=1.0, num_inference_steps=1, output_type="latent")
+    sizes.clear()
+    pipeline.transformer.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    pipeline(5, num_inference_steps=1, output_type="latent")
+    assert sizes == [1]
     with pytest.raises(ValueError, match="needs a null label"):
-        pipeline(5)
+        pipeline(5, guidance_scale=2.0)
+
+
+def test_a_null_label_that_was_never_trained_guides_nothing():
+    pipeline, sizes = make_pipeline(null_label_trained=False), []
+    pipeline.transformer.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    pipeline(5, num_inference_steps=2, output_type="latent")
+    assert sizes == [1, 1]
+    for scale in (2.0, 0.0):
+        with pytest.raises(ValueError, match="needs a null label, and this model was trained without one: use cfg = 1"):
+            pipeline(5, guidance_scale=scale)
+
+
+@pytest.mark.parametrize("options", [
+    dict(guidance_interval=(0.8, 0.2)), dict(guidance_interval=(0.3, 1.2)), dict(guidance_interval=(0.5, 0.5)),
+    dict(guidance_scale=float("nan")), dict(guidance_scale=float("inf"))])
+def test_guidance_that_is_nonsense_is_refused(options):
+    with pytest.raises(ValueError, match=r"two increasing times in \[0, 1\]|must be a finite number"):
+        make_pipeline()(3, num_inference_steps=1, output_type="latent", **options)
+
+
+def test_callbacks_see_and_change_every_step():
+    pipeline, seen, sizes = make_pipeline(), [], []
+    pipeline.transformer.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+
+    def watch(pipe, step, timestep, tensors):
+        seen.append((pipe is pipeline, step, float(timestep), tensors["latents"].clone()))
+        return tensors
+
+    options = dict(num_inference_steps=4, latents=NOISE[:1], output_type="latent")
+    undisturbed = pipeline(5, **options).images
+    watched = pipeline(5, callback_on_step_end=watch, **options).images
+    assert torch.equal(undisturbed, watched) and torch.equal(seen[-1][3], watched)
+    assert [step for _, step, *_ in seen] == [0, 1, 2, 3] == list(range(pipeline.num_timesteps)) and seen[0][0]
+    assert [time for _, _, time, _ in seen] == sorted((time for _, _, time, _ in seen), reverse=True)
+
+    def halve(pipe, step, timestep, tensors):
+        return {"latents": tensors["latents"] / 2} if step == 3 else None
+
+    assert torch.equal(pipeline(5, callback_on_step_end=halve, **options).images, undisturbed / 2)
+
+    def stop_guidance(pipe, step, timestep, tensors):
+        pipe._guidance_scale, pipe._interrupt = 1.0, step == 2
+        return tensors
+
+    sizes.clear()
+    stopped = pipeline(5, callback_on_step_end=stop_guidance, **options).images
+    assert sizes == [2, 1, 1] and not torch.equal(stopped, undisturbed)
+    sizes.clear()
+    pipeline(5, **options)
+    assert sizes == [2] * 4  # the next call begins anew
+    with pytest.raises(ValueError, match=r"tensor_inputs can be .*'latents'.*, not 'prompt_embeds'"):
+        pipeline(5, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["prompt_embeds"], **options)
+
+
+def test_diffusers_own_callbacks_name_their_tensors():
+    class Doubles(PipelineCallback):
+        tensor_inputs = ["latents"]  # noqa: RUF012
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            return {"latents": callback_kwargs["latents"] * (2 if step_index == 1 else 1)}
+
+    options = dict(num_inference_steps=2, latents=NOISE[:1], output_type="latent")
+    pipeline = make_pipeline()
+    for callback in (Doubles(), MultiPipelineCallbacks([Doubles()])):
+        changed = pipeline(5, callback_on_step_end=callback, **options).images
+        assert torch.equal(changed, 2 * pipeline(5, **options).images)
 
 
 def test_labels_by_number_and_name():
+    by_number = make_pipeline(id2label={"0": "1", "1": "10", "2": "2"})  # as folders were once sorted
+    assert by_number.label_ids([1, "1", "10", 2]) == [1, 0, 1, 2]
     pipeline = make_pipeline(id2label={str(i): name for i, name in enumerate(NAMES)})
     assert pipeline.label_ids([2, "digit 7", np.int64(3)]) == [2, 7, 3]
     assert pipeline.label_ids("digit 9") == [9] and pipeline.label_ids(4) == [4]

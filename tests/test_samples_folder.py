@@ -70,6 +70,25 @@ def test_a_folder_of_anything_else_is_refused(folder, tmp_path):
         SamplesFolder(tmp_path / "file").check(SETTINGS)
 
 
+def test_more_samples_may_join_and_what_was_gathered_goes(tmp_path):
+    folder = SamplesFolder(tmp_path / "n2")
+    folder.folder.mkdir()
+    folder.begin({"seed": 0, "num_samples": 2}, {}, 2)
+    for i in range(2):
+        folder.write_sample(i, torch.full((3, 4, 4), i, dtype=torch.uint8))
+    folder.write_npz(2)
+    more = {"seed": 0, "num_samples": 3}
+    folder.check(more)
+    assert SamplesFolder(tmp_path / "n3").with_fewer(more) == folder.folder
+    assert SamplesFolder(tmp_path / "n3").with_fewer(more | {"seed": 1}) is None
+    folder.begin(more, {}, 1)
+    assert not folder.npz.exists() and folder.read_manifest()["settings"] == more and folder.missing(3) == [2]
+    with pytest.raises(ValueError, match="holds 3 samples already, and 2 are asked for: give another --out"):
+        folder.check({"seed": 0, "num_samples": 2})
+    with pytest.raises(ValueError, match=r"holds other samples \(seed 0 -> 1\)"):
+        folder.check({"seed": 1, "num_samples": 4})
+
+
 def test_a_kill_before_the_manifest_is_no_hindrance(tmp_path):
     folder = SamplesFolder(tmp_path / "samples")
     folder.folder.mkdir()

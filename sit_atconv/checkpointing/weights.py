@@ -48,6 +48,10 @@ class Recipe:
     empty_classes: list[int] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
+    def null_label_of(self, model) -> int | None:
+        """The label that guidance takes for no class; None where there is none, or none that was trained."""
+        return None if self.null_label_trained is False else model.null_label
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -67,8 +71,8 @@ class Weights:
 
     @property
     def null_label(self) -> int | None:
-        """The label that guidance takes for no class; None where there is none, or none that was trained."""
-        return None if self.recipe.null_label_trained is False else self.model.null_label
+        """As `Recipe.null_label_of`."""
+        return self.recipe.null_label_of(self.model)
 
     @property
     def home(self) -> Path:

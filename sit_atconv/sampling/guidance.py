@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+DEFAULT_CFG = 4.0  # where there is something to guide with
 SCHEDULES = {  # how far above 1 the scale is at time t, as a multiple of cfg - 1; each is 1 on average
     "constant": lambda t: 1.0,
     "linear": lambda t: 2 * t,
@@ -30,8 +31,33 @@ def guidance_schedule(name: str, cfg: float) -> float | Callable[[float], float]
     return lambda t: 1 + (cfg - 1) * SCHEDULES[name](t)
 
 
-def check_guidance(cfg: float | Callable[[float], float], null_label: int | None, weak: bool = False) -> None:
-    """Raises ValueError where guidance is asked for and there is neither a null label nor a weak model."""
+def default_cfg(null_label: int | None, weak: bool = False) -> float:
+    """The scale where none is asked for: 1, which is off, without a trained null label or a weak model."""
+    return 1.0 if null_label is None and not weak else DEFAULT_CFG
+
+
+def check_guidance(
+    cfg: float | Callable[[float], float],
+    null_label: int | None,
+    weak: bool = False,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> None:
+    """Checks what users ask of guidance; every way to sample calls it.
+
+    Args:
+        cfg: guidance scale, or a function of t.
+        null_label: the model's; None where it has none, or none that was trained.
+        weak: whether a weak model takes its place.
+        interval: the times between which guidance is on.
+
+    Raises:
+        ValueError: a scale that is not finite, an interval that is not two increasing times in [0, 1], or guidance
+            without a null label or a weak model.
+    """
+    if not callable(cfg) and not math.isfinite(cfg):
+        raise ValueError(f"the guidance scale must be a finite number, not {cfg}")
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(f"the interval of guidance must be two increasing times in [0, 1], not {list(interval)}")
     if null_label is None and not weak and (callable(cfg) or cfg != 1):
         raise ValueError(f"cfg = {'a schedule' if callable(cfg) else cfg} needs a null label, and this model was "
                          "trained without one: use cfg = 1, or a weak model")
@@ -62,11 +88,11 @@ def guided(
         velocity(x, t), t a 0-d tensor (kept on the CPU, its comparisons cost no synchronisation) or (B,).
 
     Raises:
-        ValueError: guidance is asked for and the model has no null label.
+        ValueError: as `check_guidance`.
     """
+    check_guidance(cfg, model.null_label, weak is not None, interval)
     lo, hi = interval
     scale_at = cfg if callable(cfg) else lambda t: cfg
-    check_guidance(cfg, model.null_label, weak is not None)
 
     def inside(t: float) -> bool:
         return lo <= t and (t < hi or hi >= 1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sit_atconv.flow import as_velocity, get_interpolant
 from sit_atconv.flow.interpolants import DIFFUSION_FORMS
-from sit_atconv.sampling.guidance import check_guidance, guidance_schedule, guided
+from sit_atconv.sampling.guidance import DEFAULT_CFG, check_guidance, default_cfg, guidance_schedule, guided
 from sit_atconv.sampling.ode import BEGIN, LINEAR_ONLY, SOLVERS, sample_ode
 from sit_atconv.sampling.sde import LAST_STEPS, SDE_SOLVERS, sample_sde, sde_times
 from sit_atconv.sampling.times import as_times, time_grid
@@ -29,7 +29,7 @@ class Sampler:
     """Called with a model, it samples.
 
     Args:
-        cfg: guidance scale; 1 is off, 0 the null branch alone.
+        cfg: guidance scale; 1 is off, 0 the null branch alone; None is that of `default_cfg`.
         cfg_schedule: "constant", or rising with t ("linear", "cosine") to the same scale on average.
         cfg_channels: guide the first so many channels only; None guides all.
         cfg_interval: guidance is on where lo <= t < hi.
@@ -44,7 +44,7 @@ class Sampler:
         last_step_size: how long it is.
     """
 
-    cfg: float = 4.0
+    cfg: float | None = None
     cfg_schedule: str = "constant"
     cfg_channels: int | None = None
     cfg_interval: tuple[float, float] = (0.0, 1.0)
@@ -57,28 +57,36 @@ class Sampler:
     last_step: str = "mean"
     last_step_size: float = 0.04
 
-    def settled(self, path: str) -> "Sampler":
-        """With the solver's name filled in, and what has no effect as by default: equal where the samples are."""
+    def settled(self, path: str, null_label: int | None = None, weak: bool = False) -> "Sampler":
+        """With scale and solver filled in, and what has no effect as by default: equal where the samples are.
+
+        Args:
+            path: name of the interpolant.
+            null_label: the model's; None where it has none, or none that was trained.
+            weak: whether a weak model takes its place.
+        """
         solver, default = self.solver or default_solver(path), Sampler()
+        cfg = self.cfg
+        if cfg is None:  # a schedule, interval or channels ask for guidance too
+            is_asked = (self.cfg_schedule, self.cfg_channels, self.cfg_interval) != ("constant", None, (0.0, 1.0))
+            cfg = DEFAULT_CFG if is_asked else default_cfg(null_label, weak)
         unused = [] if solver.startswith(SDE) else ["diffusion_form", "diffusion_norm", "last_step", "last_step_size"]
         unused += ["steps", "shift"] if self.times or solver == "dopri5" else []
-        return replace(self, solver=solver, **{name: getattr(default, name) for name in unused})
+        return replace(self, cfg=cfg, solver=solver, **{name: getattr(default, name) for name in unused})
 
     def check(self, path: str, prediction: str, null_label: int | None, weak: bool = False) -> None:
         """Raises ValueError where these settings do not suit each other, the path, the prediction or the model."""
-        solver, (t0, t1) = self.settled(path).solver, self._finite_on(path, prediction)
+        settled, (t0, t1) = self.settled(path, null_label, weak), self._finite_on(path, prediction)
+        solver = settled.solver
         for name, value, known in (("solver", solver, SOLVER_NAMES), ("last_step", self.last_step, LAST_STEPS),
                                    ("diffusion_form", self.diffusion_form.lower(), DIFFUSION_FORMS)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-        if not 0 <= self.cfg_interval[0] < self.cfg_interval[1] <= 1:
-            raise ValueError(f"the interval of guidance must be two increasing times in [0, 1], not "
-                             f"{list(self.cfg_interval)}")
         if solver in LINEAR_ONLY and path != "linear":
             others = [name for name in SOLVER_NAMES if name not in LINEAR_ONLY]
             raise ValueError(f"solver {solver} is right on the linear path alone, and this model was trained on "
                              f"{path}: use one of {', '.join(others)}")
-        check_guidance(guidance_schedule(self.cfg_schedule, self.cfg), null_label, weak)
+        check_guidance(guidance_schedule(self.cfg_schedule, settled.cfg), null_label, weak, self.cfg_interval)
         with_last_step = solver.startswith(SDE) and self.last_step != "none"
         if with_last_step and not self.times and not 1 - t1 <= self.last_step_size < 1 - t0:
             raise ValueError(f"last_step_size must lie between {1 - t1:g} and {1 - t0:g}, not {self.last_step_size}")
@@ -128,8 +136,9 @@ class Sampler:
             ValueError: as `check`, as far as the solvers notice.
         """
         interpolant = get_interpolant(path)
+        cfg = self.settled(path, model.null_label, weak is not None).cfg
         velocity = guided(
-            as_velocity(model, interpolant, prediction), y, cfg=guidance_schedule(self.cfg_schedule, self.cfg),
+            as_velocity(model, interpolant, prediction), y, cfg=guidance_schedule(self.cfg_schedule, cfg),
             channels=self.cfg_channels, interval=self.cfg_interval, weak=weak,
         )
         solver, times = self.settled(path).solver, self.grid(path, prediction)

@@ -44,12 +44,20 @@ class SampleStream:
         """The next standard-normal numbers in the shape, dtype and device of x (B, ...), for SDE solvers."""
         return self.randn(x.shape[1:], x.device).to(x.dtype)
 
-    def labels(self, num_classes: int, mode: str = "random") -> Tensor:
-        """A label for each sample, (len(indices),) int64.
+    def labels(self, num_classes: int, mode: str = "random", without: Sequence[int] = ()) -> Tensor:
+        """Draws a label for each sample, (len(indices),) int64.
 
-        "random" is uniform; "balanced" a fresh permutation of the classes for each block of `num_classes` samples, so
-        that the counts of every prefix differ by at most one.
+        Args:
+            num_classes: number of classes.
+            mode: "random" is uniform; "balanced" a fresh permutation of the classes for each block of as many samples,
+                so that the counts of every prefix differ by at most one.
+            without: labels that are never drawn.
+
+        Raises:
+            ValueError: another mode.
         """
+        drawn = np.setdiff1d(np.arange(num_classes), without)
+        num_classes = len(drawn)
         if mode == "random":
             labels = [_generator(self.seed, LABEL, i).integers(num_classes) for i in self.indices]
         elif mode == "balanced":
@@ -60,7 +68,7 @@ class SampleStream:
             labels = [blocks[i // num_classes][i % num_classes] for i in self.indices]
         else:
             raise ValueError(f"labels must be 'random' or 'balanced', not {mode!r}")
-        return torch.tensor(np.asarray(labels, dtype=np.int64))
+        return torch.from_numpy(drawn[np.asarray(labels, dtype=np.int64)])
 
 
 def _generator(*key: int) -> np.random.Generator:

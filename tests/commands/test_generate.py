@@ -373,9 +373,56 @@ def test_other_settings_never_overwrite(fails, samples, tiny_run):
     assert (samples / "samples.npz").read_bytes() == before
 
 
-def test_guidance_needs_a_null_label(fails, tmp_path):
-    codec = {"kind": "identity", "channels": 4, "downsample": 1}
-    recipe = Recipe("linear", "velocity", codec, list("0123456789"), 0)
-    save_weights(randomised(has_null_label=False), recipe, tmp_path / "weights")
-    error = fails(load_command(GENERATE).main, ["--ckpt", tmp_path / "weights", "--out", tmp_path / "out"])
-    assert "cfg = 4.0 needs a null label" in error and "cfg = 1" in error
+@pytest.mark.parametrize(("has_null_label", "trained", "why"), [
+    (False, None, "has no null label"), (True, False, "was trained without label dropout"), (True, None, None),
+    (True, True, None)])
+def test_guidance_needs_a_null_label_that_was_trained(fails, tmp_path, capsys, has_null_label, trained, why):
+    """By default there is none without, and a scale that is asked for is an error; unknown is taken for trained."""
+    codec = {"kind": "identity", "channels": 1, "downsample": 1}
+    recipe = Recipe("linear", "velocity", codec, list("0123456789"), 0, null_label_trained=trained)
+    save_weights(randomised(has_null_label=has_null_label, in_channels=1), recipe, tmp_path / "weights")
+    main = load_command(GENERATE).main
+    argv = ["--ckpt", str(tmp_path / "weights"), "--num-samples", "1", "--steps", "1", "--out", str(tmp_path / "out")]
+    main(argv)
+    note = f"note: samples are not guided (--cfg 1): the model {why}"
+    assert (note in capsys.readouterr().err) == (why is not None)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["settings"]["cfg"], manifest["forwards"]) == ((1.0, 1) if why else (4.0, 2))
+    if why:
+        error = fails(main, [*argv[:-1], tmp_path / "other", "--cfg", 4])
+        assert "cfg = 4.0 needs a null label" in error and "cfg = 1" in error
+
+
+def test_classes_without_images_are_drawn_only_where_they_are_asked_for(tmp_path, capsys):
+    codec = {"kind": "identity", "channels": 1, "downsample": 1}
+    recipe = Recipe("linear", "velocity", codec, list("0123456789"), 0, empty_classes=[0, 1, 2, 3, 4, 5, 9])
+    save_weights(randomised(in_channels=1), recipe, tmp_path / "weights")
+    main, labels = load_command(GENERATE).main, {}
+    for name, more in (("random", ()), ("balanced", ("--labels", "balanced")), ("asked", ("--classes", "9", "7"))):
+        out = tmp_path / name
+        main(["--ckpt", str(tmp_path / "weights"), "--num-samples", "30", "--steps", "1", "--out", str(out), *more])
+        labels[name] = json.loads((out / "manifest.json").read_text())["labels"]
+    assert set(labels["random"]) == {6, 7, 8} and labels["balanced"].count(7) == 10 == labels["balanced"].count(6)
+    assert set(labels["asked"]) == {7, 9}
+    said = capsys.readouterr().err
+    assert said.count("no image of label") == 1 and "note: no image of label 9 ('9') was trained on" in said
+
+
+def test_twenty_samples_become_thirty(launch, samples, tiny_run, tmp_path):
+    """Nothing is drawn again; killed on the way, the same command completes it."""
+    out = shutil.copytree(samples, tmp_path / "out")
+    before = {path.name: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
+    argv = [*options(tiny_run, out), "--num-samples", 30, "--no-npz"]
+    codes, output = launch(GENERATE, argv, die="before the second renaming")
+    assert codes == [-9], output
+    codes, output = launch(GENERATE, argv)
+    assert codes == [0] and not (out / "samples.npz").exists(), output
+    codes, output = launch(GENERATE, argv[:-1])
+    assert codes == [0], output
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["complete"] and manifest["settings"]["num_samples"] == 30 == len(manifest["labels"])
+    assert {name: (out / "images" / name).stat().st_mtime_ns for name in before} == before
+    images, fewer = (np.load(folder / "samples.npz")["arr_0"] for folder in (out, samples))
+    assert len(images) == 30 and np.array_equal(images[:20], fewer)
+    codes, output = launch(GENERATE, options(tiny_run, out))
+    assert codes == [1] and "holds 30 samples already, and 20 are asked for" in output
