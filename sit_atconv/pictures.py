@@ -1,5 +1,6 @@
 """Pictures for people: labelled grids of samples and loss curves. Needs matplotlib."""
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,8 +9,11 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from sit_atconv.data.class_names import normal
 from sit_atconv.files import write_aside
 
 
@@ -46,12 +50,31 @@ def save_sample_grid(
     axes = figure.add_subplot()
     axes.imshow(mosaic, interpolation="nearest")
     axes.set_yticks([row * (height + gap) + height / 2 for row in range(len(classes))])
-    axes.set_yticklabels([class_names[label] for label in classes], parse_math=False)  # a name may hold a $
+    names = [shown_name(class_names[label], label) for label in classes]
+    axes.set_yticklabels(names, parse_math=False)  # a name may hold a $
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_title(title, fontsize=9)
     save_figure(figure, path)
+
+
+def shown_name(name: str, label: int) -> str:
+    """Returns what a picture calls a class: its name, or where the font lacks a character its label and escapes.
+
+    (matplotlib draws every character that it lacks as the same box.)
+    """
+    name = normal(name)
+    if name.isprintable() and all(_font().get_char_index(ord(character)) for character in name):
+        return name
+    escaped = "".join(c if c.isascii() and c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return f"{label}: {escaped}"[:30]
+
+
+@functools.cache
+def _font() -> FT2Font:
+    """The one that labels are drawn in."""
+    return get_font(findfont(FontProperties()))
 
 
 def save_loss_curves(stats: Sequence[dict], path: Path, title: str) -> None:
