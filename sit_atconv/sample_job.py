@@ -141,7 +141,7 @@ def prepare(options: GenerateOptions) -> SampleJob:
         why = "has no null label" if weights.model.null_label is None else "was trained without label dropout"
         notes.append(f"samples are not guided (--cfg 1): the model {why}")
     if options.out is None and not folder.folder.exists() and (fewer := folder.with_fewer(settings)):
-        notes.append(f"{fewer} holds some of these samples: add --out {shlex.quote(str(fewer))} to draw only the others")
+        notes.append(f"{fewer} holds some of these samples: add --out {shlex.quote(str(fewer))} to draw the rest")
     return SampleJob(options, sampler, weights, weak, codec, given, shape, settings, folder, missing, notes)
 
 
