@@ -111,15 +111,15 @@ def test_killed_over_and_over(launch, sde_samples, tiny_run, tmp_path, processes
     assert_same_samples(tmp_path / "out", sde_samples)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_before_each_write(launch, sde_samples, tiny_run, tmp_path, processes):
+@pytest.mark.parametrize("every", [pytest.param(7, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.scale)])
+def test_killed_before_writes(launch, sde_samples, tiny_run, tmp_path, processes, every):
     argv = [*options(tiny_run, tmp_path / "out", "--batch-size", 4, "--num-samples", 8), "--solver", "sde-heun",
             "--steps", 4, "--latents"]
     whole = [*options(tiny_run, tmp_path / "whole", "--num-samples", 8), "--solver", "sde-heun", "--steps", 4]
     codes, output = launch(GENERATE, whole)
     assert codes == [0], output
-    for number in itertools.count(1):
+    for number in itertools.count(1, every):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         codes, output = launch(GENERATE, argv, processes, die=number)
         if codes == [0] * processes:

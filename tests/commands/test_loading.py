@@ -30,7 +30,7 @@ def test_errors(fails, latents, tmp_path):
     assert "No such file" in fails(main, ["--random-gb", "0.01", "--scratch", tmp_path / "nowhere"])
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 @pytest.mark.skipif(not private_mib("self"), reason="this system tells no RssAnon")
 def test_ten_gigabytes_of_latents_are_read_in_less_than_one_of_private_memory(tmp_path):
     """In a process of its own, since workers begin with all that their parent holds."""
