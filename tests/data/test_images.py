@@ -97,9 +97,9 @@ def write_labels(folder, labels):
 def test_labels_of_dataset_json(photographs):
     """As StyleGAN, EDM2 and REPA write them: subfolders are no classes then."""
     names = list_images(photographs)
-    write_labels(photographs, [[name, label] for name, label in zip(names, (2, 0, 0, 2), strict=True)] + [["x.npy", 7]])
+    write_labels(photographs, [[name, label] for name, label in zip(names, (2, 0, 1, 2), strict=True)] + [["x.npy", 7]])
     assert ImageFolder(photographs, 8).class_names == ("0", "1", "2")
-    assert list(labels_of(photographs).values()) == ["2", "0", "0", "2"]
+    assert list(labels_of(photographs).values()) == ["2", "0", "1", "2"]
     write_labels(photographs, None)
     assert set(labels_of(photographs).values()) == {"images"}
 
@@ -137,10 +137,10 @@ def test_errors_name_the_place(photographs, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no images"):
         ImageFolder(tmp_path / "empty", 8)
-    with pytest.raises(ValueError, match="empty is a class without images"):
+    with pytest.raises(ValueError, match="has classes without images: empty: fill"):
         ImageFolder(tmp_path, 8)
     Image.new("RGB", (8, 8)).save(photographs / "stray.png")
-    with pytest.raises(ValueError, match=r"stray\.png lies beside class folders"):
+    with pytest.raises(ValueError, match=r"has images beside its class folders: stray\.png: move"):
         ImageFolder(photographs, 8)
 
 
