@@ -317,8 +317,9 @@ def _faults_of_subfolders(classes, folders, listing: Listing, rules: Rules, keep
         yield f"has classes without images: {_some(words)}: fill them, remove them, or keep them with {KEEP_EMPTY}"
     forms = {}
     for name in sorted(folders):
-        if (other := forms.setdefault(rules.class_form(name), name)) != name:
-            yield f"has two classes of one name, {other!r} and {name!r}: rename one of them"
+        form = rules.class_form(name)
+        if (other := forms.setdefault(form, name)) != name:  # printed as ASCII: they may look the same
+            yield f"has two classes of one name, {form}: rename {other!a} or {name!a}"
 
 
 def _labels_of_dataset_json(
@@ -358,6 +359,5 @@ def _faults_of_labels(pairs: list[tuple[str, object]], names: list[str], keep_em
         yield f"labels images that are not there: {_some(sorted(gone), 1)}"
     used = {label for name, label in labels.items() if name in images}
     if (empty := [str(label) for label in range(max(used, default=0)) if label not in used]) and not keep_empty_classes:
-        begin = "begins its labels at 1: " if empty == ["0"] else ""
-        yield (f"{begin}has no image of the labels {_some(empty)}: renumber the labels, or keep them empty with "
-               f"{KEEP_EMPTY}")
+        begin = "begins its labels at 1 and " if empty == ["0"] else ""
+        yield f"{begin}gives no image the labels {_some(empty)}: renumber them, or keep them empty with {KEEP_EMPTY}"
