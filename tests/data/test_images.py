@@ -230,8 +230,9 @@ def test_labels_that_no_image_has(photographs, rules):
     with pytest.raises(ValueError, match=r"\.json begins its labels at 1 and gives no image the labels 0: renumber"):
         ImageFolder(photographs, 8, rules=rules)
     write_labels(photographs, [[name, 7 * i] for i, name in enumerate(names)])
-    with pytest.raises(ValueError, match=r"no image the labels 1, 2, 3, 4, 5, 6, 8, 9, 10, 11 and 8 more: renumber "
-                                         r"them, or keep them empty with --keep-empty-classes \(training: --data\.keep_em"):
+    message = (r"gives no image the labels 1, 2, 3, 4, 5, 6, 8, 9, 10, 11 and 8 more: renumber them, or keep them "
+               r"empty with --keep-empty-classes \(training: --data\.keep_empty_classes true\)")
+    with pytest.raises(ValueError, match=message):
         ImageFolder(photographs, 8, rules=rules)
     images = ImageFolder(photographs, 8, rules=rules, keep_empty_classes=True)
     assert len(images.class_names) == 22 and [i for i, n in enumerate(images.class_counts) if n] == [0, 7, 14, 21]
