@@ -155,7 +155,7 @@ class ImageFolder(Dataset):
         max_megapixels: size in millions of pixels above which a file is refused.
 
     Raises:
-        ValueError: no such folder, no images, images both beside and inside subfolders, a class without images, two
+        ValueError: no such folder, no images, images both outside and inside subfolders, a class without images, two
             classes of one name, or a `dataset.json` that does not fit the images; all of them named.
     """
 
@@ -309,9 +309,11 @@ def _labels_of_subfolders(
     return tuple(map(_readable, label)), [label[name] for name in classes]
 
 
-def _faults_of_subfolders(classes, folders, listing: Listing, rules: Rules, keep_empty_classes: bool) -> Iterable[str]:
+def _faults_of_subfolders(
+    classes: list[str], folders: set[str], listing: Listing, rules: Rules, keep_empty_classes: bool
+) -> Iterable[str]:
     if stray := [name for name in listing.names if not _class_of(name)]:
-        yield f"has images beside its class folders: {_some(stray, 1)}: move them into one of them"
+        yield f"has images outside its class folders: {_some(stray, 1)}: move them into one of them"
     if (empty := sorted(folders - set(classes), key=rules.class_order)) and not keep_empty_classes:
         words = [f"{name} (only {_counts(only)})" if (only := listing.left_out.get(name)) else name for name in empty]
         yield f"has classes without images: {_some(words)}: fill them, remove them, or keep them with {KEEP_EMPTY}"

@@ -151,7 +151,7 @@ def test_everything_wrong_with_subfolders_is_named_at_once(tmp_path):
     with pytest.raises(ValueError) as error:
         ImageFolder(tmp_path, 8)
     first, stray, empty, blank, form = str(error.value).splitlines()
-    assert first == f"{tmp_path} is wrong:" and "has images beside its class folders: 1.png and 1 more: move" in stray
+    assert first == f"{tmp_path} is wrong:" and "has images outside its class folders: 1.png and 1 more: move" in stray
     assert "without images: empty0, empty1, empty10, empty11, empty2" in empty and "empty7 and 2 more: fill" in empty
     assert "has two classes of one name, b: rename 'b' or 'b '" in blank
     assert r"has two classes of one name, café: rename 'cafe\u0301' or 'caf\xe9'" in form
@@ -263,7 +263,7 @@ def test_errors_name_the_place(photographs, tmp_path):
     with pytest.raises(ValueError, match="has classes without images: empty: fill"):
         ImageFolder(tmp_path, 8)
     Image.new("RGB", (8, 8)).save(photographs / "stray.png")
-    with pytest.raises(ValueError, match=r"has images beside its class folders: stray\.png: move"):
+    with pytest.raises(ValueError, match=r"has images outside its class folders: stray\.png: move"):
         ImageFolder(photographs, 8)
 
 
