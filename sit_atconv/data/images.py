@@ -5,11 +5,14 @@ label: here pixels, uint8 (C, H, W), a quarter of what floats would be to hand o
 `is_encoded` says whether it yields what `Codec.encode` returns, and `describe()` what a run must find again to resume.
 """
 
+import functools
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +20,86 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sit_atconv.data.pixels import CROP_RULE, MAX_MEGAPIXELS, read_image, to_uint8
+from sit_atconv.data.pixels import CROP_RULE, MAX_MEGAPIXELS, pillow_suffixes, read_picture, to_uint8
 
 MOST_CLASSES = 10**6  # beyond that a label is no class
-RULES = 2  # by which files become images and labels; 1 is that of data sets begun before 2026-11-25
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+RULES = 2  # number of the rules for new data sets; 1 is for those begun before 2026-11-25
+LITTER = frozenset(  # what file systems, archives and file managers leave among images, in small letters
+    ["@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin", "__macosx", "lost+found",
+     "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"]
+)
+DATASET_JSON = "dataset.json"
+NO_SUFFIX = "(none)"
+KEEP_EMPTY = "--keep-empty-classes (training: --data.keep_empty_classes true)"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How the files of a folder become images and labels.
+
+    Args:
+        suffixes: of files that are images, in small letters.
+        litter: names of files and folders that are ignored, in small letters.
+        class_order: sort key of a class folder's name.
+        file_form: form in which `dataset.json` and the file system name the same file.
+        class_form: form in which the names of two classes must differ.
+    """
+
+    suffixes: frozenset[str]
+    litter: frozenset[str]
+    class_order: Callable[[str], tuple]
+    file_form: Callable[[str], str]
+    class_form: Callable[[str], str]
+
+    def is_image(self, name: str) -> bool:
+        return _suffix(name) in self.suffixes
+
+    def is_ignored(self, name: str) -> bool:
+        """True if the file or folder is hidden or litter."""
+        return name.startswith(".") or name.lower() in self.litter
+
+
+@functools.cache
+def rules_of(number: int) -> Rules:
+    """Returns the rules of that number. ValueError: there are none."""
+    if number == 1:
+        return Rules(
+            suffixes=frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"]),
+            litter=frozenset(),
+            class_order=lambda name: (name,),
+            file_form=lambda name: name,
+            class_form=lambda name: name,
+        )
+    if number == RULES:
+        return Rules(
+            suffixes=pillow_suffixes(),
+            litter=LITTER,
+            class_order=_numbers_first,
+            file_form=lambda name: unicodedata.normalize("NFC", name),
+            class_form=lambda name: unicodedata.normalize("NFC", _readable(name)).strip(),
+        )
+    raise ValueError(f"the rules {number!r} of a data set are not known here (1 to {RULES}): update sit_atconv")
+
+
+def _numbers_first(name: str) -> tuple:
+    return (0, int(name), name) if name.isascii() and name.isdigit() else (1, 0, name)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files below a folder.
+
+    Args:
+        names: of the images, relative to the folder, in the order of their bytes.
+        left_out: number of the other files by suffix, for each entry of the folder ("" for the files in it).
+    """
+
+    names: list[str]
+    left_out: dict[str, Counter[str]]
+
+    def all_left_out(self) -> dict[str, int]:
+        """Returns the number of the other files by suffix, most frequent first."""
+        return dict(sorted(sum(self.left_out.values(), Counter()).items(), key=lambda item: (-item[1], item[0])))
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -62,19 +140,23 @@ class ImageFolder(Dataset):
     """A folder of images and their labels.
 
     Labels are those of `dataset.json` where the folder holds one, as StyleGAN, EDM2 and REPA write it:
-    `{"labels": [["00000/img00000000.png", 6], ...]}`, or null for one class. Else every subfolder is a class, in the
-    order of their names, and a folder without subfolders is one class.
+    `{"labels": [["00000/img00000000.png", 6], ...]}`, or null for one class. Else every subfolder is a class, and a
+    folder without subfolders is one class. Classes named by numbers come first, in the order of the numbers; the others
+    follow in the order of their names.
+
+    `left_out` is the number of files that are no images, by suffix; `left_out_line` puts it into words.
 
     Args:
-        folder: where the images lie.
+        folder: the folder of images.
         image_size: side in pixels after ADM's centre crop.
-        rules: by which files become images and labels: RULES, or 1 for what was begun under it.
-        keep_empty_classes: keep labels below the largest that no image has, instead of refusing them.
-        max_megapixels: files of more pixels than that are not read.
+        rules: number of the `Rules`: RULES, or 1 for runs and latents that were begun under it.
+        keep_empty_classes: keep empty class folders, and labels below the largest that no image has, as classes
+            instead of refusing them.
+        max_megapixels: size in millions of pixels above which a file is refused.
 
     Raises:
-        ValueError: no such folder, no images, images both beside and inside subfolders, a class without images, or a
-            `dataset.json` that does not fit the images.
+        ValueError: no such folder, no images, images both outside and inside subfolders, a class without images, two
+            classes of one name, or a `dataset.json` that does not fit the images; all of them named.
     """
 
     channels = 3
@@ -93,11 +175,10 @@ class ImageFolder(Dataset):
         self.image_size = image_size
         self.rules = rules
         self.max_megapixels = max_megapixels
-        names = list_images(self.folder)
-        if (self.folder / "dataset.json").is_file():
-            self.class_names, labels = _labels_of_dataset_json(self.folder / "dataset.json", names)
-        else:
-            self.class_names, labels = _labels_of_subfolders(self.folder, names)
+        listing = scan_images(self.folder, rules)
+        names, self.left_out = listing.names, listing.all_left_out()
+        labels_of = _labels_of_dataset_json if (self.folder / DATASET_JSON).is_file() else _labels_of_subfolders
+        self.class_names, labels = labels_of(self.folder, listing, rules_of(rules), keep_empty_classes)
         # Arrays, not lists: millions of small objects would be copied into every loading process, one after another.
         self.names = np.array([os.fsencode(name) for name in names])
         self.labels = np.array(labels, np.int64)
@@ -115,16 +196,21 @@ class ImageFolder(Dataset):
         return image.flip(-1) if mirrored else image, int(self.labels[index])
 
     def read(self, index: int) -> Tensor:
-        """uint8 (3, H, W). ValueError: the file cannot be read."""
-        return read_image(self.folder / self.name(index), self.image_size, self.max_megapixels)
+        """Returns the image as uint8 (3, H, W). Raises as `read_picture`."""
+        return self.read_with_size(index)[0]
+
+    def read_with_size(self, index: int) -> tuple[Tensor, tuple[int, int]]:
+        """Returns the image as uint8 (3, H, W), and the (height, width) it had before the crop. Raises as `read`."""
+        return read_picture(self.folder / self.name(index), self.image_size, self.max_megapixels)
 
     def name(self, index: int) -> str:
         """Of an image, relative to the folder."""
         return os.fsdecode(self.names[index])
 
     def describe(self) -> dict:
-        return {"kind": "images", "images": len(self), "image_size": self.image_size, "crop": CROP_RULE,
-                "files": self.files_sha256()}
+        description = {"kind": "images", "images": len(self), "image_size": self.image_size, "crop": CROP_RULE,
+                       "files": self.files_sha256()}
+        return description if self.rules == 1 else description | {"rules": self.rules}
 
     def files_sha256(self) -> str:
         """Of all names, labels and class names: what makes an index mean the same image again."""
@@ -135,72 +221,145 @@ class ImageFolder(Dataset):
         return digest.hexdigest()
 
 
-def list_images(folder: Path) -> list[str]:
-    """The names of all image files below a folder, relative to it, in the order of their bytes.
+def list_images(folder: Path, rules: int = RULES) -> list[str]:
+    """Returns the names of all image files below a folder. Arguments and errors are those of `scan_images`."""
+    return scan_images(folder, rules).names
 
-    Links are followed; what begins with a dot is left out. ValueError: there is no such folder, no image in it, or a
-    link to a folder that holds it.
+
+def scan_images(folder: Path, rules: int = RULES) -> Listing:
+    """Lists the files below a folder: images by their suffixes, and the number of others.
+
+    Follows links. Ignores names that begin with a dot, and what file systems leave (`LITTER`).
+
+    Raises:
+        ValueError: there is no such folder, no image in it, or a link to a folder that holds it.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder of images")
-    names = []
+    rule = rules_of(rules)
+    names, left_out = [], defaultdict(Counter)
     for place, subfolders, files in os.walk(folder, followlinks=True, onerror=_raise):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        subfolders[:] = [name for name in subfolders if not rule.is_ignored(name)]
         for link in (Path(place, name) for name in subfolders):
             if link.is_symlink() and any(parent.resolve().is_relative_to(link.resolve()) for parent in link.parents):
                 raise ValueError(f"{link} is a link to a folder that holds it: remove it")
         prefix = "" if place == str(folder) else os.path.relpath(place, folder) + os.sep
-        names += [prefix + name for name in files
-                  if not name.startswith(".") and _is_image(name)]
+        for name in files:
+            if rule.is_ignored(name) or prefix + name == DATASET_JSON:
+                continue
+            if rule.is_image(name):
+                names.append(prefix + name)
+            else:
+                left_out[_class_of(prefix + name)][_suffix(name) or NO_SUFFIX] += 1
+    listing = Listing(sorted(names, key=os.fsencode), left_out)
     if not names:
-        raise ValueError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return sorted(names, key=os.fsencode)
+        others = f", only {_counts(listing.all_left_out())}: convert them to PNG or JPEG" if left_out else ""
+        raise ValueError(f"{folder} holds no images{others}")
+    return listing
+
+
+def left_out_line(left_out: Mapping[str, int]) -> str:
+    """Returns "left out: 3 .txt, 1 .mp4" for `ImageFolder.left_out`, or "" if that is empty."""
+    return f"left out: {_counts(left_out)}" if left_out else ""
+
+
+def _counts(suffixes: Mapping[str, int]) -> str:
+    return _some([f"{count} {suffix}" for suffix, count in suffixes.items()])
+
+
+def _some(words: Sequence[str], most: int = 10) -> str:
+    """Returns the first words, and the number of the others."""
+    others = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + others
 
 
 def _raise(error: OSError):
     raise error
 
 
-def _labels_of_subfolders(folder: Path, names: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
-    classes = [name.split(os.sep)[0] if os.sep in name else "" for name in names]
-    if (found := set(classes)) == {""}:
-        return ("images",), [0] * len(names)
-    if "" in found:
-        stray = folder / names[classes.index("")]
-        raise ValueError(f"{stray} lies beside class folders: move it into one of them")
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir() and not entry.name.startswith(".") and entry.name not in found:
-            raise ValueError(f"{entry} is a class without images: fill it or remove it")
-    label = {name: index for index, name in enumerate(sorted(found))}
-    readable = (os.fsencode(name).decode(errors="replace") for name in label)  # names that no picture could show
-    return tuple(readable), [label[name] for name in classes]
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
-def _labels_of_dataset_json(path: Path, names: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
+def _class_of(name: str) -> str:
+    """Returns the folder's entry that holds the file, or "" for a file of the folder itself."""
+    return name.split(os.sep)[0] if os.sep in name else ""
+
+
+def _readable(name: str) -> str:
+    return os.fsencode(name).decode(errors="replace")  # names of bytes that are no text
+
+
+def _refuse(where: Path, faults: Iterable[str]) -> None:
+    """Raises a ValueError that names all faults, one on a line, if there are any."""
+    faults = list(faults)
+    if faults:
+        raise ValueError(f"{where} {faults[0]}" if len(faults) == 1 else "\n  ".join([f"{where} is wrong:", *faults]))
+
+
+def _labels_of_subfolders(
+    folder: Path, listing: Listing, rules: Rules, keep_empty_classes: bool
+) -> tuple[tuple[str, ...], list[int]]:
+    classes = [_class_of(name) for name in listing.names]
+    if set(classes) == {""}:
+        return ("images",), [0] * len(classes)
+    folders = {path.name for path in folder.iterdir() if path.is_dir() and not rules.is_ignored(path.name)}
+    _refuse(folder, _faults_of_subfolders(classes, folders, listing, rules, keep_empty_classes))
+    label = {name: index for index, name in enumerate(sorted(folders, key=rules.class_order))}
+    return tuple(map(_readable, label)), [label[name] for name in classes]
+
+
+def _faults_of_subfolders(
+    classes: list[str], folders: set[str], listing: Listing, rules: Rules, keep_empty_classes: bool
+) -> Iterable[str]:
+    if stray := [name for name in listing.names if not _class_of(name)]:
+        yield f"has images outside its class folders: {_some(stray, 1)}: move them into one of them"
+    if (empty := sorted(folders - set(classes), key=rules.class_order)) and not keep_empty_classes:
+        words = [f"{name} (only {_counts(only)})" if (only := listing.left_out.get(name)) else name for name in empty]
+        yield f"has classes without images: {_some(words)}: fill them, remove them, or keep them with {KEEP_EMPTY}"
+    forms = {}
+    for name in sorted(folders):
+        form = rules.class_form(name)
+        if (other := forms.setdefault(form, name)) != name:  # printed as ASCII: they may look the same
+            yield f"has two classes of one name, {form}: rename {other!a} or {name!a}"
+
+
+def _labels_of_dataset_json(
+    folder: Path, listing: Listing, rules: Rules, keep_empty_classes: bool
+) -> tuple[tuple[str, ...], list[int]]:
+    path = folder / DATASET_JSON
     try:
         pairs = json.loads(path.read_bytes())["labels"]
         if pairs is None:
-            return ("images",), [0] * len(names)
-        labels = [(os.path.normpath(name), label) for name, label in pairs if _is_image(name)]
+            return ("images",), [0] * len(listing.names)
+        pairs = [(rules.file_form(os.path.normpath(name)), label) for name, label in pairs if rules.is_image(name)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} is not {{"labels": [["folder/name.png", 3], ...]}} ({error})') from error
-    for name, label in labels:
-        if type(label) is not int or not 0 <= label < MOST_CLASSES:
-            raise ValueError(f"{path} gives {name} the label {label!r}: labels are whole numbers from 0 to "
-                             f"{MOST_CLASSES - 1}")
-    for name, times in Counter(name for name, _ in set(labels)).items():
-        if times > 1:
-            raise ValueError(f"{path} gives {name} {times} different labels")
-    labels, images = dict(labels), set(names)
-    for missing, fault in (
-        ([name for name in names if name not in labels], "gives no label to"),
-        ([name for name in labels if name not in images], "labels images that are not there:"),
-    ):
-        if missing:
-            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ValueError(f"{path} {fault} {missing[0]}{others}")
+    names = [rules.file_form(name) for name in listing.names]
+    _refuse(path, _faults_of_labels(pairs, names, keep_empty_classes))
+    labels = dict(pairs)
     return tuple(map(str, range(max(labels.values()) + 1))), [labels[name] for name in names]
 
 
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+def _faults_of_labels(pairs: list[tuple[str, object]], names: list[str], keep_empty_classes: bool) -> Iterable[str]:
+    labels, wrong, several = {}, [], {}
+    for name, label in pairs:
+        if type(label) is not int or not 0 <= label < MOST_CLASSES:
+            wrong.append(f"{name} the label {label!r}")
+        elif (first := labels.setdefault(name, label)) != label:
+            several.setdefault(name, {first}).add(label)
+    if wrong:
+        yield f"gives {_some(wrong, 1)}: labels are whole numbers from 0 to {MOST_CLASSES - 1}"
+    if several:
+        yield f"gives {_some([f'{name} {len(found)} different labels' for name, found in several.items()], 1)}"
+    if twins := [name for name, times in Counter(names).items() if times > 1]:
+        yield f"means two files by {_some(twins, 1)}, in different Unicode forms: rename one of them"
+    images, named = set(names), {name for name, _ in pairs}
+    if missing := [name for name in names if name not in named]:
+        yield f"gives no label to {_some(missing, 1)}"
+    if gone := [name for name in named if name not in images]:
+        yield f"labels images that are not there: {_some(sorted(gone), 1)}"
+    used = {label for name, label in labels.items() if name in images}
+    if (empty := [str(label) for label in range(max(used, default=0)) if label not in used]) and not keep_empty_classes:
+        begin = "begins its labels at 1 and " if empty == ["0"] else ""
+        yield f"{begin}gives no image the labels {_some(empty)}: renumber them, or keep them empty with {KEEP_EMPTY}"

@@ -1,5 +1,10 @@
 """From image files to pixels and back: reading, ADM's crop, and the one rule by which pixels become uint8."""
 
+import contextlib
+import functools
+import math
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +14,25 @@ from torch import Tensor
 
 UINT8_RULE = "clamp(127.5 * x + 128, 0, 255), truncated"
 CROP_RULE = "upright by EXIF, RGB, halved by box filter while twice as large, bicubic, centre (ADM)"
-
-
 MAX_MEGAPIXELS = 178.0  # Pillow's limit against files that unpack to more than memory holds
+LONG = 16  # pictures this many times as long as wide are cropped before they are enlarged
+WEIGHT_BITS = 22  # of the fixed-point weights in Pillow's resize
+NO_IMAGES = {  # formats that Pillow knows but that are not images here
+    "BUFR", "GRIB", "HDF5", "MPEG",  # recognised, never decoded
+    "EPS", "PDF", "WMF",  # drawings: need another program, or have no pixels of their own
+    "FITS", "IPTC",  # measurements and metadata
+    "FLI",  # films
+}
+_readers, _num_readers, _pillows_limit = threading.Lock(), 0, None
+
+
+@functools.cache
+def pillow_suffixes() -> frozenset[str]:
+    """Returns the suffixes, in small letters, of the image files that the installed Pillow decodes."""
+    Image.init()
+    decoded = (set(Image.OPEN) | {"MPO"}) - NO_IMAGES  # Pillow opens MPO by way of JPEG
+    # .pfm holds floating point numbers (depth, flow), which `to_rgb` refuses
+    return frozenset(name for name, kind in Image.registered_extensions().items() if kind in decoded) - {".pfm"}
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -30,38 +51,130 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def center_crop(picture: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop (arXiv 2105.05233): halved by box filter while possible, then bicubic, then cut."""
+    """ADM's centre crop (arXiv 2105.05233): halved by box filter while possible, then bicubic, then cut.
+
+    A long and narrow picture is cut first, so that memory is bounded; its pixels are the same.
+    """
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    width, height = round(picture.width * scale), round(picture.height * scale)
+    left, top = (width - size) // 2, (height - size) // 2
+    if scale > 1 and max(width, height) > LONG * size:
+        columns = _bicubic_taps(picture.width, width, left, size)
+        rows = _bicubic_taps(picture.height, height, top, size)
+        return _enlarged_part(picture, columns, rows)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     return picture.crop((left, top, left + size, top + size))
 
 
+def _enlarged_part(
+    picture: Image.Image, columns: tuple[np.ndarray, np.ndarray], rows: tuple[np.ndarray, np.ndarray]
+) -> Image.Image:
+    """Returns the part of an enlarged RGB picture whose columns and rows have these taps and weights.
+
+    Bit for bit what Pillow's bicubic `resize` and then `crop` return, without the rest of the enlarged picture:
+    horizontally, then vertically, each rounded to 8 bits.
+    """
+    (x, across), (y, down) = columns, rows
+    pixels = np.asarray(picture.crop((x.min(), y.min(), x.max() + 1, y.max() + 1)))  # (H, W, 3)
+    pixels = _weighted(pixels.swapaxes(0, 1), x - x.min(), across).swapaxes(0, 1)
+    return Image.fromarray(_weighted(pixels, y - y.min(), down))
+
+
+def _bicubic_taps(length: int, enlarged: int, start: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the five source pixels of each of `size` pixels, and their weights, both (size, 5).
+
+    Args:
+        length: of a side of the source.
+        enlarged: length of that side after it is enlarged.
+        start: the first of the `size` pixels on the enlarged side.
+        size: number of pixels.
+    """
+    center = ((np.arange(start, start + size) + 0.5) * (length / enlarged))[:, None]
+    first, end = np.maximum(np.trunc(center - 2 + 0.5), 0), np.minimum(np.trunc(center + 2 + 0.5), length)
+    taps = first + np.arange(5)  # (size, 5)
+    x = np.abs(taps - center + 0.5)
+    near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5  # Keys' kernel, a = -0.5
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0)) * (taps < end)
+    weights /= weights.sum(1, keepdims=True)
+    weights = np.trunc(weights * 2**WEIGHT_BITS + np.copysign(0.5, weights))
+    return np.minimum(taps, length - 1).astype(np.int64), weights.astype(np.int32)
+
+
+def _weighted(pixels: np.ndarray, taps: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns the weighted sums of pixels (N, M, 3) along the first side, uint8 (size, M, 3)."""
+    sums = sum(pixels[index] * weight[:, None, None] for index, weight in zip(taps.T, weights.T, strict=True))
+    return ((sums + 2 ** (WEIGHT_BITS - 1)) >> WEIGHT_BITS).clip(0, 255).astype(np.uint8)
+
+
 def read_image(path: Path, size: int | None, max_megapixels: float = MAX_MEGAPIXELS) -> Tensor:
-    """An image file, upright, as RGB -> uint8 (3, H, W): cropped to a square of `size`, or whole where that is None.
+    """Returns an image file as uint8 (3, H, W). Arguments and errors are those of `read_picture`."""
+    return read_picture(path, size, max_megapixels)[0]
+
+
+def read_picture(
+    path: Path, size: int | None, max_megapixels: float = MAX_MEGAPIXELS
+) -> tuple[Tensor, tuple[int, int]]:
+    """Reads an image file, upright, as RGB.
 
     Greyscale is repeated, 16 bits become 8, transparency is dropped.
 
+    Args:
+        path: the file.
+        size: side in pixels of the square that it is cropped to; None takes it whole.
+        max_megapixels: size in millions of pixels above which it is refused.
+
+    Returns:
+        uint8 (3, H, W), and the (height, width) that the upright picture had before the crop.
+
     Raises:
-        OSError: the file itself cannot be read: there is none, the disk fails, ...
-        ValueError: what is in it is no image, or half of one; the message leaves the file's name to the caller.
+        OSError: the file itself cannot be read: there is none, the disk fails, the memory is full; names the file.
+        ValueError: what is in it is no image, or half of one, or too large; the message leaves the file's name to the
+            caller.
     """
     if not path.is_file() and path.exists():
         raise ValueError("cannot be read as an image: it is no regular file")
     try:
-        with Image.open(path) as file:
+        with _without_pillows_limit(), Image.open(path) as file:
+            _check_size(file.width * file.height / 1e6, max_megapixels)
             picture = to_rgb(ImageOps.exif_transpose(file))
-            picture = center_crop(picture, size) if size else picture
-    except MemoryError:
-        raise
+            size_before = picture.height, picture.width
+            pixels = np.array(center_crop(picture, size) if size else picture)
+            return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), size_before
+    except MemoryError as error:  # an OSError, since it may be readable the next time
+        raise OSError(f"{path} cannot be read: out of memory (use fewer workers, or remove the file)") from error
     except Exception as error:  # Pillow's readers raise whatever a damaged file makes them raise
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(f"{path} cannot be read: {error.strerror}") from error
         reason = (str(error) or type(error).__name__).splitlines()[0].replace(f" {str(path)!r}", "")
         raise ValueError(f"cannot be read as an image: {reason}") from error
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def _check_size(megapixels: float, most: float) -> None:
+    if megapixels > most:
+        raise ValueError(f"it has {math.ceil(10 * megapixels) / 10:g} megapixels, more than --max-megapixels {most:g} "
+                         "allows (training: --data.max_megapixels)")
+
+
+@contextlib.contextmanager
+def _without_pillows_limit() -> Iterator[None]:
+    """Lifts Pillow's limit on pixels while any thread reads; `_check_size` is ours.
+
+    The limit is a global of Pillow, which other code of the process may rely on: it is restored afterwards.
+    """
+    global _num_readers, _pillows_limit
+    with _readers:
+        if _num_readers == 0:
+            _pillows_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        _num_readers += 1
+    try:
+        yield
+    finally:
+        with _readers:
+            _num_readers -= 1
+            if _num_readers == 0:
+                Image.MAX_IMAGE_PIXELS = _pillows_limit
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

@@ -1,6 +1,8 @@
 """Image files of every kind become upright RGB, and pixels become uint8 by one rule."""
 
 import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from sit_atconv.data.pixels import center_crop, read_image, to_float, to_uint8
+from sit_atconv.data.pixels import center_crop, pillow_suffixes, read_image, read_picture, to_float, to_uint8
 
 
 @pytest.fixture
@@ -28,6 +30,47 @@ def test_crop_takes_the_middle():
     picture.paste((255, 0, 0), (100, 0, 200, 100))
     assert np.array(center_crop(picture, 100))[..., 0].min() == 255
     assert center_crop(Image.new("RGB", (31, 77)), 32).size == (32, 32)
+
+
+def adm_crop(picture: Image.Image, size: int) -> Image.Image:
+    """ADM's crop as published: enlarges the whole picture first."""
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
+
+
+def random_picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
+    levels = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+    return Image.fromarray(np.where(levels > 127, 255, 0).astype(np.uint8) if rng.random() < 0.3 else levels)
+
+
+def test_the_crop_has_the_pixels_of_adms_for_every_shape():
+    """Bit for bit, whether the picture is enlarged whole or cut first."""
+    rng = np.random.default_rng(0)
+    shapes = [(30000, 4, 16), (4, 30000, 16), (999, 1, 7), (1, 999, 7), (577, 36, 36), (16 * 31 + 1, 31, 32)]
+    while len(shapes) < 150:
+        size = int(rng.integers(1, 40))
+        short = int(rng.integers(1, 3 * size))
+        sides = (short, min(int(short * 10 ** rng.uniform(0, 2.5)), 3000))
+        shapes.append((*rng.permutation(sides).tolist(), size))
+    for width, height, size in shapes:
+        picture = random_picture(rng, width, height)
+        found, expected = np.array(center_crop(picture, size)), np.array(adm_crop(picture, size))
+        assert np.array_equal(found, expected), (width, height, size)
+
+
+@pytest.mark.parametrize("sides", [(30000, 4), (4, 30000), (300000, 1)])
+def test_an_extreme_shape_is_never_enlarged_whole(tmp_path, monkeypatch, sides):
+    """A file of a few hundred bytes took gigabytes."""
+    Image.new("RGB", sides, (200, 100, 50)).save(tmp_path / "image.png")
+    resize, made = Image.Image.resize, []
+    monkeypatch.setattr(Image.Image, "resize", lambda *args, **kw: made.append(args[1]) or resize(*args, **kw))
+    image = read_image(tmp_path / "image.png", 256)
+    assert image.flatten(1).unique(dim=1).flatten().tolist() == [200, 100, 50]
+    assert max((width * height for width, height in made), default=0) <= 16 * 256**2
 
 
 def pixels(picture: Image.Image) -> torch.Tensor:
@@ -108,3 +151,61 @@ def test_a_file_that_the_disk_does_not_give_is_another_error(tmp_path, monkeypat
     monkeypatch.setattr(Image, "open", fails)
     with pytest.raises(OSError, match=r"image\.png cannot be read: Input/output error"):
         read_image(tmp_path / "image.png", 8)
+
+
+def test_too_little_memory_is_an_error_that_names_the_file(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+
+    def fails(path):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(OSError, match=r"image\.png cannot be read: out of memory .*fewer workers"):
+        read_image(tmp_path / "image.png", 8)
+
+
+def test_the_size_before_the_crop_is_that_of_the_upright_picture(photograph, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photograph.save(tmp_path / "turned.png", exif=exif)  # 200 wide, 120 high, shown turned
+    image, size = read_picture(tmp_path / "turned.png", 60)
+    assert image.shape == (3, 60, 60) and size == (200, 120)
+    assert torch.equal(image, read_image(tmp_path / "turned.png", 60))
+
+
+def test_large_scans_are_read_by_an_option_that_the_message_names(tmp_path):
+    Image.new("1", (1000, 451)).save(tmp_path / "scan.png")
+    with pytest.raises(ValueError, match=r"it has 0\.5 megapixels, more than --max-megapixels 0\.4 allows \(training: "
+                                         r"--data\.max_megapixels\)"):
+        read_image(tmp_path / "scan.png", 8, max_megapixels=0.4)
+    assert read_image(tmp_path / "scan.png", 8, max_megapixels=0.5).shape == (3, 8, 8)
+
+
+def test_pillows_own_limit_neither_refuses_nor_warns_and_is_left_as_it_was(tmp_path, monkeypatch):
+    """Other code in the process may rely on it. Several threads read at once."""
+    Image.new("RGB", (60, 40)).save(tmp_path / "image.gif")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
+        warnings.simplefilter("error")
+        images = list(pool.map(read_image, [tmp_path / "image.gif"] * 20, [None] * 20))
+    assert all(image.shape == (3, 40, 60) for image in images)
+    assert Image.MAX_IMAGE_PIXELS == 100
+    with pytest.raises(ValueError, match="megapixels"):
+        read_image(tmp_path / "image.gif", 8, max_megapixels=0.001)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_suffixes_are_those_of_images_that_pillow_decodes(photograph, tmp_path):
+    """Each is read, if Pillow can write one."""
+    suffixes = pillow_suffixes()
+    assert suffixes >= {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}  # what rules 1 take
+    assert suffixes >= {".jfif", ".jpe", ".gif", ".jp2", ".tga", ".pgm", ".pnm", ".apng", ".dib", ".mpo", ".psd"}
+    assert not suffixes & {".pdf", ".eps", ".wmf", ".mpg", ".h5", ".grib", ".bufr", ".fits", ".pfm", ".mp4", ".txt"}
+    kinds = {suffix: kind for suffix, kind in Image.registered_extensions().items() if suffix in suffixes}
+    written = [suffix for suffix, kind in kinds.items() if kind in Image.SAVE]
+    assert len(written) > 25
+    for suffix in written:
+        shown = photograph.convert("1" if kinds[suffix] in ("XBM", "MSP") else "RGB").resize((64, 64))
+        shown = shown.quantize() if kinds[suffix] == "BLP" else shown
+        shown.save(tmp_path / f"image{suffix}")
+        assert read_image(tmp_path / f"image{suffix}", 60).float().std() > 20, suffix
