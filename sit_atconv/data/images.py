@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sit_atconv.data.class_names import normal
 from sit_atconv.data.pixels import CROP_RULE, MAX_MEGAPIXELS, pillow_suffixes, read_picture, to_uint8
 
 MOST_CLASSES = 10**6  # beyond that a label is no class
@@ -76,7 +77,7 @@ def rules_of(number: int) -> Rules:
             litter=LITTER,
             class_order=_numbers_first,
             file_form=lambda name: unicodedata.normalize("NFC", name),
-            class_form=lambda name: unicodedata.normalize("NFC", _readable(name)).strip(),
+            class_form=lambda name: normal(_readable(name)),
         )
     raise ValueError(f"the rules {number!r} of a data set are not known here (1 to {RULES}): update sit_atconv")
 
