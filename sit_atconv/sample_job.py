@@ -100,7 +100,7 @@ def prepare(options: GenerateOptions) -> SampleJob:
     """
     weights = load_weights(options.ckpt, options.ema, model=options.model, vae=options.vae)
     recipe, config = weights.recipe, weights.model.config
-    weak = _load_weak(options.weak, weights)
+    weak = _load_weak(options.weak, weights, options.vae)
     sampler = options.sampler.settled(recipe.interpolant)
     sampler.check(recipe.interpolant, recipe.prediction, weights.model.null_label, weak is not None)
     codec = open_codec(recipe.codec, precision="fp32" if options.dtype == "fp32" else "tf32")
@@ -135,13 +135,13 @@ def prepare(options: GenerateOptions) -> SampleJob:
     return SampleJob(options, sampler, weights, weak, codec, given, shape, settings, folder, missing)
 
 
-def _load_weak(ckpt: str | None, weights: Weights) -> Weights | None:
+def _load_weak(ckpt: str | None, weights: Weights, vae: str | None) -> Weights | None:
     """Raises ValueError for a model that cannot guide: it lives on another path, in other latents or classes."""
     if ckpt is None:
         return None
     if Path(ckpt).is_file():
         raise ValueError(f"--weak {ckpt} is a file: make a folder of it first, python -m sit_atconv.convert {ckpt} OUT")
-    weak = load_weights(ckpt)
+    weak = load_weights(ckpt, vae=vae)
     here, there = (
         {"interpolant": w.recipe.interpolant, "prediction": w.recipe.prediction,
          "classes": w.model.config.num_classes, "channels": w.model.config.in_channels,

@@ -41,7 +41,7 @@ def start(tmp_path):
             save_weights(theirs, dataclasses.replace(recipe, class_names=names), ckpt)
         before = copy_of(net)
         settings = dict(flow_path="linear", prediction="velocity", codec=CODEC) | settings
-        lines = start_from(net, str(ckpt), **settings)
+        lines = start_from(net, str(ckpt), **settings).lines
         assert all(line and "\n" not in line and str(tmp_path) not in line for line in lines[1:])
         changed = {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])}
         return lines, changed, before
@@ -74,7 +74,7 @@ def test_a_runs_ema_and_a_training_files_ema(tmp_path):
     torch.save({"model": model.state_dict(), "ema": ema.state_dict()}, tmp_path / "file.pt")
     for name, kind in [("run", "EMA, step 7"), ("run/checkpoints/step-0000007/model", "as trained, step 7"),
                        ("file.pt", "EMA")]:
-        lines = start_from(net, str(tmp_path / name), "linear", "velocity", CODEC)
+        lines = start_from(net, str(tmp_path / name), "linear", "velocity", CODEC).lines
         assert f"{name} ({kind}): " in lines[0]
         assert_kept(net, ema if "EMA" in kind else model, net.state_dict())
 
