@@ -112,7 +112,7 @@ def start_from(
         *(line for special in specials for line in special.lines),
         *_silent_options(net, here, source),
         *_training_differences(source, {"interpolant": flow_path, "prediction": prediction}, codec),
-        *_class_name_differences(net, source, class_names, ckpt),
+        *_class_name_differences(net, source, class_names),
     ]
     return Start(lines, source.null_label_trained if _keeps_null_label(net, source) else False)
 
@@ -289,14 +289,14 @@ def _training_differences(source: Source, flow: dict[str, str], codec: dict) -> 
     return lines + ([f"the codec is another: {'; '.join(changes)}"] if changes else [])
 
 
-def _class_name_differences(net: SiT, source: Source, class_names: list[str] | None, ckpt: str) -> list[str]:
+def _class_name_differences(net: SiT, source: Source, class_names: list[str] | None) -> list[str]:
     """Rows of the label table go by number where the names are not the same: a class may start as a stranger."""
     if not class_names or _num_classes(source, net.config.num_classes) != net.config.num_classes:
         return []
     if source.class_names is None:
         becomes = [f"label {label} becomes {name!r}" for label, name in enumerate(class_names[:LISTED])]
         more = ", ..." if len(class_names) > LISTED else ""
-        return [f"{ckpt} does not name its classes: {', '.join(becomes)}{more}"]
+        return [f"the weights do not name their classes: {', '.join(becomes)}{more}"]
     changed = changed_names(source.class_names, class_names)
     if not changed or labels_there(source.class_names, class_names):
         return []

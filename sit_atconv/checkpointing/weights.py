@@ -233,9 +233,14 @@ def load_model(folder: Path) -> "SiT":
         kind = json.loads((folder / "config.json").read_text()).get("_class_name", "SiT")
     if kind != "SiT":
         raise ValueError(f"{folder} holds an {kind}, and no SiT: give a folder of one")
+    pickled = not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin"))
+    if pickled and any(folder.glob("*-of-*.bin")):
+        raise ValueError(f"the weights in {folder} are shards of .bin, which diffusers writes and does not read: save "
+                         "them as .safetensors (safe_serialization)")
     with damage_named(folder):
         model, report = SiT.from_pretrained(
-            folder, torch_dtype=torch.float32, variant=weights_variant(folder), output_loading_info=True)
+            folder, torch_dtype=torch.float32, variant=weights_variant(folder), output_loading_info=True,
+            use_safetensors=False if pickled else None)
     if wrong := {name: keys for name, keys in report.items() if keys}:
         raise ValueError(f"the weights in {folder} do not fit their config.json: {wrong}")
     return model.eval().requires_grad_(False)
@@ -281,7 +286,7 @@ def _with_vae(recipe: Recipe, vae: str, ckpt: str) -> Recipe:
         if pixels and vae == "identity":
             return recipe
         there = "on pixels, without a VAE" if pixels else f"on the latents of the VAE {recipe.codec['source']}"
-        raise ValueError(f"{ckpt} was trained {there}, which --vae {vae} contradicts: leave it out")
+        raise ValueError(f"{ckpt} was trained {there}, which --vae {vae} contradicts: give that, or nothing")
     codec = VAECodec(vae)
     codec.check(recipe.codec, f"{ckpt} was trained")
     return dataclasses.replace(recipe, codec=recipe.codec | {"source": codec.source})

@@ -259,8 +259,8 @@ def _not_loaded(source: str, remedy: str):
             yield
     except Exception as error:
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        if not Path(source).exists() and Path(source).parent.is_dir():
-            reason = "there is no folder of this name, nor such a hub id in the cache"
+        if isinstance(error, OSError) and not Path(source).exists() and Path(source).parent.is_dir():
+            reason = f"there is no folder {source}, nor such a hub id in the cache"
         raise ValueError(f"no VAE could be loaded from {source!r} ({reason}). {remedy}") from error
 
 
