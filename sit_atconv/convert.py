@@ -2,11 +2,13 @@
 
     python -m sit_atconv.convert FILE.pt OUT [--model SiT-XL/2] [--vae ID_OR_FOLDER]
     python -m sit_atconv.convert RUN OUT.pt --to sit
+    python -m sit_atconv.convert PIPELINE OUT
 
 What comes out says how to sample from it, as far as its form can.
 """
 
 import shlex
+import sys
 from pathlib import Path
 
 from sit_atconv.commands import ArgumentParser, at_least, finite, user_errors
@@ -25,8 +27,10 @@ def main(argv: list[str] | None = None) -> None:
         check_out(out, form)  # answers before torch is imported
         path = locate_weights(source, ema, model=options["model"], vae=options["vae"])
         if options["class_names"]:
-            options["class_names"] = Path(options["class_names"]).read_text(encoding="utf-8-sig").splitlines()
+            options["class_names"] = read_class_names(Path(options["class_names"]))
         weights = load(source, path, ema, options)
+        for note in (*weights.notes, *repeated(weights.recipe.class_names)):
+            print(f"note: {note}", file=sys.stderr)
         print(convert(weights, source, out, form))
 
 
@@ -41,9 +45,37 @@ def check_out(out: Path, form: str) -> None:
         raise ValueError(f"{out} is not an empty folder: give another OUT")
 
 
+def read_class_names(path: Path) -> list[str]:
+    """A name on each line -> the names of labels 0, 1, ..., without outer blanks. (Blank lines may follow the last.)
+
+    Raises:
+        ValueError: the file is no text, or a line is empty; the message names it.
+        OSError: there is no such file.
+    """
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--class-names {path} is no UTF-8 text: give a text file with a name on each line") from error
+    if not names or "" in names:
+        line = names.index("") + 1 if names else 1
+        raise ValueError(f"line {line} of --class-names {path} is empty: a name belongs on each line")
+    return names
+
+
+def repeated(class_names: list[str]) -> list[str]:
+    """A line on names that several labels have, if there are any."""
+    from sit_atconv.checkpointing.class_names import repeated_names
+
+    repeats = repeated_names(class_names)
+    found = [f"{name!r} names labels {', '.join(map(str, labels))}" for name, labels in repeats.items()]
+    return [f"{'; '.join(found)}: choose among them by number"] if found else []
+
+
 def load(source: str, path: Path, ema: bool | float, options: dict):
-    """The weights of a published file, by all options, or of anything else, which needs none."""
-    if path.is_file():
+    """The weights of a file or of a folder without a recipe, by all options, or of anything else, which knows most."""
+    from sit_atconv.checkpointing.weights import is_without_recipe, load_weights
+
+    if is_without_recipe(path):
         from sit_atconv.checkpointing.published_models import load_published
 
         return load_published(path, options.pop("model"), ema=ema, **options)
@@ -51,34 +83,38 @@ def load(source: str, path: Path, ema: bool | float, options: dict):
         if options[name] is not None:
             raise ValueError(f"{option} is for files of published weights: leave it out, since the weights of {source} "
                              "say this themselves")
-    from sit_atconv.checkpointing.weights import load_weights
-
-    return load_weights(source, ema)
+    return load_weights(source, ema, vae=options["vae"])
 
 
 def convert(weights, source: str, out: Path, form: str) -> str:
     """Writes the weights in a form; returns what to tell the user."""
-    config, decay = weights.model.config, weights.recipe.ema_decay
-    null = "and a null label" if config.has_null_label else "without a null label"
-    what = f"{'trained weights' if decay is None else 'EMA weights'} of {source}, {config.num_classes} classes {null}"
+    config, recipe, quoted = weights.model.config, weights.recipe, shlex.quote(str(out))
+    null = "without a null label" if not config.has_null_label else (
+        "and a null label that was never trained" if recipe.null_label_trained is False else "and a null label")
+    kind = {"EMA": "EMA weights", "as trained": "trained weights", None: "weights"}[recipe.average]
+    unknown = "" if recipe.ema_known else " (whether they are averaged is not said)"
+    what = f"{kind} of {source}{unknown}, {config.num_classes} classes {null}"
     if form in ("sit", "repa"):
         from sit_atconv.checkpointing.published_models import save_published
 
         out.parent.mkdir(parents=True, exist_ok=True)
         preset = save_published(weights, out, form)
-        vae = " --vae identity" if weights.recipe.codec["kind"] == "identity" else ""
-        hint = "its code builds the model with projectors, which are not in it: load with strict=False" \
-            if form == "repa" else f"read it back: python -m sit_atconv.convert {shlex.quote(str(out))} OUT{vae}"
-        return f"{out}: {preset}, {what}, in {form} form\n{hint}"
+        vae = recipe.codec.get("source", "identity")
+        option = "" if vae == DEFAULT_VAE else f" --vae {shlex.quote(vae)}"
+        lines = [f"{out}: {preset}, {what}, in {form} form",
+                 f"read it back: python -m sit_atconv.convert {quoted} {shlex.quote(str(out.with_suffix('')))}{option}"]
+        if form == "repa":
+            lines.insert(1, "its code builds the model with projectors, which are not in it: load with strict=False")
+        return "\n".join(lines)
     if form == "pipeline":
         from sit_atconv.pipeline import export_pipeline
 
         export_pipeline(weights, out)
-        return f"{out}: pipeline with the {what}"
+        return f"{out}: pipeline with the {what}\nsample: python sample/generate.py --ckpt {quoted}"
     from sit_atconv.checkpointing.weights import export_weights
 
     export_weights(weights, out)
-    return f"{out}: {what}\nsample: python sample/generate.py --ckpt {shlex.quote(str(out))}"
+    return f"{out}: {what}\nsample: python sample/generate.py --ckpt {quoted}"
 
 
 def make_parser() -> ArgumentParser:
@@ -90,7 +126,8 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument("source", metavar="SOURCE",
                         help="a file of published weights (.pt, .safetensors), or what --ckpt of sample/generate.py "
-                        "takes: a run, a checkpoint, an exported folder, a hub id")
+                        "takes: a run, a checkpoint, an exported folder, a pipeline, a hub id, a folder of "
+                        "SiT.save_pretrained")
     parser.add_argument("out", type=Path, metavar="OUT", help="a new or empty folder; a new .pt file for sit and repa")
     parser.add_argument("--to", choices=("ours", "sit", "repa", "pipeline"), default="ours",
                         help="ours: a folder of safetensors and recipe; sit, repa: a .pt file as their code writes it "
@@ -100,12 +137,12 @@ def make_parser() -> ArgumentParser:
     average.add_argument("--ema", type=finite, default=True, metavar="DECAY",
                          help="of a run with several averages, the one of this decay instead of the first")
     average.add_argument("--no-ema", dest="ema", action="store_false", help="the weights as trained, not their average")
-    of_files = parser.add_argument_group("what a published file may not say of itself")
+    parser.add_argument("--vae", metavar="ID_OR_FOLDER",
+                        help="where the VAE is now, which must be the one trained with; of a file, the VAE of its "
+                        f"latents, or identity for a model of pixels (default: as the file says, or {DEFAULT_VAE})")
+    of_files = parser.add_argument_group("what a published file, or a folder of SiT.save_pretrained, may not say")
     of_files.add_argument("--model", metavar="PRESET",
                           help="its depth, width, heads, patch and mixers, e.g. SiT-XL/2 (default: as the file says)")
-    of_files.add_argument("--vae", metavar="ID_OR_FOLDER",
-                          help="the VAE of its latents, or identity for a model of pixels "
-                          f"(default: {DEFAULT_VAE})")
     of_files.add_argument("--path", dest="interpolant", choices=("linear", "gvp", "vp"),
                           help="the interpolant it was trained along (default: as the file says, or linear)")
     of_files.add_argument("--prediction", choices=("velocity", "noise", "score", "data"),

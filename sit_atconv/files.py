@@ -1,8 +1,9 @@
-"""Files that are whole or not there, folders that one command holds at a time, and room on the disk."""
+"""Files that are whole or not there, folders that one command holds at a time, hub ids, and room on the disk."""
 
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import socket
 import sys
@@ -124,6 +125,32 @@ def exclusive(folder: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         file.close()
+
+
+def hub_options(name: str) -> dict:
+    """How to ask the hub for `name`, which is no folder here, so that the network never sees a path that is gone.
+
+    Args:
+        name: what the user gave: owner/name where it is a hub id.
+
+    Returns:
+        Keyword arguments for the hub's functions: where a folder `owner` is here, `name` may have been a path, and only
+        what the hub's cache holds is taken.
+
+    Raises:
+        ValueError: it cannot be a hub id: it has no slash or several, or it begins or is written as a path.
+    """
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise ValueError(f"there is no folder {name}, and it is no hub id (owner/name)")
+    return {"local_files_only": Path(name).parent.is_dir()}
+
+
+def weights_variant(folder: Path) -> str | None:
+    """The variant, such as fp16, that a model's weights were saved as by diffusers; None where some are plain."""
+    found = [re.fullmatch(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)", path.name)
+             for path in sorted(folder.glob("diffusion_pytorch_model*"))]
+    variants = [match[1] for match in found if match]
+    return None if None in variants or not variants else variants[0]
 
 
 def sha256_of(*paths: Path) -> str:

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from sit_atconv.checkpointing.weights import Weights
 from sit_atconv.class_labels import class_label
-from sit_atconv.data.codecs import open_codec
+from sit_atconv.data.codecs import open_codec, per_channel, scale_and_shift
 from sit_atconv.data.pixels import to_pil, to_uint8
-from sit_atconv.files import write_folder_aside
+from sit_atconv.files import hub_options, write_folder_aside
 from sit_atconv.flow import as_velocity, get_interpolant
 from sit_atconv.models.sit import SiT
 from sit_atconv.sampling import guided, time_grid
@@ -46,7 +46,9 @@ class SiTPipeline(DiffusionPipeline):
         prediction: what the model's output stands for: "velocity", "noise", "score" or "data".
         interpolant: the path it was trained on, "linear".
         id2label: class names by label, {"0": "tench", ...}. (A list would pass for a component when loaded.)
-        null_label_trained: whether guidance has a null label to guide with; None (not known) is taken for yes.
+        step, ema_decay, null_label_trained, ema_known: as `Recipe` has them, so that the folder can be read again;
+            None where they are not known.
+        empty_classes: those of `Recipe`, in the form of `id2label`.
 
     Raises:
         ValueError: another path than the linear one, or a scheduler that is not set up for flows.
@@ -64,7 +66,11 @@ class SiTPipeline(DiffusionPipeline):
         prediction: str = "velocity",
         interpolant: str = "linear",
         id2label: dict[str, str] | None = None,
+        step: int | None = None,
+        ema_decay: float | None = None,
         null_label_trained: bool | None = None,
+        empty_classes: dict[str, str] | None = None,
+        ema_known: bool = False,
     ):
         super().__init__()
         if interpolant != "linear":
@@ -72,8 +78,10 @@ class SiTPipeline(DiffusionPipeline):
                              f"{interpolant!r}: sample it with sample/generate.py")
         check_scheduler(scheduler)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self.register_to_config(prediction=prediction, interpolant=interpolant, id2label=id2label,
-                                null_label_trained=null_label_trained)
+        self.register_to_config(
+            prediction=prediction, interpolant=interpolant, id2label=id2label, step=step, ema_decay=ema_decay,
+            null_label_trained=null_label_trained, empty_classes=empty_classes, ema_known=ema_known,
+        )
 
     @classmethod
     def download(
@@ -88,9 +96,10 @@ class SiTPipeline(DiffusionPipeline):
         **ignored,
     ) -> str:
         """A hub id to its folder on this disk. (diffusers' own refuses models that are not of its libraries.)"""
+        here = hub_options(pretrained_model_name)["local_files_only"]
         return snapshot_download(
             pretrained_model_name, revision=revision, cache_dir=cache_dir, force_download=force_download,
-            local_files_only=bool(local_files_only), token=token, allow_patterns=["*.json", "*.safetensors"],
+            local_files_only=here or bool(local_files_only), token=token, allow_patterns=["*.json", "*.safetensors"],
         )
 
     def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None):
@@ -239,8 +248,8 @@ class SiTPipeline(DiffusionPipeline):
     def _decode(self, z: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1], greyscale repeated."""
         if self.vae is not None:
-            config = self.vae.config
-            z = z / config.scaling_factor + (config.get("shift_factor") or 0.0)
+            scale, shift = scale_and_shift(self.vae.config)
+            z = z / per_channel(scale, z) + per_channel(shift, z)
             z = self.vae.decode(z.to(self.vae.dtype)).sample.float()
         return z.expand(-1, 3, -1, -1)
 
@@ -282,6 +291,10 @@ def export_pipeline(weights: Weights, folder: Path) -> None:
         prediction=recipe.prediction,
         interpolant=recipe.interpolant,
         id2label={str(label): name for label, name in enumerate(recipe.class_names)},
+        step=recipe.step,
+        ema_decay=recipe.ema_decay,
         null_label_trained=recipe.null_label_trained,
+        empty_classes={str(label): recipe.class_names[label] for label in recipe.empty_classes},
+        ema_known=recipe.ema_known,
     )
     write_folder_aside(folder, pipeline.save_pretrained)

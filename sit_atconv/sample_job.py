@@ -104,7 +104,7 @@ def prepare(options: GenerateOptions) -> SampleJob:
     """
     weights = load_weights(options.ckpt, options.ema, model=options.model, vae=options.vae)
     recipe, config = weights.recipe, weights.model.config
-    weak = _load_weak(options.weak, weights)
+    weak = _load_weak(options.weak, weights, options.vae)
     sampler = options.sampler.settled(recipe.interpolant, weights.null_label, weak is not None)
     sampler.check(recipe.interpolant, recipe.prediction, weights.null_label, weak is not None)
     codec = open_codec(recipe.codec, precision="fp32" if options.dtype == "fp32" else "tf32")
@@ -150,13 +150,13 @@ def _notes_on_labels(given: list[int], recipe: Recipe) -> list[str]:
     return [f"no image of label {label} ({recipe.class_names[label]!r}) was trained on" for label in untrained]
 
 
-def _load_weak(ckpt: str | None, weights: Weights) -> Weights | None:
+def _load_weak(ckpt: str | None, weights: Weights, vae: str | None) -> Weights | None:
     """Raises ValueError for a model that cannot guide: it lives on another path, in other latents or classes."""
     if ckpt is None:
         return None
     if Path(ckpt).is_file():
         raise ValueError(f"--weak {ckpt} is a file: make a folder of it first, python -m sit_atconv.convert {ckpt} OUT")
-    weak = load_weights(ckpt)
+    weak = load_weights(ckpt, vae=vae)
     here, there = (
         {"interpolant": w.recipe.interpolant, "prediction": w.recipe.prediction,
          "classes": w.model.config.num_classes, "channels": w.model.config.in_channels,

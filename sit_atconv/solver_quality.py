@@ -93,7 +93,8 @@ def compare_solvers(options: Options) -> dict:
     if missing:
         reference = extract_features(network, open_image_set(options.reference), options.batch_size, device)
         real = fit_gaussian(reference["features"])
-        codec = open_codec(recipe.codec).to(device)
+        remedy = f"Give --ckpt what python -m sit_atconv.convert {options.ckpt} OUT --vae PATH writes"
+        codec = open_codec(recipe.codec, remedy=remedy).to(device)
         warm_up = replace(options, num_samples=options.batch_size)
         measure(Sampler(cfg=options.cfg, solver="euler", steps=1), weights, codec, network, real, warm_up, device)
     for sampler in tqdm(missing, unit="solver"):

@@ -102,7 +102,7 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
             check_room(run, max(1, checkpoints_at_once(plan) - len(saved)) * checkpoint_bytes(net, plan.num_averages))
         if config.init_from and not saved:
             origin = start_from(net, config.init_from, config.flow.path, config.flow.prediction, codec.describe(),
-                                class_names=[*data.class_names])
+                                class_names=[*data.class_names]).lines
         if is_main_process():
             to_release.enter_context(exclusive(run))
         found = find_resumable(run)

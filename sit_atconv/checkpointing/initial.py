@@ -2,13 +2,14 @@
 
 import itertools
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from torch import Tensor
 
+from sit_atconv.checkpointing.class_names import changed_names, labels_there
 from sit_atconv.checkpointing.published import REPA_OPTIONS, read_published
-from sit_atconv.checkpointing.tensors import LABELS, OUTPUT, POSITIONS, list_differences, mixer_kinds
-from sit_atconv.checkpointing.weights import Recipe, load_weights
+from sit_atconv.checkpointing.published_models import null_label_trained, said_flow, said_names
+from sit_atconv.checkpointing.tensors import LABELS, LISTED, OUTPUT, POSITIONS, list_differences, mixer_kinds
+from sit_atconv.checkpointing.weights import is_without_recipe, load_model, load_weights, locate_weights
 from sit_atconv.models.sit import SiT, sincos_pos_embed
 
 LEARNED = 1e-4  # a position table further than this from sines and cosines was trained
@@ -22,15 +23,35 @@ class Source:
         tensors: name -> tensor, on the CPU.
         kind: which weights they are, for the user.
         config: the options of their model, as far as known.
-        recipe: of our own weights; published ones have none.
+        flow: their interpolant and prediction, as far as known.
+        codec: of their latents, as `Codec.describe()` has it; empty where it is not known.
+        class_names: None where they are not known.
+        null_label_trained: as in `Recipe`.
         lines: what reading them has to say.
     """
 
     tensors: dict[str, Tensor]
     kind: list[str]
     config: dict
-    recipe: Recipe | None = None
+    flow: dict[str, str] = field(default_factory=dict)
+    codec: dict = field(default_factory=dict)
+    class_names: list[str] | None = None
+    null_label_trained: bool | None = None
     lines: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a warm start did.
+
+    Args:
+        lines: for the user: what was kept, what starts afresh and what is different from the training of the weights.
+        null_label_trained: whether the model has a null label whose row it kept and was trained; None where the row was
+            kept and nobody knows.
+    """
+
+    lines: list[str]
+    null_label_trained: bool | None
 
 
 @dataclass(frozen=True)
@@ -50,7 +71,7 @@ class Special:
 
 def start_from(
     net: SiT, ckpt: str, flow_path: str, prediction: str, codec: dict, *, class_names: list[str] | None = None
-) -> list[str]:
+) -> Start:
     """Copies into `net` what can be kept of the weights that `ckpt` names; the rest stays as it was initialised.
 
     Kept is what has the same name and shape. Never in the way are another class count, another resolution, other
@@ -58,14 +79,12 @@ def start_from(
 
     Args:
         net: changed in place, all or nothing.
-        ckpt: a file of published weights, or what `load_weights` takes (of which the EMA weights).
+        ckpt: what `load_weights` takes (of a run, the EMA weights).
         flow_path: the interpolant that training will use.
         prediction: what the model's output will stand for.
         codec: what `Codec.describe()` returns.
-        class_names: of the data to train on; None leaves them uncompared.
-
-    Returns:
-        Lines for the user: what was kept, what starts afresh and what is different from the training of the weights.
+        class_names: of the data to train on: rows of the label table follow the names where both have the same ones.
+            None leaves them uncompared.
 
     Raises:
         ValueError: the weights cannot be read, or are of a model of another width, depth, patch or channels.
@@ -75,7 +94,7 @@ def start_from(
     specials = [
         _position_table(net, source.tensors),
         _mixers(here, source.tensors),
-        _label_table(net, here, source),
+        _label_table(net, here, source, class_names),
         _output_layer(net, here, source.tensors),
     ]
     settled = set().union(*(special.names for special in specials))
@@ -87,27 +106,52 @@ def start_from(
         here[name].copy_(value)
     wanted = values.keys() | here.keys() - {POSITIONS}  # the table is computed, not wanted
     kind = f" ({', '.join(source.kind)})" if source.kind else ""
-    return [
+    lines = [
         f"started from {ckpt}{kind}: {len(values)} of {len(wanted)} tensors kept",
         *source.lines,
         *(line for special in specials for line in special.lines),
         *_silent_options(net, here, source),
-        *(_recipe_differences(source.recipe, flow_path, prediction, codec) if source.recipe else []),
+        *_training_differences(source, {"interpolant": flow_path, "prediction": prediction}, codec),
         *_class_name_differences(net, source, class_names),
     ]
+    return Start(lines, source.null_label_trained if _keeps_null_label(net, source) else False)
 
 
 def _open(ckpt: str) -> Source:
-    if Path(ckpt).is_file():
-        published = read_published(Path(ckpt))
-        kind = {True: ["EMA"], False: ["as trained"], None: []}[published.ema]
-        config, lines = {}, []
+    path = locate_weights(ckpt)
+    if path.is_file():
+        published = read_published(path)
+        args, lines = published.args, []
+        config = dict(REPA_OPTIONS) if published.repa else {}
         if published.repa:
-            config, lines = REPA_OPTIONS, ["these are REPA's weights: their direction of time was turned"]
-        return Source(published.tensors, kind, config, lines=lines)
+            lines = ["these are REPA's weights: their direction of time was turned"]
+        if type(args.get("num_classes")) is int:
+            config["num_classes"] = args["num_classes"]
+        rows = len(published.tensors.get(LABELS, ()))
+        return Source(
+            published.tensors,
+            {True: ["EMA"], False: ["as trained"], None: []}[published.ema],
+            config,
+            said_flow(path, published),
+            class_names=said_names(args, config.get("num_classes", rows - 1)),
+            null_label_trained=null_label_trained(True, args),
+            lines=lines,
+        )
+    if is_without_recipe(path):
+        model = load_model(path)
+        return Source(model.state_dict(), [], dict(model.config))
     weights = load_weights(ckpt)
-    kind = ["EMA" if weights.recipe.ema_decay is not None else "as trained", f"step {weights.recipe.step}"]
-    return Source(weights.model.state_dict(), kind, dict(weights.model.config), weights.recipe)
+    recipe = weights.recipe
+    return Source(
+        weights.model.state_dict(),
+        [*([recipe.average] if recipe.average else []), *([f"step {recipe.step}"] if recipe.step else [])],
+        dict(weights.model.config),
+        {"interpolant": recipe.interpolant, "prediction": recipe.prediction},
+        recipe.codec,
+        recipe.class_names,
+        recipe.null_label_trained,
+        list(weights.notes),
+    )
 
 
 def _position_table(net: SiT, there: dict[str, Tensor]) -> Special:
@@ -156,8 +200,11 @@ def _blocks(blocks: list[int], depth: int) -> str:
     return f"block{'s' if len(blocks) > 1 else ''} {spoken}"
 
 
-def _label_table(net: SiT, here: dict[str, Tensor], source: Source) -> Special:
-    """Rows of other classes are of no use; a null label more or less leaves those of the classes as they are."""
+def _label_table(
+    net: SiT, here: dict[str, Tensor], source: Source, class_names: list[str] | None
+) -> Special:
+    """Rows follow the names of their classes. Those of other classes are of no use; a null label more or less leaves
+    those of the classes as they are."""
     fresh, table, classes = here[LABELS], source.tensors.get(LABELS), net.config.num_classes
     if table is None or table.shape[1:] != fresh.shape[1:]:
         return Special()  # an error like any other
@@ -165,15 +212,25 @@ def _label_table(net: SiT, here: dict[str, Tensor], source: Source) -> Special:
         there = f"{source.config['num_classes']} classes" if "num_classes" in source.config else f"{len(table)} rows"
         null = " and the null label" if net.config.has_null_label else ""
         return Special({LABELS}, lines=[f"the label table starts afresh: {there} there, {classes} classes{null} here"])
-    if len(table) == len(fresh):
-        return Special()
-    value = fresh.clone()
-    value[:classes] = table[:classes]
+    value, lines = fresh.clone(), []
+    order = labels_there(source.class_names, class_names) if source.class_names and class_names else None
+    value[:classes] = table[:classes] if order is None else table[order]
+    if order not in (None, list(range(classes))):
+        lines.append("the label table's rows follow the class names, whose order differs: "
+                     f"{changed_names(source.class_names, class_names)}")
     if len(table) > len(fresh):
-        line = "the null label's row is left out: this model has none (has_null_label is false)"
+        lines.append("the null label's row is left out: this model has none (has_null_label is false)")
+    elif len(table) < len(fresh):
+        lines.append("the null label's row starts afresh: the weights have none (guidance needs it trained)")
     else:
-        line = "the null label's row starts afresh: the weights have none (guidance needs it trained)"
-    return Special({LABELS}, {LABELS: value}, [line])
+        value[classes:] = table[classes:]
+    return Special({LABELS}, {LABELS: value}, lines)
+
+
+def _keeps_null_label(net: SiT, source: Source) -> bool:
+    """Whether the row of the null label is the weights' own."""
+    classes = net.config.num_classes
+    return net.config.has_null_label and _num_classes(source, classes) == classes < len(source.tensors[LABELS])
 
 
 def _num_classes(source: Source, expected: int) -> int | None:
@@ -220,27 +277,27 @@ def _silent_options(net: SiT, here: dict[str, Tensor], source: Source) -> list[s
     ]
 
 
-def _recipe_differences(recipe: Recipe, flow_path: str, prediction: str, codec: dict) -> list[str]:
+def _training_differences(source: Source, flow: dict[str, str], codec: dict) -> list[str]:
     lines = [
-        f"the {what} is {there} there, {here} here"
-        for what, there, here in (("interpolant", recipe.interpolant, flow_path),
-                                  ("prediction", recipe.prediction, prediction)) if there != here
+        f"the {what} is {source.flow[what]} there, {here} here"
+        for what, here in flow.items() if source.flow.get(what, here) != here
     ]
     changes = [
-        f"{key} {str(recipe.codec[key])[:12]} there, {str(value)[:12]} here"  # enough of a checksum
-        for key, value in codec.items() if key != "source" and recipe.codec.get(key, value) != value
+        f"{key} {str(source.codec[key])[:12]} there, {str(value)[:12]} here"  # enough of a checksum
+        for key, value in codec.items() if key != "source" and source.codec.get(key, value) != value
     ]
     return lines + ([f"the codec is another: {'; '.join(changes)}"] if changes else [])
 
 
 def _class_name_differences(net: SiT, source: Source, class_names: list[str] | None) -> list[str]:
-    """Rows of the label table go by number: a class under another number would start as a stranger."""
-    if not source.recipe or not class_names or source.config["num_classes"] != net.config.num_classes:
+    """Rows of the label table go by number where the names are not the same: a class may start as a stranger."""
+    if not class_names or _num_classes(source, net.config.num_classes) != net.config.num_classes:
         return []
-    pairs = zip(source.recipe.class_names, class_names, strict=False)
-    changed = [(i, there, here) for i, (there, here) in enumerate(pairs) if there != here]
-    if not changed:
+    if source.class_names is None:
+        becomes = [f"label {label} becomes {name!r}" for label, name in enumerate(class_names[:LISTED])]
+        more = ", ..." if len(class_names) > LISTED else ""
+        return [f"the weights do not name their classes: {', '.join(becomes)}{more}"]
+    changed = changed_names(source.class_names, class_names)
+    if not changed or labels_there(source.class_names, class_names):
         return []
-    i, there, here = changed[0]
-    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-    return [f"class names differ, and the label table is kept: label {i} is {there!r} there, {here!r} here{more}"]
+    return [f"class names differ, and the label table is kept: {changed}"]

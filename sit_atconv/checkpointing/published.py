@@ -1,6 +1,6 @@
 """Weights as others publish them: training files of SiT and REPA, and bare state dicts, read without running code.
 
-    {"model": ..., "ema": ..., "opt": ..., "args": argparse.Namespace}        or        {"blocks.0. ...": tensor, ...}
+    {"model": ..., "ema": ..., "opt": ..., "args": Namespace or dict}        or        {"blocks.0. ...": tensor, ...}
 """
 
 import argparse
@@ -28,7 +28,7 @@ class Published:
         tensors: name -> tensor, on the CPU.
         ema: whether these are the averaged weights or those as trained; None where the file does not say.
         repa: whether they came in REPA's convention, and were converted.
-        args: the arguments they were trained with; none where the file does not say.
+        args: the arguments they were trained with, those of nested groups too; none where the file does not say.
     """
 
     tensors: dict[str, Tensor]
@@ -54,7 +54,8 @@ def read_published(path: Path, ema: bool = True) -> Published:
         ema: of a training file, the EMA weights where there are any, or those as trained.
 
     Raises:
-        ValueError: there is no such file, it is damaged, it would run code, or it does not hold the weights asked for.
+        ValueError: there is no such file, it is damaged, it would run code, it does not hold the weights asked for, or
+            these are of a DiT.
     """
     content = _read(path)
     keys = list(content) if isinstance(content, dict) else []
@@ -66,8 +67,8 @@ def read_published(path: Path, ema: bool = True) -> Published:
     if not _is_state_dict(tensors):
         held = f"only {', '.join(map(str, keys[:5]))}" if keys else type(content).__name__
         raise ValueError(f"{path} holds no weights ({held}): give a file with 'ema' or 'model' in it, or a state dict")
-    args = content.get("args")
-    args = dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
+    args = _flat(content.get("args"))
+    _refuse_dit(path, args)
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.is_meta:
             raise ValueError(f"{path} is not loaded: {name} is {tensor.dtype}, {tensor.layout} on {tensor.device}, and "
@@ -88,6 +89,34 @@ def read_published(path: Path, ema: bool = True) -> Published:
             raise ValueError(f"{path} is of REPA's form but for the shapes of its time embedding: give a file of whole "
                              "weights") from error
     return Published(tensors, {"ema": True, "model": False, None: None}[part], repa, args)
+
+
+def _flat(args: object) -> dict:
+    """A Namespace or dict of arguments as a dict, with those of its groups whose name has one value in all of them."""
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(args, dict):
+        return {}
+    flat = {name: value for name, value in args.items() if not isinstance(value, dict | argparse.Namespace)}
+    grouped: dict[str, set] = {}
+    for group in args.values():
+        for name, value in _flat(group).items():
+            if isinstance(value, str | int | float):
+                grouped.setdefault(name, set()).add(value)
+    return {name: values.pop() for name, values in grouped.items() if len(values) == 1} | flat
+
+
+def _refuse_dit(path: Path, args: dict) -> None:
+    """Raises ValueError for a DiT, by its arguments, or by its file's name where they say nothing.
+
+    Its tensors have the names and shapes of a SiT's.
+    """
+    is_said = "model" in args
+    name = str(args["model"]) if is_said else "" if "path_type" in args else path.name
+    if re.match(r"dit(?![a-z])", name, re.IGNORECASE):
+        says, remedy = (f"args say {name}", "") if is_said else (
+            "file's name says DiT", ", or rename the file if it was trained as a flow")
+        raise ValueError(f"{path} is not loaded: its {says}, and a DiT predicts noise, and its variance, on DDPM's "
+                         f"discrete steps, which is no flow. Give weights of a SiT{remedy}")
 
 
 def _read(path: Path) -> object:

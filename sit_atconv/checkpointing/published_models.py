@@ -1,4 +1,4 @@
-"""Models made of files that others publish, and such files made of our models."""
+"""Models made of files that others publish, or of folders without a recipe, and such files made of our models."""
 
 import argparse
 import math
@@ -8,15 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sit_atconv.checkpointing.class_names import changed_names
 from sit_atconv.checkpointing.published import REPA_OPTIONS, Published, read_published, to_repa
 from sit_atconv.checkpointing.tensors import LABELS, POSITIONS, fitting_preset, list_differences, shown_options
-from sit_atconv.checkpointing.weights import Recipe, Weights
+from sit_atconv.checkpointing.weights import Recipe, Weights, load_model
 from sit_atconv.data import DEFAULT_VAE
 from sit_atconv.data.codecs import IdentityCodec, VAECodec
 from sit_atconv.files import check_room, write_aside
 from sit_atconv.models.sit import PRESETS, SiT, preset_config
 
-EMA_DECAY = 0.9999  # of SiT, REPA and ATConv's ports of both; no file says it
+EMA_DECAY = 0.9999  # of SiT, REPA and ATConv's ports of both; no file of theirs says it
+VAES = {"ema": DEFAULT_VAE, "mse": "stabilityai/sd-vae-ft-mse"}  # SiT's and DiT's names of them
 
 
 @dataclass(frozen=True)
@@ -58,60 +60,141 @@ def load_published(
     class_names: list[str] | None = None,
     num_classes: int | None = None,
 ) -> Weights:
-    """Makes a model, in float32, of a file that `read_published` reads.
+    """Makes a model, in float32, of a file that `read_published` reads, or of a folder without a recipe.
 
     Args:
-        path: of the file.
+        path: of the file, or of the folder of `SiT.save_pretrained`, which says all of its model and nothing of its
+            training.
         preset: gives depth, width, heads, patch and mixers. None: that of the file's training arguments, but for the
             mixers, which the tensors show better than the names of REPA's port of ATConv.
-        vae: of the latents, by hub id or folder (None: sd-vae-ft-ema), or "identity" for models of pixels.
+        vae: of the latents, by hub id or folder, or "identity" for models of pixels. None: that of the file's training
+            arguments, or sd-vae-ft-ema.
         ema: of a training file, the EMA weights where there are any, or those as trained.
         interpolant: None: that of the file's training arguments, or "linear".
         prediction: None: that of the file's training arguments, or "velocity".
-        class_names: of labels 0, 1, ...; None: their numbers.
+        class_names: of labels 0, 1, ...; None: those of the file's training arguments, or their numbers.
         num_classes: None: that of the file's training arguments; without any, all labels but the last, which is the
             null label, or the only one.
+
+    Returns:
+        The weights; what had to be assumed is in their notes.
 
     Raises:
         ValueError: the file cannot be read, its model is unknown or another, or something given contradicts it.
     """
-    published = read_published(path, ema)
-    tensors = {name: tensor.float() for name, tensor in published.tensors.items()}
+    if path.is_dir():
+        published, model = Published({}, None, repa=False), load_model(path)
+        options = model.config
+        _check_num_classes(path, options["num_classes"], num_classes)
+    else:
+        published = read_published(path, ema)
+        tensors = _finite(path, published.tensors)
+        options = _file_options(path, tensors, published, preset, num_classes)
+    args, form = published.args, FORMS["repa" if published.repa else "sit"]
+    names, notes = _names(path, args, class_names, options["num_classes"])
+    assumed = {}
+    if interpolant is None and (interpolant := _said(path, form.paths, args, "path_type", "--path")) is None:
+        interpolant = "linear"
+        assumed["--path"] = "linear path"
+    if prediction is None and (prediction := _said(path, form.predictions, args, "prediction", "--prediction")) is None:
+        prediction = "velocity"
+        assumed["--prediction"] = "velocity prediction"
+    if vae is None and (vae := VAES.get(str(args.get("vae")))) is None:
+        vae = DEFAULT_VAE
+        assumed["--vae"] = f"VAE {vae}"
+    if assumed:
+        notes.append(f"{path} does not say how it was trained: taken as {', '.join(assumed.values())}; say otherwise "
+                     f"with python -m sit_atconv.convert {', '.join(assumed)}")
+
+    codec = IdentityCodec(options["in_channels"]) if vae == "identity" else VAECodec(
+        vae, remedy="Give the VAE it was trained with by --vae, a folder or a hub id that is cached")
+    if codec.channels != options["in_channels"]:
+        raise ValueError(f"{path} takes {options['in_channels']} channels, and the VAE {codec.source} gives "
+                         f"{codec.channels}: give the --vae it was trained with")
+    if path.is_file():
+        if "input_size" not in options and isinstance(args.get("image_size"), int):
+            options["input_size"] = codec.latent_size(args["image_size"])
+        with torch.device("meta"):
+            model = SiT(**options)
+        model.load_state_dict(tensors, assign=True)
+    recipe = Recipe(
+        interpolant,
+        prediction,
+        codec.describe(),
+        names,
+        step=args["step"] if isinstance(args.get("step"), int) else 0,  # SiT's and REPA's files do not say it
+        ema_decay=_ema_decay(args) if published.ema else None,
+        null_label_trained=null_label_trained(options["has_null_label"], args) if path.is_file() else None,
+        empty_classes=list(args.get("empty_classes", [])),
+        ema_known=args.get("ema_known", published.ema is not None),
+    )
+    return Weights(model.eval().requires_grad_(False), recipe, path, tuple(notes))
+
+
+def null_label_trained(has_null_label: bool, args: dict) -> bool:
+    """Whether a published file's null label was trained: SiT and REPA have its row only where labels are dropped."""
+    return has_null_label and args.get("class_dropout_prob", args.get("cfg_prob")) != 0
+
+
+def _ema_decay(args: dict) -> float | None:
+    """None where our own file says that what it calls "ema" is not averaged."""
+    decay = args.get("ema_decay", EMA_DECAY)
+    return decay if decay is None or isinstance(decay, float) else EMA_DECAY
+
+
+def said_names(args: dict, num_classes: int) -> list[str] | None:
+    """The class names in a file's training arguments, where there is one for each class."""
+    names = args.get("class_names")
+    is_whole = isinstance(names, list | tuple) and len(names) == num_classes
+    return list(names) if is_whole and all(isinstance(name, str) for name in names) else None
+
+
+def said_flow(path: Path, published: Published) -> dict[str, str]:
+    """Interpolant and prediction by our names, as far as a file's training arguments have them."""
+    form = FORMS["repa" if published.repa else "sit"]
+    said = {"interpolant": _said(path, form.paths, published.args, "path_type", "--path"),
+            "prediction": _said(path, form.predictions, published.args, "prediction", "--prediction")}
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _names(path: Path, args: dict, given: list[str] | None, num_classes: int) -> tuple[list[str], list[str]]:
+    """The names of labels 0, 1, ..., and what is to be said of them."""
+    theirs = said_names(args, num_classes)
+    if given is None:
+        names = theirs or [str(label) for label in range(num_classes)]
+        return names, [] if theirs else [f"{path} does not name its classes: they are known by their numbers alone"]
+    if len(given) != num_classes:
+        raise ValueError(f"{path} knows {num_classes} classes, and {len(given)} names are given")
+    changed = changed_names(theirs or given, given)
+    return given, [f"the names given are not those of {path}: {changed}"] if changed else []
+
+
+def _finite(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In float32."""
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{path} holds numbers that are not finite, in {broken[0]} first: its training had failed")
+    return tensors
+
+
+def _file_options(
+    path: Path, tensors: dict[str, Tensor], published: Published, preset: str | None, num_classes: int | None
+) -> dict:
+    """The options of the model that a file's tensors are of; `input_size` only where the tensors show it."""
     try:
         shown = shown_options(tensors)
     except ValueError as error:
         raise ValueError(f"{path} holds {error}") from error
-    form = FORMS["repa" if published.repa else "sit"]
     options = {
         **shown,
         **_preset_options(path, preset, published, shown),
         **_classes(path, len(tensors[LABELS]), published.args, num_classes),
-        "kernel_act": form.kernel_act,
+        "kernel_act": FORMS["repa" if published.repa else "sit"].kernel_act,
     }
     if POSITIONS in tensors:
         options["input_size"] = math.isqrt(tensors[POSITIONS].shape[1]) * options["patch_size"]
     _check_same(path, tensors, options, shown)
-    names = [str(label) for label in range(options["num_classes"])] if class_names is None else class_names
-    if len(names) != options["num_classes"]:
-        raise ValueError(f"{path} knows {options['num_classes']} classes, and {len(names)} names are given")
-    interpolant = interpolant or _ours(path, form.paths, published.args.get("path_type", "linear"), "--path")
-    prediction = prediction or _ours(path, form.predictions, published.args.get("prediction", "velocity"),
-                                     "--prediction")
-
-    codec = IdentityCodec(options["in_channels"]) if vae == "identity" else VAECodec(vae or DEFAULT_VAE)
-    if codec.channels != options["in_channels"]:
-        raise ValueError(f"{path} takes {options['in_channels']} channels, and the VAE {codec.source} gives "
-                         f"{codec.channels}: give the --vae it was trained with")
-    if "input_size" not in options and isinstance(published.args.get("image_size"), int):
-        options["input_size"] = codec.latent_size(published.args["image_size"])
-    with torch.device("meta"):
-        model = SiT(**options)
-    model.load_state_dict(tensors, assign=True)
-    decay = EMA_DECAY if published.ema else None
-    recipe = Recipe(interpolant, prediction, codec.describe(), names, step=0, ema_decay=decay)  # the step is not said
-    return Weights(model.eval().requires_grad_(False), recipe, path)
+    return options
 
 
 def _preset_options(path: Path, preset: str | None, published: Published, shown: dict) -> dict:
@@ -142,6 +225,12 @@ def _classes(path: Path, num_rows: int, args: dict, given: int | None) -> dict:
     return {"num_classes": num_classes, "has_null_label": num_rows > num_classes}
 
 
+def _check_num_classes(path: Path, num_classes: int, given: int | None) -> None:
+    if given not in (None, num_classes):
+        raise ValueError(f"{path} knows {num_classes} classes by its config.json, which --num-classes {given} "
+                         "contradicts: leave it out")
+
+
 def _check_same(path: Path, tensors: dict[str, Tensor], options: dict, shown: dict) -> None:
     with torch.device("meta"):
         expected = SiT(**options).state_dict()
@@ -157,8 +246,10 @@ def _spoken(shown: dict) -> str:
             f"{shown['mixer']}")
 
 
-def _ours(path: Path, names: dict[str, str], theirs: object, option: str) -> str:
-    """Our name of theirs, in whatever case."""
+def _said(path: Path, names: dict[str, str], args: dict, name: str, option: str) -> str | None:
+    """Our name of what the training arguments call it, in whatever case; None where they do not say it."""
+    if (theirs := args.get(name)) is None:
+        return None
     known = {name.lower(): ours for name, ours in names.items()} | {ours: ours for ours in names.values()}
     if str(theirs).lower() not in known:
         raise ValueError(f"{path} was trained with {theirs!r}, which is none of {', '.join(names)}: let python -m "
@@ -170,6 +261,8 @@ def _ours(path: Path, names: dict[str, str], theirs: object, option: str) -> str
 
 def save_published(weights: Weights, path: Path, form: str) -> str:
     """Writes a file that SiT's or REPA's code, or `load_published`, reads: "model" and "ema" (the same), and "args".
+
+    The VAE is not in it; all else that the recipe holds is.
 
     Args:
         weights: what `load_weights` returned.
@@ -207,6 +300,12 @@ def save_published(weights: Weights, path: Path, form: str) -> str:
         num_classes=config.num_classes,
         image_size=config.input_size * recipe.codec["downsample"],
         **named,
+        class_names=list(recipe.class_names),
+        step=recipe.step,
+        ema_decay=recipe.ema_decay,
+        ema_known=recipe.ema_known,
+        empty_classes=list(recipe.empty_classes),
+        **({"class_dropout_prob": 0.0} if recipe.null_label_trained is False else {}),
     )
     if form == "repa":
         tensors = to_repa(tensors, (config.input_size // config.patch_size) ** 2)

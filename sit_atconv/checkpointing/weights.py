@@ -2,18 +2,20 @@
 
     config.json  diffusion_pytorch_model.safetensors  recipe.json
 
-Files that others publish become such weights by `published_models.py`.
+Diffusers pipelines are read by `pipeline_folder.py`; files that others publish, and models without a recipe, by
+`published_models.py`.
 """
 
+import contextlib
 import dataclasses
 import json
-import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sit_atconv import __version__
-from sit_atconv.files import check_room, sha256_of, write_folder_aside
+from sit_atconv.files import check_room, hub_options, sha256_of, weights_variant, write_folder_aside
 
 if TYPE_CHECKING:  # finding weights must not wait for torch: it is imported where it is used
     from sit_atconv.models import SiT
@@ -35,6 +37,7 @@ class Recipe:
         null_label_trained: whether labels were ever dropped, so that guidance has something to guide with; None where
             that is not known (weights older than this field), which is taken for yes.
         empty_classes: labels of which no image was trained on; they are drawn only where they are asked for.
+        ema_known: False where nobody says whether these weights are averaged; `ema_decay` is None then.
         versions: of what wrote them.
     """
 
@@ -46,11 +49,19 @@ class Recipe:
     ema_decay: float | None = None
     null_label_trained: bool | None = None
     empty_classes: list[int] = field(default_factory=list)
+    ema_known: bool = True
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
     def null_label_of(self, model) -> int | None:
         """The label that guidance takes for no class; None where there is none, or none that was trained."""
         return None if self.null_label_trained is False else model.null_label
+
+    @property
+    def average(self) -> str | None:
+        """What the weights are called: "EMA", or "as trained"; None where that is not known."""
+        if not self.ema_known:
+            return None
+        return "as trained" if self.ema_decay is None else "EMA"
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,7 @@ class Weights:
     Args:
         model: on the CPU, in float32.
         recipe: how it was trained, and so how to sample from it.
-        path: the exported folder or the published file of both.
+        path: the folder or the published file of both.
         notes: what the user must hear of them, a line each: what had to be assumed, dropped or reordered.
     """
 
@@ -78,7 +89,7 @@ class Weights:
     def home(self) -> Path:
         """Where what is made from these weights goes by default.
 
-        Their run, or the exported folder itself; of a published file, its path without the suffix.
+        Their run, or the folder itself; of a published file, its path without the suffix.
         """
         from sit_atconv.checkpointing.runs import newest_checkpoint
 
@@ -89,7 +100,10 @@ class Weights:
 
     def identity(self) -> str:
         """sha256 of the weights, over all shards, or of the published file."""
-        return sha256_of(*([self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))))
+        if self.path.is_file():
+            return sha256_of(self.path)
+        folder = self.path / "transformer" if is_pipeline(self.path) else self.path
+        return sha256_of(*(sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))))
 
 
 def versions() -> dict[str, str]:
@@ -122,30 +136,32 @@ def locate_weights(
     """The folder of weights, or the published file, that `ckpt` stands for.
 
     Args:
-        ckpt: a run folder (its newest checkpoint), a checkpoint folder, an exported folder, a hub id, or a file.
+        ckpt: a run folder (its newest checkpoint), a checkpoint folder, an exported folder, a pipeline or its
+            transformer/, a folder that `SiT.save_pretrained` wrote, a hub id of any of these, or a file.
         ema: the averaged weights of a run or checkpoint (of several averages the first), those as trained, or the
             average of this decay.
         model: of a file, the preset that its weights are of.
-        vae: of a file, the VAE of its latents.
+        vae: where the VAE of their latents is, or "identity".
 
     Raises:
         ValueError: nothing to load is there; the message says what was looked for. Or an option is of no use there.
     """
     from sit_atconv.checkpointing.runs import newest_checkpoint
 
+    _check_vae(vae)
     path = Path(ckpt)
     if path.is_file():
-        if (path.parent / "recipe.json").is_file():
+        beside = "config.json" if path.name.startswith("diffusion_pytorch_model") else "recipe.json"
+        if (path.parent / beside).is_file():
             raise ValueError(f"{ckpt} is a file of exported weights: give its folder, which says how to sample from it")
         if not isinstance(ema, bool):
             raise ValueError(f"{ckpt} is a file, which names no decay of its average: leave --ema {ema} out")
         return path
-    for option, value, home in (("--model", model, "config.json"), ("--vae", vae, "recipe.json")):
-        if value is not None:
-            raise ValueError(f"{option} {value} is for files of published weights: leave it out, since {ckpt} is none, "
-                             f"and {home} beside its weights says this")
+    if model is not None:
+        raise ValueError(f"--model {model} is for files of published weights: leave it out, since {ckpt} is none, and "
+                         "config.json beside its weights says this")
     if not path.exists():
-        return _of_decay([_download(ckpt)], ema, ckpt)
+        path = _download(ckpt)
     if not any(path.iterdir()):
         raise ValueError(f"{ckpt} is an empty folder: give a run, a checkpoint or exported weights")
     for folder in (newest_checkpoint(path), path):
@@ -153,10 +169,12 @@ def locate_weights(
             if ema is False:
                 return folder / "model"
             return _of_decay([folder / "ema", *sorted(folder.glob("ema-*"))], ema, ckpt)
-    if not (path / "config.json").is_file():
+    if path.name == "transformer" and is_pipeline(path.parent):
+        path = path.parent
+    if not is_pipeline(path) and not (path / "config.json").is_file():
         raise ValueError(
             f"{ckpt} holds no weights: neither checkpoints/step-* with ema/ (a run that has saved), "
-            "nor config.json (exported weights)"
+            "nor config.json (exported weights), nor model_index.json (a pipeline)"
         )
     return _of_decay([path], ema, ckpt)
 
@@ -164,42 +182,128 @@ def locate_weights(
 def load_weights(
     ckpt: str, ema: bool | float = True, *, model: str | None = None, vae: str | None = None
 ) -> Weights:
-    """Loads what `locate_weights` finds. A file's latents are those of the VAE sd-vae-ft-ema unless `vae` is given.
+    """Loads what `locate_weights` finds.
+
+    Args:
+        ckpt, ema, model: as there.
+        vae: where the VAE of their latents is now; it must be the one they were trained with, where they say which.
+            The latents of a file are those of sd-vae-ft-ema where neither it nor this says otherwise.
 
     Raises:
         ValueError: the folder is incomplete or damaged: a file is missing or unreadable, or tensors do not match. Or
-            a published file says too little, or is of another model than `model`.
+            a published file says too little, or is of another model than `model`, or `vae` is another.
     """
     path = locate_weights(ckpt, ema, model=model, vae=vae)
-    if path.is_file():
+    if is_without_recipe(path):
         from sit_atconv.checkpointing.published_models import load_published
 
         return load_published(path, model, vae=vae, ema=ema)
-    return _load_exported(path)
+    if is_pipeline(path):
+        from sit_atconv.checkpointing.pipeline_folder import load_pipeline
+
+        weights = load_pipeline(path)
+    else:
+        weights = _load_exported(path)
+    return weights if vae is None else dataclasses.replace(weights, recipe=_with_vae(weights.recipe, vae, ckpt))
 
 
-def _load_exported(folder: Path) -> Weights:
+def is_pipeline(folder: Path) -> bool:
+    """Whether a folder is that of a diffusers pipeline, whichever."""
+    return (folder / "model_index.json").is_file()
+
+
+def is_without_recipe(path: Path) -> bool:
+    """Whether weights that `locate_weights` found do not say how to sample from them: files, and bare models.
+
+    A checkpoint's folder that has lost its recipe is a damaged one.
+    """
+    if path.is_file():
+        return True
+    says = path / "recipe.json", path / "model_index.json", path.parent / "state.json"
+    return not any(file.is_file() for file in says) and (path / "config.json").is_file()
+
+
+def load_model(folder: Path) -> "SiT":
+    """The model of a folder of config.json and weights, in float32 on the CPU.
+
+    Raises:
+        ValueError: it is of another class, incomplete or damaged.
+    """
+    import torch
+
     from sit_atconv.models import SiT
 
+    with damage_named(folder):
+        kind = json.loads((folder / "config.json").read_text()).get("_class_name", "SiT")
+    if kind != "SiT":
+        raise ValueError(f"{folder} holds an {kind}, and no SiT: give a folder of one")
+    pickled = not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin"))
+    if pickled and any(folder.glob("*-of-*.bin")):
+        raise ValueError(f"the weights in {folder} are shards of .bin, which diffusers writes and does not read: save "
+                         "them as .safetensors (safe_serialization)")
+    with damage_named(folder):
+        model, report = SiT.from_pretrained(
+            folder, torch_dtype=torch.float32, variant=weights_variant(folder), output_loading_info=True,
+            use_safetensors=False if pickled else None)
+    if wrong := {name: keys for name, keys in report.items() if keys}:
+        raise ValueError(f"the weights in {folder} do not fit their config.json: {wrong}")
+    return model.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def damage_named(folder: Path) -> Iterator[None]:
+    """Turns whatever a reader raises for a missing or truncated file of `folder` into a ValueError."""
     try:
-        recipe = Recipe(**json.loads((folder / "recipe.json").read_text()))
-        model, report = SiT.from_pretrained(folder, output_loading_info=True)
-    except Exception as error:  # a truncated file raises whatever its reader raises
+        yield
+    except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"the weights in {folder} are incomplete or damaged ({reason}): copy or export them again"
         ) from error
-    wrong = {name: keys for name, keys in report.items() if keys}
-    if wrong:
-        raise ValueError(f"the weights in {folder} do not fit their config.json: {wrong}")
+
+
+def _load_exported(folder: Path) -> Weights:
+    with damage_named(folder):
+        recipe = Recipe(**json.loads((folder / "recipe.json").read_text()))
+    model = load_model(folder)
     if len(recipe.class_names) != model.config.num_classes:
         raise ValueError(f"the recipe.json in {folder} names {len(recipe.class_names)} classes, and its config.json "
                          f"knows {model.config.num_classes}: export the weights again")
-    return Weights(model.eval().requires_grad_(False), recipe, folder)
+    return Weights(model, recipe, folder)
+
+
+def _check_vae(vae: str | None) -> None:
+    """Raises ValueError where neither a folder nor a hub id is given; before anything is loaded."""
+    if vae not in (None, "identity") and not Path(vae).exists():
+        try:
+            hub_options(vae)
+        except ValueError as error:
+            raise ValueError(f"--vae {vae}: {error}") from None
+
+
+def _with_vae(recipe: Recipe, vae: str, ckpt: str) -> Recipe:
+    """The recipe with its VAE at another place. Raises ValueError where it is not the one trained with."""
+    from sit_atconv.data.codecs import VAECodec
+
+    pixels = recipe.codec["kind"] == "identity"
+    if pixels or vae == "identity":
+        if pixels and vae == "identity":
+            return recipe
+        there = "on pixels, without a VAE" if pixels else f"on the latents of the VAE {recipe.codec['source']}"
+        raise ValueError(f"{ckpt} was trained {there}, which --vae {vae} contradicts: give that, or nothing")
+    codec = VAECodec(vae)
+    codec.check(recipe.codec, f"{ckpt} was trained")
+    return dataclasses.replace(recipe, codec=recipe.codec | {"source": codec.source})
 
 
 def _of_decay(folders: list[Path], ema: bool | float, ckpt: str) -> Path:
-    """Of folders of averages, the one of the decay `ema`; the first where that is no number."""
+    """Returns the folder of the average of decay `ema`; the first one for True, and one that is no average for False.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if ema is False and (decay := _ema_decay(folders[0])) is not None:
+        raise ValueError(f"{ckpt} holds the EMA weights of decay {decay} alone: leave --no-ema out")
     if isinstance(ema, bool):
         return folders[0]
     decays = {_ema_decay(folder): folder for folder in folders}
@@ -212,18 +316,21 @@ def _of_decay(folders: list[Path], ema: bool | float, ckpt: str) -> Path:
 def _ema_decay(folder: Path) -> float | None:
     """What the recipe says; None also where it is damaged, of which loading tells."""
     try:
-        return json.loads((folder / "recipe.json").read_text())["ema_decay"]
+        file = folder / ("model_index.json" if is_pipeline(folder) else "recipe.json")
+        return json.loads(file.read_text())["ema_decay"]
     except (OSError, ValueError, KeyError):
         return None
 
 
 def _download(hub_id: str) -> Path:
-    missing = f"{hub_id} is neither a folder here nor"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
-        raise ValueError(f"{missing} a hub id (owner/name)")
+    try:
+        options = hub_options(hub_id)
+    except ValueError:
+        raise ValueError(f"{hub_id} is neither a folder here nor a hub id (owner/name)") from None
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"], **options))
     except Exception as error:  # no network, no such repository, no permission: all the same to the user
-        raise ValueError(f"{missing} to be had from the hub ({type(error).__name__})") from error
+        raise ValueError(f"{hub_id} is neither a folder here nor to be had from the hub "
+                         f"({type(error).__name__})") from error

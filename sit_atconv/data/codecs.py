@@ -12,13 +12,24 @@ import contextlib
 import hashlib
 import json
 import logging
-from typing import Literal
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from sit_atconv.files import hub_options, weights_variant
+
+if TYPE_CHECKING:  # diffusers is imported where a VAE is loaded
+    from diffusers import AutoencoderKL
+
 DECODED_AT_ONCE = 16
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+LISTED = 3  # of the tensors that a VAE lacks
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -79,40 +90,32 @@ class VAECodec(_Codec):
     """Any diffusers `AutoencoderKL`, by hub id or local folder.
 
     Args:
-        source: hub id (`stabilityai/sd-vae-ft-ema`) or a folder that `save_pretrained` wrote.
+        source: hub id (`stabilityai/sd-vae-ft-ema`) or a folder that `save_pretrained` wrote, whose path is kept
+            absolute.
         precision: of its arithmetic; "tf32" is float32 but for a GPU's convolutions, which PyTorch does in TF32 too.
         slicing: one image after another: the memory of one, whatever the batch.
         tiling: images larger than the VAE was made for in overlapping tiles, blended at the seams: approximate.
+        remedy: what the user can do where nothing is found, for the message.
 
     Raises:
-        ValueError: nothing there can be loaded; the message names `source` and the remedy.
+        ValueError: nothing there can be loaded, or it is no whole AutoencoderKL; the message names `source` and the
+            remedy.
     """
 
-    def __init__(self, source: str, precision: Precision = "tf32", *, slicing: bool = False, tiling: bool = False):
-        from diffusers import AutoencoderKL
-
-        self.source = source
-        try:
-            with _quiet("diffusers"):
-                self.vae = AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32)
-            self.weights = _weights_sha256(self.vae)
-            torch.nn.Module.to(self.vae.eval().requires_grad_(False), DTYPES[precision])
-        except Exception as error:  # diffusers raises a dozen types; the user needs the place and the remedy
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(
-                f"no VAE could be loaded from {source!r} ({reason}). Give the path of a downloaded AutoencoderKL "
-                "folder (config.json and weights), or connect to the network once so that the hub id is cached."
-            ) from error
+    def __init__(
+        self, source: str, precision: Precision = "tf32", *, slicing: bool = False, tiling: bool = False,
+        remedy: str = "Give the path of a downloaded AutoencoderKL folder (config.json and weights), or connect to the "
+        "network once so that the hub id is cached",
+    ):
+        self.source = os.path.abspath(source) if Path(source).exists() else source
+        self.vae = _load_vae(self.source, remedy)
+        self.scale, self.shift = scale_and_shift(self.vae.config, self.source)
+        self.weights = _weights_sha256(self.vae)
+        torch.nn.Module.to(self.vae.eval().requires_grad_(False), DTYPES[precision])
         self.precision, self.dtype, self.device = precision, DTYPES[precision], torch.device("cpu")
         self.vae.use_slicing, self.vae.use_tiling = slicing, tiling
-        config = self.vae.config
-        if (config.in_channels, config.out_channels) != (3, 3):
-            raise ValueError(f"the VAE {source} takes {config.in_channels} channels and gives {config.out_channels}: "
-                             "images have 3")
-        self.channels = config.latent_channels
-        self.downsample = 2 ** (len(config.block_out_channels) - 1)
-        self.scale = config.scaling_factor
-        self.shift = config.get("shift_factor") or 0.0
+        self.channels = self.vae.config.latent_channels
+        self.downsample = 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> posterior mean and log-variance (B, 2C, h, w), unscaled."""
@@ -130,12 +133,13 @@ class VAECodec(_Codec):
         if noise is None:
             noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         draw = mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise
-        return (draw - self.shift) * self.scale
+        return (draw - per_channel(self.shift, draw)) * per_channel(self.scale, draw)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1]."""
+        draw = z / per_channel(self.scale, z) + per_channel(self.shift, z)
         with torch.no_grad(), self._arithmetic():
-            return self.vae.decode((z / self.scale + self.shift).to(self.dtype)).sample.to(z.dtype)
+            return self.vae.decode(draw.to(self.dtype)).sample.to(z.dtype)
 
     def describe(self) -> dict:
         return {
@@ -170,13 +174,17 @@ def decode_in_parts(codec: Codec, z: Tensor) -> Tensor:
     return torch.cat([codec.decode(part) for part in z.split(DECODED_AT_ONCE)])
 
 
-def open_codec(description: dict, made: str = "the weights were trained", precision: Precision = "tf32") -> Codec:
+def open_codec(
+    description: dict, made: str = "the weights were trained", precision: Precision = "tf32", *,
+    remedy: str = "Give the folder that it is in now by --vae",
+) -> Codec:
     """What `describe()` returned -> the codec.
 
     Args:
-        description: of the codec; `source` is where it lies now.
+        description: of the codec; `source` is where it is now.
         made: what was made with it, for the message of an error.
         precision: of a VAE's arithmetic.
+        remedy: how the user says where the VAE is now, for the message of an error.
 
     Raises:
         ValueError: an unknown kind, or a VAE whose weights, scale, shift, ... are not those described.
@@ -186,9 +194,95 @@ def open_codec(description: dict, made: str = "the weights were trained", precis
         return IdentityCodec(description["channels"])
     if kind != "autoencoder_kl":
         raise ValueError(f"codec kind must be 'identity' or 'autoencoder_kl', not {kind!r}")
-    codec = VAECodec(description["source"], precision)
+    codec = VAECodec(description["source"], precision, remedy=remedy)
     codec.check(description, made)
     return codec
+
+
+def scale_and_shift(config: Mapping, source: str = "its VAE") -> tuple[float | list[float], float | list[float]]:
+    """What turns a posterior's draw into latents, (draw - shift) * scale: numbers, or lists of one for each channel.
+
+    Args:
+        config: of a diffusers `AutoencoderKL`. With `latents_mean` and `latents_std`, z = (draw - mean) * factor / std.
+        source: where the VAE is, for the message.
+
+    Raises:
+        ValueError: the scaling factor is null, or mean and standard deviation are not whole.
+    """
+    factor, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0
+    if not isinstance(factor, int | float) or not math.isfinite(factor) or not factor:
+        raise ValueError(f"the VAE {source} has scaling_factor {factor} in its config.json, and its latents need a "
+                         "number: write the one that it is used with there")
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None and std is None:
+        return factor, shift
+    if not mean or not std or not len(mean) == len(std) == config["latent_channels"] or shift or 0 in std:
+        raise ValueError(f"the VAE {source} has latents_mean {mean}, latents_std {std} and shift_factor {shift} in its "
+                         f"config.json: it needs both of the former for {config['latent_channels']} channels, and no "
+                         "shift_factor beside them")
+    return [factor / deviation for deviation in std], list(mean)
+
+
+def per_channel(value: float | list[float], z: Tensor) -> float | Tensor:
+    """A number as it is; a list of one for each channel as (C, 1, 1), of the dtype and on the device of `z`."""
+    return torch.tensor(value, dtype=z.dtype, device=z.device)[:, None, None] if isinstance(value, list) else value
+
+
+def _load_vae(source: str, remedy: str) -> "AutoencoderKL":
+    """Loads it in float32, once its config.json shows that it is an AutoencoderKL of images."""
+    from diffusers import AutoencoderKL
+
+    _check_folder(Path(source))
+    with _not_loaded(source, remedy):
+        options = {} if Path(source).is_dir() else hub_options(source)
+        config = AutoencoderKL.load_config(source, **options)
+    _check_config(source, config)
+    with _not_loaded(source, remedy):
+        vae, report = AutoencoderKL.from_pretrained(
+            source, torch_dtype=torch.float32, variant=weights_variant(Path(source)), output_loading_info=True,
+            ignore_mismatched_sizes=True, **options)
+    wrong = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    wrong += [f"{name} is {(*there,)} there, {(*here,)} by its config.json"
+              for name, there, here in sorted(report["mismatched_keys"])]
+    if wrong:
+        more = f", and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
+        raise ValueError(f"the weights of the VAE {source} are not whole: {'; '.join(wrong[:LISTED])}{more}. Download "
+                         "or save it again")
+    return vae
+
+
+@contextlib.contextmanager
+def _not_loaded(source: str, remedy: str):
+    """Turns whatever diffusers raises (a dozen types) into a ValueError that names the place and the remedy."""
+    try:
+        with _quiet("diffusers"):
+            yield
+    except Exception as error:
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        if isinstance(error, OSError) and not Path(source).exists() and Path(source).parent.is_dir():
+            reason = f"there is no folder {source}, nor such a hub id in the cache"
+        raise ValueError(f"no VAE could be loaded from {source!r} ({reason}). {remedy}") from error
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises ValueError where what is here is no folder of a model."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file, and a VAE is a folder (config.json and weights): give that")
+    if (folder / "model_index.json").is_file():
+        remedy = f"give {folder / 'vae'}" if (folder / "vae").is_dir() else "it has no VAE"
+        raise ValueError(f"{folder} is a pipeline, not a VAE: {remedy}")
+
+
+def _check_config(source: str, config: Mapping) -> None:
+    """Raises ValueError for a model that is no AutoencoderKL of RGB images, before its weights are read."""
+    if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+        raise ValueError(f"{source} is an {kind}, and the VAE must be an AutoencoderKL: give the folder or hub id of "
+                         "one")
+    channels = config.get("in_channels", 3), config.get("out_channels", 3)
+    if channels != (3, 3):
+        raise ValueError(f"the VAE {source} takes {channels[0]} channels and gives {channels[1]}: images have 3")
+    if "scaling_factor" in config:
+        scale_and_shift({"latent_channels": 4, **config}, source)
 
 
 def _weights_sha256(vae) -> str:
@@ -204,11 +298,13 @@ def _weights_sha256(vae) -> str:
 
 @contextlib.contextmanager
 def _quiet(name: str):
-    """Keeps a library's own log lines off the terminal while we turn its failure into our message."""
+    """Keeps a library's own log lines and warnings off the terminal while we turn its failure into our message."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(level)

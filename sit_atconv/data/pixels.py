@@ -14,7 +14,7 @@ from torch import Tensor
 
 UINT8_RULE = "clamp(127.5 * x + 128, 0, 255), truncated"
 CROP_RULE = "upright by EXIF, RGB, halved by box filter while twice as large, bicubic, centre (ADM)"
-MAX_MEGAPIXELS = 178.0  # Pillow's limit against files that unpack to more than memory holds
+MAX_MEGAPIXELS = 179.0  # Pillow's limit against files that unpack to more than memory holds
 LONG = 16  # pictures this many times as long as wide are cropped before they are enlarged
 WEIGHT_BITS = 22  # of the fixed-point weights in Pillow's resize
 NO_IMAGES = {  # formats that Pillow knows but that are not images here

@@ -54,10 +54,8 @@ class DataConfig:
                 raise ValueError(f"data.image_size is {self.image_size}, but {self.latents} was encoded at "
                                  f"{latents.image_size}: encode the images at {self.image_size}, or leave it out")
             description = latents.codec | {"source": self.codec or latents.codec["source"]}
-            try:
-                return latents, open_codec(description, f"{self.latents} was encoded", self.codec_precision)
-            except ValueError as error:
-                raise ValueError(f"{error} (data.codec says where the VAE of {self.latents} lies)") from error
+            return latents, open_codec(description, f"{self.latents} was encoded", self.codec_precision,
+                                       remedy=f"--data.codec says where the VAE of {self.latents} is now")
         if self.images == "digits":
             images, default = Digits(), "identity"
         else:

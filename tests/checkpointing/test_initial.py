@@ -41,7 +41,7 @@ def start(tmp_path):
             save_weights(theirs, dataclasses.replace(recipe, class_names=names), ckpt)
         before = copy_of(net)
         settings = dict(flow_path="linear", prediction="velocity", codec=CODEC) | settings
-        lines = start_from(net, str(ckpt), **settings)
+        lines = start_from(net, str(ckpt), **settings).lines
         assert all(line and "\n" not in line and str(tmp_path) not in line for line in lines[1:])
         changed = {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])}
         return lines, changed, before
@@ -74,7 +74,7 @@ def test_a_runs_ema_and_a_training_files_ema(tmp_path):
     torch.save({"model": model.state_dict(), "ema": ema.state_dict()}, tmp_path / "file.pt")
     for name, kind in [("run", "EMA, step 7"), ("run/checkpoints/step-0000007/model", "as trained, step 7"),
                        ("file.pt", "EMA")]:
-        lines = start_from(net, str(tmp_path / name), "linear", "velocity", CODEC)
+        lines = start_from(net, str(tmp_path / name), "linear", "velocity", CODEC).lines
         assert f"{name} ({kind}): " in lines[0]
         assert_kept(net, ema if "EMA" in kind else model, net.state_dict())
 
@@ -128,6 +128,69 @@ def test_class_names(start):
         assert len(start(randomised(), fresh(), class_names=names)[0]) == 1
     five = start(randomised(num_classes=5), fresh(), class_names=renamed)[0]
     assert len(five) == 2 and "5 classes there" in five[1]
+
+
+def test_rows_follow_the_names_of_their_classes(start):
+    """Whether they come in another order, or written in another way."""
+    names = [f"class {i}" for i in range(9)] + ["caf\u00e9"]
+    here = [" cafe\u0301 ", *names[8::-1]]
+    theirs, net = randomised(), fresh()
+    recipe = dataclasses.replace(RECIPE, class_names=names)
+    lines, _, before = start(theirs, net, recipe=recipe, class_names=here)
+    there = theirs.state_dict()[TABLE]
+    assert torch.equal(net.state_dict()[TABLE], torch.cat([there[:10].flip(0), there[10:]]))
+    assert lines[1:] == ["the label table's rows follow the class names, whose order differs: label 0 is 'class 0' "
+                         "there, ' cafe\u0301 ' here (and 9 more)"]
+    assert f": {len(before)} of {len(before)} tensors kept" in lines[0]
+    lines, _, _ = start(theirs, other := fresh(has_null_label=False), recipe=recipe, class_names=here)
+    assert torch.equal(other.state_dict()[TABLE], there[:10].flip(0)) and len(lines) == 3
+    lines, _, _ = start(theirs, net, recipe=recipe, class_names=[*names[:9], "cafe\u0301"])
+    assert torch.equal(net.state_dict()[TABLE], there) and len(lines) == 1
+    doubled = ["a", *names[1:9], "a"]  # which of the two is which?
+    lines, _, _ = start(theirs, net, recipe=dataclasses.replace(RECIPE, class_names=doubled), class_names=doubled[::-1])
+    assert torch.equal(net.state_dict()[TABLE], there) and "the label table is kept: label 1" in lines[1]
+
+
+def test_a_file_without_names_says_what_its_labels_become(start):
+    lines, _, _ = start(randomised(), fresh(), published=True, class_names=NAMES[::-1])
+    assert lines[1:] == ["the weights do not name their classes: label 0 becomes 'class 9', "
+                         "label 1 becomes 'class 8', label 2 becomes 'class 7', ..."]
+
+
+def test_a_file_that_says_what_it_is(tmp_path):
+    """Names, path and number of classes in the arguments of a training file."""
+    theirs, net = randomised(), fresh()
+    args = dict(class_names=NAMES[::-1], num_classes=10, path_type="GVP", prediction="velocity", class_dropout_prob=0)
+    torch.save({"ema": theirs.state_dict(), "args": args}, tmp_path / "a.pt")
+    begun = start_from(net, str(tmp_path / "a.pt"), "linear", "velocity", CODEC, class_names=NAMES)
+    assert torch.equal(net.state_dict()[TABLE][:10], theirs.state_dict()[TABLE][:10].flip(0))
+    assert "rows follow the class names" in begun.lines[1]
+    assert begun.lines[2:] == ["the interpolant is gvp there, linear here"] and begun.null_label_trained is False
+    eleven = start_from(fresh(num_classes=11, has_null_label=False), str(tmp_path / "a.pt"), "gvp", "velocity", CODEC)
+    assert "the label table starts afresh: 10 classes there, 11 classes here" in eleven.lines
+
+
+@pytest.mark.parametrize(("trained", "there", "here", "kept"), [
+    (True, {}, {}, True), (False, {}, {}, False), (None, {}, {}, None),
+    (True, dict(num_classes=5), {}, False), (True, dict(has_null_label=False), {}, False),
+    (True, {}, dict(has_null_label=False), False),
+])
+def test_whether_the_null_label_that_is_kept_was_trained(tmp_path, trained, there, here, kept):
+    theirs = randomised(**there)
+    recipe = dataclasses.replace(RECIPE, class_names=NAMES[: theirs.config.num_classes], null_label_trained=trained)
+    save_weights(theirs, recipe, tmp_path / "theirs")
+    assert start_from(fresh(**here), str(tmp_path / "theirs"), "linear", "velocity", CODEC).null_label_trained is kept
+
+
+def test_a_dit_and_a_model_without_a_recipe(tmp_path):
+    theirs, net = randomised(), fresh()
+    torch.save({"ema": theirs.state_dict(), "args": {"model": "DiT-S/8"}}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="a DiT predicts noise"):
+        start_from(net, str(tmp_path / "a.pt"), "linear", "velocity", CODEC)
+    theirs.save_pretrained(tmp_path / "bare")
+    lines = start_from(net, str(tmp_path / "bare"), "linear", "velocity", CODEC, class_names=NAMES).lines
+    assert_kept(net, theirs, net.state_dict())
+    assert f"{tmp_path}/bare: " in lines[0] and "do not name their classes" in lines[1] and len(lines) == 2
 
 
 # ------------------------------------------------------------------------------------------------- positions

@@ -1,4 +1,5 @@
 import argparse
+import dataclasses
 import itertools
 import math
 
@@ -144,6 +145,52 @@ def test_load_weights_takes_a_file_like_anything_else(tmp_path, vae):
     assert_same_function(weights.model, small("attention"), "sit")
 
 
+@pytest.mark.parametrize("wrap", [
+    lambda args: argparse.Namespace(**args), dict,
+    lambda args: {"seed": 0, "model": args["model"], "transport": args, "data": argparse.Namespace(**args)},
+])
+def test_arguments_are_believed_in_whatever_they_are_kept(tmp_path, wrap):
+    args = dict(model="SiT-ATConv-Tiny/2", num_classes=10, image_size=8, path_type="GVP", prediction="noise",
+                cfg_prob=0)
+    torch.save({"ema": small("atconv").state_dict(), "args": wrap(args)}, tmp_path / "a.pt")
+    weights = load(tmp_path / "a.pt")
+    assert (weights.recipe.interpolant, weights.recipe.prediction) == ("gvp", "noise")
+    assert weights.model.config.input_size == 8 and weights.recipe.null_label_trained is False
+    assert weights.null_label is None and not any("taken as" in note for note in weights.notes)
+
+
+@pytest.mark.parametrize("args", [argparse.Namespace(model="DiT-S/8", image_size=64), {"model": "dit-s/8"}, None])
+def test_a_dit_is_no_flow(tmp_path, args):
+    """Its tensors have a SiT's names and shapes; without arguments the file's name is all that tells."""
+    tensors, path = small("attention").state_dict(), tmp_path / ("DiT-S-8.pt" if args is None else "a.pt")
+    torch.save({"ema": tensors} if args is None else {"ema": tensors, "args": args}, path)
+    for read in (lambda: load(path, "SiT-Tiny/2", prediction="velocity"), lambda: load_weights(str(path))):
+        with pytest.raises(ValueError, match="a DiT predicts noise, and its variance, on DDPM's discrete steps"):
+            read()
+    torch.save({"ema": tensors, "args": argparse.Namespace(model="SiT-Tiny/2")}, tmp_path / "DiT-as-a-flow.pt")
+    assert load(tmp_path / "DiT-as-a-flow.pt").model.config.mixer == "attention"
+
+
+def test_what_a_bare_file_does_not_say_is_said(tmp_path):
+    save_file(small("attention").state_dict(), tmp_path / "a.safetensors")
+    weights = load(tmp_path / "a.safetensors", "SiT-Tiny/2", prediction="noise")
+    names, flow = weights.notes
+    assert names == f"{tmp_path}/a.safetensors does not name its classes: they are known by their numbers alone"
+    assert flow == (f"{tmp_path}/a.safetensors does not say how it was trained: taken as linear path; say otherwise "
+                    "with python -m sit_atconv.convert --path")
+    assert weights.recipe.average is None and weights.recipe.ema_decay is None
+    assert weights.recipe.null_label_trained is True  # SiT has the row only where it is trained
+
+
+def test_the_names_that_a_file_holds(tmp_path):
+    theirs = [f"class {i}" for i in range(10)]
+    path = published(small("attention"), tmp_path / "a.pt", model="SiT-Tiny/2", class_names=theirs)
+    assert load(path).recipe.class_names == theirs and len(load(path).notes) == 1
+    given = load(path, class_names=theirs[::-1])
+    assert given.recipe.class_names == theirs[::-1] and given.notes[0] == (
+        f"the names given are not those of {path}: label 0 is 'class 0' there, 'class 9' here (and 9 more)")
+
+
 # -------------------------------------------------------------------------------------------------------- the way back
 
 @pytest.mark.parametrize(
@@ -169,6 +216,19 @@ def test_there_and_back_is_exact(tmp_path, form, mixer, options):
     assert {**again.model.config} == {**weights.model.config} and again.recipe == weights.recipe
     for name, tensor in weights.model.state_dict().items():
         assert torch.allclose(again.model.state_dict()[name], tensor, rtol=3e-7, atol=1e-7), name
+
+
+@pytest.mark.parametrize("recipe", [
+    dict(class_names=[f"class {i}" for i in range(10)][::-1], null_label_trained=False, step=7, ema_decay=None),
+    dict(empty_classes=[2, 3], ema_decay=0.99, interpolant="gvp"),
+    dict(ema_decay=None, ema_known=False),
+])
+def test_the_recipe_there_and_back_is_exact(tmp_path, recipe):
+    weights = load(published(small("attention"), tmp_path / "a.pt"), "SiT-Tiny/2")
+    weights = dataclasses.replace(weights, recipe=dataclasses.replace(weights.recipe, **recipe))
+    save_published(weights, tmp_path / "b.pt", "sit")
+    again = load(tmp_path / "b.pt")
+    assert again.recipe == weights.recipe and not again.notes
 
 
 def test_repas_models_without_positions_have_a_table_of_zeros(tmp_path):
@@ -276,7 +336,7 @@ def test_options_of_files_are_refused_elsewhere_and_those_of_runs_here(tmp_path)
     assert load_weights(str(tmp_path / "ours")).recipe.ema_decay == 0.9999
     for ckpt, options, message in [
         ("ours", dict(model="SiT-Tiny/2"), r"--model SiT-Tiny/2 is for files .* config\.json"),
-        ("ours", dict(vae="nowhere"), r"--vae nowhere is for files .* recipe\.json"),
+        ("ours", dict(vae="nowhere"), r"--vae nowhere: there is no folder nowhere"),
         ("ours", dict(ema=0.5), r"has no average of decay 0\.5: give one of 0\.9999"),
         ("ours/diffusion_pytorch_model.safetensors", {}, "is a file of exported weights: give its folder"),
         ("a.pt", dict(ema=0.5), r"names no decay of its average: leave --ema 0\.5 out"),

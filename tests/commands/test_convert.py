@@ -1,6 +1,10 @@
 """The converting command: published files to our folders and back, what it says, and its errors."""
 
+import contextlib
+import dataclasses
+import io
 import pickle
+import shlex
 
 import numpy as np
 import pytest
@@ -26,6 +30,18 @@ def convert(capsys):
     return run
 
 
+@pytest.fixture
+def notes(convert, monkeypatch):
+    """notes(*argv) -> (the lines printed, the notes on stderr)."""
+
+    def run(*argv):
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            lines = convert(*argv)
+        return lines, [line for line in stderr.getvalue().splitlines() if line.startswith("note: ")]
+
+    return run
+
+
 def test_repas_file_to_ours_and_back(convert, tmp_path):
     theirs = repa_model("hybrid")
     source = published(theirs, tmp_path / "a.pt", "repa")
@@ -40,7 +56,9 @@ def test_repas_file_to_ours_and_back(convert, tmp_path):
     assert not [path for path in tmp_path.rglob("*") if "partial" in path.name]
 
     lines = convert(tmp_path / "new" / "ours", tmp_path / "b.pt", "--to", "repa")
-    assert lines[0].startswith(f"{tmp_path}/b.pt: SiT-ATConv-Tiny/2-Hybrid, EMA weights of ") and len(lines) == 2
+    assert lines[0].startswith(f"{tmp_path}/b.pt: SiT-ATConv-Tiny/2-Hybrid, EMA weights of ") and len(lines) == 3
+    assert "projectors" in lines[1]
+    assert lines[2] == f"read it back: python -m sit_atconv.convert {tmp_path}/b.pt {tmp_path}/b --vae identity"
     assert_same_function(load_weights(str(tmp_path / "b.pt"), vae="identity").model, theirs, "repa")
 
 
@@ -51,6 +69,62 @@ def test_a_run_to_sits_form(convert, tiny_run, tmp_path):
     assert theirs.model.config.input_size == 8 and theirs.model.null_label == 10
     x = BATCH[0][:, :1]
     assert torch.equal(ours.model(x, *BATCH[1:]), theirs.model(x, *BATCH[1:]))
+
+
+def test_every_command_printed_runs_as_printed(convert, tiny_run, tmp_path):
+    """A path with a blank, a file and a pipeline; names and step come back."""
+    folder = tmp_path / "my weights"
+    for out, form in (("a.pt", "sit"), ("pipe", "pipeline")):
+        lines = convert(tiny_run, folder / out, "--to", form)
+        command = shlex.split(lines[-1].split(": ", 1)[1])
+        assert command[:2] == ["python", "-m"] or command[:2] == ["python", "sample/generate.py"]
+        if form == "sit":
+            assert f"sample: python sample/generate.py --ckpt '{folder}/a'" in convert(*command[3:])
+            read = load_weights(str(folder / "a")).recipe
+        else:
+            assert command[2:] == ["--ckpt", str(folder / "pipe")]
+            read = load_weights(str(folder / "pipe")).recipe
+        recipe = load_weights(str(tiny_run)).recipe
+        if form == "sit":  # its row says that it was trained
+            recipe = dataclasses.replace(recipe, null_label_trained=recipe.null_label_trained is not False)
+        assert read == recipe
+
+
+def test_a_pipeline_to_ours(convert, tiny_run, tmp_path, fails):
+    convert(tiny_run, tmp_path / "pipe", "--to", "pipeline")
+    lines = convert(tmp_path / "pipe", tmp_path / "ours")
+    assert lines[0] == f"{tmp_path}/ours: EMA weights of {tmp_path}/pipe, 10 classes and a null label"
+    ours, run = load_weights(str(tmp_path / "ours")), load_weights(str(tiny_run))
+    assert ours.recipe == run.recipe
+    assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), run.model.parameters(), strict=True))
+    assert "--path is for files" in fails(
+        load_command(CONVERT).main, [tmp_path / "pipe", tmp_path / "out", "--path", "gvp"])
+
+
+def test_what_is_not_known_is_not_claimed(notes, tmp_path, fails):
+    small("attention").save_pretrained(tmp_path / "bare")
+    lines, said = notes(tmp_path / "bare", tmp_path / "ours", "--vae", "identity", "--path", "gvp")
+    assert lines[0] == (f"{tmp_path}/ours: weights of {tmp_path}/bare (whether they are averaged is not said), 10 "
+                        "classes and a null label")
+    assert said == [f"note: {tmp_path}/bare does not name its classes: they are known by their numbers alone",
+                    f"note: {tmp_path}/bare does not say how it was trained: taken as velocity prediction; say "
+                    "otherwise with python -m sit_atconv.convert --prediction"]
+    again = load_weights(str(tmp_path / "ours"))
+    assert again.recipe.average is None and again.recipe.interpolant == "gvp" and not again.notes
+
+
+def test_class_names_of_a_file(notes, tmp_path, fails):
+    source = published(small("attention"), tmp_path / "a.pt", model="SiT-Tiny/2", path_type="Linear",
+                       prediction="velocity")
+    names = tmp_path / "names.txt"
+    lines = [f" class {i} " for i in range(8)] + ["cafe\u0301", "caf\u00e9"]
+    names.write_text("\ufeff" + "\r\n".join(lines) + "\n\n", encoding="utf-8")
+    argv = [source, tmp_path / "out", "--vae", "identity", "--class-names", names]
+    assert notes(*argv)[1] == ["note: 'caf\u00e9' names labels 8, 9: choose among them by number"]
+    assert load_weights(str(tmp_path / "out")).recipe.class_names == [line.strip() for line in lines]
+    for content, message in ((b"a\n\nb\n", "line 2 of --class-names"), (b"\n", "line 1 of"), (b"\xff\xfe", "no UTF-8")):
+        names.write_bytes(content)
+        assert message in fails(load_command(CONVERT).main, [source, tmp_path / "other", *argv[2:]])
 
 
 @pytest.mark.parametrize(("solver", "scheduler"), [

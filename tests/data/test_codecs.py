@@ -1,14 +1,17 @@
 import json
+import os
 import shutil
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_image
 
 from sit_atconv.data.codecs import IdentityCodec, VAECodec, open_codec
 from sit_atconv.data.pixels import to_float
-from tests.conftest import relative_error
+from tests.conftest import relative_error, working_folder
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +102,7 @@ def test_errors(tmp_path):
     lacking = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
     del lacking.decoder.conv_out
     lacking.save_pretrained(tmp_path / "lacking")
-    with pytest.raises(ValueError, match=r"no VAE could be loaded from .*lacking"):
+    with pytest.raises(ValueError, match=r"lacking are not whole: decoder\.conv_out\.bias is missing; decoder\.conv"):
         VAECodec(str(tmp_path / "lacking"))
     with pytest.raises(ValueError, match="'jpeg'"):
         open_codec({"kind": "jpeg"})
@@ -107,3 +110,86 @@ def test_errors(tmp_path):
     codec.downsample = 8
     with pytest.raises(ValueError, match="image size 100"):
         codec.latent_size(100)
+
+
+def changed(vae_folder, folder, **config) -> str:
+    """A copy of the VAE with other values in its config.json."""
+    shutil.copytree(vae_folder, folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return str(folder)
+
+
+def test_what_is_no_plain_autoencoder_is_called_what_it_is(vae_folder, tmp_path):
+    shutil.copytree(vae_folder, tmp_path / "pipe" / "vae")
+    (tmp_path / "pipe" / "model_index.json").write_text("{}")
+    AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+                    num_decoder_blocks=(1, 1)).save_pretrained(tmp_path / "tiny")
+    for folder, message in [
+        (tmp_path / "pipe", rf"pipe is a pipeline, not a VAE: give {tmp_path}/pipe/vae$"),
+        (tmp_path / "tiny", "tiny is an AutoencoderTiny, and the VAE must be an AutoencoderKL"),
+        (tmp_path / "tiny" / "config.json", r"config\.json is a file, and a VAE is a folder"),
+        (changed(vae_folder, tmp_path / "other", latent_channels=8),
+         r"decoder\.conv_in\.weight is \(8, 4, 3, 3\) there, \(8, 8, 3, 3\) by its config\.json; .*, and 4 more"),
+        (changed(vae_folder, tmp_path / "null", scaling_factor=None), "null has scaling_factor None in its config"),
+        (changed(vae_folder, tmp_path / "half", latents_mean=[0.0] * 4, shift_factor=0.0), "needs both of the former"),
+        (changed(vae_folder, tmp_path / "both", latents_mean=[0.0] * 4, latents_std=[1.0] * 4), "and no shift_factor"),
+        (changed(vae_folder, tmp_path / "short", latents_mean=[0.0], latents_std=[1.0], shift_factor=None),
+         "of the former for 4 channels"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            VAECodec(str(folder))
+
+
+def test_a_mean_and_a_deviation_for_each_channel(vae_folder, tmp_path):
+    mean, std = [0.5, 0.0, -0.5, 1.0], [2.0, 3.0, 4.0, 5.0]
+    folder = changed(vae_folder, tmp_path / "vae", latents_mean=mean, latents_std=std, shift_factor=None)
+    codec, draw = VAECodec(folder), torch.randn(2, 4, 8, 8)
+    m, s = (torch.tensor(values).view(1, 4, 1, 1) for values in (mean, std))
+    z = codec.latents(torch.cat([draw, torch.full_like(draw, -30)], dim=1), noise=torch.zeros_like(draw))
+    assert torch.allclose(z, (draw - m) * 0.5 / s, atol=1e-6)
+    assert torch.allclose(codec.decode(z), codec.vae.decode(draw).sample, atol=1e-4)
+    again = json.loads(json.dumps(codec.describe()))
+    open_codec(again)
+    with pytest.raises(ValueError, match=r"has scale 0\.5, but the weights were trained with \[0\.25"):
+        VAECodec(vae_folder).check(again | {"weights": VAECodec(vae_folder).weights}, "the weights were trained")
+
+
+def test_a_local_folder_is_known_by_its_absolute_path(vae_folder, tmp_path):
+    shutil.copytree(vae_folder, tmp_path / "here" / "vae")
+    with working_folder(tmp_path / "here"):
+        descriptions = [VAECodec(source).describe() for source in ("vae", "./vae", "../here/vae")]
+    assert {description["source"] for description in descriptions} == {str(tmp_path / "here" / "vae")}
+    assert open_codec(descriptions[0]).describe() == VAECodec(vae_folder).describe() | {
+        "source": str(tmp_path / "here" / "vae")}
+
+
+@pytest.mark.parametrize(
+    "source", ["/gone/vae", "./gone", "../gone/vae", "~/vae", "gone", "a/b/c", "a\\b/c", "here/gone"])
+def test_a_path_that_is_gone_is_not_asked_of_the_hub(source, tmp_path, monkeypatch):
+    def ask(*args, **options):
+        assert options["local_files_only"]
+        raise LocalEntryNotFoundError("not cached")
+
+    monkeypatch.setattr("diffusers.configuration_utils.hf_hub_download", ask)
+    (tmp_path / "here").mkdir()
+    with working_folder(tmp_path), pytest.raises(ValueError, match="there is no folder ") as error:
+        open_codec({"kind": "autoencoder_kl", "source": source})
+    assert repr(source) in str(error.value) and "--vae" in str(error.value) and "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == ["here"]
+
+
+def test_a_variant_is_found(vae_folder, tmp_path):
+    AutoencoderKL.from_pretrained(vae_folder).save_pretrained(tmp_path / "variant", variant="fp16")
+    assert VAECodec(str(tmp_path / "variant")).weights == VAECodec(vae_folder).weights
+
+
+def test_tensors_by_their_old_names_are_not_missing(vae_folder, tmp_path):
+    """As published: sd-vae-ft-ema has the names of diffusers 0.4."""
+    copy = shutil.copytree(vae_folder, tmp_path / "copy")
+    names = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    tensors = load_file(copy / "diffusion_pytorch_model.safetensors")
+    for new, old in names.items():
+        tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
+    save_file(tensors, copy / "diffusion_pytorch_model.safetensors")
+    assert any(".query." in name for name in tensors) and VAECodec(str(copy)).weights == VAECodec(vae_folder).weights
