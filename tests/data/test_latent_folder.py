@@ -152,7 +152,7 @@ def test_counts_that_do_not_add_up(copy):
         (lambda path: path.write_text(path.read_text().replace("digit 3", "digit 8")), "is not as it was written"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "is damaged"),
         (lambda path: path.write_text("[]"), "is damaged"),
-        (lambda path: path.write_text(path.read_text().replace('"format": 1', '"format": 9')), "is of another version"),
+        (lambda path: path.write_text(path.read_text().replace('"format": 2', '"format": 9')), "is of another version"),
     ],
 )
 def test_a_damaged_index(copy, spoil, message):
