@@ -54,7 +54,7 @@ def check(latents: Path) -> None:
     with user_errors():
         from tqdm import tqdm
 
-        from sit_atconv.data.latent_folder import read_index, verify
+        from sit_atconv.data.latent_folder import read_index, unfinished_shards, verify
         from sit_atconv.files import gigabytes
 
         index = read_index(latents)
@@ -66,6 +66,8 @@ def check(latents: Path) -> None:
         fail("\n".join([f"{latents} is damaged; {remedy}" if damaged else f"{latents} has faults", *faults]))
     print(f"{latents} is whole: {index.num_images} images of {len(index.class_names)} classes in "
           f"{len(index.shards)} shards, {gigabytes(index.num_bytes)}, as they were written")
+    if begun := unfinished_shards(latents, index):
+        print(f"{len(begun)} shards more are of an extension that was stopped: its command completes it")
 
 
 def make_parser() -> ArgumentParser:

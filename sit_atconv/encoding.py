@@ -139,7 +139,7 @@ def encode_images(options: EncodeOptions) -> tuple[LatentIndex, float]:
     folder = LatentFolder(options.out, settings)
     may_skip = options.skip_unreadable or options.extend  # which leaves existing shards as they are
     missing = folder.missing(may_skip)
-    index = None if missing else _finished(folder, options)
+    index = None if missing else _finished(folder)
     room = folder.settings.bytes_per_image * sum(len(folder.images(number)) for number in missing)
     check_room(folder.path, room)
     if is_main_process():
@@ -170,7 +170,7 @@ def encode_images(options: EncodeOptions) -> tuple[LatentIndex, float]:
     return read_index(folder.path), rate
 
 
-def _finished(folder: LatentFolder, options: EncodeOptions) -> LatentIndex | None:
+def _finished(folder: LatentFolder) -> LatentIndex | None:
     """Returns the index if it is that of the shards which are there; a damaged one is made again."""
     try:
         index = read_index(folder.path)
@@ -178,17 +178,17 @@ def _finished(folder: LatentFolder, options: EncodeOptions) -> LatentIndex | Non
         return None
     sizes = [folder.shard(number).stat().st_size for number in range(folder.num_shards)]
     fits = index.settings == folder.settings and [entry["bytes"] for entry in index.shards] == sizes
-    return index if fits and (options.keep_empty_classes or not index.unwanted_classes) else None
+    return index if fits and not index.unwanted_classes else None
 
 
 def _outlasts(folder: LatentFolder, missing: list[int]) -> bool:
-    """Whether the index is that of former parts whose shards are all there: it holds until all parts are complete."""
+    """Whether the index is that of shards which are all there: it is valid until that of all parts replaces it."""
     try:
         index = read_index(folder.path)
     except ValueError:
         return False
     to_make = {folder.shard(number).name for number in missing}
-    return index.settings in folder.settings.parts[:-1] and not to_make & {entry["file"] for entry in index.shards}
+    return index.settings in folder.settings.parts and not to_make & {entry["file"] for entry in index.shards}
 
 
 def latent_settings(options: EncodeOptions, images: ImageFolder, codec: VAECodec) -> LatentSettings:
@@ -295,7 +295,7 @@ def _encode_shard(job: Job, number: int, loader: Iterator, progress: tqdm) -> En
     faults += [f"{job.images.folder / name}: its latents do not fit into {job.options.dtype}: give --dtype float32, or "
                "--precision fp32 if they do not fit into the VAE's arithmetic"
                for name, fits in zip(names, finite, strict=True) if not fits]
-    labels = torch.from_numpy(job.images.labels[kept])
+    labels = torch.from_numpy(job.images.labels)[kept]
     return EncodedShard(tensors | {"labels": labels}, names, skipped, enlarged, faults)
 
 

@@ -30,8 +30,7 @@ def describe_images(images: ImageFolder, settings: LatentSettings) -> list[str]:
     names = images.class_names
     lines = [f"{images.folder}: {len(images)} images, {describe_classes(names, images.class_counts)}"]
     if left_out := getattr(images, "left_out", {}):
-        counts = [f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(left_out.items())]
-        lines.append(f"left out, since they are no images by their suffix: {', '.join(counts)}")
+        lines.append(f"left out: {', '.join(f'{count} {suffix}' for suffix, count in left_out.items())}")
     if settings.rules < RULES:
         lines.append(f"rules of its first shards (version {settings.rules} of {RULES}): class folders in text order, "
                      "fewer suffixes")

@@ -163,8 +163,8 @@ class _Existing:
             if None in names[start:end]:
                 fits = fits and self.select(filled[start:end], class_names).files_sha256() == part.files
         if not fits:
-            raise ValueError(f"{self.path} is not complete, and {self.images.folder} does not hold the images it was begun "
-                             f"with: complete it with those (--extend adds others then), {self._otherwise()}")
+            raise ValueError(f"{self.path} is not complete, and {self.images.folder} does not hold the images it was "
+                             f"begun with: complete it with those, --extend adds others then, {self._otherwise()}")
         return filled
 
     def _otherwise(self) -> str:

@@ -496,6 +496,16 @@ def verify(folder: Path, after_shard: Callable[[int], object] = lambda size: Non
                    in zip(index.class_names, counts.tolist(), index.class_counts, strict=True) if count != recorded]
     if empty := index.unwanted_classes:
         faults.append(f"{folder} has {empty}: encode with --keep-empty-classes if they shall stay")
-    known = {entry["file"] for entry in index.shards}
+    known = {entry["file"] for entry in index.shards} | unfinished_shards(folder, index)
     faults += [f"{path} is not in the index" for path in sorted(Path(folder).glob("shard-*")) if path.name not in known]
     return faults
+
+
+def unfinished_shards(folder: Path, index: LatentIndex) -> set[str]:
+    """Returns the names of shards that belong to an extension which has no index yet."""
+    newest = newest_settings(folder)
+    if newest is None or index.settings not in newest.parts[:-1]:
+        return set()
+    shards = {path.name for path in folder.glob("shard-*")} - {entry["file"] for entry in index.shards}
+    places = LatentFolder(folder, newest)
+    return shards & {places.shard(number).name for number in range(places.num_shards)}

@@ -4,54 +4,16 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
-from PIL import Image
 
 from sit_atconv.data.latent_folder import open_shard, read_index, verify
 from sit_atconv.data.latents import CachedLatents
+from tests.commands.conftest import draw
 from tests.commands.test_encode import same
 from tests.conftest import encode_argv, load_command
 
 ENCODE = "sit_atconv/encode.py"
-
-
-def draw(path: Path, seed: int):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
-    Image.fromarray(np.kron(pixels, np.ones((8, 8, 1), np.uint8))).save(path)  # 48x48
-
-
-@pytest.fixture
-def images(tmp_path):
-    """Two classes of four images."""
-    folder = tmp_path / "images"
-    for i in range(8):
-        draw(folder / "bc"[i % 2] / f"{i}.png", i)
-    return folder
-
-
-@pytest.fixture
-def argv(images, vae, tmp_path):
-    """Shards of three images, batches of three."""
-    return [*encode_argv(images, vae, tmp_path / "out"), "--batch-size", 3, "--shard-mib", 0.001]
-
-
-@pytest.fixture
-def encode(capsys):
-    """encode(*argv) -> what the command printed, in this process."""
-    threads = torch.get_num_threads()
-
-    def run(*argv) -> str:
-        load_command(ENCODE).main([*map(str, argv), "--num-workers", "0"])
-        captured = capsys.readouterr()
-        return captured.err + captured.out
-
-    yield run
-    torch.set_num_threads(threads)
-    PartialState._reset_state()
 
 
 def grow(images: Path):
@@ -168,6 +130,14 @@ def test_latents_that_are_not_complete_are_not_extended(encode, fails, argv, ima
     assert len(list((tmp_path / "out").glob("shard*"))) == 2
 
 
+def test_verify_tells_of_an_extension_that_was_stopped(encode, argv, former, tmp_path, capsys):
+    shutil.copy(former / "index.json", tmp_path / "out" / "index.json")
+    load_command(ENCODE).main(["--verify", str(tmp_path / "out")])
+    assert "is whole: 8 images of 2 classes in 3 shards" in (printed := capsys.readouterr().out)
+    assert "1 shards more are of an extension that was stopped: its command completes it" in printed
+    assert "is complete: 11 images" in encode(*argv)
+
+
 def killed_and_completed(launch, argv, out: Path, former: Path, whole: Path, die) -> bool:
     """Copies the former latents, kills their extension there, and completes it. Returns whether it was killed."""
     shutil.rmtree(out, ignore_errors=True)
@@ -182,6 +152,7 @@ def killed_and_completed(launch, argv, out: Path, former: Path, whole: Path, die
         assert CachedLatents(out).describe() == before.describe()
         assert all(torch.equal(CachedLatents(out)[i, False][0], before[i, False][0]) for i in range(len(before)))
     codes, printed = launch(ENCODE, extend)
+    (out / ".lock").unlink(missing_ok=True)  # left by a kill at the very end, and nobody's
     assert codes == [0] and same(out, whole), printed
     return True
 
