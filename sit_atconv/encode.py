@@ -4,11 +4,10 @@
     python sit_atconv/encode.py --verify LATENTS
 
 Labels are those of the images' dataset.json, or of their subfolders, or one for all. Stored are the posterior moments
-of each image and of its mirror image. Stopped at any moment, the same command goes on where it was, with any number of
-processes, and ends with the same bytes.
+of each image and of its mirror image. Stopped at any moment, the same command resumes, with any number of processes,
+and ends with the same bytes. --extend adds the images that came later.
 """
 
-import shlex
 from pathlib import Path
 
 from sit_atconv.commands import ArgumentParser, at_least, fail, is_main_process, positive, user_errors
@@ -30,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{options['images']} is not a folder of images")
         from sit_atconv.encoding import EncodeOptions, encode_images
         from sit_atconv.files import gigabytes
+        from sit_atconv.latent_summary import describe_latents, training_command
 
         try:
             index, rate = encode_images(EncodeOptions(**options))
@@ -40,9 +40,13 @@ def main(argv: list[str] | None = None) -> None:
         left_out = f", {len(index.skipped)} left out" if index.skipped else ""
         speed = f", {rate:.1f} images/s" if rate else ""
         print(f"{out} is complete: {index.num_images} images of {len(index.class_names)} classes in "
-              f"{len(index.shards)} shards, {gigabytes(index.num_bytes)}{left_out}{speed}\n"
-              f"picture: {out / 'preview.png'}\ncounts and settings: {out / 'index.json'}\n"
-              f"train: accelerate launch sit_atconv/train.py --config FILE --data.latents {shlex.quote(str(out))}")
+              f"{len(index.shards)} shards, {gigabytes(index.num_bytes)}{left_out}{speed}")
+        print(*describe_latents(index), sep="\n")
+        if options["extend"]:
+            print("a run that began with the former images refuses these as other data: start another run from it with "
+                  "--init-from")
+        print(f"picture: {out / 'preview.png'}\ncounts and settings: {out / 'index.json'}\n"
+              f"train: {training_command(index, out)}")
 
 
 def check(latents: Path) -> None:
@@ -50,17 +54,20 @@ def check(latents: Path) -> None:
     with user_errors():
         from tqdm import tqdm
 
-        from sit_atconv.data.latent_folder import read_index, verify
+        from sit_atconv.data.latent_folder import read_index, unfinished_shards, verify
         from sit_atconv.files import gigabytes
 
         index = read_index(latents)
         with tqdm(total=index.num_bytes, unit="B", unit_scale=True, desc="verifying") as progress:
             faults = verify(latents, progress.update)
     if faults:
-        fail("\n".join([f"{latents} is damaged; delete the shards named and run the same sit_atconv/encode.py again",
-                        *faults]))
+        remedy = "delete the shards named and run the same sit_atconv/encode.py again"
+        damaged = any("shard-" in fault for fault in faults)
+        fail("\n".join([f"{latents} is damaged; {remedy}" if damaged else f"{latents} has faults", *faults]))
     print(f"{latents} is whole: {index.num_images} images of {len(index.class_names)} classes in "
           f"{len(index.shards)} shards, {gigabytes(index.num_bytes)}, as they were written")
+    if begun := unfinished_shards(latents, index):
+        print(f"{len(begun)} shards more are of an extension that was stopped: its command completes it")
 
 
 def make_parser() -> ArgumentParser:
@@ -81,6 +88,12 @@ def make_parser() -> ArgumentParser:
                         help="encode nothing, but check checksums, counts and values of this folder")
     parser.add_argument("--skip-unreadable", action="store_true",
                         help="leave images that cannot be read out, and record them in the index")
+    parser.add_argument("--extend", action="store_true",
+                        help="add the images that came to DIR since: existing ones keep their shards and labels")
+    parser.add_argument("--keep-empty-classes", action="store_true",
+                        help="accept classes without images; no sample is drawn of them unless asked for")
+    parser.add_argument("--max-megapixels", type=positive, default=None, metavar="MP",
+                        help="read images up to this size (default: Pillow's limit against decompression bombs)")
     parser.add_argument("--no-mirror", dest="mirror", action="store_false",
                         help="do not encode mirror images too: half the time and room")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16",

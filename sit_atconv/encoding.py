@@ -1,4 +1,4 @@
-"""From a folder of images to a folder of latents: shared by several processes, and gone on with after any kill."""
+"""From a folder of images to a folder of latents: shared by several processes, and resumed after any kill."""
 
 import contextlib
 import dataclasses
@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from sit_atconv.commands import is_main_process
 from sit_atconv.data.codecs import VAECodec
-from sit_atconv.data.images import ImageFolder
+from sit_atconv.data.images import RULES, ImageFolder
+from sit_atconv.data.latent_extension import arrange
 from sit_atconv.data.latent_folder import (
     INDEX,
     PREVIEW,
@@ -33,12 +35,16 @@ from sit_atconv.data.latent_folder import (
     ShardReport,
     inspect_shard,
     locate,
+    newest_settings,
     open_shard,
     read_index,
+    show_empty_classes,
+    sum_counts,
 )
-from sit_atconv.data.pixels import CROP_RULE, to_float, to_uint8
+from sit_atconv.data.pixels import CROP_RULE, MAX_MEGAPIXELS, to_float, to_uint8
 from sit_atconv.devices import keep_freed_memory, on_cpu, share_cores
 from sit_atconv.files import PARTIAL, check_room, exclusive, gigabytes
+from sit_atconv.latent_summary import describe_images
 from sit_atconv.pictures import save_sample_grid
 from sit_atconv.processes import raise_together
 
@@ -59,6 +65,9 @@ class EncodeOptions:
     slicing: bool
     tiling: bool
     skip_unreadable: bool
+    keep_empty_classes: bool
+    extend: bool
+    max_megapixels: float | None
     num_workers: int | None
     cpu_threads: int | None
 
@@ -81,26 +90,29 @@ class EncodedShard:
     tensors: dict[str, Tensor]
     names: list[str]
     skipped: dict[str, str]
+    enlarged: int
     faults: list[str]
 
 
 class Pictures(Dataset):
-    """Image i as uint8 (3, H, W), why it is no image, and why its file cannot be read; "" where all is well.
+    """Image i as uint8 (3, H, W), whether it was enlarged to that, and why it is no image, and why its file cannot be
+    read; "" where all is well.
 
-    What cannot be had is zeros, so that its batch keeps its shape and the others' bits stay what they are.
+    An image that cannot be read is zeros, so that its batch keeps its shape and the others' bits stay the same.
     """
 
     def __init__(self, images: ImageFolder):
         self.images = images
 
-    def __getitem__(self, index: int) -> tuple[Tensor, str, str]:
+    def __getitem__(self, index: int) -> tuple[Tensor, bool, str, str]:
         nothing = torch.zeros(3, self.images.image_size, self.images.image_size, dtype=torch.uint8)
         try:
-            return self.images.read(index), "", ""
-        except ValueError as error:
-            return nothing, str(error), ""
+            pixels, size = self.images.read_with_size(index)
+            return pixels, min(size) < self.images.image_size, "", ""
         except OSError as error:
-            return nothing, "", str(error)
+            return nothing, False, "", str(error)
+        except Exception as error:  # whatever one file does, the others are read and it is named
+            return nothing, False, str(error) or f"cannot be read as an image: {type(error).__name__}", ""
 
 
 def encode_images(options: EncodeOptions) -> tuple[LatentIndex, float]:
@@ -117,15 +129,23 @@ def encode_images(options: EncodeOptions) -> tuple[LatentIndex, float]:
             room; images that cannot be read, all of them named.
         OSError: what could not be written, or is damaged.
     """
-    images = ImageFolder(options.images, options.image_size)
-    codec = VAECodec(options.vae, options.precision, slicing=options.slicing, tiling=options.tiling)
-    folder = LatentFolder(options.out, latent_settings(options, images, codec))
     _check_out(options)
-    missing = folder.missing(options.skip_unreadable)
-    if not missing and (index := _finished(folder)):
-        return index, 0.0
+    known = newest_settings(options.out)
+    images = ImageFolder(options.images, options.image_size, rules=known.rules if known else RULES,
+                         keep_empty_classes=options.keep_empty_classes,
+                         max_megapixels=options.max_megapixels or MAX_MEGAPIXELS)
+    codec = VAECodec(options.vae, options.precision, slicing=options.slicing, tiling=options.tiling)
+    images, settings = arrange(images, latent_settings(options, images, codec), options.out, extend=options.extend)
+    folder = LatentFolder(options.out, settings)
+    may_skip = options.skip_unreadable or options.extend  # which leaves existing shards as they are
+    missing = folder.missing(may_skip)
+    index = None if missing else _finished(folder)
     room = folder.settings.bytes_per_image * sum(len(folder.images(number)) for number in missing)
     check_room(folder.path, room)
+    if is_main_process():
+        print("\n".join(describe_images(images, settings)), file=sys.stderr)
+    if index:
+        return index, 0.0
 
     state = PartialState(cpu=on_cpu(), timeout=timedelta(days=7))  # one may wait long for another's last shard
     if state.device.type == "cpu":
@@ -136,12 +156,13 @@ def encode_images(options: EncodeOptions) -> tuple[LatentIndex, float]:
         if state.is_main_process:
             for partial in folder.path.glob(f"{PARTIAL}*"):  # of a process that was killed
                 partial.unlink()
-            (folder.path / INDEX).unlink(missing_ok=True)  # of what was there before, and is not complete any more
+            if not _outlasts(folder, missing):
+                (folder.path / INDEX).unlink(missing_ok=True)
             print(f"encoding {len(images)} images of {len(images.class_names)} classes into {folder.path}, "
                   f"{state.num_processes} x {state.device.type}: {folder.num_shards - len(missing)} of "
                   f"{folder.num_shards} shards are there, the others take {gigabytes(room)}", file=sys.stderr)
         state.wait_for_everyone()
-        missing = folder.missing(options.skip_unreadable)
+        missing = folder.missing(may_skip)
         state.wait_for_everyone()  # all have listed them before one writes: all share out the same
         rate = _encode_missing(job, missing)
         _complete(job)
@@ -150,14 +171,24 @@ def encode_images(options: EncodeOptions) -> tuple[LatentIndex, float]:
 
 
 def _finished(folder: LatentFolder) -> LatentIndex | None:
-    """The index, if it is that of the shards which are there; a damaged one is made again."""
+    """Returns the index if it is that of the shards which are there; a damaged one is made again."""
     try:
         index = read_index(folder.path)
     except ValueError:
         return None
     sizes = [folder.shard(number).stat().st_size for number in range(folder.num_shards)]
     fits = index.settings == folder.settings and [entry["bytes"] for entry in index.shards] == sizes
-    return index if fits else None
+    return index if fits and not index.unwanted_classes else None
+
+
+def _outlasts(folder: LatentFolder, missing: list[int]) -> bool:
+    """Whether the index is that of shards which are all there: it is valid until that of all parts replaces it."""
+    try:
+        index = read_index(folder.path)
+    except ValueError:
+        return False
+    to_make = {folder.shard(number).name for number in missing}
+    return index.settings in folder.settings.parts and not to_make & {entry["file"] for entry in index.shards}
 
 
 def latent_settings(options: EncodeOptions, images: ImageFolder, codec: VAECodec) -> LatentSettings:
@@ -177,6 +208,7 @@ def latent_settings(options: EncodeOptions, images: ImageFolder, codec: VAECodec
         moments_shape=[2 * codec.channels, side, side],
         batch_size=options.batch_size,
         images_per_shard=options.batch_size,
+        rules=images.rules,
     )
     batches = int(options.shard_mib * 2**20) // (settings.bytes_per_image * options.batch_size)
     return dataclasses.replace(settings, images_per_shard=max(1, batches) * options.batch_size)
@@ -228,7 +260,7 @@ def _encode_missing(job: Job, missing: list[int]) -> float:
             if shard.skipped and not job.options.skip_unreadable:
                 continue
             try:
-                job.folder.write(number, shard.tensors, shard.names, shard.skipped)
+                job.folder.write(number, shard.tensors, shard.names, shard.skipped, shard.enlarged)
             except OSError as error:
                 faults.append(str(error))
                 break
@@ -242,10 +274,11 @@ def _encode_missing(job: Job, missing: list[int]) -> float:
 
 def _encode_shard(job: Job, number: int, loader: Iterator, progress: tqdm) -> EncodedShard:
     """Takes the shard's batches from the loader."""
-    indices, reasons, faults = job.folder.images(number), [], []
+    indices, reasons, faults, enlarged = job.folder.images(number), [], [], 0
     parts = {kind: [] for kind in job.folder.settings.kinds}
     for _ in job.folder.batches(number):
-        pixels, why, wrong = next(loader)
+        pixels, small, why, wrong = next(loader)
+        enlarged += int(small.sum())
         reasons += why
         faults += filter(None, wrong)
         x = to_float(pixels.to(job.state.device, non_blocking=True))
@@ -262,7 +295,8 @@ def _encode_shard(job: Job, number: int, loader: Iterator, progress: tqdm) -> En
     faults += [f"{job.images.folder / name}: its latents do not fit into {job.options.dtype}: give --dtype float32, or "
                "--precision fp32 if they do not fit into the VAE's arithmetic"
                for name, fits in zip(names, finite, strict=True) if not fits]
-    return EncodedShard(tensors | {"labels": torch.from_numpy(job.images.labels[kept])}, names, skipped, faults)
+    labels = torch.from_numpy(job.images.labels)[kept]
+    return EncodedShard(tensors | {"labels": labels}, names, skipped, enlarged, faults)
 
 
 def _leave_interrupts_to_parent(worker: int) -> None:
@@ -287,13 +321,16 @@ def _complete(job: Job) -> None:
             faults.append(str(error))
     raise_together([f"{fault}: delete that file and run the same command again" for fault in faults])
     reports = sorted(gather_object(reports), key=lambda report: report.entry["file"])
-    if not any(report.entry["num_images"] for report in reports):
+    class_names, counts = list(job.images.class_names), sum_counts(reports)
+    if not any(counts):
         raise ValueError(f"none of the {len(job.images)} images of {job.images.folder} can be read")
+    if (empty := show_empty_classes(class_names, counts)) and not job.options.keep_empty_classes:
+        raise ValueError(f"{empty}: mend or add images and run the same command again, or give --keep-empty-classes")
     faults = []
     if job.state.is_main_process:
         try:
             _draw_preview(job, reports)
-            job.folder.write_index(job.options.vae, list(job.images.class_names), reports)
+            job.folder.write_index(job.codec.source, class_names, reports, job.options.keep_empty_classes)
         except OSError as error:
             faults.append(str(error))
     raise_together(faults)

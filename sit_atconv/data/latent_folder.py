@@ -7,11 +7,16 @@
 
 Image i belongs to shard i // images_per_shard, and there to a batch fixed by i, whoever encodes it and whatever is
 there already. A shard appears whole, and the index last: a folder with an index is complete.
+
+A folder that was extended consists of parts, one after another, each with shards of its own. The settings of a part
+list the parts before it, so any shard of the last part describes the whole folder. The index of the former parts stays
+until that of all parts replaces it.
 """
 
 import bisect
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -19,7 +24,7 @@ import mmap
 import os
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,21 +34,23 @@ from torch import Tensor
 
 from sit_atconv.files import sha256_of, write_aside
 
-FORMAT = 1
+FORMATS = (1, 2)  # 2: with fields that readers before 2026-11-25 do not know
 INDEX = "index.json"
 PREVIEW = "preview.png"
 CHECKSUMS = ("files", "codec weights")  # a dozen digits tell one from another
 STORED_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
+LATER_SETTINGS = {"rules": 1, "extends": []}  # values of fields that a shard or an index does not have
+LATER_FIELDS = {"enlarged": None, "keep_empty_classes": False}
 
 
 @dataclass(frozen=True)
 class LatentSettings:
-    """All that the bytes of the shards depend on.
+    """All that the bytes of the shards depend on; of an extended folder, those of one part.
 
     Args:
-        num_images: images in the folder they came from.
-        files: sha256 of their names, labels and class names.
+        num_images: images that the part was made of.
+        files: sha256 of their names and labels and of all class names.
         image_size: side of the images in pixels.
         crop: how they came to that size.
         codec: what `Codec.identity()` said.
@@ -54,6 +61,8 @@ class LatentSettings:
         moments_shape: [2C, h, w].
         batch_size: images encoded together.
         images_per_shard: a multiple of that.
+        rules: by which files become images and labels, as `ImageFolder` has them.
+        extends: num_images, files and new class_names of each part before this one.
     """
 
     num_images: int
@@ -69,6 +78,32 @@ class LatentSettings:
     moments_shape: list[int]
     batch_size: int
     images_per_shard: int
+    rules: int = 1
+    extends: list[dict] = dataclasses.field(default_factory=list)
+
+    def as_dict(self) -> dict:
+        """Returns the settings as shards and index hold them: without options that older folders do not have."""
+        return _without(LATER_SETTINGS, dataclasses.asdict(self))
+
+    @property
+    def parts(self) -> list["LatentSettings"]:
+        """The settings of all parts up to this one."""
+        former = [
+            dataclasses.replace(self, num_images=part["num_images"], files=part["files"], extends=self.extends[:i])
+            for i, part in enumerate(self.extends)
+        ]
+        return [*former, self]
+
+    def extended(self, num_images: int, files: str, class_names: list[str]) -> "LatentSettings":
+        """Returns the settings of a part that follows this one.
+
+        Args:
+            num_images, files: of the new part.
+            class_names: all names up to this part.
+        """
+        known = sum(len(part["class_names"]) for part in self.extends)
+        this = {"num_images": self.num_images, "files": self.files, "class_names": list(class_names[known:])}
+        return dataclasses.replace(self, num_images=num_images, files=files, extends=[*self.extends, this])
 
     @property
     def kinds(self) -> list[str]:
@@ -82,12 +117,16 @@ class LatentSettings:
 
     def difference(self, then: dict) -> str | None:
         """What differs from the settings of a shard, as a user would say it; None: nothing does."""
-        then, now = _one_by_one(then), _one_by_one(dataclasses.asdict(self))
+        then, now = _one_by_one(LATER_SETTINGS | then), _one_by_one(dataclasses.asdict(self))
         for key in {**now, **then}:
             if then.get(key) != now.get(key):
                 shown = [str(value)[:12] if key in CHECKSUMS else value for value in (then.get(key), now.get(key))]
                 return f"{key} {shown[0]}, now it is {shown[1]}"
         return None
+
+
+def _without(defaults: dict, content: dict) -> dict:
+    return {key: value for key, value in content.items() if key not in defaults or value != defaults[key]}
 
 
 def _one_by_one(settings: dict) -> dict:
@@ -104,12 +143,14 @@ class Shard:
         names: of the image files, relative to their folder.
         skipped: images left out, name -> why.
         settings: what the shard was made with.
+        enlarged: number of images whose shorter side is below `image_size`; None where it was not counted.
     """
 
     tensors: dict[str, Tensor]
     names: list[str]
     skipped: dict[str, str]
     settings: dict
+    enlarged: int | None = None
 
 
 @dataclass(frozen=True)
@@ -120,12 +161,14 @@ class ShardReport:
         entry: file, num_images, bytes, sha256, as the index has it.
         class_counts: images of each class.
         skipped: images left out, name -> why.
+        enlarged: as `Shard` has it.
         faults: what is wrong with it.
     """
 
     entry: dict
     class_counts: list[int]
     skipped: dict[str, str]
+    enlarged: int | None
     faults: list[str]
 
 
@@ -135,13 +178,15 @@ class LatentIndex:
 
     Args:
         num_images: images that are in the shards.
-        vae: hub id or folder of the VAE, as it was given.
-        settings: what all shards share.
+        vae: hub id or folder of the VAE.
+        settings: those of the last part, which list the others.
         class_names: names of labels 0, 1, ...
         class_counts: images of each.
         skipped: images left out, name -> why.
         shards: file, num_images, bytes, sha256 of each.
         versions: of the libraries that completed it.
+        enlarged: number of images that were smaller than `image_size`; None where some shard does not say it.
+        keep_empty_classes: whether it has classes without images, by the user's wish.
     """
 
     num_images: int
@@ -152,6 +197,13 @@ class LatentIndex:
     skipped: dict[str, str]
     shards: list[dict]
     versions: dict[str, str]
+    enlarged: int | None = None
+    keep_empty_classes: bool = False
+
+    @property
+    def unwanted_classes(self) -> str:
+        """Classes without images that nobody asked to keep, as a user would say it; "" if there are none."""
+        return "" if self.keep_empty_classes else show_empty_classes(self.class_names, self.class_counts)
 
     @property
     def num_bytes(self) -> int:
@@ -159,28 +211,43 @@ class LatentIndex:
 
     def identity(self) -> str:
         """The same for the same data, wherever they and the VAE lie."""
-        return _sha256({"settings": dataclasses.asdict(self.settings), "class_names": self.class_names,
+        return _sha256({"settings": self.settings.as_dict(), "class_names": self.class_names,
                         "shards": self.shards})
 
 
 @dataclass(frozen=True)
 class LatentFolder:
-    """A folder that is being filled, and which images belong where in it."""
+    """A folder that is being filled, and which images belong where in it.
+
+    Args:
+        path: of the folder.
+        settings: those of its last part.
+    """
 
     path: Path
     settings: LatentSettings
 
+    @functools.cached_property
+    def places(self) -> list[tuple[LatentSettings, range]]:
+        """The settings and the images of each shard. (Images count on from part to part; a part begins a shard.)"""
+        places, start = [], 0
+        for part in self.settings.parts:
+            end = start + part.num_images
+            places += [(part, range(first, min(first + part.images_per_shard, end)))
+                       for first in range(start, end, part.images_per_shard)]
+            start = end
+        return places
+
     @property
     def num_shards(self) -> int:
-        return math.ceil(self.settings.num_images / self.settings.images_per_shard)
+        return len(self.places)
 
     def shard(self, number: int) -> Path:
         return self.path / f"shard-{number:05d}.safetensors"
 
     def images(self, number: int) -> range:
         """The images that belong to a shard."""
-        first = number * self.settings.images_per_shard
-        return range(first, min(first + self.settings.images_per_shard, self.settings.num_images))
+        return self.places[number][1]
 
     def batches(self, number: int) -> list[range]:
         """The images of a shard, as they are encoded together."""
@@ -205,7 +272,7 @@ class LatentFolder:
         path = self.shard(number)
         try:
             shard = open_shard(path)
-            if difference := self.settings.difference(shard.settings):
+            if difference := self.places[number][0].difference(shard.settings):
                 open_shard(path, check=True)  # or it is damaged, and missing
         except (ValueError, OSError):
             return False
@@ -213,30 +280,75 @@ class LatentFolder:
             raise ValueError(f"{path} was encoded with {difference}: go on with the former, or give another --out")
         return may_skip or not shard.skipped
 
-    def write(self, number: int, tensors: dict[str, Tensor], names: list[str], skipped: dict[str, str]) -> None:
+    def write(
+        self, number: int, tensors: dict[str, Tensor], names: list[str], skipped: dict[str, str],
+        enlarged: int | None = None,
+    ) -> None:
         """Writes a shard; the arguments are those of `Shard`. OSError: the disk is full, ...; nothing is left then."""
         from safetensors.torch import save
 
-        content = {"settings": dataclasses.asdict(self.settings), "names": names, "skipped": skipped}
+        content = {"settings": self.places[number][0].as_dict(), "names": names, "skipped": skipped}
+        content |= {} if enlarged is None else {"enlarged": enlarged}
         # One entry, since safetensors writes several in an order that changes from run to run.
         metadata = {"latents": json.dumps({"content": content, "crc32": _crc32(tensors, content)})}
         write_aside(self.shard(number), save(tensors, metadata), durable=True)
 
-    def write_index(self, vae: str, class_names: list[str], reports: list[ShardReport]) -> None:
-        """Completes the folder; `reports` are those of all shards in order."""
+    def write_index(
+        self, vae: str, class_names: list[str], reports: list[ShardReport], keep_empty_classes: bool = False
+    ) -> None:
+        """Completes the folder.
+
+        Args:
+            vae: where the VAE is.
+            class_names: of labels 0, 1, ...
+            reports: those of all shards in order.
+            keep_empty_classes: whether classes without images were asked for.
+        """
         from importlib.metadata import version
+
+        class_counts = sum_counts(reports)
+        enlarged = [report.enlarged for report in reports]
 
         index = LatentIndex(
             num_images=sum(report.entry["num_images"] for report in reports),
             vae=vae,
             settings=self.settings,
             class_names=class_names,
-            class_counts=[sum(counts) for counts in zip(*(report.class_counts for report in reports), strict=True)],
+            class_counts=class_counts,
             skipped={name: why for report in reports for name, why in report.skipped.items()},
             shards=[report.entry for report in reports],
             versions={name: version(name) for name in ("torch", "diffusers", "pillow", "safetensors")},
+            enlarged=None if None in enlarged else sum(enlarged),
+            keep_empty_classes=keep_empty_classes and 0 in class_counts,
         )
         write_index(self.path, index)
+
+
+def sum_counts(reports: list[ShardReport]) -> list[int]:
+    """Returns the images of each class in all shards together."""
+    return [sum(counts) for counts in zip(*(report.class_counts for report in reports), strict=True)]
+
+
+def show_empty_classes(class_names: Sequence[str], class_counts: Sequence[int], most: int = 20) -> str:
+    """Returns how many classes have no images, and which; "" if there are none."""
+    empty = [f"{label} ({class_names[label]!r})" for label, count in enumerate(class_counts) if not count]
+    kind = "class" if len(empty) == 1 else "classes"
+    return f"{len(empty)} {kind} without images: {show_some(empty, most)}" if empty else ""
+
+
+def show_some(items: Sequence[str], most: int = 10) -> str:
+    """Returns the first `most` items, and how many more there are."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def newest_settings(folder: Path) -> LatentSettings | None:
+    """Returns the settings of the last part of a folder, complete or not, or None if it has no whole shard."""
+    for path in sorted(folder.glob("shard-*"), reverse=True):
+        try:
+            return LatentSettings(**open_shard(path, check=True).settings)
+        except (ValueError, OSError, TypeError):
+            continue  # the shard before it knows the same, or the part before
+    return None
 
 
 def open_shard(path: Path, check: bool = False) -> Shard:
@@ -315,7 +427,8 @@ def inspect_shard(path: Path, settings: LatentSettings, num_classes: int) -> Sha
     known = labels[(labels >= 0) & (labels < num_classes)]
     if len(known) != n:
         faults.append(f"{path} holds labels that are not 0 ... {num_classes - 1}, one for each image")
-    return ShardReport(entry | {"num_images": n}, known.bincount(minlength=num_classes).tolist(), shard.skipped, faults)
+    counts = known.bincount(minlength=num_classes).tolist()
+    return ShardReport(entry | {"num_images": n}, counts, shard.skipped, shard.enlarged, faults)
 
 
 def read_index(folder: str | Path) -> LatentIndex:
@@ -324,7 +437,7 @@ def read_index(folder: str | Path) -> LatentIndex:
     again = "run the same sit_atconv/encode.py again"
     try:
         content = json.loads(path.read_bytes())
-        if content.pop("format") != FORMAT:
+        if content.pop("format") not in FORMATS:
             raise ValueError(f"{path} is of another version: encode the images again")
         if content.pop("sha256") != _sha256(content):
             raise ValueError(f"{path} is not as it was written: {again}")
@@ -337,8 +450,9 @@ def read_index(folder: str | Path) -> LatentIndex:
 
 
 def write_index(folder: Path, index: LatentIndex) -> None:
-    content = dataclasses.asdict(index)
-    stamped = {"format": FORMAT, **content, "sha256": _sha256(content)}
+    content = _without(LATER_FIELDS, dataclasses.asdict(index) | {"settings": index.settings.as_dict()})
+    later = LATER_FIELDS.keys() & content or LATER_SETTINGS.keys() & content["settings"]
+    stamped = {"format": 2 if later else 1, **content, "sha256": _sha256(content)}
     write_aside(folder / INDEX, json.dumps(stamped, indent=1) + "\n", durable=True)
 
 
@@ -380,6 +494,18 @@ def verify(folder: Path, after_shard: Callable[[int], object] = lambda size: Non
     if not faults:
         faults += [f"class {name} has {count} images, and {recorded} by the index" for name, count, recorded
                    in zip(index.class_names, counts.tolist(), index.class_counts, strict=True) if count != recorded]
-    known = {entry["file"] for entry in index.shards}
+    if empty := index.unwanted_classes:
+        faults.append(f"{folder} has {empty}: encode with --keep-empty-classes if they shall stay")
+    known = {entry["file"] for entry in index.shards} | unfinished_shards(folder, index)
     faults += [f"{path} is not in the index" for path in sorted(Path(folder).glob("shard-*")) if path.name not in known]
     return faults
+
+
+def unfinished_shards(folder: Path, index: LatentIndex) -> set[str]:
+    """Returns the names of shards that belong to an extension which has no index yet."""
+    newest = newest_settings(folder)
+    if newest is None or index.settings not in newest.parts[:-1]:
+        return set()
+    shards = {path.name for path in folder.glob("shard-*")} - {entry["file"] for entry in index.shards}
+    places = LatentFolder(folder, newest)
+    return shards & {places.shard(number).name for number in range(places.num_shards)}

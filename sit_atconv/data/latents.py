@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sit_atconv.data.latent_folder import locate, open_shard, read_index
+from sit_atconv.data.latent_folder import LatentFolder, locate, open_shard, read_index
 
 
 class CachedLatents(Dataset):
@@ -15,26 +15,35 @@ class CachedLatents(Dataset):
     Args:
         folder: LATENTS.
         mirror: whether mirror images will be asked for.
+        keep_empty_classes: accept classes without images that the index does not say were kept.
 
     Raises:
-        ValueError: no index, a shard that is missing or of another size than it had, or no mirror images.
+        ValueError: no index, a shard that is missing or of another size than it had, no mirror images, or classes
+            without images.
     """
 
     is_encoded = True
 
-    def __init__(self, folder: str | Path, mirror: bool = False):
+    def __init__(self, folder: str | Path, mirror: bool = False, *, keep_empty_classes: bool = False):
         self.folder = Path(folder)
         self.index = read_index(folder)
         settings = self.index.settings
+        self.places = LatentFolder(self.folder, settings).places
+        faults = []
+        if (empty := self.index.unwanted_classes) and not keep_empty_classes:
+            faults.append(f"{folder} has {empty}: a class that was never trained gives no images of its kind. Encode "
+                          "images for it, or give --data.keep_empty_classes true")
         if mirror and not settings.mirrored:
-            raise ValueError(f"{folder} has no mirror images: set data.mirror to false, or encode with them")
+            faults.append(f"{folder} has no mirror images: set data.mirror to false, or encode with them")
         for entry in self.index.shards:
             path = self.folder / entry["file"]
             if not path.exists():
-                raise ValueError(f"{path} is missing: run the same sit_atconv/encode.py again")
-            if (size := path.stat().st_size) != entry["bytes"]:
-                raise ValueError(f"{path} has {size} bytes, and {entry['bytes']} by the index: delete it and run the "
-                                 "same sit_atconv/encode.py again")
+                faults.append(f"{path} is missing: run the same sit_atconv/encode.py again")
+            elif (size := path.stat().st_size) != entry["bytes"]:
+                faults.append(f"{path} has {size} bytes, and {entry['bytes']} by the index: delete it and run the same "
+                              "sit_atconv/encode.py again")
+        if faults:
+            raise ValueError("\n".join(faults))
         self.class_names = tuple(self.index.class_names)
         self.class_counts = list(self.index.class_counts)
         self.image_size = settings.image_size
@@ -49,14 +58,15 @@ class CachedLatents(Dataset):
         index, mirrored = item
         shard, position = locate(self.ends, index)
         if shard not in self.shards:
-            self.shards[shard] = self._open(self.folder / self.index.shards[shard]["file"])
+            self.shards[shard] = self._open(shard)
         tensors = self.shards[shard]
         moments = tensors["mirrored" if mirrored else "moments"][position]
         return moments.clone(), int(tensors["labels"][position])
 
-    def _open(self, path: Path) -> dict[str, Tensor]:
+    def _open(self, number: int) -> dict[str, Tensor]:
+        path = self.folder / self.index.shards[number]["file"]
         shard = open_shard(path)
-        if difference := self.index.settings.difference(shard.settings):
+        if difference := self.places[number][0].difference(shard.settings):
             raise ValueError(f"{path} was encoded with {difference}: run the same sit_atconv/encode.py again")
         return shard.tensors
 

@@ -109,12 +109,13 @@ def write_random_latents(folder: Path, num_images: int, moments_shape: tuple[int
     )
     check_room(folder, num_images * settings.bytes_per_image)
     folder.mkdir(parents=True, exist_ok=True)
+    num_classes = min(10, num_images)
     latents, reports, generator = LatentFolder(folder, settings), [], torch.Generator().manual_seed(0)
     for number in trange(latents.num_shards, unit="shard", desc="writing random latents"):
         images = latents.images(number)
         tensors = {kind: torch.randn((len(images), *moments_shape), generator=generator).to(torch.float16)
                    for kind in settings.kinds}
-        labels = torch.randint(0, 10, (len(images),), generator=generator)
+        labels = torch.tensor(images) % num_classes
         latents.write(number, tensors | {"labels": labels}, list(map(str, images)), {})
-        reports.append(inspect_shard(latents.shard(number), settings, 10))
-    latents.write_index("random", list(map(str, range(10))), reports)
+        reports.append(inspect_shard(latents.shard(number), settings, num_classes))
+    latents.write_index("random", list(map(str, range(num_classes))), reports)

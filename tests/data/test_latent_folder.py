@@ -1,13 +1,24 @@
 """The folder of latents: what belongs where, what is whole, what is damaged."""
 
 import dataclasses
+import hashlib
 import resource
 import shutil
 
 import pytest
 import torch
 
-from sit_atconv.data.latent_folder import LatentFolder, LatentSettings, open_shard, read_index, verify, write_index
+from sit_atconv.data.latent_folder import (
+    LatentFolder,
+    LatentIndex,
+    LatentSettings,
+    inspect_shard,
+    newest_settings,
+    open_shard,
+    read_index,
+    verify,
+    write_index,
+)
 from sit_atconv.files import sha256_of
 
 
@@ -40,6 +51,59 @@ def test_images_belong_to_shards_and_batches_by_their_index(tmp_path):
     batches = [list(map(list, folder.batches(number))) for number in range(6)]
     assert [[len(batch) for batch in shard] for shard in batches] == [[8, 8, 4]] * 5 + [[3]]
     assert [i for shard in batches for batch in shard for i in batch] == list(range(103))
+
+
+def test_parts_follow_each_other_and_begin_new_shards_and_batches(tmp_path):
+    first = settings(num_images=5, files="first", images_per_shard=4, batch_size=2)
+    second = first.extended(3, "second", ["a", "b"])
+    third = second.extended(1, "third", ["a", "b", "c"])
+    assert third.parts == [first, second, third]
+    assert [part["class_names"] for part in third.extends] == [["a", "b"], ["c"]]
+    folder = LatentFolder(tmp_path, third)
+    assert [list(folder.images(number)) for number in range(4)] == [[0, 1, 2, 3], [4], [5, 6, 7], [8]]
+    assert [list(map(list, folder.batches(number))) for number in (2, 3)] == [[[5, 6], [7]], [[8]]]
+    for number, part in enumerate((first, first, second, third)):
+        folder.write(number, moments(len(folder.images(number))), list("abcd")[: len(folder.images(number))], {})
+        assert newest_settings(tmp_path) == part
+    assert folder.missing() == [] and LatentFolder(tmp_path, second).places == folder.places[:3]
+    folder.write_index("vae", ["a"], [inspect_shard(folder.shard(number), third, 1) for number in range(4)])
+    assert verify(tmp_path) == [] and read_index(tmp_path).settings == third
+    folder.shard(3).write_bytes(folder.shard(3).read_bytes()[:-1])
+    assert newest_settings(tmp_path) == second
+
+
+def test_what_was_written_before_there_were_rules_and_parts_is_written_the_same(tmp_path):
+    """The digests are those of the code of that time."""
+    entry = {"file": "f", "bytes": 1, "sha256": "0", "num_images": 4}
+    index = LatentIndex(4, "vae", settings(), ["x"], [4], {}, [entry], {})
+    write_index(tmp_path, index)
+    assert index.identity() == "02154d2e33d1f95a874b6025b013b260f63676a8daca38b294323dcb820a222c"
+    written = (tmp_path / "index.json").read_bytes()
+    assert hashlib.sha256(written).hexdigest() == "276b253d1f09895316679b66d2caf49f3bb7d3f398bd3c2a3bb61904a5bdb8b5"
+    assert read_index(tmp_path) == index
+    folder = LatentFolder(tmp_path, settings())
+    folder.write(0, moments(4), list("abcd"), {})
+    assert not {"rules", "extends"} & open_shard(folder.shard(0)).settings.keys()
+    assert b"enlarged" not in folder.shard(0).read_bytes() and open_shard(folder.shard(0)).enlarged is None
+
+
+@pytest.mark.parametrize("later", [{"enlarged": 0}, {"keep_empty_classes": True}, {"settings": settings(rules=2)},
+                                   {"settings": settings().extended(1, "", ["x"])}])
+def test_an_index_that_older_code_cannot_read_has_another_format(tmp_path, later):
+    index = dataclasses.replace(LatentIndex(4, "vae", settings(), ["x"], [4], {}, [], {}), **later)
+    write_index(tmp_path, index)
+    assert '"format": 2' in (tmp_path / "index.json").read_text() and read_index(tmp_path) == index
+
+
+def test_classes_without_images_are_a_fault_unless_they_were_kept(copy):
+    index = read_index(copy)
+    names, counts = [*index.class_names, "moth", " "], [*index.class_counts, 0, 0]
+    more = dataclasses.replace(index, class_names=names, class_counts=counts)
+    write_index(copy, more)
+    assert verify(copy) == [f"{copy} has 2 classes without images: 10 ('moth'), 11 (' '): encode with "
+                            "--keep-empty-classes if they shall stay"]
+    write_index(copy, dataclasses.replace(more, keep_empty_classes=True))
+    assert verify(copy) == []
 
 
 def test_what_the_index_says(latents, digit_folder, vae):
@@ -152,7 +216,7 @@ def test_counts_that_do_not_add_up(copy):
         (lambda path: path.write_text(path.read_text().replace("digit 3", "digit 8")), "is not as it was written"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "is damaged"),
         (lambda path: path.write_text("[]"), "is damaged"),
-        (lambda path: path.write_text(path.read_text().replace('"format": 1', '"format": 9')), "is of another version"),
+        (lambda path: path.write_text(path.read_text().replace('"format": 2', '"format": 9')), "is of another version"),
     ],
 )
 def test_a_damaged_index(copy, spoil, message):

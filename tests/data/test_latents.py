@@ -96,6 +96,22 @@ def test_errors_before_anything_starts(latents, vae, make_vae, tmp_path):
         DataConfig(latents=str(copy)).open()
 
 
+def test_classes_without_images_are_refused_unless_they_are_kept(latents, tmp_path):
+    copy = shutil.copytree(latents, tmp_path / "copy")
+    index = read_index(copy)
+    index = dataclasses.replace(index, class_names=[*index.class_names, "moth"], class_counts=[*index.class_counts, 0])
+    write_index(copy, index)
+    with pytest.raises(ValueError, match=r"has 1 class without images: 10 \('moth'\).*--data\.keep_empty_classes true"):
+        CachedLatents(copy)
+    assert CachedLatents(copy, keep_empty_classes=True).class_counts[-1] == 0
+    (copy / "shard-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"(?s)1 class without images.*shard-00002\.safetensors is missing"):
+        CachedLatents(copy)
+    shutil.copy(latents / "shard-00002.safetensors", copy)
+    write_index(copy, dataclasses.replace(index, keep_empty_classes=True))
+    assert len(CachedLatents(copy).class_names) == 11
+
+
 def test_a_shard_of_other_settings_is_found_where_it_is_read(latents, tmp_path):
     copy = shutil.copytree(latents, tmp_path / "copy")
     index = read_index(copy)
