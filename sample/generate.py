@@ -6,7 +6,7 @@ Several processes: `accelerate launch sample/generate.py ...` or `torchrun --npr
 the images are the same. The same command again completes what a kill left unfinished.
 """
 
-from sit_atconv.commands import ArgumentParser, at_least, finite, is_main_process, positive, user_errors
+from sit_atconv.commands import ArgumentParser, at_least, finite, is_main_process, positive, run_command, user_errors
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -106,4 +106,4 @@ def make_parser() -> ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -11,7 +11,7 @@ processes, and ends with the same bytes.
 import shlex
 from pathlib import Path
 
-from sit_atconv.commands import ArgumentParser, at_least, fail, is_main_process, positive, user_errors
+from sit_atconv.commands import ArgumentParser, at_least, fail, is_main_process, positive, run_command, user_errors
 from sit_atconv.data import DEFAULT_VAE
 
 
@@ -101,4 +101,4 @@ def make_parser() -> ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

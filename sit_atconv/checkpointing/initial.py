@@ -34,6 +34,19 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Start:
+    """What a model has after `start_from`.
+
+    Args:
+        lines: for the user: what was kept, what starts from scratch and what is different from the weights' training.
+        null_label_trained: whether it has a null label that was trained.
+    """
+
+    lines: list[str]
+    null_label_trained: bool
+
+
+@dataclass(frozen=True)
 class Special:
     """Tensors that are not simply copied.
 
@@ -50,7 +63,7 @@ class Special:
 
 def start_from(
     net: SiT, ckpt: str, flow_path: str, prediction: str, codec: dict, *, class_names: list[str] | None = None
-) -> list[str]:
+) -> Start:
     """Copies into `net` what can be kept of the weights that `ckpt` names; the rest stays as it was initialised.
 
     Kept is what has the same name and shape. Never in the way are another class count, another resolution, other
@@ -63,9 +76,6 @@ def start_from(
         prediction: what the model's output will stand for.
         codec: what `Codec.describe()` returns.
         class_names: of the data to train on; None leaves them uncompared.
-
-    Returns:
-        Lines for the user: what was kept, what starts afresh and what is different from the training of the weights.
 
     Raises:
         ValueError: the weights cannot be read, or are of a model of another width, depth, patch or channels.
@@ -87,7 +97,7 @@ def start_from(
         here[name].copy_(value)
     wanted = values.keys() | here.keys() - {POSITIONS}  # the table is computed, not wanted
     kind = f" ({', '.join(source.kind)})" if source.kind else ""
-    return [
+    lines = [
         f"started from {ckpt}{kind}: {len(values)} of {len(wanted)} tensors kept",
         *source.lines,
         *(line for special in specials for line in special.lines),
@@ -95,6 +105,9 @@ def start_from(
         *(_recipe_differences(source.recipe, flow_path, prediction, codec) if source.recipe else []),
         *_class_name_differences(net, source, class_names),
     ]
+    fresh = any("the null label's row starts" in line or "label table starts" in line for line in lines)
+    trained = source.recipe is None or source.recipe.null_label_trained is not False
+    return Start(lines, net.null_label is not None and trained and not fresh)
 
 
 def _open(ckpt: str) -> Source:

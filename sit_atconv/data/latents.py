@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -15,6 +16,7 @@ class CachedLatents(Dataset):
     Args:
         folder: LATENTS.
         mirror: whether mirror images will be asked for.
+        keep_empty_classes: accept classes without images, instead of refusing them.
 
     Raises:
         ValueError: no index, a shard that is missing or of another size than it had, or no mirror images.
@@ -22,7 +24,7 @@ class CachedLatents(Dataset):
 
     is_encoded = True
 
-    def __init__(self, folder: str | Path, mirror: bool = False):
+    def __init__(self, folder: str | Path, mirror: bool = False, *, keep_empty_classes: bool = False):
         self.folder = Path(folder)
         self.index = read_index(folder)
         settings = self.index.settings
@@ -53,6 +55,12 @@ class CachedLatents(Dataset):
         tensors = self.shards[shard]
         moments = tensors["mirrored" if mirrored else "moments"][position]
         return moments.clone(), int(tensors["labels"][position])
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels of all images, (N,); reads them from the shards."""
+        paths = [self.folder / entry["file"] for entry in self.index.shards]
+        return np.concatenate([self._open(path)["labels"].numpy() for path in paths])
 
     def _open(self, path: Path) -> dict[str, Tensor]:
         shard = open_shard(path)
