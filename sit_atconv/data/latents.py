@@ -16,7 +16,7 @@ class CachedLatents(Dataset):
     Args:
         folder: LATENTS.
         mirror: whether mirror images will be asked for.
-        keep_empty_classes: accept classes without images, instead of refusing them.
+        keep_empty_classes: accept classes without images that the index does not say were kept.
 
     Raises:
         ValueError: no index, a shard that is missing or of another size than it had, or no mirror images.
@@ -47,6 +47,12 @@ class CachedLatents(Dataset):
     def __len__(self) -> int:
         return self.ends[-1]
 
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels of all images, (N,); reads them from the shards."""
+        shards = (open_shard(self.folder / entry["file"]) for entry in self.index.shards)
+        return np.concatenate([shard.tensors["labels"].numpy() for shard in shards])
+
     def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor, int]:
         index, mirrored = item
         shard, position = locate(self.ends, index)
@@ -55,12 +61,6 @@ class CachedLatents(Dataset):
         tensors = self.shards[shard]
         moments = tensors["mirrored" if mirrored else "moments"][position]
         return moments.clone(), int(tensors["labels"][position])
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Labels of all images, (N,); reads them from the shards."""
-        paths = [self.folder / entry["file"] for entry in self.index.shards]
-        return np.concatenate([self._open(path)["labels"].numpy() for path in paths])
 
     def _open(self, path: Path) -> dict[str, Tensor]:
         shard = open_shard(path)
