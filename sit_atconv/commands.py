@@ -25,6 +25,20 @@ def fail(message: object, code: int = 1, everywhere: bool = False):
     raise SystemExit(code)
 
 
+@contextlib.contextmanager
+def user_errors(everywhere: bool = False):
+    """Turns a ValueError, OSError or Ctrl-C into `fail`. For the part of a command that checks what the user gave.
+
+    `everywhere`: what can go wrong in one process alone.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(error, everywhere=everywhere)
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
+
+
 def script_path(name: str) -> str:
     """Returns how to type the path of one of our scripts in the working directory: "sample/generate.py"."""
     path = Path(__file__).parents[1] / name
@@ -60,20 +74,6 @@ def run_command(main: Callable[[], object]) -> None:
         fail("interrupted", code=130)
     finally:
         leave_on_ctrl_c()  # while Python shuts down
-
-
-@contextlib.contextmanager
-def user_errors(everywhere: bool = False):
-    """Turns a ValueError, OSError or Ctrl-C into `fail`. For the part of a command that checks what the user gave.
-
-    `everywhere`: what can go wrong in one process alone.
-    """
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        fail(error, everywhere=everywhere)
-    except KeyboardInterrupt:
-        fail("interrupted", code=130)
 
 
 def finite(text: str) -> float:
