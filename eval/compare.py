@@ -8,7 +8,7 @@ A RUN is a JSON that eval/fid.py wrote, or the folder of samples that it wrote t
 import sys
 from pathlib import Path
 
-from sit_atconv.commands import ArgumentParser, user_errors
+from sit_atconv.commands import ArgumentParser, run_command, user_errors
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,4 +41,4 @@ def make_parser() -> ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from sit_atconv.commands import ArgumentParser, at_least, fail, user_errors
+from sit_atconv.commands import ArgumentParser, at_least, fail, run_command, user_errors
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -108,4 +108,4 @@ def make_parser() -> ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

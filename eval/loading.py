@@ -12,7 +12,7 @@ import math
 import tempfile
 from pathlib import Path
 
-from sit_atconv.commands import ArgumentParser, at_least, positive, user_errors
+from sit_atconv.commands import ArgumentParser, at_least, positive, run_command, user_errors
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -63,4 +63,4 @@ def make_parser() -> ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -9,7 +9,7 @@ the shares are true on a GPU too. What remains is drawing noise, data, logging a
 import json
 from pathlib import Path
 
-from sit_atconv.commands import ArgumentParser, at_least
+from sit_atconv.commands import ArgumentParser, at_least, run_command
 
 TRAIN = Path(__file__).parents[1] / "sit_atconv" / "train.py"
 
@@ -28,4 +28,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

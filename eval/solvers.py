@@ -5,7 +5,7 @@
 Compares with many Euler steps from the same noise; writes a table, a chart and all figures as JSON.
 """
 
-from sit_atconv.commands import ArgumentParser, at_least, finite, is_main_process, positive, user_errors
+from sit_atconv.commands import ArgumentParser, at_least, finite, is_main_process, positive, run_command, user_errors
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,4 +59,4 @@ def make_parser() -> ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

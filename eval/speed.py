@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from sit_atconv.commands import ArgumentParser, at_least, finite, is_main_process, user_errors
+from sit_atconv.commands import ArgumentParser, at_least, finite, is_main_process, run_command, user_errors
 
 FORMS = ("attention", "timm", "published", "atconv", "hybrid", "floor")
 LEVELS = ("op", "mixer", "block", "model", "train", "sampling")
@@ -87,4 +87,4 @@ def make_parser() -> ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

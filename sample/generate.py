@@ -8,7 +8,7 @@ the images are the same. The same command again completes what a kill left unfin
 
 import sys
 
-from sit_atconv.commands import ArgumentParser, at_least, finite, is_main_process, positive, user_errors
+from sit_atconv.commands import ArgumentParser, at_least, finite, is_main_process, positive, run_command, user_errors
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -112,4 +112,4 @@ def make_parser() -> ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -4,10 +4,11 @@ import argparse
 import contextlib
 import math
 import os
+import shlex
+import signal
 import sys
 from collections.abc import Callable
-
-from tqdm import tqdm
+from pathlib import Path
 
 
 def is_main_process() -> bool:
@@ -18,6 +19,8 @@ def is_main_process() -> bool:
 def fail(message: object, code: int = 1, everywhere: bool = False):
     """Says what is wrong and leaves. Of several processes on a machine one speaks, or each if `everywhere`."""
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
+        from tqdm import tqdm  # here, so that importing this file takes no time in which Ctrl-C would be a traceback
+
         tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own where there is a progress bar
     raise SystemExit(code)
 
@@ -34,6 +37,43 @@ def user_errors(everywhere: bool = False):
         fail(error, everywhere=everywhere)
     except KeyboardInterrupt:
         fail("interrupted", code=130)
+
+
+def script_path(name: str) -> str:
+    """Returns how to type the path of one of our scripts in the working directory: "sample/generate.py"."""
+    path = Path(__file__).parents[1] / name
+    return shlex.quote(os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path))
+
+
+def say_at_once(text: str) -> None:
+    """Prints a line on stderr from a signal handler, where print is not safe; as in `fail`, by one process."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.write(2, f"\n{text}\n".encode())
+
+
+def leave_at_once(message: str) -> None:
+    """Ends this process from a signal handler, in one line and without any cleaning up."""
+    say_at_once(f"error: {message}")
+    os._exit(130)
+
+
+def leave_on_ctrl_c() -> None:
+    """Makes Ctrl-C end this process at once, for as long as it has nothing to save or to clean up.
+
+    No traceback follows, and no library that is being imported can swallow it, as with a KeyboardInterrupt.
+    """
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in the background of a shell script
+        signal.signal(signal.SIGINT, lambda number, frame: leave_at_once("interrupted"))
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """Runs the `main` of a command as a script: Ctrl-C ends it in one line, wherever it is."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
+    finally:
+        leave_on_ctrl_c()  # while Python shuts down
 
 
 def finite(text: str) -> float:

@@ -15,6 +15,7 @@ import jsonargparse
 import torch
 import yaml
 
+from sit_atconv.checkpointing.runs import list_checkpoints
 from sit_atconv.commands import fail, is_main_process, user_errors
 from sit_atconv.data.sources import DataConfig
 from sit_atconv.devices import on_cpu
@@ -28,7 +29,8 @@ DIGITS = Path(__file__).parents[1] / "configs" / "digits.yaml"
 FROM_DATA = {"num_classes", "in_channels", "input_size"}
 # Options that may change when a run is resumed. (Data may have moved; what they are is compared by data.json.)
 MAY_CHANGE = {
-    "out", "data.images", "data.latents", "data.codec", "data.num_workers", "train.steps", "train.accumulation",
+    "out", "data.images", "data.latents", "data.codec", "data.num_workers", "data.skip_unreadable",
+    "data.keep_empty_classes", "data.max_megapixels", "train.steps", "train.accumulation",
     "train.activation_checkpointing", "train.compile", "train.cpu_threads", "train.log_every", "train.held_out_every",
     "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.tracker", "train.peak_tflops",
 }
@@ -186,19 +188,29 @@ class Config:
         except ValueError as error:
             raise ValueError(f"preview: {error} (preview.cfg, flow.class_dropout_prob)") from error
 
+    def data_rules(self) -> int | None:
+        """Returns the rules by which a run that has checkpoints reads its images; None for a new run."""
+        if not list_checkpoints(self.out):
+            return None
+        described = self.out / "data.json"
+        return _read_mapping(described).get("rules", 1) if described.exists() else 1
+
     def check_resumable(self, data: dict) -> None:
-        """Raises ValueError where a run in `out` cannot go on as asked, with these data."""
-        begun = any(self.out.glob("checkpoints/step-*"))
-        if begun and not (self.out / "config.yaml").exists():
+        """Raises ValueError if a run that has checkpoints cannot resume as asked, with these data."""
+        if not list_checkpoints(self.out):
+            return
+        if not (self.out / "config.yaml").exists():
             raise ValueError(f"{self.out} has checkpoints and no config.yaml: it cannot be told whether they are of "
                              "this run; put it back, or give another --out")
-        if (self.out / "config.yaml").exists() and (changes := self.changes(self.out)):
+        if changes := self.changes(self.out):
             raise ValueError(f"{self.out} was started with other options ({'; '.join(changes)}): "
                              "go on with those, or give another --out")
         described = self.out / "data.json"
-        if described.exists() and (changes := _differences(_read_mapping(described), data)):
-            raise ValueError(f"{self.out} was started with other data ({'; '.join(changes)}): "
-                             "go on with those, or give another --out")
+        then = _read_mapping(described) if described.exists() else data
+        if changes := _differences({"rules": 1} | then, {"rules": 1} | data):
+            raise ValueError(f"{self.out} was started with other data ({'; '.join(changes)}): put back what was "
+                             "removed or added (--data.skip_unreadable true leaves a damaged file out, as it is), or "
+                             f"start another run from these weights, --init-from {self.out} --out NEW")
 
     def flat_options(self) -> dict:
         """All options as "group.name": value."""

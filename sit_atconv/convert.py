@@ -11,7 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from sit_atconv.commands import ArgumentParser, at_least, finite, user_errors
+from sit_atconv.commands import ArgumentParser, at_least, finite, run_command, user_errors
 from sit_atconv.data import DEFAULT_VAE
 
 OF_FILES = {"interpolant": "--path", "prediction": "--prediction", "class_names": "--class-names",
@@ -154,4 +154,4 @@ def make_parser() -> ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -10,7 +10,7 @@ and ends with the same bytes. --extend adds the images that came later.
 
 from pathlib import Path
 
-from sit_atconv.commands import ArgumentParser, at_least, fail, is_main_process, positive, user_errors
+from sit_atconv.commands import ArgumentParser, at_least, fail, is_main_process, positive, run_command, user_errors
 from sit_atconv.data import DEFAULT_VAE
 
 
@@ -114,4 +114,4 @@ def make_parser() -> ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

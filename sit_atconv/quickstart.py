@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from sit_atconv.commands import ArgumentParser, fail
+from sit_atconv.commands import ArgumentParser, fail, run_command
 from sit_atconv.evaluation.records import read_evaluation
 
 ROOT = Path(__file__).parents[1]
@@ -75,4 +75,4 @@ def _cpu_seconds() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -8,18 +8,33 @@ where an undisturbed one does. SIGTERM and SIGUSR1 save and leave. docs/training
 """
 
 import contextlib
+import json
 import os
 import shlex
 import signal
 import sys
 from datetime import timedelta
+from pathlib import Path
+
+from sit_atconv.commands import (
+    fail,
+    is_main_process,
+    leave_at_once,
+    leave_on_ctrl_c,
+    say_at_once,
+    script_path,
+    user_errors,
+)
+
+if __name__ == "__main__":
+    leave_on_ctrl_c()  # before imports that take seconds
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from sit_atconv.checkpointing.initial import start_from
+from sit_atconv.checkpointing.initial import Start, start_from
 from sit_atconv.checkpointing.runs import (
     TrainingState,
     append_stats,
@@ -27,19 +42,19 @@ from sit_atconv.checkpointing.runs import (
     find_resumable,
     list_checkpoints,
     load_checkpoint,
+    newest_checkpoint,
     read_stats,
     rewind_stats,
     save_checkpoint,
     set_aside,
 )
 from sit_atconv.checkpointing.weights import Recipe
-from sit_atconv.commands import fail, is_main_process, user_errors
 from sit_atconv.config import Config, parse
 from sit_atconv.data.codecs import Codec
 from sit_atconv.data.loading import load_batches
 from sit_atconv.data.order import BatchOrder, hold_out, step_seed
 from sit_atconv.data.pixels import to_float
-from sit_atconv.data.sources import describe_data
+from sit_atconv.data.sources import describe_data, name_classes
 from sit_atconv.devices import has_fused_optimizers, on_cpu, prepare_device
 from sit_atconv.files import check_room, exclusive
 from sit_atconv.models import SiT
@@ -58,6 +73,7 @@ from sit_atconv.training.estimate import (
 from sit_atconv.training.guards import Agreement, FiniteWatch, StopRequest, leave_signals_to_the_trainer, poisoned
 from sit_atconv.training.held_out import HeldOut
 from sit_atconv.training.meter import Meter, Tracker, check_tracker, peak_tflops
+from sit_atconv.training.unreadable import Unreadable
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -68,11 +84,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
     run, train = config.out, config.train
-    sampling = f"python sample/generate.py --ckpt {shlex.quote(str(run))}"
+    sampling = f"python {script_path('sample/generate.py')} --ckpt {shlex.quote(str(run))}"
 
     # What can be wrong with what was asked is found here, before any process group starts.
     with user_errors():
-        data, codec = config.data.open()
+        rules = config.data_rules()
+        data, codec = config.data.open(rules)
         held_out = hold_out(len(data), config.data.held_out)
         order = BatchOrder(
             len(data),
@@ -84,11 +101,12 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
             mirror=config.data.mirror,
             held_out=held_out,
         )
+        empty_classes = config.data.find_empty_classes(data, held_out, exists=rules is not None)
         size = codec.latent_size(data.image_size)
         torch.manual_seed(train.seed)
         net = SiT(**config.model, num_classes=len(data.class_names), in_channels=codec.channels, input_size=size)
         config.check_dropout(net.null_label)
-        config.check_previews(net.null_label if config.flow.class_dropout_prob else None)
+        config.check_previews(net.null_label)
         check_tracker(train.tracker)
         plan = Plan.of(train, order)
         if config.dry_run:
@@ -97,15 +115,19 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
             return
         description = describe_data(data, codec)
         config.check_resumable(description)
-        saved, origin = list_checkpoints(run), []
+        saved, start = list_checkpoints(run), Start([], False)
         if not saved or checkpoint_step(saved[-1]) < train.steps:
             check_room(run, max(1, checkpoints_at_once(plan) - len(saved)) * checkpoint_bytes(net, plan.num_averages))
         if config.init_from and not saved:
-            origin = start_from(net, config.init_from, config.flow.path, config.flow.prediction, codec.describe(),
-                                class_names=[*data.class_names]).lines
+            start = start_from(net, config.init_from, config.flow.path, config.flow.prediction, codec.describe(),
+                               class_names=[*data.class_names])
         if is_main_process():
             to_release.enter_context(exclusive(run))
         found = find_resumable(run)
+        null_label_trained = config.flow.class_dropout_prob > 0 or start.null_label_trained is not False
+        if found.checkpoint and not null_label_trained:
+            null_label_trained = had_trained_null_label(found.checkpoint, bool(config.init_from))
+        config.check_previews(net.null_label if null_label_trained else None)
         if found.step > train.steps:
             raise ValueError(f"{run} stands at step {found.step} already, beyond train.steps {train.steps}")
         if found.step == train.steps:
@@ -115,7 +137,11 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
                 print(f"{run} is complete: {train.steps} steps, in {found.checkpoint}\nsample: {sampling}")
             return
 
-    stop, watch = StopRequest(), FiniteWatch()
+    stop = to_release.enter_context(contextlib.closing(StopRequest(
+        announce=lambda: say_at_once("Ctrl-C: this step is finished and saved; a second Ctrl-C leaves at once"),
+        leave=lambda: leave_at_once(f"interrupted; last checkpoint: {newest_checkpoint(run) or 'none yet'}"),
+    )))
+    watch = FiniteWatch()
     accelerator = Accelerator(
         cpu=on_cpu(),
         mixed_precision=train.mixed_precision,
@@ -155,13 +181,17 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
         "compile": train.compile,
         "torch": torch.__version__,
     }
+    begins_anew = not found.checkpoint and (run / "config.yaml").exists()
     with user_errors():
         before = load_checkpoint(found.checkpoint, state) if found.checkpoint else computed_on
+        unreadable = Unreadable(run, resumes=found.checkpoint is not None)
         if main_process:
             for damaged in found.damaged:
                 set_aside(damaged)
             config.save(run, description)
             rewind_stats(run, found.step)
+            if not found.checkpoint:
+                unreadable.path.unlink(missing_ok=True)
         tracker = Tracker(accelerator, train.tracker, run, config.flat_options(), found.step)
 
     def say(text: str) -> None:
@@ -170,9 +200,15 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
 
     for damaged, problem in found.damaged.items():
         say(f"warning: {damaged} is damaged: {problem}. It is set aside as damaged-{damaged.name}")
+    if begins_anew:
+        say(f"{run} has no checkpoint yet: it begins anew, with the options and data given now")
     say(introduction(config, net, order, codec, accelerator, found.step))
-    for line in origin:
+    for line in start.lines:
         say(line)
+    if empty_classes:
+        say(f"warning: no image is trained on of {name_classes(data, empty_classes)}")
+    if unreadable.recorded:
+        say(f"{len(unreadable.recorded)} images were left out as unreadable so far: {unreadable.path}")
     if changed := [f"{key} {now} instead of {before.get(key)}" for key, now in computed_on.items()
                    if before.get(key) != now]:
         say(f"goes on with {', '.join(changed)}: an undisturbed run's weights to rounding, not to the bit")
@@ -180,11 +216,14 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
     shape = (train.batch_size, codec.channels, size, size)
     generator = torch.Generator(device)
     batches = to_release.enter_context(contextlib.closing(load_batches(
-        data, order.starting_at(found.step), config.data.num_workers, device, leave_signals_to_the_trainer
+        data, order.starting_at(found.step), config.data.num_workers, device, leave_signals_to_the_trainer,
+        skip_unreadable=config.data.skip_unreadable,
     )))
     with user_errors(everywhere=True):
         test = HeldOut(data, held_out.tolist(), codec, config.flow, batch_size=plan.micro_batch, device=device,
-                       rank=order.rank, num_processes=order.num_processes)
+                       rank=order.rank, num_processes=order.num_processes,
+                       skip_unreadable=config.data.skip_unreadable)
+    unreadable.note(test.unreadable)
     meter = Meter(device, 3 * 2 * multiply_adds(net) / 1e9,
                   train.peak_tflops or peak_tflops(device, train.precision, train.tf32))
     last_checkpoint = found.checkpoint
@@ -202,15 +241,17 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
 
         for micro_batch in range(train.accumulation):
             with meter.waiting(), user_errors(everywhere=True):
-                inputs, y = next(batches)
+                batch = next(batches)
+            unreadable.note(batch.unreadable)
             rows = order.rows(micro_batch)
-            stored = inputs if data.is_encoded else codec.encode(to_float(inputs))
+            stored = batch.inputs if data.is_encoded else codec.encode(to_float(batch.inputs))
             latents = codec.latents(stored, noise=posterior[rows])
             with accelerator.accumulate(model):  # gradients are averaged over processes in the last micro-batch only
-                losses = config.flow.loss(model, latents, y, draw[rows], net.null_label)
-                loss = losses.mean()
+                losses = config.flow.loss(model, latents, batch.y, draw[rows], net.null_label)
+                losses = losses.where(batch.readable, 0.0)
+                loss = losses.mean()  # over all, so that it does not depend on how the step's batch is cut
                 accelerator.backward(poisoned(loss))
-            meter.add(losses.detach(), draw.t[rows])
+            meter.add(losses.detach(), draw.t[rows], batch.readable)
             finite &= loss.isfinite()
 
         accelerator.unscale_gradients(optimizer)
@@ -228,14 +269,15 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
         averages.update(step, updated)
         meter.add_norm(norm)
 
-        done = step + 1
+        done, stop.has_work = step + 1, True
         watch.note(done, finite)
         last = done == train.steps
         saving = last or done % train.checkpoint_every == 0
         drawing = last or done % config.preview.every == 0
         testing = len(held_out) > 0 and (last or done % train.held_out_every == 0)
         logging = saving or testing or done % train.log_every == 0
-        received, bad_step = agreement.largest(stop.number, watch.look(wait=logging), now=logging)
+        received, bad_step, unrecorded = agreement.largest(
+            stop.number, watch.look(wait=logging), len(unreadable.met), now=logging)
         if received and not logging:  # nothing is saved that has not been seen to be finite
             logging = True
             received, bad_step = agreement.largest(received, watch.look(wait=True), now=True)
@@ -245,14 +287,18 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
                  "lower train.lr or with train.max_grad_norm, or look at the images of that batch: "
                  f"{order.batch(bad_step - 1)}")
         saving = saving or received > 0
+        if unrecorded:
+            with user_errors():
+                for name, reason in unreadable.record(agreement.gather(unreadable.met), write=main_process).items():
+                    say(f"warning: {name} {reason}: left out, and recorded in {unreadable.path}")
 
         if logging:
             line = {"step": done, "epoch": done / order.steps_per_epoch, "lr": train.learning_rate(step)}
             line |= meter.read(accelerator)
             if testing:
                 with meter.aside():
-                    share = test.loss(averages.first, accelerator.autocast)
-                    line["held_out_loss"] = accelerator.reduce(share, "sum").item()
+                    total, count = accelerator.reduce(test.loss(averages.first, accelerator.autocast), "sum").tolist()
+                    line |= {"held_out_loss": total / count} if count else {}
             progress.set_postfix(loss=f"{line['loss']:.4f}")
             if main_process:
                 with user_errors():
@@ -261,7 +307,8 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
 
         if saving or drawing:
             with meter.aside():
-                recipe = Recipe(config.flow.path, config.flow.prediction, codec.describe(), [*data.class_names], done)
+                recipe = Recipe(config.flow.path, config.flow.prediction, codec.describe(), [*data.class_names], done,
+                                null_label_trained=null_label_trained, empty_classes=empty_classes)
                 with user_errors():
                     if saving and main_process:
                         last_checkpoint = save_checkpoint(
@@ -301,6 +348,12 @@ def settle_gradient_exchange(accelerator: Accelerator, model, optimizer, shape: 
         x, t = torch.zeros(shape, device=accelerator.device), torch.zeros(shape[0], device=accelerator.device)
         accelerator.backward(model(x, t, t.long()).float().sum())
         optimizer.zero_grad()
+
+
+def had_trained_null_label(checkpoint: Path, if_unknown: bool) -> bool:
+    """Returns what the recipe of a checkpoint says, or `if_unknown` for one older than that field."""
+    trained = json.loads((checkpoint / "model" / "recipe.json").read_text()).get("null_label_trained")
+    return if_unknown if trained is None else trained
 
 
 def dry_run(net: SiT, config: Config, plan: Plan) -> str:

@@ -197,6 +197,38 @@ def _break_tracker():
     Accelerator.log = lambda *args, **kwargs: os.listdir("/nowhere")
 
 
+def _press_ctrl_c_twice_while_saving():
+    import safetensors.torch
+
+    from sit_atconv.training import guards
+
+    guards.SAME_PRESS, save = 0.0, safetensors.torch.save_file
+
+    def interrupted(*args, **kwargs):
+        save(*args, **kwargs)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    safetensors.torch.save_file = interrupted
+
+
+def _take_the_fifth_image_for_unreadable():
+    """Its pixels stay as they are."""
+    from sit_atconv.data.loading import BatchReader
+
+    read = BatchReader.__getitem__
+
+    def marked(self, items):
+        batch = read(self, items)
+        for row, (index, _) in enumerate(items):
+            if index == 5:
+                batch.readable[row] = False
+                batch.unreadable[self.data.name(5)] = "cannot be read as an image: it is the fifth"
+        return batch
+
+    BatchReader.__getitem__ = marked
+
+
 def _count_waiting():
     """Prints, at the end, how often the host asked for the content of a tensor."""
     from collections import Counter
@@ -224,6 +256,8 @@ DEATHS = {
     "the second process sees no checkpoint": _hide_checkpoints,
     "the tracker fails": _break_tracker,
     "waiting is counted": _count_waiting,
+    "Ctrl-C twice while saving": _press_ctrl_c_twice_while_saving,
+    "the fifth image is taken for unreadable": _take_the_fifth_image_for_unreadable,
 }
 
 

@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -53,6 +54,12 @@ class CachedLatents(Dataset):
 
     def __len__(self) -> int:
         return self.ends[-1]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels of all images, (N,); reads them from the shards."""
+        shards = (open_shard(self.folder / entry["file"]) for entry in self.index.shards)
+        return np.concatenate([shard.tensors["labels"].numpy() for shard in shards])
 
     def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor, int]:
         index, mirrored = item

@@ -4,25 +4,53 @@ Neither makes the host wait for the device: flags are copied while it works and 
 """
 
 import signal
+import time
 from collections import deque
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SAME_PRESS = 1.0  # seconds within which another signal is a launcher's copy of the first Ctrl-C
 
 
 class StopRequest:
-    """SIGTERM or SIGUSR1 to this process. (What the first means by itself, to die, would lose the work.)"""
+    """Notes SIGTERM, SIGUSR1 and Ctrl-C, so that the loop can save a checkpoint before it leaves.
 
-    def __init__(self):
-        self.number = 0
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+    A second Ctrl-C leaves at once, and so does the first one while `has_work` is False: there is nothing to save yet.
+
+    Args:
+        announce: called at the first Ctrl-C.
+        leave: called to leave at once; does not return.
+    """
+
+    def __init__(self, announce: Callable[[], object], leave: Callable[[], object]):
+        self.announce, self.leave = announce, leave
+        self.number, self.has_work = 0, False
+        self.interrupted: float | None = None  # when
+        wanted = [number for number in STOP_SIGNALS if number != signal.SIGINT
+                  or signal.getsignal(number) != signal.SIG_IGN]  # Ctrl-C is not meant for a job in the background
+        self.before = {number: signal.signal(number, self._note) for number in wanted}
 
     def _note(self, number: int, frame) -> None:
-        self.number = number
+        now = time.monotonic()
+        if self.interrupted is not None and number in (signal.SIGINT, signal.SIGTERM):
+            if now - self.interrupted >= SAME_PRESS:  # torchrun passes a second Ctrl-C on as SIGTERM
+                self.leave()
+            return
+        if number == signal.SIGINT:
+            if not self.has_work:
+                self.leave()
+            self.interrupted = now
+            self.announce()
+        self.number = self.number or number
+
+    def close(self) -> None:
+        """Restores what the signals meant before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
@@ -54,6 +82,14 @@ class Agreement:
             work.wait()
         self.pending = None if now else sent
         return agreed.tolist()
+
+    def gather(self, items: dict) -> dict:
+        """The items of all processes, which must all call it."""
+        if self.group is None:
+            return items
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, items, group=self.group)
+        return {key: value for part in parts for key, value in part.items()}
 
 
 class FiniteWatch:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sit_atconv.data.codecs import Codec
+from sit_atconv.data.loading import BatchReader
 from sit_atconv.data.pixels import to_float
 from sit_atconv.flow import FlowMatching, as_velocity
 from sit_atconv.sampling import SampleStream
@@ -22,6 +23,7 @@ class HeldOut:
         batch_size: images at a time.
         device: the codec's.
         rank, num_processes: which process this is, of how many; each takes its share.
+        skip_unreadable: whether images that cannot be read are left out; `unreadable` names those of this process.
 
     Raises:
         ValueError, OSError: one of the images cannot be read.
@@ -38,25 +40,29 @@ class HeldOut:
         device: torch.device,
         rank: int = 0,
         num_processes: int = 1,
+        skip_unreadable: bool = False,
     ):
-        self.flow, self.num_images, self.batches = flow, len(images), []
+        self.flow, self.batches, self.unreadable = flow, [], {}
+        reader = BatchReader(data, skip_unreadable)
         t0, t1 = flow.interpolant.interval(flow.prediction)
         times = t0 + (t1 - t0) * (torch.arange(len(images), dtype=torch.float64) + 0.5) / max(1, len(images))
         mine = range(rank, len(images), num_processes)
         for start in range(0, len(mine), batch_size):
             positions = mine[start : start + batch_size]
-            inputs, labels = zip(*(data[images[i], False] for i in positions), strict=True)
-            inputs = torch.stack(inputs).to(device)
+            batch = reader[[(images[i], False) for i in positions]]
+            inputs, readable = batch.inputs.to(device), batch.readable
             stored = inputs if data.is_encoded else codec.encode(to_float(inputs))
             size = codec.latent_size(data.image_size)
             stream = SampleStream(0, [images[i] for i in positions])
             posterior, noise = (stream.randn((codec.channels, size, size)) for _ in range(2))
             latents = codec.latents(stored, noise=posterior.to(device)).cpu()
-            self.batches.append((latents, noise, times[list(positions)].float(), torch.tensor(labels)))
+            t = times[list(positions)].float()
+            self.batches.append(tuple(tensor[readable] for tensor in (latents, noise, t, batch.y)))
+            self.unreadable |= batch.unreadable
 
     @torch.no_grad()
     def loss(self, model, autocast=contextlib.nullcontext) -> Tensor:
-        """This process's share of the mean squared error of the velocity, 0-d: the processes' sum is the mean."""
+        """Squared errors of the velocity, summed over this process's images, and how many these are, (2,)."""
         device = next(model.parameters()).device
         path, total = self.flow.interpolant, torch.zeros((), device=device)
         velocity = as_velocity(model, path, self.flow.prediction)
@@ -65,4 +71,4 @@ class HeldOut:
             with autocast():
                 v = velocity(path.interpolate(latents, noise, t), t, y).float()
             total += (v - path.velocity(latents, noise, t)).square().flatten(1).mean(1).sum()
-        return total / self.num_images
+        return torch.stack([total, total.new_tensor(sum(len(batch[0]) for batch in self.batches))])

@@ -49,11 +49,11 @@ class Meter:
         self.norms = torch.zeros(2, device=self.device)  # their sum, and how many
         self.images, self.waited, self.paused, self.start = 0, 0.0, 0.0, time.perf_counter()
 
-    def add(self, losses: Tensor, t: Tensor) -> None:
-        """A micro-batch: losses (B,) at times (B,)."""
+    def add(self, losses: Tensor, t: Tensor, readable: Tensor) -> None:
+        """Adds a micro-batch: losses (B,) at times (B,). Those not `readable` (B,) are 0 and do not count."""
         bucket = (t * TIME_BUCKETS).long().clamp(max=TIME_BUCKETS - 1)
         self.sums.index_add_(0, bucket, losses)
-        self.counts.index_add_(0, bucket, torch.ones_like(losses))
+        self.counts.index_add_(0, bucket, readable.to(losses.dtype))
         self.images += len(losses)
 
     def add_norm(self, norm: Tensor) -> None:
@@ -86,7 +86,7 @@ class Meter:
         (sums, counts), (norms, steps) = everyone.tolist(), self.norms.tolist()
         seconds = time.perf_counter() - self.start - self.paused
         line = {
-            "loss": sum(sums) / sum(counts),
+            "loss": sum(sums) / max(1, sum(counts)),
             "loss_by_time": [total / count if count else None for total, count in zip(sums, counts, strict=True)],
             "grad_norm": norms / steps if steps else None,
             "images_per_second": self.images * accelerator.num_processes / seconds,

@@ -4,6 +4,7 @@ import itertools
 import json
 import multiprocessing
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -19,6 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sit_atconv.config import parse
+from sit_atconv.data.images import ImageFolder
+from sit_atconv.data.order import hold_out
 from sit_atconv.files import exclusive
 from sit_atconv.models import PRESETS, SiT
 from tests.conftest import ROOT, TINY_RUN, encode_argv, load_command, python, relative_error, working_folder
@@ -39,6 +42,10 @@ def state_of(run: Path, step: int) -> dict:
 
 def stats_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "stats.jsonl").open()]
+
+
+def recipe_of(run: Path, step: int, name: str = "ema") -> dict:
+    return json.loads((run / "checkpoints" / f"step-{step:07d}" / name / "recipe.json").read_text())
 
 
 def assert_same_run(run: Path, other: Path, step: int = 4) -> None:
@@ -181,6 +188,36 @@ def test_a_signal_to_one_process_saves_and_ends_them_all(launch, whole, tmp_path
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
+def test_ctrl_c_saves_and_leaves_and_says_so_at_once(launch, tmp_path):
+    """A terminal sends it to all processes."""
+    argv = [*SMALL, "--train.steps", 500, "--train.log_every", 1000, "--train.checkpoint_every", 1000,
+            "--out", tmp_path / "run"]
+    codes, output = launch(TRAIN, argv, 2, kill_at=1, kill_with=signal.SIGINT)
+    assert codes == [0, 0] and "Traceback" not in output, output
+    assert output.count("Ctrl-C: this step is finished and saved; a second Ctrl-C leaves at once") == 1, output
+    stopped = re.search(r"stopped by SIGINT at step (\d+) of 500, saved in .*: the same command goes on", output)
+    assert stopped and (tmp_path / "run" / "checkpoints" / f"step-{int(stopped[1]):07d}").is_dir(), output
+
+
+def test_a_second_ctrl_c_leaves_in_the_middle_of_saving(launch, tmp_path):
+    codes, output = launch(TRAIN, [*SMALL, "--out", tmp_path / "run"], die="Ctrl-C twice while saving")
+    assert codes == [130] and "Traceback" not in output, output
+    assert output.splitlines()[-1] == "error: interrupted; last checkpoint: none yet", output
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [".partial-step-0000002"]
+
+
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
+    command = subprocess.Popen(python(ROOT / TRAIN, "--out", tmp_path / "run"), stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    while "libtorch" not in Path(f"/proc/{command.pid}/maps").read_text():
+        assert command.poll() is None
+        time.sleep(0.01)
+    command.send_signal(signal.SIGINT)
+    assert command.communicate(timeout=60)[0].strip() == "error: interrupted" and command.returncode == 130
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_update_that_is_not_finite_is_withheld_and_ends_the_run(launch, whole, tmp_path, processes):
     run, argv = tmp_path / "run", [*EXACT, "--train.accumulation", 1, "--train.log_every", 100]
@@ -297,6 +334,37 @@ def test_starting_from_another_run_says_aloud_what_begins_afresh(launch, tiny_ru
     assert len(shared) > 30 and [name for name in shared if not torch.equal(there[name], here[name])] == []
 
 
+def test_a_null_label_stays_trained_without_label_dropout_and_after_a_resume(launch, tiny_run, tmp_path):
+    argv = [*TINY_RUN, "--flow.class_dropout_prob", 0, "--preview.cfg", 1, "--init-from", tiny_run,
+            "--train.batch_size", 64, "--out", tmp_path / "run"]
+    for steps in (1, 2):
+        codes, output = launch(TRAIN, [*argv, "--train.steps", steps])
+        assert codes == [0], output
+        for name in ("model", "ema"):
+            assert recipe_of(tmp_path / "run", steps, name)["null_label_trained"] is True
+
+
+def test_the_recipe_knows_empty_classes_and_a_null_label_that_was_never_trained(launch, fails, digit_folder, tmp_path):
+    """Labels that begin at 1, and a class that is held out as a whole."""
+    images = shutil.copytree(digit_folder, tmp_path / "images")
+    names = [str(path.relative_to(images)) for path in images.rglob("*.png")]
+    labels = [[name, int(name.split("/")[0].split()[1]) + 1] for name in names]
+    for i in hold_out(120, 2):  # the images in the order of their names
+        labels[names.index(sorted(names)[i])][1] = 11
+    (images / "dataset.json").write_text(json.dumps({"labels": labels}))
+    argv = [*TINY_RUN, "--data.images", images, "--data.image_size", 16, "--data.codec", "identity", "--model.depth", 1,
+            "--train.batch_size", 59, "--data.held_out", 2, "--flow.class_dropout_prob", 0, "--train.steps", 1,
+            "--preview.cfg", 1, "--out", tmp_path / "run"]
+    error = fails(load_command(TRAIN).main, argv)
+    assert "data.images" in error and "--data.keep_empty_classes true" in error
+    codes, output = launch(TRAIN, [*argv, "--data.keep_empty_classes", "true"])
+    assert codes == [0] and "warning: no image is trained on of 2 classes: 0 (0), 11 (11)" in output, output
+    recipe = recipe_of(tmp_path / "run", 1)
+    assert recipe["empty_classes"] == [0, 11] and recipe["null_label_trained"] is False
+    codes, output = launch(TRAIN, [*argv, "--train.steps", 2])  # a run that exists needs no option
+    assert codes == [0] and recipe_of(tmp_path / "run", 2)["empty_classes"] == [0, 11], output
+
+
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_an_image_that_cannot_be_read_ends_training_in_a_line(launch, digit_folder, tmp_path, workers):
     images = shutil.copytree(digit_folder, tmp_path / "images")
@@ -306,7 +374,77 @@ def test_an_image_that_cannot_be_read_ends_training_in_a_line(launch, digit_fold
             "--train.batch_size", 120, "--model.depth", 1, "--data.num_workers", workers, "--out", tmp_path / "run"]
     codes, output = launch(TRAIN, argv)
     assert codes == [1] and "Traceback" not in output, output
-    assert re.search(rf"error: the training data cannot be read: .*{re.escape(victim.name)}", output), output
+    assert re.search(rf"error: the training data cannot be read: .*{re.escape(victim.name)} .*: mend the file, or give "
+                     "--data.skip_unreadable true, which leaves it out and records it", output), output
+
+
+def skip_options(images, run, *options):
+    return [*TINY_RUN, "--data.images", images, "--data.image_size", 16, "--data.codec", "identity", "--model.depth", 1,
+            "--train.batch_size", 36, "--train.ema_decay", "[0.9,0.5]", "--data.held_out", 12,
+            "--data.skip_unreadable", "true", *options, "--out", run]
+
+
+@pytest.fixture(scope="module")
+def skipping(launch, digit_folder, tmp_path_factory):
+    """Images of which two are damaged, and the run of two processes that left them out: one of them is held out."""
+    images = shutil.copytree(digit_folder, tmp_path_factory.mktemp("skip") / "images")
+    victims = [ImageFolder(images, 16).name(index) for index in (5, hold_out(120, 12)[0])]
+    for name in victims:
+        (images / name).write_bytes((images / name).read_bytes()[:60])
+    run = images.parent / "run"
+    parse(list(map(str, skip_options(images, run, "--train.lr", 0.5)))).save(run.mkdir() or run, {"images": 1})
+    codes, output = launch(TRAIN, skip_options(images, run, "--data.num_workers", 1), 2)
+    assert codes == [0, 0], output
+    return images, victims, run, output
+
+
+def test_unreadable_images_are_left_out_and_recorded(skipping):
+    _, victims, run, output = skipping
+    record = json.loads((run / "unreadable.json").read_text())
+    assert sorted(record) == sorted(victims) and all("cannot be read" in reason for reason in record.values())
+    said = [output.count(f"warning: {name} {record[name]}: left out, and recorded in {run}") for name in victims]
+    assert said == [1, 1], output
+    assert f"{run} has no checkpoint yet: it begins anew" in output
+    assert all(line["loss"] > 0 and line["held_out_loss"] > 0 for line in stats_of(run)[-1:])
+
+
+def test_an_unreadable_image_has_no_influence(launch, skipping, digit_folder, tmp_path):
+    """A run that sees its pixels, and is told that it is unreadable, is the same to the bit."""
+    whole = shutil.copytree(digit_folder, tmp_path / "images")
+    shutil.copy(skipping[0] / skipping[1][1], whole / skipping[1][1])
+    argv = skip_options(whole, tmp_path / "run")
+    codes, output = launch(TRAIN, argv, 2, die="the fifth image is taken for unreadable")
+    assert codes == [0, 0], output
+    assert_same_run(skipping[2], tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "unreadable.json").read_text()).keys() == set(skipping[1])
+
+
+@pytest.mark.slow
+def test_what_is_left_out_does_not_depend_on_processes_workers_or_a_kill(launch, skipping, tmp_path):
+    argv = skip_options(skipping[0], tmp_path / "run", "--train.accumulation", 3)
+    codes, output = launch(TRAIN, argv, die="after the first checkpoint")
+    assert codes == [-9], output
+    codes, output = launch(TRAIN, argv)
+    assert codes == [0] and "2 images were left out as unreadable so far" in output, output
+    assert "warning: " not in output
+    for one, two in zip(stats_of(skipping[2]), stats_of(tmp_path / "run"), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+        assert one.get("held_out_loss") == pytest.approx(two.get("held_out_loss"), rel=1e-5)
+    records = [(run / "unreadable.json").read_bytes() for run in (skipping[2], tmp_path / "run")]
+    assert records[0] == records[1]
+
+
+def test_a_batch_of_unreadable_images_changes_nothing(launch, digit_folder, tmp_path):
+    images = shutil.copytree(digit_folder, tmp_path / "images")
+    for path in images.rglob("*.png"):
+        path.write_bytes(b"no image")
+    argv = skip_options(images, tmp_path / "run", "--data.held_out", 0, "--train.steps", 1)
+    codes, output = launch(TRAIN, argv)
+    assert codes == [0], output
+    (line,) = stats_of(tmp_path / "run")
+    assert line["loss"] == 0.0 and line["grad_norm"] == 0.0
+    assert len(json.loads((tmp_path / "run" / "unreadable.json").read_text())) == 36
 
 
 def test_processes_that_see_different_checkpoints_refuse_to_train(launch, whole, tmp_path):
@@ -378,6 +516,7 @@ def test_what_a_run_leaves(tiny_run):
     assert (config["num_classes"], config["in_channels"], config["input_size"]) == (10, 1, 8)  # from the data
     recipe = json.loads((tiny_run / "checkpoints" / "step-0000004" / "ema" / "recipe.json").read_text())
     assert recipe["class_names"] == list("0123456789") and recipe["codec"]["kind"] == "identity"
+    assert recipe["null_label_trained"] is True and recipe["empty_classes"] == []
 
 
 def test_each_average_keeps_its_decay_of_what_it_was(launch, tmp_path):
@@ -401,6 +540,14 @@ def test_a_finished_run_says_so_and_where_it_lies(tiny_run, capsys):
     load_command(TRAIN).main([*TINY_RUN, "--out", str(tiny_run)])
     said = capsys.readouterr().out
     assert f"{tiny_run} is complete: 4 steps" in said and f"--ckpt {tiny_run}" in said
+
+
+@pytest.mark.parametrize("here", ["root", "elsewhere"])
+def test_the_command_that_a_run_prints_can_be_typed_as_it_is(tiny_run, capsys, tmp_path, here):
+    with working_folder(ROOT if here == "root" else tmp_path):
+        load_command(TRAIN).main([*TINY_RUN, "--out", str(tiny_run)])
+        command = shlex.split(capsys.readouterr().out.partition("sample: ")[2])
+        assert command[0] == "python" and Path(command[1]).is_file() and command[2:] == ["--ckpt", str(tiny_run)]
 
 
 def test_a_finished_run_sets_aside_what_is_damaged_beyond_its_end(tiny_run, tmp_path, capsys):
@@ -566,3 +713,21 @@ def test_every_preset_trains_by_the_same_recipe_in_a_folder_of_its_own(form):
         assert config.model["mixer"] == PRESETS[preset]["mixer"]
         assert config.model["depth"] == PRESETS[preset]["depth"]
         assert config.out == Path("runs", "imagenet512-" + preset.lower().replace("/", ""))
+
+
+@pytest.mark.slow
+def test_a_run_begun_under_earlier_rules_keeps_the_order_of_its_classes(launch, digit_folder, tmp_path):
+    """Folders named 1, 2, 10: sorted as text then, as numbers now."""
+    images = tmp_path / "images"
+    for name, digit in (("1", 1), ("2", 2), ("10", 3)):
+        shutil.copytree(digit_folder / f"digit {digit}", images / name)
+    argv = [*TINY_RUN, "--data.images", images, "--data.image_size", 16, "--data.codec", "identity", "--model.depth", 1,
+            "--train.batch_size", 20, "--out", tmp_path / "run"]
+    codes, output = launch(TRAIN, [*argv, "--train.steps", 1])
+    assert codes == [0] and recipe_of(tmp_path / "run", 1)["class_names"] == ["1", "2", "10"], output
+    described = json.loads((tmp_path / "run" / "data.json").read_text())
+    del described["rules"]
+    earlier = described | {"files": ImageFolder(images, 16, rules=1).files_sha256()}
+    (tmp_path / "run" / "data.json").write_text(json.dumps(earlier))
+    codes, output = launch(TRAIN, [*argv, "--train.steps", 2])
+    assert codes == [0] and recipe_of(tmp_path / "run", 2)["class_names"] == ["1", "10", "2"], output

@@ -1,10 +1,12 @@
 import os
 import signal
+import sys
 
 import pytest
 import torch
 
 from sit_atconv.training.guards import (
+    STOP_SIGNALS,
     Agreement,
     FiniteWatch,
     StopRequest,
@@ -14,21 +16,56 @@ from sit_atconv.training.guards import (
 
 
 @pytest.fixture
-def handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def stop(monkeypatch):
+    """A request at a time that the test sets, `stop.now`; `stop.said` lists what it announced."""
+    said, before = [], {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    stop = StopRequest(announce=lambda: said.append("announced"), leave=lambda: sys.exit("left"))
+    stop.said, stop.now = said, 100.0
+    monkeypatch.setattr("sit_atconv.training.guards.time.monotonic", lambda: stop.now)
+    yield stop
+    stop.close()
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_noted_and_workers_live_on(handlers, number):
-    stop = StopRequest()
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_is_noted_and_workers_live_on(stop, number):
+    stop.has_work = True
     assert stop.number == 0
     os.kill(os.getpid(), number)
-    assert stop.number == number
+    assert stop.number == number and stop.said == ["announced"] * (number == signal.SIGINT)
     leave_signals_to_the_trainer(0)
     os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])  # torchrun makes SIGTERM of it
+def test_a_second_ctrl_c_leaves_at_once_unless_a_launcher_copied_the_first(stop, second):
+    stop.has_work = True
+    os.kill(os.getpid(), signal.SIGINT)
+    stop.now = 100.9
+    os.kill(os.getpid(), second)
+    assert stop.said == ["announced"] and stop.number == signal.SIGINT
+    stop.now = 101.0
+    with pytest.raises(SystemExit, match="left"):
+        os.kill(os.getpid(), second)
+    assert stop.said == ["announced"]
+
+
+def test_ctrl_c_before_the_first_step_leaves_at_once(stop):
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.said == [] and stop.number == signal.SIGTERM
+    with pytest.raises(SystemExit, match="left"):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_that_a_shell_ignores_in_the_background_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        stop = StopRequest(announce=pytest.fail, leave=pytest.fail)
+        os.kill(os.getpid(), signal.SIGINT)
+        stop.close()
+        assert stop.number == 0 and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_alone_one_agrees_with_oneself():
@@ -39,7 +76,7 @@ def agree(rank, port, results):
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     agreement = Agreement()
     calls = [(5 * rank, 0, False), (0, 0, False), (0, 3 * rank, False), (9 - rank, 0, True), (0, 0, False)]
-    results.put([agreement.largest(a, b, now=now) for a, b, now in calls])
+    results.put([agreement.largest(a, b, now=now) for a, b, now in calls] + [agreement.gather({rank: "why"})])
     torch.distributed.destroy_process_group()
 
 
@@ -58,7 +95,7 @@ def test_all_processes_agree_one_call_later_or_at_once():
     both = [results.get(timeout=60) for _ in workers]
     for worker in workers:
         worker.join(60)
-    assert both[0] == both[1] == [[0, 0], [5, 0], [0, 0], [9, 0], [0, 0]]
+    assert both[0] == both[1] == [[0, 0], [5, 0], [0, 0], [9, 0], [0, 0], {0: "why", 1: "why"}]
 
 
 def test_the_first_bad_step_is_the_one_that_is_named():

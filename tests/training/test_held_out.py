@@ -1,8 +1,10 @@
+import shutil
+
 import pytest
 import torch
 
 from sit_atconv.data.codecs import IdentityCodec, VAECodec
-from sit_atconv.data.images import Digits
+from sit_atconv.data.images import Digits, ImageFolder
 from sit_atconv.data.latents import CachedLatents
 from sit_atconv.data.order import hold_out
 from sit_atconv.flow import FlowMatching
@@ -32,16 +34,21 @@ def held_out(flow=FlowMatching(), **options):  # noqa: B008
     return HeldOut(data, hold_out(len(data), 40).tolist(), IdentityCodec(1), flow, **options)
 
 
+def mean(parts):
+    total, count = sum(parts).tolist()
+    return total / count
+
+
 def test_batches_and_processes_do_not_matter():
     model = Seer(FlowMatching())
     whole = held_out().loss(model)
-    assert held_out(batch_size=40).loss(model) == pytest.approx(whole.item(), rel=1e-5)
+    assert whole[1] == 40 and mean([held_out(batch_size=40).loss(model)]) == pytest.approx(mean([whole]), rel=1e-5)
     parts = [held_out(rank=rank, num_processes=3).loss(model) for rank in range(3)]
-    assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-5)
+    assert mean(parts) == pytest.approx(mean([whole]), rel=1e-5)
 
 
 def test_it_is_the_velocitys_error_whatever_is_predicted():
-    losses = [held_out(flow).loss(Seer(flow)).item()
+    losses = [mean([held_out(flow).loss(Seer(flow))])
               for flow in (FlowMatching(), FlowMatching(prediction="noise"), FlowMatching(prediction="data"))]
     assert losses[1] == pytest.approx(losses[2], rel=1e-3)  # on the same interval
     assert losses[0] > 0.3
@@ -66,4 +73,21 @@ def test_cached_latents_too(latents, vae):
     data = CachedLatents(latents)
     part = HeldOut(data, hold_out(len(data), 9).tolist(), VAECodec(str(vae)), FlowMatching(), batch_size=4, device=CPU)
     assert [len(batch[0]) for batch in part.batches] == [4, 4, 1] and part.batches[0][0].shape[1:] == (4, 16, 16)
-    assert part.loss(Seer(FlowMatching())).isfinite()
+    assert part.loss(Seer(FlowMatching())).isfinite().all()
+
+
+def test_an_unreadable_image_is_left_out_and_the_others_keep_noise_and_times(digit_folder, tmp_path):
+    images = [3, 50, 7, 11]
+    options = dict(batch_size=3, device=CPU)
+    whole = HeldOut(ImageFolder(digit_folder, 16), images, IdentityCodec(3), FlowMatching(), **options)
+    folder = shutil.copytree(digit_folder, tmp_path / "images")
+    data = ImageFolder(folder, 16)
+    (folder / data.name(50)).write_bytes(b"no image")
+    with pytest.raises(ValueError, match=rf"{data.name(50)}.*--data.skip_unreadable true"):
+        HeldOut(data, images, IdentityCodec(3), FlowMatching(), **options)
+    part = HeldOut(data, images, IdentityCodec(3), FlowMatching(), skip_unreadable=True, **options)
+    assert list(part.unreadable) == [data.name(50)] and "cannot be read" in part.unreadable[data.name(50)]
+    left = [torch.cat(parts)[[0, 2, 3]] for parts in zip(*whole.batches, strict=True)]
+    assert all(torch.equal(torch.cat(parts), other)
+               for parts, other in zip(zip(*part.batches, strict=True), left, strict=True))
+    assert part.loss(Seer(FlowMatching()))[1] == 3

@@ -14,25 +14,25 @@ def test_a_line_holds_means_since_the_last_one(monkeypatch):
     with meter.waiting():
         now[0] += 2
     now[0] += 6
-    meter.add(torch.tensor([1.0, 3.0, 8.0]), torch.tensor([0.0, 0.19, 1.0]))
-    meter.add(torch.tensor([4.0]), torch.tensor([0.5]))
+    meter.add(torch.tensor([1.0, 3.0, 8.0]), torch.tensor([0.0, 0.19, 1.0]), torch.ones(3, dtype=torch.bool))
+    meter.add(torch.tensor([4.0, 0.0]), torch.tensor([0.5, 0.6]), torch.tensor([True, False]))  # one is unreadable
     for norm in (1.0, float("inf"), 3.0, float("nan")):
         meter.add_norm(torch.tensor(norm))
     line = meter.read(accelerator)
     assert line["loss"] == 4.0 and line["loss_by_time"] == [2.0, None, 4.0, None, 8.0] and line["grad_norm"] == 2.0
-    assert line["data_wait"] == 0.25 and line["images_per_second"] == 0.5  # of the eight seconds that were not aside
-    assert line["tflops_per_second"] == 0.001 and line["mfu"] == pytest.approx(0.0001) and line["memory_gb"] > 0.1
-    meter.add(torch.tensor([5.0]), torch.tensor([0.3]))
+    assert line["data_wait"] == 0.25 and line["images_per_second"] == 0.625  # of the eight seconds that were not aside
+    assert line["tflops_per_second"] == 0.00125 and line["mfu"] == pytest.approx(0.000125) and line["memory_gb"] > 0.1
+    meter.add(torch.tensor([5.0]), torch.tensor([0.3]), torch.tensor([True]))
     meter.add_norm(torch.tensor(7.0))
     now[0] += 1
     again = meter.read(accelerator)
     assert (again["loss"], again["grad_norm"]) == (5.0, 7.0)
     blind = Meter(torch.device("cpu"), 1.0)
-    blind.add(torch.ones(1), torch.zeros(1))
+    blind.add(torch.zeros(1), torch.zeros(1), torch.tensor([False]))
     blind.add_norm(torch.tensor(float("inf")))
     now[0] += 1
     line = blind.read(accelerator)
-    assert "mfu" not in line and line["grad_norm"] is None
+    assert "mfu" not in line and line["grad_norm"] is None and line["loss"] == 0.0
 
 
 def test_the_peak_is_that_of_the_device_and_the_precision(monkeypatch):
