@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 
 from tqdm import tqdm
@@ -19,7 +21,21 @@ def fail(message: object, code: int = 1, everywhere: bool = False):
     """Says what is wrong and leaves. Of several processes on a machine one speaks, or each if `everywhere`."""
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own where there is a progress bar
+    _tell_launcher(f"error: {message}")
     raise SystemExit(code)
+
+
+def _tell_launcher(message: str) -> None:
+    """Has torchrun, or `accelerate launch` with several processes, end its long report with our message.
+
+    The format is that of `torch.distributed.elastic.multiprocessing.errors.record`, and torch is not imported here. The
+    report shows the earliest failure, and dates one without a message by when it was noticed, in whole seconds: a
+    second is subtracted so that ours precedes processes that failed or were ended because of this one.
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        failure = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()) - 1)}}}
+        with contextlib.suppress(OSError), open(path, "w") as file:
+            json.dump(failure, file)
 
 
 @contextlib.contextmanager
