@@ -8,8 +8,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from tqdm import tqdm
+
+from sit_atconv.files import write_aside
 
 
 def is_main_process() -> bool:
@@ -34,8 +37,8 @@ def _tell_launcher(message: str) -> None:
     """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         failure = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()) - 1)}}}
-        with contextlib.suppress(OSError), open(path, "w") as file:
-            json.dump(failure, file)
+        with contextlib.suppress(OSError):
+            write_aside(Path(path), json.dumps(failure))  # half a file would end the launcher in another error
 
 
 @contextlib.contextmanager

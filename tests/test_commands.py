@@ -32,8 +32,17 @@ def test_a_failure_is_also_printed(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "0.json").read_text())["message"]["message"].startswith("error: file 0")
 
 
-def test_a_report_that_cannot_be_written_is_no_fault_of_its_own(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "nowhere" / "error.json"))
+def test_a_report_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    """Half a file would end the launcher in a traceback of its own."""
+
+    def full(path, content):
+        with open(path, "wb") as file:
+            file.write(content[:9])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     with pytest.raises(SystemExit) as stop:
         fail("the disk is full", code=3)
     assert stop.value.code == 3 and capsys.readouterr().err == "error: the disk is full\n"
+    assert not list(tmp_path.iterdir())
