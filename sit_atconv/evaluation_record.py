@@ -15,7 +15,7 @@ from accelerate import PartialState
 from sit_atconv import __version__
 from sit_atconv.evaluation import metrics
 from sit_atconv.evaluation.extractors import Extractor
-from sit_atconv.evaluation.image_sets import ImageSet, digest_of
+from sit_atconv.evaluation.image_sets import ImageSet, digest_of, folder_of
 from sit_atconv.evaluation.records import Evaluation, read_evaluation
 from sit_atconv.evaluation.references import COMPARED, Reference
 from sit_atconv.extraction import ExtractedFeatures
@@ -110,8 +110,7 @@ def _beside_the_samples(evaluation: Evaluation) -> Path:
     identity = {part: facts for part, facts in evaluation.protocol.items() if part != "compared"}
     key = digest_of(json.dumps(identity, sort_keys=True), evaluation.subject["content"])[:8]
     name = f"scores-{evaluation.protocol['extractor']['name']}-{key}.json"
-    path = Path(evaluation.subject["path"])
-    path = path.parent if path.name == "manifest.json" else path
+    path = folder_of(Path(evaluation.subject["path"]))
     if path.is_dir():
         return path / name
     return path.with_name(f"{path.stem}.{name}") if path.is_file() else Path("runs", name)

@@ -77,14 +77,15 @@ def evaluate(options: EvaluateOptions) -> Evaluation | None:
             not allow, or too few images for it.
         OSError: what one of the processes met.
     """
-    samples = open_image_set(options.samples, max_megapixels=options.max_megapixels)
-    samples = samples.first(options.num_samples) if options.num_samples else samples
+    all_samples = open_image_set(options.samples, max_megapixels=options.max_megapixels)
+    samples = all_samples.first(options.num_samples) if options.num_samples else all_samples
     reference = open_reference(options.reference, options.image_size, options.max_megapixels)
     state, extractor = _start(options)
     _check_fit(extractor, samples, reference, state.device)
     chosen = set(choose_metrics(options.metrics, extractor, samples, reference))
     warnings = Warnings()
     _warn_of_images(samples, reference, warnings)
+    _warn_of_order(samples, all_samples, warnings)
     ours = _extract(options, extractor, samples, state)
     is_compared = bool(NEEDS_IMAGES & chosen)
     is_needed = is_compared or (NEEDS_REFERENCE & chosen and not reference.gaussians)
@@ -202,8 +203,9 @@ def _what_lacks(metric: str, extractor: Extractor, samples: ImageSet, reference:
     is_fitted = not reference.gaussians and metric in NEEDS_REFERENCE
     compared = [samples, reference.images] if metric in NEEDS_IMAGES or is_fitted else [samples]
     needed = {"is": 1, "prc": metrics.NEIGHBOURS + 1}.get(metric, 2)
-    too_small = [images.holds for images in compared if len(images) < needed]
-    return f"{' and '.join(too_small)}, and {metric} needs {needed} on both sides" if too_small else None
+    too_small = ["the reference " * (images is not samples) + images.holds
+                 for images in compared if len(images) < needed]
+    return f"{' and '.join(too_small)}, and {metric} needs {needed} at least" if too_small else None
 
 
 def _compute(
@@ -241,7 +243,7 @@ def _balanced_labels(samples: ImageSet) -> Sequence[int] | None:
 
 
 def _warn_of_images(samples: ImageSet, reference: Reference, warnings: Warnings) -> None:
-    """Of what can be known before any feature is extracted."""
+    """Warns of what can be known before any feature is extracted."""
     for images in filter(None, (samples, reference.images)):
         for message in images.warnings:
             warnings.add(message)
@@ -256,10 +258,19 @@ def _warn_of_images(samples: ImageSet, reference: Reference, warnings: Warnings)
     if lossy := sorted(filter(is_lossy, {Path(path).suffix.lower() for path in paths})):
         warnings.add(f"samples are {', '.join(lossy)} files, whose compression changes every score: give PNGs or an "
                      ".npz")
-    if samples.labels is not None and _are_sorted(samples.labels):
-        warnings.add("the samples are in the order of their labels or class folders, so that a chunk of "
-                     f"{metrics.IS_SPLIT} for the Inception Score has few classes and the score is far too low: "
-                     "shuffle them (files are read in the order of their names)")
+
+
+def _warn_of_order(samples: ImageSet, all_samples: ImageSet, warnings: Warnings) -> None:
+    """Warns of sorted classes: `samples` are the first of `all_samples`, or all of them."""
+    if samples.labels is None:
+        return
+    are_sorted = "the samples are in the order of their labels or class folders, so that"
+    remedy = "shuffle them (files are read in the order of their names)"
+    if _lack_classes([np.arange(len(samples))], all_samples.labels):
+        warnings.add(f"{are_sorted} the first {len(samples)} of {len(all_samples)} have few classes: {remedy}")
+    if _lack_classes(metrics.chunks(len(samples)), samples.labels):
+        warnings.add(f"{are_sorted} a chunk of {metrics.IS_SPLIT} for the Inception Score has few classes and the "
+                     f"score is far too low: {remedy}")
 
 
 def is_lossy(suffix: str) -> bool:
@@ -267,28 +278,26 @@ def is_lossy(suffix: str) -> bool:
     return Image.registered_extensions().get(suffix) in LOSSY
 
 
-def _are_sorted(labels: Sequence[int]) -> bool:
-    """True if the chunks of the Inception Score have far fewer classes each than if the samples were shuffled.
+def _lack_classes(parts: Sequence[np.ndarray], labels: Sequence[int]) -> bool:
+    """True if parts of the samples, given by indices, have far fewer classes each than if the samples were shuffled.
 
-    In whichever order the classes are, and whether once or by each of several processes.
+    That is so in whichever order the classes are, and also for several sorted sets one after another.
     """
     labels = np.asarray(labels)
     shuffled = np.random.RandomState(0).permutation(labels)
-    return _entropy_of_chunks(shuffled) - _entropy_of_chunks(labels) > 0.1  # about 10 % of the score
+    here, expected = (np.mean([_entropy(order[part]) for part in parts]) for order in (labels, shuffled))
+    return bool(expected - here > 0.1)  # nats: about 10 % of the Inception Score
 
 
-def _entropy_of_chunks(labels: np.ndarray) -> float:
-    """Returns the mean entropy of the labels in each chunk, in nats: what the log of the score is at most."""
-    entropies = []
-    for chunk in np.array_split(labels, metrics.num_chunks(len(labels))):
-        share = np.unique(chunk, return_counts=True)[1] / len(chunk)
-        entropies.append(-(share * np.log(share)).sum())
-    return float(np.mean(entropies))
+def _entropy(labels: np.ndarray) -> float:
+    share = np.unique(labels, return_counts=True)[1] / len(labels)
+    return float(-(share * np.log(share)).sum())
 
 
 def _warn_of_features(
     features: Tensor, samples: ImageSet, reference: Reference, has_fid: bool, warnings: Warnings
 ) -> None:
+    """Warns of covariances of too few images, and of copies among the samples."""
     num, width = features.shape
     if has_fid and num <= width:
         warnings.add(f"{samples.holds}, {SINGULAR.format(width)}")

@@ -144,19 +144,21 @@ def test_a_manifest_is_the_protocol(options, tmp_path):
     assert found.scores["FD-digits-300"].error != evaluate(replace(options, metrics=["fid"])).scores[
         "FD-digits-300"].error  # groups within the classes
     assert write_record(found).parent == folder
+    of_npz = evaluate(replace(options, samples=str(folder / "samples.npz"), metrics=["fid"]))
+    assert of_npz.protocol == found.protocol and write_record(of_npz) == write_record(found)
 
 
 # --------------------------------------------------------------------------------------------- what is not possible
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"samples": "none"}, "holds 0 images, too few"),
-    ({"samples": "one"}, r"no metric compares .*: \S*/one\.npz holds 1 image, and fid needs 2 on both sides"),
-    ({"reference": "one"}, r"no metric compares .*: \S*/one\.npz holds 1 image, and fid needs 2 on both sides"),
-    ({"reference": "none"}, r"no metric compares .*: \S*/none\.npz holds 0 images, and fid needs 2"),
-    ({"samples": "one", "reference": "none"}, r"/one\.npz holds 1 image and \S*/none\.npz holds 0 images, and fid"),
+    ({"samples": "one"}, r"no metric compares .*: \S*/one\.npz holds 1 image, and fid needs 2 at least"),
+    ({"reference": "one"}, r"no metric compares .*: the reference \S*/one\.npz holds 1 image, and fid needs 2"),
+    ({"reference": "none"}, r"no metric compares .*: the reference \S*/none\.npz holds 0 images, and fid needs 2"),
+    ({"samples": "one", "reference": "none"}, r"holds 1 image and the reference \S* holds 0 images, and fid"),
     ({"samples": "three", "metrics": ["prc"]}, r"no prc of .*: \S*/three\.npz holds 3 images, and prc needs 4"),
-    ({"reference": "three", "metrics": ["prc"]}, r"no prc of .*: \S*/three\.npz holds 3 images, and prc needs 4"),
-    ({"samples": "one", "metrics": ["fid"]}, "no fid of .* holds 1 image, and fid needs 2 on both sides"),
+    ({"reference": "three", "metrics": ["prc"]}, r"no prc of .*: the reference \S*/three\.npz holds 3 images, and prc"),
+    ({"samples": "one", "metrics": ["fid"]}, "no fid of .* holds 1 image, and fid needs 2 at least"),
     ({"samples": "wide"}, "for 8x8 images, not 16x16"),
     ({"metrics": ["fvd"]}, "not 'fvd'"),
     ({"metrics": ["sfid"]}, "no sfid of .*: extractor 'digits' has no spatial features"),
@@ -250,6 +252,15 @@ def test_samples_in_the_order_of_their_labels(options, npz, pixels, monkeypatch,
     monkeypatch.setattr("sit_atconv.evaluation.metrics.IS_SPLIT", 100)
     found = evaluate(replace(options, samples=npz(DIGITS[:300], arr_1=labels), metrics=["is"])).warnings
     assert ["order of their labels" in warning for warning in found] == [True] * is_warned_of
+
+
+def test_the_first_of_sorted_samples_have_few_classes(options, npz):
+    """FID, too, would be of these classes alone."""
+    of_sorted = npz(DIGITS[:300], arr_1=np.arange(300) // 30)
+    found = evaluate(replace(options, samples=of_sorted, metrics=["is"], num_samples=100)).warnings
+    assert "the first 100 of 300 have few classes" in found[0] and len(found) == 1
+    of_mixed = npz(DIGITS[:300], arr_1=np.arange(300) % 10)
+    assert evaluate(replace(options, samples=of_mixed, metrics=["is"], num_samples=100)).warnings == []
 
 
 @pytest.fixture

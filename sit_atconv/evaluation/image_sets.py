@@ -20,25 +20,16 @@ from sit_atconv.data.pixels import CROP_RULE, MAX_MEGAPIXELS, read_image
 from sit_atconv.files import sha256_of
 
 LABELS = "arr_1"  # where ADM's sampler puts them
-NPZ = "samples.npz"  # where sample/generate.py gathers all images
-NPZ = "samples.npz"  # where sample/generate.py gathers all images
+MANIFEST, NPZ = "manifest.json", "samples.npz"  # what sample/generate.py writes beside images/
 DRAW = "draw samples from it with sample/generate.py --ckpt and give their folder"
 OTHERS = {  # what is in a folder that is no set of images, whatever pictures it shows -> what it is, and the remedy
     "shard-00000.safetensors": "a folder of latents: give the folder of images that was encoded",
     "checkpoints/step-*": f"a training run: {DRAW}",
-    "*/manifest.json": "a folder with several sets of samples: give one of its folders",
+    f"*/{MANIFEST}": "a folder with several sets of samples: give one of its folders",
     "diffusion_pytorch_model.safetensors": f"a checkpoint or an exported model: {DRAW}",
     "*/diffusion_pytorch_model.safetensors": f"a checkpoint or an exported model: {DRAW}",
 }
 WEIGHTS = {".pt", ".pth", ".ckpt", ".bin", ".safetensors"}
-DRAW = "draw samples from it with sample/generate.py --ckpt and give their folder"
-OTHER_FOLDERS = {  # what shows that a folder's pictures are no set of images -> what the folder is, and the remedy
-    "shard-*.safetensors": "a folder of latents: give the folder of images that was encoded",
-    "checkpoints/step-*": f"a training run: {DRAW}",
-    "*/manifest.json": "a folder of several sets of samples: give one of the folders in it",
-    "*.safetensors": f"a checkpoint or an exported model: {DRAW}",
-    "*/*.safetensors": f"a checkpoint or an exported model: {DRAW}",
-}
 
 
 @dataclass(frozen=True)
@@ -129,9 +120,10 @@ def open_image_set(source: str, crop_to: int | None = None, max_megapixels: floa
     """The images that a path, or the word "digits", stands for.
 
     Args:
-        source: a folder of images; an `.npz` with `arr_0` uint8 (N, H, W, 3) and optionally labels `arr_1`; a folder
-            that `sample/generate.py` wrote, or the manifest in it (its samples.npz, or else its images/, and never the
-            grid picture); or "digits", scikit-learn's 1,797 as RGB.
+        source: a folder of images, whose labels are those of its dataset.json or of its subfolders; an `.npz` with
+            `arr_0` uint8 (N, H, W, 3) and optionally labels `arr_1`; a folder that `sample/generate.py` wrote, or the
+            manifest or samples.npz in it (its samples.npz, or else its images/, and never the grid picture); or
+            "digits", scikit-learn's 1,797 as RGB.
         crop_to: side that the images of a folder are cropped to, by ADM's rule.
         max_megapixels: size in millions of pixels above which a file is refused.
 
@@ -140,10 +132,8 @@ def open_image_set(source: str, crop_to: int | None = None, max_megapixels: floa
             or a checkpoint; the message says what was expected.
     """
     check_is_images(source)
-    path = Path(source)
-    if path.name == "manifest.json":
-        path = path.parent
-    is_generated = (path / "manifest.json").is_file() and ((path / "images").is_dir() or (path / NPZ).is_file())
+    path = folder_of(Path(source))
+    is_generated = (path / MANIFEST).is_file() and ((path / "images").is_dir() or (path / NPZ).is_file())
     if crop_to and (is_generated or not path.is_dir()):
         raise ValueError(f"--image-size crops the images of a folder, and {source} is none")
     if source == "digits":
@@ -153,12 +143,14 @@ def open_image_set(source: str, crop_to: int | None = None, max_megapixels: floa
     if path.is_dir():
         return replace(_open_folder(source, path), crop_to=crop_to, max_megapixels=max_megapixels)
     if path.is_file():
-        npz = ImageNpz(path)
-        labels = npz.read(LABELS).ravel() if LABELS in npz.names else None
-        is_usable = labels is not None and labels.dtype.kind in "iu"
-        images = npz.images()
-        return ImageSet(source, images, labels=labels.tolist() if is_usable and len(labels) == len(images) else None)
+        return _open_npz(source, ImageNpz(path))
     raise ValueError(f"{source} does not exist: give a folder of images, an .npz with {IMAGES}, or the word digits")
+
+
+def folder_of(path: Path) -> Path:
+    """Returns the folder that `sample/generate.py` wrote, for its manifest and its samples.npz; other paths stay."""
+    is_part = path.name == MANIFEST or (path.name == NPZ and path.with_name(MANIFEST).is_file())
+    return path.parent if is_part else path
 
 
 def check_is_images(source: str) -> None:
@@ -170,6 +162,17 @@ def check_is_images(source: str) -> None:
         for pattern, what in OTHERS.items():
             if next(path.glob(pattern), None):
                 raise ValueError(f"{source} is {what}")
+
+
+def _open_npz(source: str, npz: ImageNpz) -> ImageSet:
+    images = npz.images()
+    if LABELS not in npz.names:
+        return ImageSet(source, images)
+    labels = npz.read(LABELS)
+    if labels.dtype.kind not in "iu" or labels.size != len(images):
+        warning = f"the labels of {source} are not known: {LABELS} is {labels.dtype} {labels.shape}"
+        return ImageSet(source, images, warnings=(f"{warning}, not {len(images)} whole numbers",))
+    return ImageSet(source, images, labels=labels.ravel().tolist())
 
 
 def _open_folder(source: str, folder: Path) -> ImageSet:
@@ -209,14 +212,14 @@ def _are_parts_of_a_sequence(folders: Sequence[str], names: Sequence[str]) -> bo
 
 def _open_generated(source: str, folder: Path) -> ImageSet:
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
         num_samples = int(manifest["settings"]["num_samples"]) if manifest.get("complete") else None
         labels = [operator.index(label) for label in manifest.get("labels", ())]
         sessions = [dict(session) for session in manifest.get("sessions", ())]
         if num_samples is not None and len(labels) not in (0, num_samples):
             raise ValueError(f"{len(labels)} labels for {num_samples} samples")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{folder / 'manifest.json'} is damaged ({error}): give the folder images/ alone, or run the "
+        raise ValueError(f"{folder / MANIFEST} is damaged ({error}): give the folder images/ alone, or run the "
                          "same sample/generate.py again") from error
     if num_samples is None:
         raise ValueError(f"the samples in {folder} are not complete: run the same sample/generate.py again")

@@ -93,9 +93,9 @@ def _frechet_by_root(generated: Gaussian, real: Gaussian, root: np.ndarray) -> f
     return float(((generated.mu - real.mu) ** 2).sum() + np.trace(generated.sigma) + np.trace(real.sigma) - 2 * shared)
 
 
-def num_chunks(num: int) -> int:
-    """Returns how many equal chunks of the samples the Inception Score is averaged over."""
-    return math.ceil(num / IS_SPLIT)
+def chunks(num: int) -> list[np.ndarray]:
+    """Returns the indices of the samples in each of the equal chunks that the Inception Score is averaged over."""
+    return np.array_split(np.arange(num), math.ceil(num / IS_SPLIT))
 
 
 def inception_score(logits: Tensor) -> Score:
@@ -103,7 +103,7 @@ def inception_score(logits: Tensor) -> Score:
 
     With the error of the mean of two chunks or more.
     """
-    splits = num_chunks(len(logits))
+    splits = len(chunks(len(logits)))
     score = isc_features_to_metric(logits, splits, shuffle=False)
     error = score[KEY_METRIC_ISC_STD] / math.sqrt(splits - 1) if splits > 1 else None
     return Score(score[KEY_METRIC_ISC_MEAN], error)

@@ -11,7 +11,14 @@ import numpy as np
 from sit_atconv.data.image_npz import IMAGES, ImageNpz, write_npz
 from sit_atconv.data.pixels import MAX_MEGAPIXELS
 from sit_atconv.evaluation.gaussians import Gaussian
-from sit_atconv.evaluation.image_sets import ImageSet, check_is_images, digest_of, evenly_spaced, open_image_set
+from sit_atconv.evaluation.image_sets import (
+    ImageSet,
+    check_is_images,
+    digest_of,
+    evenly_spaced,
+    folder_of,
+    open_image_set,
+)
 from sit_atconv.files import write_aside
 
 NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # of ADM's files
@@ -63,7 +70,7 @@ def open_reference(source: str, crop_to: int | None = None, max_megapixels: floa
     """
     check_is_images(source)
     path = Path(source)
-    npz = ImageNpz(path) if path.is_file() and path.name != "manifest.json" else None
+    npz = ImageNpz(path) if path.is_file() and folder_of(path) == path else None
     if npz is None or "mu" not in npz.names:
         if npz is not None and IMAGES not in npz.names:
             raise ValueError(f"{source} holds {npz.names}: a reference has mu and sigma, or images as {IMAGES}")

@@ -54,7 +54,8 @@ def test_labels_of_an_npz(tmp_path):
     np.savez(tmp_path / "labelled.npz", DIGITS[:4], np.array([3, 1, 2, 1]))
     np.savez(tmp_path / "other.npz", DIGITS[:4], np.zeros((2, 2, 7)))
     assert open_image_set(str(tmp_path / "labelled.npz")).labels == [3, 1, 2, 1]
-    assert open_image_set(str(tmp_path / "other.npz")).labels is None
+    other = open_image_set(str(tmp_path / "other.npz"))
+    assert other.labels is None and other.warnings[0].endswith("arr_1 is float64 (2, 2, 7), not 4 whole numbers")
     assert open_image_set(str(tmp_path / "labelled.npz")).first(2).labels == [3, 1]
 
 
