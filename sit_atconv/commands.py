@@ -2,13 +2,17 @@
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+from sit_atconv.files import write_aside
 
 
 def is_main_process() -> bool:
@@ -22,7 +26,21 @@ def fail(message: object, code: int = 1, everywhere: bool = False):
         from tqdm import tqdm  # here, so that importing this file takes no time in which Ctrl-C would be a traceback
 
         tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own where there is a progress bar
+    _tell_launcher(f"error: {message}")
     raise SystemExit(code)
+
+
+def _tell_launcher(message: str) -> None:
+    """Has torchrun, or `accelerate launch` with several processes, end its long report with our message.
+
+    The format is that of `torch.distributed.elastic.multiprocessing.errors.record`, and torch is not imported here. The
+    report shows the earliest failure, and dates one without a message by when it was noticed, in whole seconds: a
+    second is subtracted so that ours precedes processes that failed or were ended because of this one.
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        failure = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()) - 1)}}}
+        with contextlib.suppress(OSError):
+            write_aside(Path(path), json.dumps(failure))  # half a file would end the launcher in another error
 
 
 @contextlib.contextmanager

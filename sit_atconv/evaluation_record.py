@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from accelerate import PartialState
 from sit_atconv import __version__
 from sit_atconv.evaluation import metrics
 from sit_atconv.evaluation.extractors import Extractor
-from sit_atconv.evaluation.image_sets import ImageSet, digest_of
+from sit_atconv.evaluation.image_sets import ImageSet, digest_of, folder_of
 from sit_atconv.evaluation.records import Evaluation, read_evaluation
 from sit_atconv.evaluation.references import COMPARED, Reference
 from sit_atconv.extraction import ExtractedFeatures
@@ -40,7 +41,7 @@ def protocol(
         },
         "reference": {
             "kind": "images" if is_fitted else "statistics",
-            "num": len(images) if is_fitted else reference.recipe.get("num"),
+            "num": reference.num_fitted,
             "content": reference.content() or (theirs.content if theirs else None),
             "crop": images.crop if is_fitted else reference.recipe.get("crop"),
         },
@@ -54,7 +55,9 @@ def protocol(
 def _labels(samples: ImageSet) -> str | None:
     if samples.labels is None:
         return None
-    return "balanced" if metrics.are_balanced(samples.labels) else "as in the file"
+    if metrics.are_balanced(samples.labels):
+        return "balanced"
+    return "as in the file" if isinstance(samples.images, np.ndarray) else "as in the folder"
 
 
 def subject(samples: ImageSet, reference: Reference, ours: ExtractedFeatures) -> dict:
@@ -62,14 +65,19 @@ def subject(samples: ImageSet, reference: Reference, ours: ExtractedFeatures) ->
     manifest = samples.manifest
     settings, session = manifest.get("settings", {}), (manifest.get("sessions") or [{}])[-1]
     known = {
-        "path": samples.name,
-        "reference": reference.name,
+        "path": _absolute(samples.name),
+        "reference": _absolute(reference.name),
         "content": ours.content,
         **{key: manifest.get(key) for key in ("ckpt", "step", "images_per_second", "evaluations", "forwards")},
         **{key: session.get(key) for key in ("device", "processes")},
         **{key: settings.get(key) for key in ("seed", "weights", "model", "weak", "prediction")},
     }
     return {key: value for key, value in known.items() if value is not None}
+
+
+def _absolute(source: str) -> str:
+    """Returns a path that means the same from every working directory; the word "digits" stays."""
+    return source if source == "digits" else os.path.abspath(source)
 
 
 def environment(state: PartialState, batch_size: int) -> dict:
@@ -102,8 +110,7 @@ def _beside_the_samples(evaluation: Evaluation) -> Path:
     identity = {part: facts for part, facts in evaluation.protocol.items() if part != "compared"}
     key = digest_of(json.dumps(identity, sort_keys=True), evaluation.subject["content"])[:8]
     name = f"scores-{evaluation.protocol['extractor']['name']}-{key}.json"
-    path = Path(evaluation.subject["path"])
-    path = path.parent if path.name == "manifest.json" else path
+    path = folder_of(Path(evaluation.subject["path"]))
     if path.is_dir():
         return path / name
     return path.with_name(f"{path.stem}.{name}") if path.is_file() else Path("runs", name)

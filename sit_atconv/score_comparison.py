@@ -1,11 +1,14 @@
 """Evaluations side by side: scores with their errors, differences to a baseline, what differs in how they were made."""
 
 import csv
+import glob
 import io
 import itertools
 import os
 import re
+import shlex
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +93,8 @@ def compare(
     """Writes OUT/compare.md, OUT/compare.csv and the charts that have something to show.
 
     Args:
-        sources: files that eval/fid.py wrote, or folders of samples with scores-*.json.
+        sources: files that eval/fid.py wrote, folders of samples with scores-*.json, and anything beside them that is
+            to be passed over.
         out: where everything goes.
         names: of the evaluations; None takes what distinguishes their paths.
         baseline: number, from 1, or name of the run that the others are compared with.
@@ -146,25 +150,64 @@ def read_comparison(
 
 
 def find_evaluations(sources: Sequence[Path], messages: list[str]) -> list[Path]:
-    """Absolute paths, each file once; `messages` are told of folders that hold none.
+    """Returns the absolute paths of the evaluations, each file once.
+
+    Passes over sources without one, as the previews that `runs/*/samples/*` matches too, and tells `messages` how many.
 
     Raises:
         ValueError: a source that does not exist, or none of them holds an evaluation.
     """
-    found = {}
+    found, others = {}, []
     for source in map(Path, sources):
         if not source.exists():
             raise ValueError(f"{source} does not exist: give a JSON that eval/fid.py wrote, or the folder of samples "
                              "that it wrote to")
-        files = sorted(source.glob("scores-*.json")) if source.is_dir() else [source]
-        if not files:
-            messages.append(f"left out: {source} holds no scores-*.json: evaluate it first, python eval/fid.py "
-                            f"--samples {source} --reference REFERENCE")
+        is_meant = len(sources) == 1 and source.is_file()  # then `read_evaluation` says what is wrong with it
+        files = evaluations_of(source) or ([source] if is_meant else [])
         for file in files:
             found.setdefault(file.resolve(), Path(os.path.abspath(file)))
+        if not files:
+            others.append(source)
+    if not found and len(others) == 1:
+        raise ValueError(f"{others[0]} holds no scores-*.json: evaluate it first, {_evaluate(others[0])}")
     if not found:
-        raise ValueError(messages[0].removeprefix("left out: "))
+        raise ValueError(f"none of these is an evaluation ({_counted(others)}): evaluate samples first, "
+                         f"{_evaluate(Path('SAMPLES'))}")
+    if others:
+        folders = [f" (to evaluate {other}: {_evaluate(other)})" for other in others if other.is_dir()]
+        messages.append(f"passed over: {_counted(others)}{folders[0] if folders else ''}")
     return list(found.values())
+
+
+def evaluations_of(source: Path) -> list[Path]:
+    """Returns the files of a source that are evaluations or claim to be: a folder's, an .npz's, or the file itself."""
+    if source.is_dir():
+        return sorted(source.glob("scores-*.json"))
+    if _claims_to_be_evaluation(source):
+        return [source]
+    return sorted(source.parent.glob(f"{glob.escape(source.stem)}.scores-*.json")) if source.suffix == ".npz" else []
+
+
+def _claims_to_be_evaluation(file: Path) -> bool:
+    """True for eval/fid.py's names and for files that hold "scores", at their start if they are no JSON."""
+    if not file.is_file():  # a pipe would wait for ever
+        return False
+    is_json = file.suffix == ".json"
+    if is_json and re.search(r"(^|\.)scores-", file.name):
+        return True
+    with open(file, "rb") as content:
+        return b'"scores"' in content.read(-1 if is_json else 4096)
+
+
+def _counted(sources: Sequence[Path]) -> str:
+    """Returns "3 PNG files, 2 folders without scores-*.json"."""
+    kinds = Counter("folder" if source.is_dir() else f"{source.suffix[1:].upper()} file".strip() for source in sources)
+    return ", ".join(f"{number} {kind}{'s' * (number > 1)}{' without scores-*.json' * (kind == 'folder')}"
+                     for kind, number in kinds.items())
+
+
+def _evaluate(samples: Path) -> str:
+    return f"python eval/fid.py --samples {shlex.quote(str(samples))} --reference REFERENCE"
 
 
 def paths_to_name(files: Sequence[Path]) -> list[Path]:

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from sit_atconv import evaluation_record as record
 from sit_atconv.commands import is_main_process
+from sit_atconv.data.pixels import MAX_MEGAPIXELS
 from sit_atconv.devices import on_cpu, prepare_device, return_freed_memory
 from sit_atconv.evaluation import metrics
 from sit_atconv.evaluation.extractors import Extractor, open_extractor
@@ -29,7 +31,9 @@ from sit_atconv.files import gigabytes
 CHOICES = ("fid", "sfid", "is", "kid", "prc")
 NEEDS_REFERENCE = {"fid", "sfid", "kid", "prc"}
 NEEDS_IMAGES = {"kid", "prc"}  # of the reference
-LOSSY = {".jpg", ".jpeg", ".webp"}
+LOSSY = {"JPEG", "MPO", "JPEG2000", "WEBP", "AVIF", "HEIF", "GIF"}  # Pillow's formats that lose detail or colours
+SINGULAR = ("no more than the {} features: their covariance is singular and the Frechet distance far too large; use "
+            "more images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,7 @@ class ExtractionOptions:
     weights: str | None = None
     batch_size: int = 64
     features: str = "runs/features"
+    max_megapixels: float = MAX_MEGAPIXELS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +77,15 @@ def evaluate(options: EvaluateOptions) -> Evaluation | None:
             not allow, or too few images for it.
         OSError: what one of the processes met.
     """
-    samples = open_image_set(options.samples)
-    samples = samples.first(options.num_samples) if options.num_samples else samples
-    reference = open_reference(options.reference, options.image_size)
+    all_samples = open_image_set(options.samples, max_megapixels=options.max_megapixels)
+    samples = all_samples.first(options.num_samples) if options.num_samples else all_samples
+    reference = open_reference(options.reference, options.image_size, options.max_megapixels)
     state, extractor = _start(options)
     _check_fit(extractor, samples, reference, state.device)
     chosen = set(choose_metrics(options.metrics, extractor, samples, reference))
     warnings = Warnings()
     _warn_of_images(samples, reference, warnings)
+    _warn_of_order(samples, all_samples, warnings)
     ours = _extract(options, extractor, samples, state)
     is_compared = bool(NEEDS_IMAGES & chosen)
     is_needed = is_compared or (NEEDS_REFERENCE & chosen and not reference.gaussians)
@@ -104,9 +110,9 @@ def make_reference(options: ReferenceOptions, path: Path) -> dict | None:
     Returns:
         What the file says of itself, and None on processes other than the main one. Raises as `evaluate`.
     """
-    images = open_image_set(options.reference, options.image_size)
+    images = open_image_set(options.reference, options.image_size, options.max_megapixels)
     if len(images) < 2:
-        raise ValueError(f"{images.name} holds {len(images)} images: statistics need two at least")
+        raise ValueError(f"{images.holds}: statistics need 2 at least")
     state, extractor = _start(options)
     extracted = _extract(options, extractor, images, state)
     if not state.is_main_process:
@@ -150,7 +156,7 @@ def _extract(
 def _check_fit(extractor: Extractor, samples: ImageSet, reference: Reference, device: torch.device) -> None:
     """Raises ValueError where the first image shows that extractor, samples and reference do not fit."""
     if not len(samples):
-        raise ValueError(f"{samples.name} holds 0 images, too few for any metric")
+        raise ValueError(f"{samples.holds}, too few for any metric")
     made_with = reference.recipe.get("extractor", {})
     for name, value in extractor.describe().items():
         if made_with.get(name, value) != value:
@@ -174,14 +180,14 @@ def choose_metrics(
     if unknown := sorted(set(asked) - set(CHOICES)):
         raise ValueError(f"metrics are {', '.join(CHOICES)}, not {unknown[0]!r}")
     lacking = {metric: _what_lacks(metric, extractor, samples, reference) for metric in asked or CHOICES}
+    chosen = [metric for metric, reason in lacking.items() if not reason]
+    if not asked and not NEEDS_REFERENCE & set(chosen):
+        raise ValueError(f"no metric compares {samples.name} with {reference.name}: {lacking['fid']}")
     for metric, reason in lacking.items():
         if reason and asked:
             raise ValueError(f"there is no {metric} of {samples.name}: {reason}")
         if reason and is_main_process():
             print(f"left out: {metric}, since {reason}", file=sys.stderr)
-    chosen = [metric for metric, reason in lacking.items() if not reason]
-    if not asked and not NEEDS_REFERENCE & set(chosen):
-        raise ValueError(f"{samples.name} holds {len(samples)} images, too few for any metric")
     return chosen
 
 
@@ -195,9 +201,11 @@ def _what_lacks(metric: str, extractor: Extractor, samples: ImageSet, reference:
     if metric in NEEDS_IMAGES and reference.images is None:
         return f"{reference.name} holds no images"
     is_fitted = not reference.gaussians and metric in NEEDS_REFERENCE
-    fewest = min(len(samples), len(reference.images) if metric in NEEDS_IMAGES or is_fitted else len(samples))
+    compared = [samples, reference.images] if metric in NEEDS_IMAGES or is_fitted else [samples]
     needed = {"is": 1, "prc": metrics.NEIGHBOURS + 1}.get(metric, 2)
-    return f"it needs {needed} images on both sides" if fewest < needed else None
+    too_small = ["the reference " * (images is not samples) + images.holds
+                 for images in compared if len(images) < needed]
+    return f"{' and '.join(too_small)}, and {metric} needs {needed} at least" if too_small else None
 
 
 def _compute(
@@ -216,7 +224,7 @@ def _compute(
     if "is" in chosen:
         scores["IS"] = metrics.inception_score(ours.load("logits"))
     features = ours.load("features")
-    _warn_of_features(features, samples, bool({"fid", "sfid"} & chosen), warnings)
+    _warn_of_features(features, samples, reference, bool({"fid", "sfid"} & chosen), warnings)
     if "fid" in chosen:
         scores["FID"] = metrics.frechet(features, gaussian("features"), group, progress=True)
     real = theirs.load_spread("features", COMPARED) if NEEDS_IMAGES & chosen else None
@@ -235,32 +243,66 @@ def _balanced_labels(samples: ImageSet) -> Sequence[int] | None:
 
 
 def _warn_of_images(samples: ImageSet, reference: Reference, warnings: Warnings) -> None:
-    """Of what can be known before any feature is extracted."""
+    """Warns of what can be known before any feature is extracted."""
     for images in filter(None, (samples, reference.images)):
-        if images.name.endswith(".npz") and not isinstance(images.images, np.memmap):
+        for message in images.warnings:
+            warnings.add(message)
+        in_memory = isinstance(images.images, np.ndarray) and not isinstance(images.images, np.memmap)
+        if in_memory and len(images) and images.name != "digits":
             warnings.add(f"{images.name} is compressed, or in Fortran's order, and so read into the memory of every "
                          f"process, {gigabytes(images.images.nbytes)}: written by np.savez it would stay on disk")
     if reference.images is not None and reference.images.size != samples.size:
         warnings.add("the samples are {}x{} and the reference's images {}x{}: scores of two sizes are compared by no "
                      "paper; --image-size crops a folder of references".format(*samples.size, *reference.images.size))
     paths = () if isinstance(samples.images, np.ndarray) else samples.images
-    if lossy := sorted({Path(path).suffix.lower() for path in paths} & LOSSY):
+    if lossy := sorted(filter(is_lossy, {Path(path).suffix.lower() for path in paths})):
         warnings.add(f"samples are {', '.join(lossy)} files, whose compression changes every score: give PNGs or an "
                      ".npz")
-    if len(samples) > metrics.IS_SPLIT and samples.labels is not None and _is_sorted(samples.labels):
-        warnings.add(f"the samples lie in the order of their labels, so that a chunk of {metrics.IS_SPLIT} for the "
-                     "Inception Score has few classes and the score is far too low: shuffle them")
 
 
-def _is_sorted(labels: Sequence[int]) -> bool:
-    return bool((np.diff(labels) >= 0).all())
+def _warn_of_order(samples: ImageSet, all_samples: ImageSet, warnings: Warnings) -> None:
+    """Warns of sorted classes: `samples` are the first of `all_samples`, or all of them."""
+    if samples.labels is None:
+        return
+    are_sorted = "the samples are in the order of their labels or class folders, so that"
+    remedy = "shuffle them (files are read in the order of their names)"
+    if _lack_classes([np.arange(len(samples))], all_samples.labels):
+        warnings.add(f"{are_sorted} the first {len(samples)} of {len(all_samples)} have few classes: {remedy}")
+    if _lack_classes(metrics.chunks(len(samples)), samples.labels):
+        warnings.add(f"{are_sorted} a chunk of {metrics.IS_SPLIT} for the Inception Score has few classes and the "
+                     f"score is far too low: {remedy}")
 
 
-def _warn_of_features(features: Tensor, samples: ImageSet, has_fid: bool, warnings: Warnings) -> None:
+def is_lossy(suffix: str) -> bool:
+    """True for the suffixes, in small letters, of formats that change pixels when they are written."""
+    return Image.registered_extensions().get(suffix) in LOSSY
+
+
+def _lack_classes(parts: Sequence[np.ndarray], labels: Sequence[int]) -> bool:
+    """True if parts of the samples, given by indices, have far fewer classes each than if the samples were shuffled.
+
+    That is so in whichever order the classes are, and also for several sorted sets one after another.
+    """
+    labels = np.asarray(labels)
+    shuffled = np.random.RandomState(0).permutation(labels)
+    here, expected = (np.mean([_entropy(order[part]) for part in parts]) for order in (labels, shuffled))
+    return bool(expected - here > 0.1)  # nats: about 10 % of the Inception Score
+
+
+def _entropy(labels: np.ndarray) -> float:
+    share = np.unique(labels, return_counts=True)[1] / len(labels)
+    return float(-(share * np.log(share)).sum())
+
+
+def _warn_of_features(
+    features: Tensor, samples: ImageSet, reference: Reference, has_fid: bool, warnings: Warnings
+) -> None:
+    """Warns of covariances of too few images, and of copies among the samples."""
     num, width = features.shape
     if has_fid and num <= width:
-        warnings.add(f"{samples.name} holds {num} images, no more than the {width} features: their covariance is "
-                     "singular and the Frechet distance far too large; use more images")
+        warnings.add(f"{samples.holds}, {SINGULAR.format(width)}")
+    if has_fid and (reference.num_fitted or width + 1) <= width:
+        warnings.add(f"{reference.name} is fitted to {reference.num_fitted} images, {SINGULAR.format(width)}")
     num_different = len({hash(row.tobytes()) for row in features.numpy()})
     if num_different == 1 < num:
         warnings.add(f"all {num} images of {samples.name} are equal")

@@ -119,6 +119,8 @@ def test_what_cannot_be_compared_is_named(save, tmp_path):
         ([tmp_path / "nowhere"], {}, "nowhere does not exist: give a JSON"),
         ([tmp_path / "empty"], {}, "empty holds no scores-.*: evaluate it first"),
         ([tmp_path / "list.json"], {}, "list.json is no evaluation"),
+        ([tmp_path / "list.json", tmp_path / "empty", tmp_path / "empty"], {},
+         r"none of these is an evaluation \(1 JSON file, 2 folders without scores-\*.json\): evaluate samples first"),
         (folders, {"names": ["a"]}, "1 names for 2 evaluations: give one for each of cfg1.5, cfg2$"),
         (folders, {"names": ["a", "a"]}, "'a', 'a' are not distinct"),
         (folders, {"names": ["a", " "]}, "not distinct, or empty"),
@@ -376,11 +378,53 @@ def test_a_score_is_subtracted_where_all_agrees_that_it_depends_on(metric, part,
     assert Comparison(runs, runs[0], metric).is_measured_alike(runs[1]) == is_alike
 
 
-def test_folders_without_records_are_left_out(save, tmp_path):
-    (tmp_path / "empty").mkdir()
+def test_what_holds_no_record_is_passed_over_and_counted(save, tmp_path):
+    """As `runs/*/samples/*` finds it in a training run: previews, and samples that were not evaluated."""
+    folders = save(record(), record(cfg=2.0))
+    samples = folders[0].parent
+    for name in ("step-1.png", "step-2.png", "samples.npz", "no suffix"):
+        (samples / name).write_bytes(b"\x89\xff")
+    (samples / "manifest.json").write_text(json.dumps({"settings": {}, "labels": [1] * 9999}))
+    (samples / "list.json").write_text("not closed: [")
+    for name in ("empty [1]", "other"):
+        (samples / name).mkdir()
+    report = compare(sorted(samples.iterdir()), tmp_path / "out")
+    assert [line for line in report.messages if line.startswith("passed over")] == [
+        "passed over: 2 folders without scores-*.json, 2 JSON files, 1 file, 1 NPZ file, 2 PNG files (to evaluate "
+        f"{samples / 'empty [1]'}: python eval/fid.py --samples '{samples / 'empty [1]'}' --reference REFERENCE)"]
+    assert "| cfg1.5 (baseline) |" in report.table and "| cfg2 |" in report.table
+
+
+@pytest.mark.parametrize("name", ["scores-digits-1.json", "x.scores-digits-1.json", "mine.json", "mine.txt"])
+def test_a_damaged_record_is_named_among_whatever_else(save, tmp_path, name):
     folders = save(record())
-    report = compare([tmp_path / "empty", *folders], tmp_path / "out")
-    assert report.messages[0].startswith(f"left out: {tmp_path / 'empty'} holds no scores-*.json")
+    text = (folders[0] / "scores-inception.json").read_text()
+    (tmp_path / name).write_text(text[: len(text) // 2])
+    (tmp_path / "step.png").write_bytes(b"\x89")
+    with pytest.raises(ValueError, match=f"{name} is no evaluation"):
+        read_all([*folders, tmp_path / name, tmp_path / "step.png"])
+    (folders[0] / "scores-digits.json").write_text("")
+    with pytest.raises(ValueError, match=r"scores-digits\.json is no evaluation"):
+        read_all(folders)
+
+
+def read_all(sources):
+    return read_comparison(sources, None, "1", "FID", [])
+
+
+def test_the_records_of_an_npz_are_found_by_its_name(tmp_path):
+    """Also if the name would match others as a pattern."""
+    for name in ("x[1]", "x1"):
+        (tmp_path / f"{name}.npz").write_bytes(b"PK")
+        record().save(tmp_path / f"{name}.scores-inception-1.json")
+    runs = read_all([tmp_path / "x[1].npz", tmp_path / "x1.npz", tmp_path / "x1.scores-inception-1.json"]).runs
+    assert [run.name for run in runs] == ["x[1].scores", "x1.scores"]
+
+
+def test_a_record_under_any_name_is_found(tmp_path):
+    record().save(tmp_path / "mine.txt")
+    record(cfg=2.0).save(tmp_path / "b.json")
+    assert len(read_all([tmp_path / "mine.txt", tmp_path / "b.json"]).runs) == 2
 
 
 def test_names_may_hold_anything(save, tmp_path):

@@ -15,10 +15,11 @@ from sit_atconv.data.images import load_digits
 from sit_atconv.evaluation import features, metrics
 from sit_atconv.evaluation.gaussians import fit_gaussian
 from sit_atconv.evaluation.image_sets import ImageSet, evenly_spaced
-from sit_atconv.evaluation.records import difference, protocol_differences, read_evaluation
+from sit_atconv.evaluation.records import difference, is_measured_alike, protocol_differences, read_evaluation
 from sit_atconv.evaluation.references import save_reference
 from sit_atconv.evaluation_record import write_record
-from sit_atconv.scoring import EvaluateOptions, ReferenceOptions, evaluate, make_reference
+from sit_atconv.scoring import EvaluateOptions, ReferenceOptions, evaluate, is_lossy, make_reference
+from tests.conftest import working_folder
 from tests.pixel_features import Pixels
 
 DIGITS = np.repeat(load_digits()[0][..., None], 3, axis=-1)[np.random.default_rng(0).permutation(1797)]
@@ -143,15 +144,21 @@ def test_a_manifest_is_the_protocol(options, tmp_path):
     assert found.scores["FD-digits-300"].error != evaluate(replace(options, metrics=["fid"])).scores[
         "FD-digits-300"].error  # groups within the classes
     assert write_record(found).parent == folder
+    of_npz = evaluate(replace(options, samples=str(folder / "samples.npz"), metrics=["fid"]))
+    assert of_npz.protocol == found.protocol and write_record(of_npz) == write_record(found)
 
 
 # --------------------------------------------------------------------------------------------- what is not possible
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"samples": "none"}, "holds 0 images, too few"),
-    ({"samples": "one"}, "holds 1 images, too few"),
-    ({"samples": "three", "metrics": ["prc"]}, "no prc of .*: it needs 4 images on both sides"),
-    ({"samples": "one", "metrics": ["fid"]}, "no fid of .*: it needs 2 images on both sides"),
+    ({"samples": "one"}, r"no metric compares .*: \S*/one\.npz holds 1 image, and fid needs 2 at least"),
+    ({"reference": "one"}, r"no metric compares .*: the reference \S*/one\.npz holds 1 image, and fid needs 2"),
+    ({"reference": "none"}, r"no metric compares .*: the reference \S*/none\.npz holds 0 images, and fid needs 2"),
+    ({"samples": "one", "reference": "none"}, r"holds 1 image and the reference \S* holds 0 images, and fid"),
+    ({"samples": "three", "metrics": ["prc"]}, r"no prc of .*: \S*/three\.npz holds 3 images, and prc needs 4"),
+    ({"reference": "three", "metrics": ["prc"]}, r"no prc of .*: the reference \S*/three\.npz holds 3 images, and prc"),
+    ({"samples": "one", "metrics": ["fid"]}, "no fid of .* holds 1 image, and fid needs 2 at least"),
     ({"samples": "wide"}, "for 8x8 images, not 16x16"),
     ({"metrics": ["fvd"]}, "not 'fvd'"),
     ({"metrics": ["sfid"]}, "no sfid of .*: extractor 'digits' has no spatial features"),
@@ -161,7 +168,8 @@ def test_a_manifest_is_the_protocol(options, tmp_path):
 ])
 def test_what_is_not_possible_is_named(options, npz, change, message):
     made = {
-        "none": lambda: npz(DIGITS[:0]), "one": lambda: npz(DIGITS[:1]), "three": lambda: npz(DIGITS[:3]),
+        "none": lambda: npz(DIGITS[:0], "none.npz"), "one": lambda: npz(DIGITS[:1], "one.npz"),
+        "three": lambda: npz(DIGITS[:3], "three.npz"),
         "wide": lambda: npz(np.zeros((9, 16, 16, 3), np.uint8)),
         "statistics": lambda: npz(None, mu=np.zeros(48), sigma=np.eye(48)),
         "inception": lambda: npz(None, mu=np.zeros(2048), sigma=np.eye(2048)),
@@ -180,6 +188,15 @@ def test_a_reference_of_other_weights_is_refused(options, tmp_path, npz):
         evaluate(replace(options, reference=str(tmp_path / "r.npz")))
 
 
+def test_a_reference_fitted_to_too_few_images_is_warned_of(options, npz, tmp_path):
+    """As images and as statistics."""
+    options = replace(options, reference=npz(DIGITS[300:340], "few.npz"), metrics=["fid"])
+    make_reference(of_reference(options), tmp_path / "r.npz")
+    for reference in (options.reference, str(tmp_path / "r.npz")):
+        warning, = evaluate(replace(options, reference=reference)).warnings
+        assert warning.startswith(f"{reference} is fitted to 40 images, no more than the 48 features")
+
+
 def test_what_is_left_out_is_said(options, tmp_path, capsys):
     np.savez(tmp_path / "r.npz", mu=np.zeros(48), sigma=np.eye(48))
     found = evaluate(replace(options, reference=str(tmp_path / "r.npz")))
@@ -195,17 +212,17 @@ def test_what_is_left_out_is_said(options, tmp_path, capsys):
     ("copies", "20 of the 60 images of .* are copies of others"),
     ("large", "the samples are 16x16 and the reference's images 8x8"),
     ("compressed", r"x\.npz is compressed.* read into the memory of every process, 0\.0 MB"),
-    ("jpeg", "samples are .jpg files, whose compression changes every score"),
+    (".jpg", "samples are .jpg files, whose compression changes every score"),
 ])
 def test_what_is_suspicious_is_warned_of_and_written_down(options, npz, pixels, samples, message, capsys, tmp_path):
-    images = {"jpeg": DIGITS[:60], "compressed": DIGITS[:60], "few": DIGITS[:20], "equal": DIGITS[:1].repeat(60, 0),
+    images = {".jpg": DIGITS[:60], "compressed": DIGITS[:60], "few": DIGITS[:20], "equal": DIGITS[:1].repeat(60, 0),
               "copies": np.concatenate([DIGITS[:40], DIGITS[:20]]),
               "large": DIGITS[:60].repeat(2, 1).repeat(2, 2)}[samples]
     extractor = "pixels" if samples == "large" else "digits"
-    if samples == "jpeg":
+    if samples.startswith("."):
         for i, image in enumerate(images):
-            Image.fromarray(image).save(tmp_path / f"{i:03d}.jpg")
-    source = str(tmp_path) if samples == "jpeg" else npz(images)
+            Image.fromarray(image).save(tmp_path / f"{i:03d}{samples}")
+    source = str(tmp_path) if samples.startswith(".") else npz(images)
     if samples == "compressed":
         np.savez_compressed(source, images)
     found = evaluate(replace(options, samples=source, metrics=["fid"], extractor=extractor))
@@ -213,17 +230,67 @@ def test_what_is_suspicious_is_warned_of_and_written_down(options, npz, pixels, 
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_formats_that_lose_detail():
+    lossy = {suffix for suffix in Image.registered_extensions() if is_lossy(suffix)}
+    assert {".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".gif", ".jp2"} <= lossy
+    assert not lossy & {".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".tga"} and not is_lossy(".npy")
+
+
 def test_nothing_is_warned_of_without_reason(options, capsys):
     found = evaluate(options)
     assert found.warnings == [] and "warning" not in capsys.readouterr().err
 
 
-def test_samples_in_the_order_of_their_labels(options, npz, pixels, monkeypatch):
+@pytest.mark.parametrize(("labels", "is_warned_of"), [
+    (np.arange(300) // 30, True), (9 - np.arange(300) // 30, True),  # whatever the order of the classes
+    (np.array([0, 1, 10, 2])[np.arange(300) // 75], True),  # folders named by numbers, in the order of their names
+    (np.arange(300) % 150 // 15, True),  # by each of two processes
+    (np.arange(300) % 10, False), (np.zeros(300, int), False),
+    (np.random.RandomState(0).randint(0, 99, 300), False), (np.arange(300), False),  # few or one of each class
+])
+def test_samples_in_the_order_of_their_labels(options, npz, pixels, monkeypatch, labels, is_warned_of):
     monkeypatch.setattr("sit_atconv.evaluation.metrics.IS_SPLIT", 100)
-    ordered = npz(DIGITS[:300], arr_1=np.arange(300) // 30)
-    assert "order of their labels" in evaluate(replace(options, samples=ordered, metrics=["is"])).warnings[0]
-    mixed = npz(DIGITS[:300], arr_1=np.arange(300) % 10)
-    assert evaluate(replace(options, samples=mixed, metrics=["is"])).warnings == []
+    found = evaluate(replace(options, samples=npz(DIGITS[:300], arr_1=labels), metrics=["is"])).warnings
+    assert ["order of their labels" in warning for warning in found] == [True] * is_warned_of
+
+
+def test_the_first_of_sorted_samples_have_few_classes(options, npz):
+    """FID, too, would be of these classes alone."""
+    of_sorted = npz(DIGITS[:300], arr_1=np.arange(300) // 30)
+    found = evaluate(replace(options, samples=of_sorted, metrics=["is"], num_samples=100)).warnings
+    assert "the first 100 of 300 have few classes" in found[0] and len(found) == 1
+    of_mixed = npz(DIGITS[:300], arr_1=np.arange(300) % 10)
+    assert evaluate(replace(options, samples=of_mixed, metrics=["is"], num_samples=100)).warnings == []
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+    """300 digits in ten folders named 0 ... 9, and the labels."""
+    labels = np.arange(300) // 30
+    for i, label in enumerate(labels):
+        (tmp_path / "classes" / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(DIGITS[i]).save(tmp_path / "classes" / str(label) / f"{i:03d}.png")
+    return tmp_path / "classes", labels
+
+
+def test_class_folders_are_labels(options, npz, class_folders, monkeypatch):
+    """Everything that depends on labels is that of the same images with the labels in arr_1."""
+    folder, labels = class_folders
+    metrics = ["fid", "is"]
+    of_array = evaluate(replace(options, samples=npz(DIGITS[:300], arr_1=labels), metrics=metrics))
+    of_folder = evaluate(replace(options, samples=str(folder), metrics=metrics))
+    assert of_folder.scores == of_array.scores and not protocol_differences(of_folder, of_array)
+    assert of_folder.protocol["samples"]["labels"] == "balanced" and of_folder.warnings == []
+    monkeypatch.setattr("sit_atconv.evaluation.metrics.IS_SPLIT", 100)
+    assert "class folders" in evaluate(replace(options, samples=str(folder), metrics=metrics)).warnings[0]
+
+
+def test_a_record_from_before_class_folders_were_labels_is_still_compared(options, class_folders):
+    now = evaluate(replace(options, samples=str(class_folders[0]), metrics=["fid"]))
+    before = replace(now, protocol={**now.protocol, "samples": {**now.protocol["samples"], "labels": None}})
+    assert protocol_differences(before, now) == {"samples.labels": (None, "balanced")}
+    assert difference(now, before, "FD-digits-300").value == 0
+    assert is_measured_alike(now, before, "FD-digits-300")
 
 
 # ------------------------------------------------------------------------------ which features go into which score
@@ -299,6 +366,14 @@ def test_a_second_call_with_other_metrics_adds_to_the_record(options, tmp_path, 
     path.write_text("damaged")
     assert write_record(whole) == path and read_evaluation(path).scores == whole.scores
     assert write_record(evaluate(replace(options, num_samples=200))) != path
+
+
+def test_a_record_means_the_same_from_everywhere(options, tmp_path):
+    with working_folder(tmp_path):
+        found = evaluate(replace(options, samples="a.npz", reference="b.npz", metrics=["is"]))
+        assert write_record(found).is_relative_to(tmp_path)
+    assert (found.subject["path"], found.subject["reference"]) == (str(tmp_path / "a.npz"), str(tmp_path / "b.npz"))
+    assert evaluate(replace(options, reference="digits", metrics=["is"])).subject["reference"] == "digits"
 
 
 def test_labels_drawn_at_random_are_not_balanced_even_if_they_come_out_even(options, tmp_path):

@@ -11,7 +11,8 @@ from typing import IO
 import numpy as np
 
 IMAGES = "arr_0"
-DAMAGED = (zipfile.BadZipFile, zlib.error, KeyError, OSError, EOFError, ValueError)  # what numpy and zipfile raise then
+DAMAGED = (  # what numpy and zipfile raise then, or for an array that is larger than the memory
+    zipfile.BadZipFile, zlib.error, KeyError, OSError, EOFError, ValueError, MemoryError)
 
 
 class ImageNpz:

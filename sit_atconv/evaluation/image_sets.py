@@ -15,11 +15,21 @@ import torch
 from torch import Tensor
 
 from sit_atconv.data.image_npz import IMAGES, ImageNpz
-from sit_atconv.data.images import list_images, load_digits
-from sit_atconv.data.pixels import CROP_RULE, read_image
+from sit_atconv.data.images import ImageFolder, list_images, load_digits
+from sit_atconv.data.pixels import CROP_RULE, MAX_MEGAPIXELS, read_image
 from sit_atconv.files import sha256_of
 
 LABELS = "arr_1"  # where ADM's sampler puts them
+MANIFEST, NPZ = "manifest.json", "samples.npz"  # what sample/generate.py writes beside images/
+DRAW = "draw samples from it with sample/generate.py --ckpt and give their folder"
+OTHERS = {  # what is in a folder that is no set of images, whatever pictures it shows -> what it is, and the remedy
+    "shard-00000.safetensors": "a folder of latents: give the folder of images that was encoded",
+    "checkpoints/step-*": f"a training run: {DRAW}",
+    f"*/{MANIFEST}": "a folder with several sets of samples: give one of its folders",
+    "diffusion_pytorch_model.safetensors": f"a checkpoint or an exported model: {DRAW}",
+    "*/diffusion_pytorch_model.safetensors": f"a checkpoint or an exported model: {DRAW}",
+}
+WEIGHTS = {".pt", ".pth", ".ckpt", ".bin", ".safetensors"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,8 @@ class ImageSet:
         crop_to: the side that files are cropped to by ADM's rule; None takes them as they are.
         labels: N whole numbers, or None where they are not known.
         manifest: what `sample/generate.py` wrote about them, {} where it did not.
+        max_megapixels: size in millions of pixels above which a file is refused.
+        warnings: what the user should know of these images.
     """
 
     name: str
@@ -39,6 +51,8 @@ class ImageSet:
     crop_to: int | None = None
     labels: Sequence[int] | None = None
     manifest: dict = field(default_factory=dict)
+    max_megapixels: float = MAX_MEGAPIXELS
+    warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -46,8 +60,13 @@ class ImageSet:
     def first(self, num: int) -> "ImageSet":
         """ValueError: there are fewer."""
         if num > len(self):
-            raise ValueError(f"{self.name} holds {len(self)} images, fewer than --num-samples {num}")
+            raise ValueError(f"{self.holds}, fewer than --num-samples {num}")
         return replace(self, images=self.images[:num], labels=None if self.labels is None else self.labels[:num])
+
+    @property
+    def holds(self) -> str:
+        """"runs/a/samples/x holds 60 images", as messages begin."""
+        return f"{self.name} holds {len(self)} image{'s' * (len(self) != 1)}"
 
     @cached_property
     def size(self) -> tuple[int, int]:
@@ -70,7 +89,7 @@ class ImageSet:
 
     def _read_file(self, path: str) -> Tensor:
         try:
-            return read_image(Path(path), self.crop_to)
+            return read_image(Path(path), self.crop_to, self.max_megapixels)
         except ValueError as error:
             raise ValueError(f"{path} {error}") from error
 
@@ -97,53 +116,114 @@ def digest_of(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def open_image_set(source: str, crop_to: int | None = None) -> ImageSet:
+def open_image_set(source: str, crop_to: int | None = None, max_megapixels: float = MAX_MEGAPIXELS) -> ImageSet:
     """The images that a path, or the word "digits", stands for.
 
     Args:
-        source: a folder of images; an `.npz` with `arr_0` uint8 (N, H, W, 3) and optionally labels `arr_1`; a folder
-            that `sample/generate.py` wrote, or the manifest in it (its samples.npz, or else its images/, and never the
-            grid picture); or "digits", scikit-learn's 1,797 as RGB.
+        source: a folder of images, whose labels are those of its dataset.json or of its subfolders; an `.npz` with
+            `arr_0` uint8 (N, H, W, 3) and optionally labels `arr_1`; a folder that `sample/generate.py` wrote, or the
+            manifest or samples.npz in it (its samples.npz, or else its images/, and never the grid picture); or
+            "digits", scikit-learn's 1,797 as RGB.
         crop_to: side that the images of a folder are cropped to, by ADM's rule.
+        max_megapixels: size in millions of pixels above which a file is refused.
 
     Raises:
-        ValueError: nothing readable is there, or the array is of another kind; the message says what was expected.
+        ValueError: nothing readable is there, the array is of another kind, or the folder is a training run, latents
+            or a checkpoint; the message says what was expected.
     """
-    path = Path(source)
-    if path.name == "manifest.json":
-        path = path.parent
-    is_generated = (path / "manifest.json").is_file() and (path / "images").is_dir()
+    check_is_images(source)
+    path = folder_of(Path(source))
+    is_generated = (path / MANIFEST).is_file() and ((path / "images").is_dir() or (path / NPZ).is_file())
     if crop_to and (is_generated or not path.is_dir()):
         raise ValueError(f"--image-size crops the images of a folder, and {source} is none")
     if source == "digits":
         return ImageSet(source, np.repeat(load_digits()[0][..., None], 3, axis=-1))
     if is_generated:
-        return _open_generated(source, path)
+        return replace(_open_generated(source, path), max_megapixels=max_megapixels)
     if path.is_dir():
-        return ImageSet(source, _paths(path), crop_to)
+        return replace(_open_folder(source, path), crop_to=crop_to, max_megapixels=max_megapixels)
     if path.is_file():
-        npz = ImageNpz(path)
-        labels = npz.read(LABELS).ravel() if LABELS in npz.names else None
-        is_usable = labels is not None and labels.dtype.kind in "iu"
-        images = npz.images()
-        return ImageSet(source, images, labels=labels.tolist() if is_usable and len(labels) == len(images) else None)
+        return _open_npz(source, ImageNpz(path))
     raise ValueError(f"{source} does not exist: give a folder of images, an .npz with {IMAGES}, or the word digits")
+
+
+def folder_of(path: Path) -> Path:
+    """Returns the folder that `sample/generate.py` wrote, for its manifest and its samples.npz; other paths stay."""
+    is_part = path.name == MANIFEST or (path.name == NPZ and path.with_name(MANIFEST).is_file())
+    return path.parent if is_part else path
+
+
+def check_is_images(source: str) -> None:
+    """Raises ValueError for latents, a training run or a checkpoint in the place of images."""
+    path = Path(source)
+    if path.is_file() and path.suffix.lower() in WEIGHTS:
+        raise ValueError(f"{source} is a file of weights: {DRAW}")
+    if path.is_dir():
+        for pattern, what in OTHERS.items():
+            if next(path.glob(pattern), None):
+                raise ValueError(f"{source} is {what}")
+
+
+def _open_npz(source: str, npz: ImageNpz) -> ImageSet:
+    images = npz.images()
+    if LABELS not in npz.names:
+        return ImageSet(source, images)
+    labels = npz.read(LABELS)
+    if labels.dtype.kind not in "iu" or labels.size != len(images):
+        warning = f"the labels of {source} are not known: {LABELS} is {labels.dtype} {labels.shape}"
+        return ImageSet(source, images, warnings=(f"{warning}, not {len(images)} whole numbers",))
+    return ImageSet(source, images, labels=labels.ravel().tolist())
+
+
+def _open_folder(source: str, folder: Path) -> ImageSet:
+    names, labels, warnings = list_images(folder), None, ()
+    if (folder / "dataset.json").is_file():
+        try:
+            labels = ImageFolder(folder, 1, keep_empty_classes=True).labels.tolist()
+        except ValueError as error:
+            warnings = (f"the labels of {source} are not known: {' '.join(str(error).split())}",)
+    else:
+        labels = _labels_of_subfolders(names)
+    labels = labels if labels and len(set(labels)) > 1 else None
+    return ImageSet(source, [os.path.join(folder, name) for name in names], labels=labels, warnings=warnings)
+
+
+def _labels_of_subfolders(names: Sequence[str]) -> list[int] | None:
+    """Returns a number for each image's subfolder; None if there are images outside, or no subfolder is a class."""
+    folders = [name.split(os.sep)[0] if os.sep in name else None for name in names]
+    if None in folders or _are_parts_of_a_sequence(folders, names):
+        return None
+    label = {folder: index for index, folder in enumerate(dict.fromkeys(folders))}
+    return [label[folder] for folder in folders]
+
+
+def _are_parts_of_a_sequence(folders: Sequence[str], names: Sequence[str]) -> bool:
+    """True if subfolders have the number of their first file, as in 001000/001000.png ... 001000/001999.png.
+
+    EDM's `--subdirs` writes samples so: each subfolder has all classes.
+    """
+    stems = [os.path.splitext(os.path.basename(name))[0] for name in names]
+    if not all(text.isascii() and text.isdigit() for text in (*set(folders), *stems)):
+        return False
+    own, numbers = np.array(list(map(int, folders))), np.array(list(map(int, stems)))
+    first = np.unique(own)
+    return bool((numbers >= first[0]).all() and (first[np.searchsorted(first, numbers, "right") - 1] == own).all())
 
 
 def _open_generated(source: str, folder: Path) -> ImageSet:
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
         num_samples = int(manifest["settings"]["num_samples"]) if manifest.get("complete") else None
         labels = [operator.index(label) for label in manifest.get("labels", ())]
         sessions = [dict(session) for session in manifest.get("sessions", ())]
         if num_samples is not None and len(labels) not in (0, num_samples):
             raise ValueError(f"{len(labels)} labels for {num_samples} samples")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{folder / 'manifest.json'} is damaged ({error}): give the folder images/ alone, or run the "
+        raise ValueError(f"{folder / MANIFEST} is damaged ({error}): give the folder images/ alone, or run the "
                          "same sample/generate.py again") from error
     if num_samples is None:
         raise ValueError(f"the samples in {folder} are not complete: run the same sample/generate.py again")
-    npz = folder / "samples.npz"
+    npz = folder / NPZ
     images = ImageNpz(npz).images() if npz.exists() else _paths(folder / "images")
     if len(images) != num_samples:
         raise ValueError(f"{folder} holds {len(images)} images, and its manifest says {num_samples}: run the same "

@@ -93,12 +93,17 @@ def _frechet_by_root(generated: Gaussian, real: Gaussian, root: np.ndarray) -> f
     return float(((generated.mu - real.mu) ** 2).sum() + np.trace(generated.sigma) + np.trace(real.sigma) - 2 * shared)
 
 
+def chunks(num: int) -> list[np.ndarray]:
+    """Returns the indices of the samples in each of the equal chunks that the Inception Score is averaged over."""
+    return np.array_split(np.arange(num), math.ceil(num / IS_SPLIT))
+
+
 def inception_score(logits: Tensor) -> Score:
     """Over ceil(N / 5,000) equal chunks in the order of the samples: ADM's, where 5,000 divides N.
 
     With the error of the mean of two chunks or more.
     """
-    splits = math.ceil(len(logits) / IS_SPLIT)
+    splits = len(chunks(len(logits)))
     score = isc_features_to_metric(logits, splits, shuffle=False)
     error = score[KEY_METRIC_ISC_STD] / math.sqrt(splits - 1) if splits > 1 else None
     return Score(score[KEY_METRIC_ISC_MEAN], error)

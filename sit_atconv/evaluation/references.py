@@ -2,14 +2,23 @@
 
 import hashlib
 import json
+import operator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from sit_atconv.data.image_npz import IMAGES, ImageNpz, write_npz
+from sit_atconv.data.pixels import MAX_MEGAPIXELS
 from sit_atconv.evaluation.gaussians import Gaussian
-from sit_atconv.evaluation.image_sets import ImageSet, digest_of, evenly_spaced, open_image_set
+from sit_atconv.evaluation.image_sets import (
+    ImageSet,
+    check_is_images,
+    digest_of,
+    evenly_spaced,
+    folder_of,
+    open_image_set,
+)
 from sit_atconv.files import write_aside
 
 NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # of ADM's files
@@ -34,6 +43,11 @@ class Reference:
     images: ImageSet | None
     recipe: dict = field(default_factory=dict)
 
+    @property
+    def num_fitted(self) -> int | None:
+        """Number of images behind the statistics; None where the file does not say."""
+        return self.recipe.get("num") if self.gaussians else len(self.images)
+
     def content(self) -> str | None:
         """Digest of the statistics; None where there are images alone."""
         if not self.gaussians:
@@ -42,23 +56,25 @@ class Reference:
         return digest_of(*(hashlib.sha256(np.ascontiguousarray(array)).hexdigest() for array in arrays))
 
 
-def open_reference(source: str, crop_to: int | None = None) -> Reference:
+def open_reference(source: str, crop_to: int | None = None, max_megapixels: float = MAX_MEGAPIXELS) -> Reference:
     """A reference: statistics as ADM publishes them, with images or without, or anything `open_image_set` takes.
 
     Args:
         source: an `.npz` with mu and sigma, for sFID mu_s and sigma_s, for precision, recall and KID images arr_0; or
             images.
         crop_to: side that the images of a folder are cropped to, by ADM's rule.
+        max_megapixels: size in millions of pixels above which a file is refused.
 
     Raises:
         ValueError: nothing of that kind is there, or the statistics are of impossible shapes or values.
     """
+    check_is_images(source)
     path = Path(source)
-    npz = ImageNpz(path) if path.is_file() and path.name != "manifest.json" else None
+    npz = ImageNpz(path) if path.is_file() and folder_of(path) == path else None
     if npz is None or "mu" not in npz.names:
         if npz is not None and IMAGES not in npz.names:
             raise ValueError(f"{source} holds {npz.names}: a reference has mu and sigma, or images as {IMAGES}")
-        return Reference(source, {}, open_image_set(source, crop_to))
+        return Reference(source, {}, open_image_set(source, crop_to, max_megapixels))
     if crop_to:
         raise ValueError(f"--image-size crops the images of a folder, and {source} holds statistics")
     gaussians = {output: _read_gaussian(npz, *names) for output, names in NAMES.items() if names[0] in npz.names}
@@ -92,6 +108,7 @@ def _read_recipe(npz: ImageNpz) -> dict:
     try:
         recipe = json.loads(str(npz.read(RECIPE))) if RECIPE in npz.names else {}
         dict(recipe.get("extractor", {}))
+        operator.index(recipe.get("num", 0))
         return recipe
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{RECIPE} of {npz.path} is not what --make-reference writes ({error})") from error

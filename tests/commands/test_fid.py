@@ -172,6 +172,16 @@ def test_a_fault_of_one_process_ends_all(launch, tmp_path):
     assert 0 not in codes and output.count("1099.png cannot be read as an image") == 1 and "Traceback" not in output
 
 
+@pytest.mark.slow
+def test_torchruns_report_ends_with_the_error(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    argv = ["--samples", tmp_path / "nowhere", "--reference", "digits"]
+    done = subprocess.run([*torchrun, *map(str, [ROOT / FID, *argv])], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-2]
+    assert last.endswith("an .npz, or the word digits") and f"error: {tmp_path / 'nowhere'} does not exist" in last
+
+
 # ----------------------------------------------------------------------------------------------------- errors
 
 def test_arguments_are_checked_before_anything_is_loaded(fails, npz, tmp_path, monkeypatch):
@@ -192,6 +202,18 @@ def test_arguments_are_checked_before_anything_is_loaded(fails, npz, tmp_path, m
         assert message in fails(main, [*argv, *more])
     assert "--samples is missing" in fails(main, ["--reference", "digits"])
     assert "is what is to be read" in fails(main, ["--make-reference", npz, "--reference", npz])
+
+
+def test_the_largest_file_that_is_read_is_an_option(fails, digit_folder, tmp_path, monkeypatch):
+    from sit_atconv.data.pixels import MAX_MEGAPIXELS
+
+    def read(path, size, max_megapixels):
+        raise ValueError(f"has more than {max_megapixels} megapixels")
+
+    monkeypatch.setattr("sit_atconv.evaluation.image_sets.read_image", read)
+    for more, limit in (([], MAX_MEGAPIXELS), (["--max-megapixels", 300], 300.0)):
+        argv = ["--samples", digit_folder, "--reference", "digits", "--extractor", "digits", *more]
+        assert f"000.png has more than {limit} megapixels" in fails(load_command(FID).main, argv)
 
 
 def test_the_scores_are_printed_even_where_they_cannot_be_written(npz, tmp_path, monkeypatch, capsys):

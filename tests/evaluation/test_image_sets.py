@@ -1,4 +1,5 @@
 import json
+import shutil
 import zipfile
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 from sit_atconv.data.images import load_digits
 from sit_atconv.data.pixels import read_image
 from sit_atconv.evaluation.image_sets import open_image_set
+from sit_atconv.evaluation.references import open_reference
 
 DIGITS = np.repeat(load_digits()[0][..., None], 3, axis=-1)
 
@@ -52,8 +54,97 @@ def test_labels_of_an_npz(tmp_path):
     np.savez(tmp_path / "labelled.npz", DIGITS[:4], np.array([3, 1, 2, 1]))
     np.savez(tmp_path / "other.npz", DIGITS[:4], np.zeros((2, 2, 7)))
     assert open_image_set(str(tmp_path / "labelled.npz")).labels == [3, 1, 2, 1]
-    assert open_image_set(str(tmp_path / "other.npz")).labels is None
+    other = open_image_set(str(tmp_path / "other.npz"))
+    assert other.labels is None and other.warnings[0].endswith("arr_1 is float64 (2, 2, 7), not 4 whole numbers")
     assert open_image_set(str(tmp_path / "labelled.npz")).first(2).labels == [3, 1]
+
+
+def write_in(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(DIGITS[0]).save(folder / name)
+    return open_image_set(str(folder))
+
+
+@pytest.mark.parametrize(("names", "labels"), [
+    (["cat/1.png", "cat/2.png", "dog/1.png"], [0, 0, 1]),
+    (["10/a/1.png", "2/b/1.png", "2/c/1.png"], [0, 1, 1]),  # the first level alone
+    (["0/0001.png", "1/0002.png", "1/0003.png"], [0, 1, 1]),
+    (["1.png", "2.png"], None),
+    (["cat/1.png", "cat/2.png"], None),
+    (["cat/1.png", "dog/1.png", "stray.png"], None),
+    (["000000/000000.png", "000000/000999.png", "001000/001000.png"], None),  # EDM's --subdirs
+    (["001000/001500.png", "002000/002000.png"], None),
+])
+def test_labels_of_subfolders(tmp_path, names, labels):
+    assert write_in(tmp_path, *names).labels == labels
+
+
+def test_labels_of_a_dataset_json(tmp_path):
+    names = ["0/a.png", "0/b.png", "1/c.png"]
+    for pairs, labels in (([5, 0, 5], [5, 0, 5]), ([1, 1, 1], None), (None, None)):
+        pairs = pairs and list(map(list, zip(names, pairs, strict=True)))
+        (tmp_path / "dataset.json").write_text(json.dumps({"labels": pairs}))
+        opened = write_in(tmp_path, *names)
+        assert opened.labels == labels and opened.warnings == ()
+    assert opened.first(2).images == [str(tmp_path / name) for name in names[:2]]
+
+
+def test_labels_that_do_not_fit_the_images_are_not_dropped_silently(tmp_path):
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": [["a.png", 1]]}))
+    opened = write_in(tmp_path, "a.png", "b.png")
+    assert opened.labels is None and len(opened) == 2
+    assert opened.warnings[0].startswith(f"the labels of {tmp_path} are not known: {tmp_path / 'dataset.json'} gives")
+
+
+@pytest.mark.parametrize(("names", "message"), [
+    (["preview.png", "index.json", "shard-00000.safetensors"], "is a folder of latents: give the folder of images"),
+    (["preview.png", "shard-00000.safetensors"], "is a folder of latents"),  # not complete
+    (["loss.png", "samples/step-2.png", "checkpoints/step-0000002/state.json"], "is a training run: draw samples"),
+    (["step-2.png", "a/manifest.json", "a/grid.png", "a/images/0.png"], "several sets of samples: give one of its"),
+    (["ema/diffusion_pytorch_model.safetensors"], "is a checkpoint or an exported model: draw samples"),
+    (["diffusion_pytorch_model.safetensors", "grid.png"], "is a checkpoint or an exported model"),
+])
+@pytest.mark.parametrize("open_source", [open_image_set, open_reference])
+def test_other_folders_than_of_images_are_named(tmp_path, names, message, open_source):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(DIGITS[0]).save(tmp_path / name) if name.endswith("png") else (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"^{tmp_path} .*{message}"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_weights_are_no_images(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    torch.save({"a": torch.zeros(1)}, path)
+    for open_source in (open_image_set, open_reference):
+        with pytest.raises(ValueError, match=r"is a file of weights: draw samples from it with sample/generate\.py"):
+            open_source(str(path))
+
+
+def test_files_of_more_pixels_than_allowed_are_refused(tmp_path, monkeypatch):
+    """The limit reaches the reader from everywhere that opens images."""
+    limits = []
+    monkeypatch.setattr("sit_atconv.evaluation.image_sets.read_image",
+                        lambda path, size, limit: limits.append(limit) or torch.zeros(3, 8, 8))
+    write_in(tmp_path / "flat", "a.png")
+    write_in(tmp_path / "samples" / "images", "a.png")
+    (tmp_path / "samples" / "manifest.json").write_text(json.dumps({"complete": True, "settings": {"num_samples": 1}}))
+    for folder in ("flat", "samples"):
+        open_image_set(str(tmp_path / folder), max_megapixels=9).read(0, 1)
+        open_reference(str(tmp_path / folder), max_megapixels=7).images.read(0, 1)
+    assert limits == [9, 7, 9, 7]
+
+
+def test_an_array_larger_than_memory_is_named(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise MemoryError("Unable to allocate 9.8 GiB")
+
+    np.savez_compressed(tmp_path / "x.npz", DIGITS[:2])
+    monkeypatch.setattr(np, "load", full)
+    with pytest.raises(ValueError, match=r"arr_0 of \S*x\.npz cannot be read \(Unable to allocate 9\.8 GiB\)"):
+        open_image_set(str(tmp_path / "x.npz"))
 
 
 @pytest.mark.parametrize(
@@ -124,6 +215,8 @@ def test_samples_of_generate_and_their_manifest(generated):
         assert [path.split("/")[-2] for path in images.images] == ["images"] * 10  # not the labelled picture
         assert images.labels == [*range(10)] and images.manifest["settings"] == {"num_samples": 10}
     np.savez(folder / "samples.npz", DIGITS[:10])
+    assert isinstance(open_image_set(str(folder)).images, np.memmap)
+    shutil.rmtree(folder / "images")  # and not the picture that is left
     assert isinstance(open_image_set(str(folder)).images, np.memmap)
 
 

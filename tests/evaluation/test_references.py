@@ -71,7 +71,7 @@ def test_statistics_are_not_cropped(tmp_path):
 
 
 def test_a_recipe_that_is_none_is_named(tmp_path):
-    for recipe in ("{", "null", "[]", '{"extractor": "x"}', '{"extractor": 3}'):
+    for recipe in ("{", "null", "[]", '{"extractor": "x"}', '{"extractor": 3}', '{"num": "many"}'):
         np.savez(tmp_path / "x.npz", **EYE, recipe=np.array(recipe))
         with pytest.raises(ValueError, match=r"recipe of .*x\.npz is not what --make-reference writes"):
             open_reference(str(tmp_path / "x.npz"))

@@ -1,0 +1,48 @@
+"""Errors of commands, alone and as one of several processes."""
+
+import json
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from sit_atconv.commands import fail, user_errors
+
+
+def fail_as(rank, folder, monkeypatch):
+    """What the launcher learns of a process `rank` that fails."""
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / f"{rank}.json"))
+    with pytest.raises(SystemExit), user_errors():
+        raise ValueError(f"file {rank} $is damaged:\ndelete it")
+    return ProcessFailure(local_rank=rank, pid=1, exitcode=1, error_file=str(folder / f"{rank}.json"))
+
+
+def test_a_launchers_report_ends_with_the_message(tmp_path, monkeypatch):
+    """Also where only the second process fails, which prints nothing itself, and the first is ended for it."""
+    ended = ProcessFailure(local_rank=0, pid=1, exitcode=-15, error_file="")
+    failures = {0: ended, 1: fail_as(1, tmp_path, monkeypatch)}
+    lines = str(ChildFailedError("eval/fid.py", failures)).splitlines()
+    assert lines[-3].split(" : ")[1] == "error: file 1 $is damaged:"
+    assert lines[-2].strip() == "delete it" and set(lines[-1]) == {"="}
+
+
+def test_a_failure_is_also_printed(tmp_path, monkeypatch, capsys):
+    fail_as(0, tmp_path, monkeypatch)
+    assert capsys.readouterr().err == "error: file 0 $is damaged:\ndelete it\n"
+    assert json.loads((tmp_path / "0.json").read_text())["message"]["message"].startswith("error: file 0")
+
+
+def test_a_report_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    """Half a file would end the launcher in a traceback of its own."""
+
+    def full(path, content):
+        with open(path, "wb") as file:
+            file.write(content[:9])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit) as stop:
+        fail("the disk is full", code=3)
+    assert stop.value.code == 3 and capsys.readouterr().err == "error: the disk is full\n"
+    assert not list(tmp_path.iterdir())
