@@ -32,12 +32,14 @@ def test_ctrl_c_that_a_shell_ignores_in_the_background_stays_ignored():
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
-def test_no_library_swallows_ctrl_c_and_one_process_of_several_speaks():
-    code = ("import os, signal\nfrom sit_atconv.commands import leave_on_ctrl_c\nleave_on_ctrl_c()\n"
-            "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\nprint('swallowed')\n")
-    for rank, said in (("0", "error: interrupted"), ("1", "")):
-        done = subprocess.run(python("-c", code), capture_output=True, text=True, env=os.environ | {"LOCAL_RANK": rank})
-        assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", said)
+@pytest.mark.parametrize(("rank", "said"), [("0", "error: interrupted"), ("1", "")])
+def test_no_library_that_is_imported_swallows_ctrl_c_and_one_process_of_several_speaks(tmp_path, rank, said):
+    (tmp_path / "greedy.py").write_text("import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+                                        "except BaseException:\n    pass\n")
+    code = "from sit_atconv.commands import run_command\nrun_command(lambda: print(__import__('greedy')))"
+    done = subprocess.run(python("-c", code), capture_output=True, text=True, cwd=tmp_path,
+                          env=os.environ | {"LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", said)
 
 
 def test_every_command_is_run_so():
