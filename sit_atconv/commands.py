@@ -76,22 +76,33 @@ def leave_at_once(message: str) -> None:
 
 
 def leave_on_ctrl_c() -> None:
-    """Makes Ctrl-C end this process at once, for as long as it has nothing to save or to clean up.
-
-    No traceback follows, and no library that is being imported can swallow it, as with a KeyboardInterrupt.
-    """
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in the background of a shell script
-        signal.signal(signal.SIGINT, lambda number, frame: leave_at_once("interrupted"))
+    """Makes Ctrl-C end this process at once, for as long as it has nothing to save or to clean up."""
+    _on_ctrl_c(lambda number, frame: leave_at_once("interrupted"))
 
 
 def run_command(main: Callable[[], object]) -> None:
     """Runs the `main` of a command as a script: Ctrl-C ends it in one line, wherever it is."""
+    _on_ctrl_c(_interrupt)
     try:
         main()
     except KeyboardInterrupt:
         fail("interrupted", code=130)
     finally:
         leave_on_ctrl_c()  # while Python shuts down
+
+
+def _on_ctrl_c(handler: Callable) -> None:
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in the background of a shell script
+        signal.signal(signal.SIGINT, handler)
+
+
+def _interrupt(number: int, frame) -> None:
+    """Raises KeyboardInterrupt, but ends an import at once: libraries swallow exceptions while they are imported."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            leave_at_once("interrupted")
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def finite(text: str) -> float:
