@@ -125,7 +125,7 @@ def load_published(
         step=args["step"] if isinstance(args.get("step"), int) else 0,  # SiT's and REPA's files do not say it
         ema_decay=_ema_decay(args) if published.ema else None,
         null_label_trained=null_label_trained(options["has_null_label"], args) if path.is_file() else None,
-        empty_classes=list(args.get("empty_classes", [])),
+        empty_classes=[label for label in args.get("empty_classes") or [] if label in range(len(names))],
         ema_known=args.get("ema_known", published.ema is not None),
     )
     return Weights(model.eval().requires_grad_(False), recipe, path, tuple(notes))
