@@ -137,16 +137,20 @@ def read_comparison(
         raise ValueError(f"the names {', '.join(map(repr, names))} are not distinct, or empty: give each evaluation "
                          "its own")
     runs = [Run(name, evaluation) for name, evaluation in zip(names, evaluations, strict=True)]
-    chosen = {str(number): run for number, run in enumerate(runs, 1)} | {run.name: run for run in runs}
-    if baseline not in chosen:
+    meant = [run for number, run in enumerate(runs, 1) if baseline in (str(number), run.name)]
+    if len(meant) > 1:
+        raise ValueError(f"--baseline {baseline} can be the run of this number, {runs[int(baseline) - 1].name}, or the "
+                         "one of this name: give --names that are no numbers")
+    if not meant:
         raise ValueError(f"there is no run {baseline!r} to be the baseline: give a number from 1 to {len(runs)}, or "
                          f"one of the names {', '.join(names)}")
-    scores = chosen[baseline].evaluation.scores
+    chosen = meant[0]
+    scores = chosen.evaluation.scores
     found = [name for name in scores if name == metric] or [name for name in scores if metric_of(name) == metric]
     if not found:
-        raise ValueError(f"the baseline {chosen[baseline].name} has no {metric}: give --metric one of "
+        raise ValueError(f"the baseline {chosen.name} has no {metric}: give --metric one of "
                          f"{', '.join(scores)}, or another --baseline")
-    return Comparison(runs, chosen[baseline], found[0])
+    return Comparison(runs, chosen, found[0])
 
 
 def find_evaluations(sources: Sequence[Path], messages: list[str]) -> list[Path]:

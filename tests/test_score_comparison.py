@@ -135,6 +135,15 @@ def test_what_cannot_be_compared_is_named(save, tmp_path):
         compare(folders, tmp_path / "file")
 
 
+def test_a_name_that_is_the_number_of_another_run_is_no_baseline(save):
+    folders = save(record(), record(cfg=2.0))
+    chosen = read_comparison(folders, ["2", "x"], "x", "FID", [])
+    assert chosen.baseline is chosen.runs[1]
+    with pytest.raises(ValueError, match="--baseline 2 can be the run of this number, x, or the one of this name"):
+        read_comparison(folders, ["2", "x"], "2", "FID", [])
+    assert read_comparison(folders, ["1", "x"], "1", "FID", []).baseline.name == "1"
+
+
 def test_the_baseline_is_the_first_or_chosen_by_number_or_name(read):
     both = record(), record(cfg=2.0)
     for given, name in (("1", "cfg1.5"), ("2", "cfg2"), ("cfg2", "cfg2")):

@@ -265,11 +265,27 @@ def damage_named(folder: Path) -> Iterator[None]:
 def _load_exported(folder: Path) -> Weights:
     with damage_named(folder):
         recipe = Recipe(**json.loads((folder / "recipe.json").read_text()))
+    if recipe.null_label_trained is None and _run_drops_no_labels(folder):
+        recipe = dataclasses.replace(recipe, null_label_trained=False)
     model = load_model(folder)
     if len(recipe.class_names) != model.config.num_classes:
         raise ValueError(f"the recipe.json in {folder} names {len(recipe.class_names)} classes, and its config.json "
                          f"knows {model.config.num_classes}: export the weights again")
     return Weights(model, recipe, folder)
+
+
+def _run_drops_no_labels(folder: Path) -> bool:
+    """True for the checkpoints of a run that says so itself: their recipes did not before 2026-11-25."""
+    config = folder.parent.parent.parent / "config.yaml"
+    if folder.parent.parent.name != "checkpoints" or not config.is_file():
+        return False
+    import yaml
+
+    try:
+        options = yaml.safe_load(config.read_text())
+        return options["flow"]["class_dropout_prob"] == 0 and options.get("init_from") is None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return False
 
 
 def _check_vae(vae: str | None) -> None:

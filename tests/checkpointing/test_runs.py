@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from sit_atconv.checkpointing.runs import (
@@ -205,6 +206,19 @@ def test_one_of_several_averages(tmp_path, state):
             load_weights(str(ckpt), ema=0.5)
     with pytest.raises(ValueError, match=r"has no average of decay 0\.5: it has none"):
         load_weights(str(checkpoint / "model"), ema=0.5)
+
+
+@pytest.mark.parametrize(("options", "null_label"), [
+    ({"flow": {"class_dropout_prob": 0.0}, "init_from": None}, None),
+    ({"flow": {"class_dropout_prob": 0.1}, "init_from": None}, 10),
+    ({"flow": {"class_dropout_prob": 0.0}, "init_from": "weights"}, 10),  # whose null label may be trained
+    ("damaged", 10)])
+def test_runs_older_than_the_recipes_field_say_whether_labels_were_dropped(tmp_path, state, options, null_label):
+    save_checkpoint(tmp_path, state, recipe(7), keep=2)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
+    assert load_weights(str(tmp_path)).null_label == null_label
+    save_checkpoint(tmp_path, state, dataclasses.replace(recipe(8), null_label_trained=True), keep=2)
+    assert load_weights(str(tmp_path)).null_label == 10
 
 
 @pytest.mark.parametrize(

@@ -138,11 +138,11 @@ def test_killed_at_a_write(launch, large, undisturbed, tmp_path, number):
     same_after(launch, large, undisturbed, tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_every_write(launch, large, undisturbed, tmp_path, processes):
-    """Before each file is opened, renamed or made, until there is none left."""
-    for number in range(1, 99):
+@pytest.mark.parametrize("every", [pytest.param(7, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.scale)])
+def test_killed_at_writes(launch, large, undisturbed, tmp_path, processes, every):
+    """Before files are opened, renamed or made, until there is none left."""
+    for number in range(1, 99, every):
         work = tmp_path / str(number)
         work.mkdir()
         codes, output = launch(FID, quick_argv(large, work), processes, die=number, work=work, seconds=60)
@@ -312,7 +312,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_fifty_thousand_images_of_256_pixels_in_bounded_memory(tmp_path):
     """All metrics, against a reference of as many images, with an extractor of Inception's widths."""
     rng = np.random.default_rng(0)

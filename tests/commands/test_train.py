@@ -106,16 +106,15 @@ def test_killed_anywhere_over_the_work(launch, tmp_path, kind):
         assert_same_run(tmp_path / "whole", run, 12)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_every_write(launch, tmp_path, processes):
-    """Before each file or folder of the run that is opened for writing, made, renamed or deleted."""
+@pytest.mark.parametrize("every", [pytest.param(13, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.scale)])
+def test_killed_at_writes(launch, tmp_path, processes, every):
+    """Before files or folders of the run are opened for writing, made, renamed or deleted."""
     argv = [*EXACT, "--train.accumulation", 3, "--train.steps", 3, "--train.checkpoint_every", 1,
             "--train.keep_checkpoints", 1]
     codes, output = launch(TRAIN, [*argv, "--out", tmp_path / "whole"], processes)
     assert codes == [0] * processes, output
-    stride = 1 if processes == 1 else 7
-    for number in itertools.count(1, stride):
+    for number in itertools.count(1, every):
         run = tmp_path / f"{number}"
         codes, output = launch(TRAIN, [*argv, "--out", run], processes, die=number)
         if codes == [0] * processes:
@@ -125,7 +124,7 @@ def test_killed_at_every_write(launch, tmp_path, processes):
         assert_same_run(tmp_path / "whole", run, 3)
         shutil.rmtree(run)
     assert number > 60
-    print(f"{number - 1} writes, every {stride}.")
+    print(f"{number - 1} writes, one of {every}.")
 
 
 @pytest.mark.slow
