@@ -1,6 +1,7 @@
 """From a checked job to a folder of samples: on several processes, after any kill."""
 
 import contextlib
+import os
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +59,7 @@ def generate_samples(job: SampleJob) -> dict:
             raise OSError(f"{folder.folder} lacks {len(left)} samples, the first of them {left[0]}: run the same "
                           "command again")
         folder.update_manifest({  # before the npz, in which a kill would lose the speed
-            "ckpt": options.ckpt,
+            "ckpt": os.path.abspath(options.ckpt) if os.path.exists(options.ckpt) else options.ckpt,
             "step": job.weights.recipe.step,
             "batches": "agree to the tolerance of dopri5" if job.sampler.solver == "dopri5" else
             "agree to one grey level",

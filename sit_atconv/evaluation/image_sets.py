@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sit_atconv.data.image_npz import IMAGES, ImageNpz
-from sit_atconv.data.images import ImageFolder, list_images, load_digits
+from sit_atconv.data.images import ImageFolder, left_out_line, list_images, load_digits, scan_images
 from sit_atconv.data.pixels import CROP_RULE, MAX_MEGAPIXELS, read_image
 from sit_atconv.files import sha256_of
 
@@ -176,12 +176,15 @@ def _open_npz(source: str, npz: ImageNpz) -> ImageSet:
 
 
 def _open_folder(source: str, folder: Path) -> ImageSet:
-    names, labels, warnings = list_images(folder), None, ()
+    listing, labels = scan_images(folder), None
+    names = listing.names
+    others = {suffix: count for suffix, count in listing.all_left_out().items() if suffix != ".json"}  # our records
+    warnings = (f"{source}: {left_out_line(others)}",) if others else ()
     if (folder / "dataset.json").is_file():
         try:
             labels = ImageFolder(folder, 1, keep_empty_classes=True).labels.tolist()
         except ValueError as error:
-            warnings = (f"the labels of {source} are not known: {' '.join(str(error).split())}",)
+            warnings += (f"the labels of {source} are not known: {' '.join(str(error).split())}",)
     else:
         labels = _labels_of_subfolders(names)
     labels = labels if labels and len(set(labels)) > 1 else None
