@@ -5,6 +5,7 @@ Each dataclass lives beside what reads it; those of training itself are here, si
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -317,8 +318,13 @@ def _make_parser() -> Parser:
 def _differences(then: dict, now: dict, may_change: Iterable[str] = ()) -> list[str]:
     """Of two nested dictionaries, as "group.name: then -> now"."""
     then, now = _flatten(then), _flatten(now)
-    return [f"{name}: {then.get(name)} -> {now.get(name)}" for name in sorted({*then, *now})
+    return [f"{name}: {_short(then.get(name))} -> {_short(now.get(name))}" for name in sorted({*then, *now})
             if then.get(name) != now.get(name) and name not in may_change]
+
+
+def _short(value: object) -> object:
+    """Cuts a checksum to what people compare of it."""
+    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
 
 
 def _read_mapping(path: Path) -> dict:

@@ -4,7 +4,7 @@
 
 Without --config it trains the embedded digits. The same command again goes on from the newest checkpoint: data order,
 noise, times, label dropout and learning rate are functions of (seed, step), so a resumed run repeats nothing and ends
-where an undisturbed one does. SIGTERM and SIGUSR1 save and leave. docs/training.md tells the rest.
+where an undisturbed one does. SIGTERM, SIGUSR1 and Ctrl-C save and leave. docs/training.md tells the rest.
 """
 
 import contextlib

@@ -139,7 +139,7 @@ def test_torchrun_with_two_agents_forwards_a_signal_and_goes_on(whole, tmp_path)
             port = probe.getsockname()[1]
         command = python("-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d",
                          "--rdzv_endpoint", f"127.0.0.1:{port}", "--local_addr", "127.0.0.1", "--signals-to-handle",
-                         "SIGTERM,SIGUSR1", "--shutdown-timeout", 300, ROOT / TRAIN, *argv)
+                         "SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout", 300, ROOT / TRAIN, *argv)
         return [subprocess.Popen(command, stdout=open(tmp_path / f"{i}.txt", "a"), stderr=subprocess.STDOUT)
                 for i in range(2)]
 
