@@ -118,15 +118,6 @@ class ImageFolder(Dataset):
         """uint8 (3, H, W). ValueError: the file cannot be read."""
         return read_image(self.folder / self.name(index), self.image_size, self.max_megapixels)
 
-    def read_with_size(self, index: int) -> tuple[Tensor, tuple[int, int]]:
-        """`read`, and the height and width that the image has in its file, upright."""
-        from PIL import Image, ImageOps
-
-        pixels = self.read(index)
-        with Image.open(self.folder / self.name(index)) as file:
-            width, height = ImageOps.exif_transpose(file).size
-        return pixels, (height, width)
-
     def name(self, index: int) -> str:
         """Of an image, relative to the folder."""
         return os.fsdecode(self.names[index])
