@@ -6,8 +6,9 @@ of their own after them, in the order of the listing, and new classes get the la
 
 import copy
 import dataclasses
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,8 @@ class _Existing:
         self.names = self._fill([name for name, _ in stored])
 
     def select(self, names: Sequence[str], class_names: Sequence[str] | None = None) -> ImageFolder:
-        """The images of these names, in this order, with the labels of the latents."""
+        """Returns the images of these names, in this order, with the labels of the latents and all class names, or
+        those given."""
         selected = copy.copy(self.images)
         selected.names = np.array([os.fsencode(name) for name in names])
         # An image that was left out of its shard may be gone by now: it has no label, and needs none.
@@ -155,17 +157,28 @@ class _Existing:
             return names
         known = set(names)
         rest = [name for name in self.where if name not in known]
-        fits, fill, end, class_names = len(rest) == names.count(None), iter(rest), 0, []
-        filled = [next(fill, "") if name is None else name for name in names]
-        for i, part in enumerate(self.known.parts):
+        if len(rest) == names.count(None):
+            fill, gaps, wrong = iter(rest), 0, 0
+            filled = [next(fill) if name is None else name for name in names]
+            for part, images, class_names in self._parts():
+                if None in names[images]:
+                    gaps += 1
+                    wrong += self.select(filled[images], class_names).files_sha256() != part.files
+            if not wrong:
+                return filled
+            if gaps > 1:
+                raise ValueError(f"{self.path} lacks shards of several parts, and which images were in which cannot be "
+                                 "told: restore those of all parts but one from a copy, or give another --out")
+        raise ValueError(f"{self.path} is not complete, and {self.images.folder} does not hold the images it was begun "
+                         f"with: complete it with those, --extend adds others then, {self._otherwise()}")
+
+    def _parts(self) -> Iterator[tuple[LatentSettings, slice, list[str]]]:
+        """Yields for each part its settings, the places of its images, and the class names up to it."""
+        end, class_names = 0, []
+        for part, extended in itertools.zip_longest(self.known.parts, self.known.extends):
             start, end = end, end + part.num_images
-            class_names = class_names + self.known.extends[i]["class_names"] if part is not self.known else None
-            if None in names[start:end]:
-                fits = fits and self.select(filled[start:end], class_names).files_sha256() == part.files
-        if not fits:
-            raise ValueError(f"{self.path} is not complete, and {self.images.folder} does not hold the images it was "
-                             f"begun with: complete it with those, --extend adds others then, {self._otherwise()}")
-        return filled
+            class_names = class_names + extended["class_names"] if extended else self.class_names
+            yield part, slice(start, end), class_names
 
     def _otherwise(self) -> str:
         unfinished = self.known.extends and not self._index()
