@@ -1,6 +1,7 @@
 """Batches on the device, in the order asked for, read ahead by worker processes."""
 
 import dataclasses
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -73,6 +74,11 @@ class BatchReader(Dataset):
                 unreadable[name] = str(error).removeprefix(f"{data.folder / name} ")
         inputs, y = default_collate(samples)
         return Batch(inputs, y, torch.tensor(readable), unreadable)
+
+
+def leave_ctrl_c_to_the_parent(worker: int) -> None:
+    """Runs in a loader's worker: a terminal sends Ctrl-C to workers too, which would print a traceback each."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def load_batches(

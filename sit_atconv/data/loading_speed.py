@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm, trange
 
 from sit_atconv.data.latent_folder import LatentFolder, LatentSettings, inspect_shard
+from sit_atconv.data.loading import leave_ctrl_c_to_the_parent
 from sit_atconv.data.order import BatchOrder
 from sit_atconv.files import check_room
 
@@ -65,7 +66,8 @@ def measure_loading(
         clock = time.perf_counter()
         data = open_source()
         order = BatchOrder(len(data), batch_size, seed=0, mirror=mirror)
-        loaders[name], sizes[name] = iter(DataLoader(data, batch_sampler=order, num_workers=num_workers)), len(data)
+        loaders[name], sizes[name] = iter(DataLoader(data, batch_sampler=order, num_workers=num_workers,
+                                                     worker_init_fn=leave_ctrl_c_to_the_parent)), len(data)
         next(loaders[name])
         startups[name] = time.perf_counter() - clock
     memory = dict.fromkeys(sources, 0.0)

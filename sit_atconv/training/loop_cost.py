@@ -61,6 +61,8 @@ def measure_loop(train_command: Path, steps: int, options: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         train.main([*options, "--train.steps", str(count + 1), "--out", folder, "--train.checkpoint_every",
                     "1000000", "--preview.num_steps", "1", "--preview.num_classes", "1", "--preview.per_class", "1"])
+    if len(ends) < count:
+        raise KeyboardInterrupt  # training noted a Ctrl-C and left after its step
     total = (ends[count - 1] - ends[WARMUP - 1]) / steps
     parts = {part: sum(s for step, s in calls if WARMUP <= step < count) / steps for part, calls in seconds.items()}
     return {
