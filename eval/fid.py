@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from sit_atconv.commands import ArgumentParser, at_least, fail, positive, run_command, user_errors
+from sit_atconv.data import MAX_MEGAPIXELS
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -87,8 +88,8 @@ def make_parser() -> ArgumentParser:
                         help="write the statistics of --reference and some of its images to this file, and no scores")
     parser.add_argument("--image-size", type=at_least(1), default=None, metavar="PIXELS",
                         help="crop the images of a folder of references to squares, by ADM's rule")
-    parser.add_argument("--max-megapixels", type=positive, default=178.0, metavar="M",
-                        help="refuse files of more pixels, which may not fit into memory")
+    parser.add_argument("--max-megapixels", type=positive, default=MAX_MEGAPIXELS, metavar="MP",
+                        help="refuse image files of more megapixels, which may not fit into memory")
     parser.add_argument("--num-samples", type=at_least(2), default=None, metavar="N", help="the first N samples only")
     parser.add_argument("--extractor", default="inception",
                         help="inception; dinov2; digits (for 8x8 images, shipped); or one registered with "

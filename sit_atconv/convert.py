@@ -11,7 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from sit_atconv.commands import ArgumentParser, at_least, finite, run_command, user_errors
+from sit_atconv.commands import ArgumentParser, at_least, finite, run_command, script_path, user_errors
 from sit_atconv.data import DEFAULT_VAE
 
 OF_FILES = {"interpolant": "--path", "prediction": "--prediction", "class_names": "--class-names",
@@ -110,11 +110,11 @@ def convert(weights, source: str, out: Path, form: str) -> str:
         from sit_atconv.pipeline import export_pipeline
 
         export_pipeline(weights, out)
-        return f"{out}: pipeline with the {what}\nsample: python sample/generate.py --ckpt {quoted}"
+        return f"{out}: pipeline with the {what}\nsample: python {script_path('sample/generate.py')} --ckpt {quoted}"
     from sit_atconv.checkpointing.weights import export_weights
 
     export_weights(weights, out)
-    return f"{out}: {what}\nsample: python sample/generate.py --ckpt {quoted}"
+    return f"{out}: {what}\nsample: python {script_path('sample/generate.py')} --ckpt {quoted}"
 
 
 def make_parser() -> ArgumentParser:

@@ -11,7 +11,7 @@ and ends with the same bytes. --extend adds the images that came later.
 from pathlib import Path
 
 from sit_atconv.commands import ArgumentParser, at_least, fail, is_main_process, positive, run_command, user_errors
-from sit_atconv.data import DEFAULT_VAE
+from sit_atconv.data import DEFAULT_VAE, MAX_MEGAPIXELS
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -92,8 +92,8 @@ def make_parser() -> ArgumentParser:
                         help="add the images that came to DIR since: existing ones keep their shards and labels")
     parser.add_argument("--keep-empty-classes", action="store_true",
                         help="accept classes without images; no sample is drawn of them unless asked for")
-    parser.add_argument("--max-megapixels", type=positive, default=None, metavar="MP",
-                        help="read images up to this size (default: Pillow's limit against decompression bombs)")
+    parser.add_argument("--max-megapixels", type=positive, default=MAX_MEGAPIXELS, metavar="MP",
+                        help="refuse image files of more megapixels, which may not fit into memory")
     parser.add_argument("--no-mirror", dest="mirror", action="store_false",
                         help="do not encode mirror images too: half the time and room")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16",

@@ -41,7 +41,7 @@ from sit_atconv.data.latent_folder import (
     show_empty_classes,
     sum_counts,
 )
-from sit_atconv.data.pixels import CROP_RULE, MAX_MEGAPIXELS, to_float, to_uint8
+from sit_atconv.data.pixels import CROP_RULE, to_float, to_uint8
 from sit_atconv.devices import keep_freed_memory, on_cpu, share_cores
 from sit_atconv.files import PARTIAL, check_room, exclusive, gigabytes
 from sit_atconv.latent_summary import describe_images
@@ -67,7 +67,7 @@ class EncodeOptions:
     skip_unreadable: bool
     keep_empty_classes: bool
     extend: bool
-    max_megapixels: float | None
+    max_megapixels: float
     num_workers: int | None
     cpu_threads: int | None
 
@@ -133,7 +133,7 @@ def encode_images(options: EncodeOptions) -> tuple[LatentIndex, float]:
     known = newest_settings(options.out)
     images = ImageFolder(options.images, options.image_size, rules=known.rules if known else RULES,
                          keep_empty_classes=options.keep_empty_classes,
-                         max_megapixels=options.max_megapixels or MAX_MEGAPIXELS)
+                         max_megapixels=options.max_megapixels)
     codec = VAECodec(options.vae, options.precision, slicing=options.slicing, tiling=options.tiling)
     images, settings = arrange(images, latent_settings(options, images, codec), options.out, extend=options.extend)
     folder = LatentFolder(options.out, settings)

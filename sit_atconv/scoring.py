@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sit_atconv import evaluation_record as record
 from sit_atconv.commands import is_main_process
-from sit_atconv.data.pixels import MAX_MEGAPIXELS
+from sit_atconv.data import MAX_MEGAPIXELS
 from sit_atconv.devices import on_cpu, prepare_device, return_freed_memory
 from sit_atconv.evaluation import metrics
 from sit_atconv.evaluation.extractors import Extractor, open_extractor

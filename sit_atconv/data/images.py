@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sit_atconv.data import MAX_MEGAPIXELS
 from sit_atconv.data.class_names import normal
-from sit_atconv.data.pixels import CROP_RULE, MAX_MEGAPIXELS, pillow_suffixes, read_picture, to_uint8
+from sit_atconv.data.pixels import CROP_RULE, pillow_suffixes, read_picture, to_uint8
 
 MOST_CLASSES = 10**6  # beyond that a label is no class
 RULES = 2  # number of the rules for new data sets; 1 is for those begun before 2026-11-25

@@ -12,9 +12,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from sit_atconv.data import MAX_MEGAPIXELS
+
 UINT8_RULE = "clamp(127.5 * x + 128, 0, 255), truncated"
 CROP_RULE = "upright by EXIF, RGB, halved by box filter while twice as large, bicubic, centre (ADM)"
-MAX_MEGAPIXELS = 179.0  # Pillow's limit against files that unpack to more than memory holds
 LONG = 16  # pictures this many times as long as wide are cropped before they are enlarged
 WEIGHT_BITS = 22  # of the fixed-point weights in Pillow's resize
 NO_IMAGES = {  # formats that Pillow knows but that are not images here

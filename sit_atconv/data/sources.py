@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sit_atconv.data import DEFAULT_VAE
+from sit_atconv.data import DEFAULT_VAE, MAX_MEGAPIXELS
 from sit_atconv.data.codecs import Codec, IdentityCodec, Precision, VAECodec, open_codec
 from sit_atconv.data.images import RULES, Digits, ImageFolder
 from sit_atconv.data.latents import CachedLatents
-from sit_atconv.data.pixels import MAX_MEGAPIXELS
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sit_atconv.data import MAX_MEGAPIXELS
 from sit_atconv.data.image_npz import IMAGES, ImageNpz
 from sit_atconv.data.images import ImageFolder, left_out_line, list_images, load_digits, scan_images
-from sit_atconv.data.pixels import CROP_RULE, MAX_MEGAPIXELS, read_image
+from sit_atconv.data.pixels import CROP_RULE, read_image
 from sit_atconv.files import sha256_of
 
 LABELS = "arr_1"  # where ADM's sampler puts them

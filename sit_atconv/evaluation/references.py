@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sit_atconv.data import MAX_MEGAPIXELS
 from sit_atconv.data.image_npz import IMAGES, ImageNpz, write_npz
-from sit_atconv.data.pixels import MAX_MEGAPIXELS
 from sit_atconv.evaluation.gaussians import Gaussian
 from sit_atconv.evaluation.image_sets import (
     ImageSet,

@@ -85,7 +85,7 @@ def test_options_of_the_images_reach_them(encode, argv, opened, tmp_path):
     encode(*argv, "--max-megapixels", 500, "--keep-empty-classes")
     encode(*argv)
     assert opened[0] == {"rules": RULES, "max_megapixels": 500, "keep_empty_classes": True}
-    assert opened[1]["max_megapixels"] == 178 and not opened[1]["keep_empty_classes"]
+    assert opened[1]["max_megapixels"] == 179 and not opened[1]["keep_empty_classes"]
     content = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
     assert b"megapixels" not in content
 

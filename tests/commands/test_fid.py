@@ -205,7 +205,7 @@ def test_arguments_are_checked_before_anything_is_loaded(fails, npz, tmp_path, m
 
 
 def test_the_largest_file_that_is_read_is_an_option(fails, digit_folder, tmp_path, monkeypatch):
-    from sit_atconv.data.pixels import MAX_MEGAPIXELS
+    from sit_atconv.data import MAX_MEGAPIXELS
 
     def read(path, size, max_megapixels):
         raise ValueError(f"has more than {max_megapixels} megapixels")
