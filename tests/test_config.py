@@ -166,7 +166,7 @@ def test_a_run_of_earlier_rules_has_its_classes_in_their_order(digit_folder, tmp
 
 @pytest.mark.parametrize("option", ["data.images", "data.latents", "data.codec"])
 def test_a_path_that_is_gone_is_named_with_its_option(digit_folder, option):
-    options = {"data.images": str(digit_folder)} | {option: "gone/away"}
+    options = {"data.images": str(digit_folder)} | {option: "./gone/away"}
     if option == "data.latents":
         del options["data.images"]
     config = parse([text for name, value in options.items() for text in (f"--{name}", value)])
