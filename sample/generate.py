@@ -44,9 +44,12 @@ def make_parser() -> ArgumentParser:
     )
     weights = parser.add_argument_group("weights")
     weights.add_argument("--ckpt", required=True,
-                         help="a run, a checkpoint, an exported folder, a hub id, or a published .pt or .safetensors")
-    weights.add_argument("--model", metavar="PRESET", help="of a published file, what it is: SiT-XL/2, ...")
-    weights.add_argument("--vae", metavar="PATH", help="of a published file, the VAE's folder or hub id")
+                         help="a run, a checkpoint, an exported folder, a diffusers pipeline, a folder of "
+                         "SiT.save_pretrained, a hub id of any of these, or a published .pt or .safetensors")
+    weights.add_argument("--model", metavar="PRESET", help="preset of a published file that does not name its own")
+    weights.add_argument("--vae", metavar="PATH",
+                         help="folder or hub id of the VAE, where it has moved; it must be the one trained with. For a "
+                         "published file, the VAE of its latents")
     average = weights.add_mutually_exclusive_group()
     average.add_argument("--ema", type=finite, default=True, metavar="DECAY",
                          help="of several averages this one (default: the first)")

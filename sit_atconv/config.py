@@ -305,8 +305,8 @@ def _make_parser() -> Parser:
     parser.add_argument("--out", type=str | None, help="folder of the run (default: runs/CONFIG-PRESET)")
     parser.add_argument("--preset", type=str | None, help="e.g. SiT-ATConv-XL/2; --model.* override it")
     parser.add_argument("--init-from", type=str | None,
-                        help="start from these weights: a run, an exported folder, a hub id or a file of published "
-                        "weights; other classes, resolution or mixers begin afresh, which is said aloud")
+                        help="start from these weights: a run, an exported folder, a pipeline, a hub id or a file of "
+                        "published weights; tensors of other classes or mixers start from scratch, which is printed")
     parser.add_class_arguments(SiT, "model", instantiate=False, skip=FROM_DATA)
     parser.add_argument("--data", type=DataConfig, default=DataConfig())
     parser.add_argument("--flow", type=FlowMatching, default=FlowMatching())
