@@ -40,7 +40,8 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument("--ckpt", required=True, help="a run, a checkpoint, an exported folder or a hub id")
     parser.add_argument("--out", required=True, help="folder of table, chart and JSON")
-    parser.add_argument("--cfg", type=finite, default=2.0, help="guidance scale")
+    parser.add_argument("--cfg", type=finite, default=None,
+                        help="guidance scale (default: 2, or 1 without a trained null label)")
     parser.add_argument("--reference", default="digits", help="real images, as eval/fid.py takes them")
     parser.add_argument("--extractor", default="digits", help="of the features: inception, digits or a registered one")
     parser.add_argument("--weights", "--inception-weights", dest="extractor_weights", default=None, metavar="FILE",

@@ -70,7 +70,7 @@ def make_parser() -> ArgumentParser:
     guidance = parser.add_argument_group("guidance")
     guidance.add_argument("--cfg", type=finite, default=None,
                           help="guidance scale: v_null + cfg * (v_cond - v_null); 1 is off, 0 ignores the labels "
-                          "(default: 4, or 1 for models trained without label dropout)")
+                          "(default: 4, or 1 without a trained null label)")
     guidance.add_argument("--interval", dest="cfg_interval", type=finite, nargs=2, default=(0.0, 1.0),
                           metavar=("LO", "HI"),
                           help="guide where LO <= t < HI (t = 0 is noise, 1 data); elsewhere half the work is saved")

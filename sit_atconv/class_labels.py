@@ -9,12 +9,13 @@ Names are compared in one Unicode form and without outer blanks. A name that sev
 """
 
 import difflib
+import functools
 import operator
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from sit_atconv.data.class_names import normal
+from sit_atconv.data.class_names import labels_by_name, normal
 
 
 def class_label(given: int | str, class_names: Sequence[str]) -> int:
@@ -73,8 +74,11 @@ def _in_range(label: int, class_names: Sequence[str]) -> int:
     return label
 
 
+_table = functools.lru_cache(maxsize=4)(labels_by_name)  # a label file asks for one name after another
+
+
 def _labels_of_name(name: str, class_names: Sequence[str]) -> list[int]:
-    return [label for label, known in enumerate(class_names) if normal(known) == normal(name)]
+    return _table(tuple(class_names)).get(normal(name), [])
 
 
 def _label_of_name(name: str, class_names: Sequence[str]) -> int:

@@ -137,7 +137,7 @@ class PreviewConfig:
         every: steps between two pictures; the last step always makes one.
         num_classes: rows, at most.
         per_class: columns.
-        cfg: guidance scale; null is 4, or 1 where labels are never dropped.
+        cfg: guidance scale; null is 4, or 1 without a trained null label.
         solver: as `--solver` of sample/generate.py, except SDEs.
         num_steps: its steps.
     """
@@ -209,9 +209,11 @@ class Config:
         described = self.out / "data.json"
         then = _read_mapping(described) if described.exists() else data
         if changes := _differences({"rules": 1} | then, {"rules": 1} | data):
-            raise ValueError(f"{self.out} was started with other data ({'; '.join(changes)}): put back what was "
-                             "removed or added (--data.skip_unreadable true leaves a damaged file out, as it is), or "
-                             f"start another run from these weights, --init-from {self.out} --out NEW")
+            files = any(change.startswith(("files: ", "images: ", "index: ")) for change in changes)
+            back = "put back what was removed or added (--data.skip_unreadable true leaves a damaged file out, as it " \
+                "is)" if files else "resume with those"
+            raise ValueError(f"{self.out} was started with other data ({'; '.join(changes)}): {back}, or start another "
+                             f"run from these weights, --init-from {self.out} --out NEW")
 
     def flat_options(self) -> dict:
         """All options as "group.name": value."""

@@ -7,6 +7,7 @@
 What comes out says how to sample from it, as far as its form can.
 """
 
+import itertools
 import shlex
 import sys
 from pathlib import Path
@@ -99,10 +100,11 @@ def convert(weights, source: str, out: Path, form: str) -> str:
 
         out.parent.mkdir(parents=True, exist_ok=True)
         preset = save_published(weights, out, form)
-        vae = recipe.codec.get("source", "identity")
-        option = "" if vae == DEFAULT_VAE else f" --vae {shlex.quote(vae)}"
-        lines = [f"{out}: {preset}, {what}, in {form} form",
-                 f"read it back: python -m sit_atconv.convert {quoted} {shlex.quote(str(out.with_suffix('')))}{option}"]
+        vae, lines = recipe.codec.get("source", ""), [f"{out}: {preset}, {what}, in {form} form"]
+        if Path(vae).is_absolute() and not Path(vae).is_dir():
+            lines.append(f"its VAE is not at {vae} any more: give --vae where the file is read")
+        else:
+            lines.append(f"read it back: python -m sit_atconv.convert {quoted} {shlex.quote(str(_free_name(out)))}")
         if form == "repa":
             lines.insert(1, "its code builds the model with projectors, which are not in it: load with strict=False")
         return "\n".join(lines)
@@ -115,6 +117,12 @@ def convert(weights, source: str, out: Path, form: str) -> str:
 
     export_weights(weights, out)
     return f"{out}: {what}\nsample: python {script_path('sample/generate.py')} --ckpt {quoted}"
+
+
+def _free_name(out: Path) -> Path:
+    """Returns a name beside a file that nothing bears yet: "run" for "run.pt", or "run-2", ..."""
+    names = (out.with_name(out.stem + (f"-{number}" if number > 1 else "")) for number in itertools.count(1))
+    return next(path for path in names if not path.exists())
 
 
 def make_parser() -> ArgumentParser:

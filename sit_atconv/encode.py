@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors():
         if not Path(options["images"]).is_dir():  # found before torch is imported
             raise ValueError(f"{options['images']} is not a folder of images")
+        from sit_atconv.data.latents import CachedLatents
         from sit_atconv.encoding import EncodeOptions, encode_images
         from sit_atconv.files import gigabytes
         from sit_atconv.latent_summary import describe_latents, training_command
@@ -42,11 +43,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{out} is complete: {index.num_images} images of {len(index.class_names)} classes in "
               f"{len(index.shards)} shards, {gigabytes(index.num_bytes)}{left_out}{speed}")
         print(*describe_latents(index), sep="\n")
-        if options["extend"]:
+        if options["extend"] and rate:
             print("a run that began with the former images refuses these as other data: start another run from it with "
                   "--init-from")
         print(f"picture: {out / 'preview.png'}\ncounts and settings: {out / 'index.json'}\n"
-              f"train: {training_command(index, out)}")
+              f"train: {training_command(index, CachedLatents(out).labels, out)}")
 
 
 def check(latents: Path) -> None:

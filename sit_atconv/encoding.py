@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -41,6 +40,7 @@ from sit_atconv.data.latent_folder import (
     show_empty_classes,
     sum_counts,
 )
+from sit_atconv.data.loading import leave_ctrl_c_to_the_parent
 from sit_atconv.data.pixels import CROP_RULE, to_float, to_uint8
 from sit_atconv.devices import keep_freed_memory, on_cpu, share_cores
 from sit_atconv.files import PARTIAL, check_room, exclusive, gigabytes
@@ -245,7 +245,7 @@ def _encode_missing(job: Job, missing: list[int]) -> float:
     mine = missing[job.state.process_index :: job.state.num_processes]
     batches = [batch for number in mine for batch in job.folder.batches(number)]
     loader = iter(DataLoader(Pictures(job.images), batch_sampler=batches, pin_memory=job.state.device.type == "cuda",
-                             num_workers=_num_workers(job.options), worker_init_fn=_leave_interrupts_to_parent))
+                             num_workers=_num_workers(job.options), worker_init_fn=leave_ctrl_c_to_the_parent))
     several = job.state.num_processes > 1
     progress = tqdm(total=sum(map(len, batches)), unit="image", disable=not job.state.is_main_process,
                     desc=f"encoding, process 1 of {job.state.num_processes}" if several else "encoding")
@@ -260,7 +260,8 @@ def _encode_missing(job: Job, missing: list[int]) -> float:
             if shard.skipped and not job.options.skip_unreadable:
                 continue
             try:
-                job.folder.write(number, shard.tensors, shard.names, shard.skipped, shard.enlarged)
+                enlarged = shard.enlarged if job.folder.settings.rules > 1 else None  # older folders keep their bytes
+                job.folder.write(number, shard.tensors, shard.names, shard.skipped, enlarged)
             except OSError as error:
                 faults.append(str(error))
                 break
@@ -297,10 +298,6 @@ def _encode_shard(job: Job, number: int, loader: Iterator, progress: tqdm) -> En
                for name, fits in zip(names, finite, strict=True) if not fits]
     labels = torch.from_numpy(job.images.labels)[kept]
     return EncodedShard(tensors | {"labels": labels}, names, skipped, enlarged, faults)
-
-
-def _leave_interrupts_to_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _num_workers(options: EncodeOptions) -> int:

@@ -6,11 +6,13 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from sit_atconv.config import TrainConfig
-from sit_atconv.data.images import RULES, ImageFolder
+from sit_atconv.data.images import RULES, ImageFolder, left_out_line
 from sit_atconv.data.latent_folder import LatentIndex, LatentSettings
+from sit_atconv.data.order import hold_out
 from sit_atconv.models.sit import PRESETS
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -29,8 +31,8 @@ def describe_images(images: ImageFolder, settings: LatentSettings) -> list[str]:
     """
     names = images.class_names
     lines = [f"{images.folder}: {len(images)} images, {describe_classes(names, images.class_counts)}"]
-    if left_out := getattr(images, "left_out", {}):
-        lines.append(f"left out: {', '.join(f'{count} {suffix}' for suffix, count in left_out.items())}")
+    if images.left_out:
+        lines.append(left_out_line(images.left_out))
     if settings.rules < RULES:
         lines.append(f"rules of its first shards (version {settings.rules} of {RULES}): class folders in text order, "
                      "fewer suffixes")
@@ -69,8 +71,14 @@ def describe_latents(index: LatentIndex) -> list[str]:
     return lines
 
 
-def training_command(index: LatentIndex, out: Path) -> str:
-    """Returns a command that trains on these latents as it is printed: a shipped recipe, fitted to what there is."""
+def training_command(index: LatentIndex, labels: np.ndarray, out: Path) -> str:
+    """Returns a command that trains on these latents as it is printed: a shipped recipe, fitted to what there is.
+
+    Args:
+        index: of the latents.
+        labels: of all their images.
+        out: their folder.
+    """
     settings, options = index.settings, {"data.latents": out}
     config = CONFIGS / f"imagenet{settings.image_size}.yaml"
     if not config.exists():
@@ -85,6 +93,8 @@ def training_command(index: LatentIndex, out: Path) -> str:
     recipe = yaml.safe_load(config.read_text())
     if (held_out := recipe["data"]["held_out"]) > index.num_images // 10:
         options["data.held_out"] = held_out = index.num_images // 10
+    if len(np.unique(np.delete(labels, hold_out(len(labels), held_out)))) < len(np.unique(labels)):
+        options["data.held_out"] = held_out = 0  # it would take all images of a class
     if recipe["train"].get("batch_size", TrainConfig.batch_size) > (rest := index.num_images - held_out):
         options["train.batch_size"] = 1 << (rest.bit_length() - 1)  # a power of two suits several processes
     names = (out.resolve().name + (f"-{number}" if number > 1 else "") for number in itertools.count(1))

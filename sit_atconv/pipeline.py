@@ -1,10 +1,11 @@
 """The model as a diffusers pipeline: schedulers, devices, offloading, saving and the hub are those of diffusers."""
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
@@ -127,7 +128,7 @@ class SiTPipeline(DiffusionPipeline):
         """
         Args:
             class_labels: one class or several, each a label (int) or a class name (str).
-            guidance_scale: 1 is off; None is 4, or 1 for models trained without label dropout.
+            guidance_scale: 1 is off; None is 4, or 1 without a trained null label.
             num_inference_steps: the scheduler's steps, uniform in t where it takes sigmas; its own grid elsewhere.
             generator: of the noise, one for all images or one for each.
             guidance_interval: guidance is on where lo <= t < hi.
@@ -157,7 +158,8 @@ class SiTPipeline(DiffusionPipeline):
         interpolant, prediction = get_interpolant(self.config.interpolant), self.config.prediction
         model = as_velocity(self.transformer, interpolant, prediction)
         null_label = None if self.config.null_label_trained is False else self.transformer.null_label
-        scale = default_cfg(null_label) if guidance_scale is None else guidance_scale
+        is_asked = guidance_interval != (0.0, 1.0)
+        scale = default_cfg(null_label, is_asked=is_asked) if guidance_scale is None else guidance_scale
         check_guidance(scale, null_label, interval=guidance_interval)
         cfg = scale if null_label is None else lambda t: self._guidance_scale  # which a callback may change
         velocity = guided(model, y, cfg=cfg, interval=guidance_interval)
@@ -174,6 +176,7 @@ class SiTPipeline(DiffusionPipeline):
             if callback_on_step_end is not None:
                 tensors = {name: x for name in callback_on_step_end_tensor_inputs}
                 x = (callback_on_step_end(self, step, timestep, tensors) or tensors).get("latents", x)
+                check_guidance(self._guidance_scale, null_label)
 
         images = x if output_type == "latent" else self._decode(x)
         self.maybe_free_model_hooks()
@@ -204,7 +207,7 @@ class SiTPipeline(DiffusionPipeline):
 
     def label_ids(self, class_labels: int | str | Sequence[int | str]) -> list[int]:
         """Returns the labels of classes given by label (int) or name (str). ValueError: as `class_label`."""
-        if isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
+        if isinstance(class_labels, str) or np.ndim(class_labels) == 0:
             class_labels = [class_labels]
         class_labels = list(class_labels)
         if not class_labels:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sit_atconv.checkpointing.class_names import changed_names, labels_there
 from sit_atconv.checkpointing.weights import Recipe, Weights, load_weights
 from sit_atconv.class_labels import read_labels, typed_label
 from sit_atconv.data.codecs import Codec, open_codec
@@ -128,6 +129,7 @@ def prepare(options: GenerateOptions) -> SampleJob:
         "weak": weak.identity() if weak else None,
         "codec": codec.identity(),
         "uint8_rule": UINT8_RULE,
+        **({"empty_classes": recipe.empty_classes} if recipe.empty_classes else {}),
     }
     settings = json.loads(json.dumps(settings))  # tuples become lists, as when it is read again
     is_trained_size = (height, width) == (config.input_size, config.input_size)
@@ -151,7 +153,11 @@ def _notes_on_labels(given: list[int], recipe: Recipe) -> list[str]:
 
 
 def _load_weak(ckpt: str | None, weights: Weights, vae: str | None) -> Weights | None:
-    """Raises ValueError for a model that cannot guide: it lives on another path, in other latents or classes."""
+    """Loads the weak model, whose labels are made to mean the same classes.
+
+    Raises:
+        ValueError: it cannot guide: it was trained on another path, in other latents or on other classes.
+    """
     if ckpt is None:
         return None
     if Path(ckpt).is_file():
@@ -167,6 +173,13 @@ def _load_weak(ckpt: str | None, weights: Weights, vae: str | None) -> Weights |
         if there[name] != value:
             raise ValueError(f"the weak model has {name} {there[name]}, and the model {value}: autoguidance takes a "
                              "smaller or less trained model of the same kind")
+    class_names = weak.recipe.class_names, weights.recipe.class_names
+    if (order := labels_there(*class_names)) is not None:
+        table = weak.model.y_embedder.embedding_table.weight.data
+        table[: len(order)] = table[order]
+    elif [*map(str, range(len(class_names[0])))] not in class_names:  # both name their classes
+        raise ValueError(f"the weak model has other classes: {changed_names(*class_names)}. Autoguidance takes a "
+                         "model of the same ones")
     return weak
 
 

@@ -55,19 +55,22 @@ class SamplesFolder:
             raise ValueError(f"{self.folder} is a file: give another --out")
         if not self.manifest.exists() and self._holds_anything():
             raise ValueError(f"{self.folder} is not empty and has no manifest.json: give another --out")
-        held = self.read_manifest().get("settings", settings)
+        manifest = self.read_manifest()
+        held = manifest.get("settings", settings)
         num_held, num_samples = held.get("num_samples", 0), settings.get("num_samples", 0)
         changed = _differences(held, settings)
         if not changed and num_held > num_samples:
-            raise ValueError(f"{self.folder} holds {num_held} samples already, and {num_samples} are asked for: give "
-                             "another --out, or use the first of them (eval/fid.py --num-samples)")
+            use = "use the first of them (eval/fid.py --num-samples)" if manifest.get("complete") else \
+                f"complete them with --num-samples {num_held}"
+            raise ValueError(f"{self.folder} is of {num_held} samples, and {num_samples} are asked for: give another "
+                             f"--out, or {use}")
         if changed:
             raise ValueError(f"{self.folder} holds other samples ({', '.join(changed)}): give another --out")
 
     def with_fewer(self, settings: dict) -> Path | None:
         """A neighbour of this folder that holds fewer samples of the same settings, or None."""
         for path in sorted(self.folder.parent.glob("*/manifest.json")):
-            with contextlib.suppress(ValueError):  # a damaged one helps nobody
+            with contextlib.suppress(ValueError, KeyError):  # a damaged or foreign one helps nobody
                 held = SamplesFolder(path.parent).read_manifest()["settings"]
                 if not _differences(held, settings) and held["num_samples"] < settings["num_samples"]:
                     return path.parent

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sit_atconv.commands import script_path
 from sit_atconv.evaluation.records import (
     METRICS,
     Evaluation,
@@ -178,7 +179,8 @@ def find_evaluations(sources: Sequence[Path], messages: list[str]) -> list[Path]
         raise ValueError(f"none of these is an evaluation ({_counted(others)}): evaluate samples first, "
                          f"{_evaluate(Path('SAMPLES'))}")
     if others:
-        folders = [f" (to evaluate {other}: {_evaluate(other)})" for other in others if other.is_dir()]
+        folders = [f" (to evaluate {other}: {_evaluate(other)})" for other in others
+                   if (other / "manifest.json").is_file()]
         messages.append(f"passed over: {_counted(others)}{folders[0] if folders else ''}")
     return list(found.values())
 
@@ -211,7 +213,7 @@ def _counted(sources: Sequence[Path]) -> str:
 
 
 def _evaluate(samples: Path) -> str:
-    return f"python eval/fid.py --samples {shlex.quote(str(samples))} --reference REFERENCE"
+    return f"python {script_path('eval/fid.py')} --samples {shlex.quote(str(samples))} --reference REFERENCE"
 
 
 def paths_to_name(files: Sequence[Path]) -> list[Path]:

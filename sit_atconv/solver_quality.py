@@ -21,6 +21,7 @@ from sit_atconv.files import write_aside
 from sit_atconv.pictures import save_solver_curves
 from sit_atconv.sampling import Counted, Sampler, SampleStream
 
+DEFAULT_CFG = 2.0  # where the null label was trained
 EVALUATIONS_A_STEP = {"heun": 2, "sde-heun": 2}  # one for all others; a last SDE step makes it one fewer
 
 
@@ -30,7 +31,7 @@ class Options:
 
     ckpt: str
     out: str
-    cfg: float = 2.0
+    cfg: float | None = None
     reference: str = "digits"
     extractor: str = "digits"
     extractor_weights: str | None = None
@@ -77,6 +78,8 @@ def compare_solvers(options: Options) -> dict:
     """
     weights = load_weights(options.ckpt)
     recipe = weights.recipe
+    if options.cfg is None:
+        options = replace(options, cfg=1.0 if weights.null_label is None else DEFAULT_CFG)
     for sampler in plan(options):
         sampler.check(recipe.interpolant, recipe.prediction, weights.null_label)
     device = torch.device("cpu") if on_cpu() else torch.accelerator.current_accelerator()

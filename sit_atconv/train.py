@@ -29,6 +29,7 @@ from sit_atconv.commands import (
 if __name__ == "__main__":
     leave_on_ctrl_c()  # before imports that take seconds
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -54,7 +55,7 @@ from sit_atconv.data.codecs import Codec
 from sit_atconv.data.loading import load_batches
 from sit_atconv.data.order import BatchOrder, hold_out, step_seed
 from sit_atconv.data.pixels import to_float
-from sit_atconv.data.sources import describe_data, name_classes
+from sit_atconv.data.sources import describe_data, name_classes, untrained_classes
 from sit_atconv.devices import has_fused_optimizers, on_cpu, prepare_device
 from sit_atconv.files import check_room, exclusive
 from sit_atconv.models import SiT
@@ -124,10 +125,10 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
         if is_main_process():
             to_release.enter_context(exclusive(run))
         found = find_resumable(run)
-        null_label_trained = config.flow.class_dropout_prob > 0 or start.null_label_trained is not False
+        null_label_trained = config.flow.class_dropout_prob > 0 or start.null_label_trained
         if found.checkpoint and not null_label_trained:
-            null_label_trained = had_trained_null_label(found.checkpoint, bool(config.init_from))
-        config.check_previews(net.null_label if null_label_trained else None)
+            null_label_trained = had_trained_null_label(found.checkpoint, None if config.init_from else False)
+        config.check_previews(None if null_label_trained is False else net.null_label)
         if found.step > train.steps:
             raise ValueError(f"{run} stands at step {found.step} already, beyond train.steps {train.steps}")
         if found.step == train.steps:
@@ -185,6 +186,8 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
     with user_errors():
         before = load_checkpoint(found.checkpoint, state) if found.checkpoint else computed_on
         unreadable = Unreadable(run, resumes=found.checkpoint is not None)
+        if unreadable.recorded:
+            empty_classes = untrained_classes(data, np.union1d(held_out, data.find(unreadable.recorded)))
         if main_process:
             for damaged in found.damaged:
                 set_aside(damaged)
@@ -280,7 +283,8 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
             stop.number, watch.look(wait=logging), len(unreadable.met), now=logging)
         if received and not logging:  # nothing is saved that has not been seen to be finite
             logging = True
-            received, bad_step = agreement.largest(received, watch.look(wait=True), now=True)
+            received, bad_step, unrecorded = agreement.largest(
+                received, watch.look(wait=True), len(unreadable.met), now=True)
         if bad_step:
             fail(f"loss or gradient were not finite in step {bad_step}, and no weight was changed by it; last good "
                  f"checkpoint: {last_checkpoint or 'none yet'}. Start another run from it (--init-from, --out) with a "
@@ -291,6 +295,10 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
             with user_errors():
                 for name, reason in unreadable.record(agreement.gather(unreadable.met), write=main_process).items():
                     say(f"warning: {name} {reason}: left out, and recorded in {unreadable.path}")
+            known, empty_classes = empty_classes, untrained_classes(
+                data, np.union1d(held_out, data.find(unreadable.recorded)))
+            if emptied := sorted({*empty_classes} - {*known}):
+                say(f"warning: no image is trained on of {name_classes(data, emptied)}")
 
         if logging:
             line = {"step": done, "epoch": done / order.steps_per_epoch, "lr": train.learning_rate(step)}
@@ -350,7 +358,7 @@ def settle_gradient_exchange(accelerator: Accelerator, model, optimizer, shape: 
         optimizer.zero_grad()
 
 
-def had_trained_null_label(checkpoint: Path, if_unknown: bool) -> bool:
+def had_trained_null_label(checkpoint: Path, if_unknown: bool | None) -> bool | None:
     """Returns what the recipe of a checkpoint says, or `if_unknown` for one older than that field."""
     trained = json.loads((checkpoint / "model" / "recipe.json").read_text()).get("null_label_trained")
     return if_unknown if trained is None else trained

@@ -62,13 +62,13 @@ def launch(tmp_path_factory):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sit_atconv.train", "sit_atconv.generation", "sit_atconv.encoding", "torchdiffeq",
                                     "sit_atconv.scoring", "diffusers.models.autoencoders.autoencoder_kl"])
-    logs = tmp_path_factory.mktemp("logs")
+    logs, numbers = tmp_path_factory.mktemp("logs"), itertools.count()
 
     def run(
         command: str, argv: list, processes: int = 1, die: str | int | None = None, kill_at: int | None = None,
         kill_with: int = signal.SIGKILL, kill_rank: int | None = None, seconds: int = 120, work: Path | None = None,
     ) -> tuple[list[int], str]:
-        log = logs / f"{len(list(logs.iterdir()))}.txt"
+        log = logs / f"{next(numbers)}.txt"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -125,6 +125,13 @@ def test_other_data_are_refused_with_what_can_be_done(folder_run):
         config.check_resumable(describe_data(*config.data.open(config.data_rules())))
 
 
+def test_another_codec_is_refused_without_talk_of_files(folder_run):
+    argv, _ = folder_run(codec={"kind": "autoencoder_kl"})
+    config = parse(argv)
+    with pytest.raises(ValueError, match=r"codec\.kind: autoencoder_kl -> identity.*: resume with those, or start"):
+        config.check_resumable(describe_data(*config.data.open(config.data_rules())))
+
+
 def test_a_run_without_a_checkpoint_is_bound_to_nothing(folder_run):
     argv, images = folder_run()
     next(images.rglob("*.png")).unlink()

@@ -144,14 +144,14 @@ def test_a_null_label_that_was_never_trained_guides_nothing():
     pipeline.transformer.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     pipeline(5, num_inference_steps=2, output_type="latent")
     assert sizes == [1, 1]
-    for scale in (2.0, 0.0):
+    for options in (dict(guidance_scale=2.0), dict(guidance_scale=0.0), dict(guidance_interval=(0.2, 0.8))):
         with pytest.raises(ValueError, match="needs a null label, and this model was trained without one: use cfg = 1"):
-            pipeline(5, guidance_scale=scale)
+            pipeline(5, **options)
 
 
 @pytest.mark.parametrize("options", [
     dict(guidance_interval=(0.8, 0.2)), dict(guidance_interval=(0.3, 1.2)), dict(guidance_interval=(0.5, 0.5)),
-    dict(guidance_scale=float("nan")), dict(guidance_scale=float("inf"))])
+    dict(guidance_interval=None), dict(guidance_scale=float("nan")), dict(guidance_scale=float("inf"))])
 def test_guidance_that_is_nonsense_is_refused(options):
     with pytest.raises(ValueError, match=r"two increasing times in \[0, 1\]|must be a finite number"):
         make_pipeline()(3, num_inference_steps=1, output_type="latent", **options)
@@ -186,7 +186,13 @@ def test_callbacks_see_and_change_every_step():
     assert sizes == [2, 1, 1] and not torch.equal(stopped, undisturbed)
     sizes.clear()
     pipeline(5, **options)
-    assert sizes == [2] * 4  # the next call begins anew
+    assert sizes == [2] * 4  # the next call is not affected
+
+    def guide(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 3.0
+
+    with pytest.raises(ValueError, match="needs a null label"):
+        make_pipeline(null_label_trained=False)(5, callback_on_step_end=guide, **options)
     with pytest.raises(ValueError, match=r"tensor_inputs can be .*'latents'.*, not 'prompt_embeds'"):
         pipeline(5, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["prompt_embeds"], **options)
 
@@ -211,6 +217,7 @@ def test_labels_by_number_and_name():
     pipeline = make_pipeline(id2label={str(i): name for i, name in enumerate(NAMES)})
     assert pipeline.label_ids([2, "digit 7", np.int64(3)]) == [2, 7, 3]
     assert pipeline.label_ids("digit 9") == [9] and pipeline.label_ids(4) == [4]
+    assert pipeline.label_ids(torch.tensor(4)) == [4] and pipeline.label_ids(torch.tensor([4, 5])) == [4, 5]
     with pytest.raises(ValueError, match=r"there is no class 'digt 7'; near it: 'digit 7', 'digit"):
         pipeline.label_ids(["digt 7"])
     for label in (10, -1):

@@ -83,7 +83,7 @@ def test_more_samples_may_join_and_what_was_gathered_goes(tmp_path):
     assert SamplesFolder(tmp_path / "n3").with_fewer(more | {"seed": 1}) is None
     folder.begin(more, {}, 1)
     assert not folder.npz.exists() and folder.read_manifest()["settings"] == more and folder.missing(3) == [2]
-    with pytest.raises(ValueError, match="holds 3 samples already, and 2 are asked for: give another --out"):
+    with pytest.raises(ValueError, match=r"is of 3 samples, and 2 are asked .* them with --num-samples 3"):
         folder.check({"seed": 0, "num_samples": 2})
     with pytest.raises(ValueError, match=r"holds other samples \(seed 0 -> 1\)"):
         folder.check({"seed": 1, "num_samples": 4})

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
+from sit_atconv.commands import script_path
 from sit_atconv.comparison_charts import pareto_front, spread, trend
 from sit_atconv.evaluation.records import Evaluation, Score, jackknife_error
 from sit_atconv.score_comparison import (
@@ -397,10 +398,12 @@ def test_what_holds_no_record_is_passed_over_and_counted(save, tmp_path):
     (samples / "list.json").write_text("not closed: [")
     for name in ("empty [1]", "other"):
         (samples / name).mkdir()
+    (samples / "other" / "manifest.json").touch()  # samples, which alone can be evaluated
     report = compare(sorted(samples.iterdir()), tmp_path / "out")
     assert [line for line in report.messages if line.startswith("passed over")] == [
         "passed over: 2 folders without scores-*.json, 2 JSON files, 1 file, 1 NPZ file, 2 PNG files (to evaluate "
-        f"{samples / 'empty [1]'}: python eval/fid.py --samples '{samples / 'empty [1]'}' --reference REFERENCE)"]
+        f"{samples / 'other'}: python {script_path('eval/fid.py')} --samples {samples / 'other'} --reference "
+        "REFERENCE)"]
     assert "| cfg1.5 (baseline) |" in report.table and "| cfg2 |" in report.table
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sit_atconv.data.class_names import normal
+from sit_atconv.data.class_names import labels_by_name, normal
 
 
 def changed_names(there: Sequence[str], here: Sequence[str]) -> str | None:
@@ -26,7 +26,4 @@ def labels_there(there: Sequence[str], here: Sequence[str]) -> list[int] | None:
 
 def repeated_names(names: Sequence[str]) -> dict[str, list[int]]:
     """Names that several labels have -> these labels."""
-    labels: dict[str, list[int]] = {}
-    for label, name in enumerate(names):
-        labels.setdefault(normal(name), []).append(label)
-    return {name: those for name, those in labels.items() if len(those) > 1}
+    return {name: labels for name, labels in labels_by_name(names).items() if len(labels) > 1}

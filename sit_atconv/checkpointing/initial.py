@@ -12,7 +12,7 @@ from sit_atconv.checkpointing.tensors import LABELS, LISTED, OUTPUT, POSITIONS, 
 from sit_atconv.checkpointing.weights import is_without_recipe, load_model, load_weights, locate_weights
 from sit_atconv.models.sit import SiT, sincos_pos_embed
 
-LEARNED = 1e-4  # a position table further than this from sines and cosines was trained
+LEARNED = 4e-3  # a position table further than this from sines and cosines was trained, not just rounded to bf16
 
 
 @dataclass(frozen=True)

@@ -110,9 +110,10 @@ def _refuse_dit(path: Path, args: dict) -> None:
 
     Its tensors have the names and shapes of a SiT's.
     """
-    is_said = "model" in args
-    name = str(args["model"]) if is_said else "" if "path_type" in args else path.name
-    if re.match(r"dit(?![a-z])", name, re.IGNORECASE):
+    said = [str(args[key]) for key in ("model", "model_name", "arch", "name") if key in args]
+    is_said = bool(said) or "path_type" in args
+    name = " ".join(said) if is_said else path.name
+    if re.search(r"(?<![a-z])dit(?![a-z])", name, re.IGNORECASE):
         says, remedy = (f"args say {name}", "") if is_said else (
             "file's name says DiT", ", or rename the file if it was trained as a flow")
         raise ValueError(f"{path} is not loaded: its {says}, and a DiT predicts noise, and its variance, on DDPM's "

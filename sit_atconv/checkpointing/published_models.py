@@ -1,6 +1,7 @@
 """Models made of files that others publish, or of folders without a recipe, and such files made of our models."""
 
 import argparse
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,10 @@ def load_published(
         published = read_published(path, ema)
         tensors = _finite(path, published.tensors)
         options = _file_options(path, tensors, published, preset, num_classes)
-    args, form = published.args, FORMS["repa" if published.repa else "sit"]
+    args = published.args
+    if not ema and _ema_decay(args) is not None and "ema_known" in args:
+        raise ValueError(f"{path} holds the EMA weights of decay {_ema_decay(args)} alone: leave --no-ema out")
+    form = FORMS["repa" if published.repa else "sit"]
     names, notes = _names(path, args, class_names, options["num_classes"])
     assumed = {}
     if interpolant is None and (interpolant := _said(path, form.paths, args, "path_type", "--path")) is None:
@@ -99,6 +103,9 @@ def load_published(
     if prediction is None and (prediction := _said(path, form.predictions, args, "prediction", "--prediction")) is None:
         prediction = "velocity"
         assumed["--prediction"] = "velocity prediction"
+    codec_there = _said_codec(args)
+    if vae is None and codec_there:
+        vae = codec_there.get("source", "identity")
     if vae is None and (vae := VAES.get(str(args.get("vae")))) is None:
         vae = DEFAULT_VAE
         assumed["--vae"] = f"VAE {vae}"
@@ -108,6 +115,8 @@ def load_published(
 
     codec = IdentityCodec(options["in_channels"]) if vae == "identity" else VAECodec(
         vae, remedy="Give the VAE it was trained with by --vae, a folder or a hub id that is cached")
+    if codec_there:
+        codec.check(codec_there, f"{path} was trained")
     if codec.channels != options["in_channels"]:
         raise ValueError(f"{path} takes {options['in_channels']} channels, and the VAE {codec.source} gives "
                          f"{codec.channels}: give the --vae it was trained with")
@@ -140,6 +149,14 @@ def _ema_decay(args: dict) -> float | None:
     """None where our own file says that what it calls "ema" is not averaged."""
     decay = args.get("ema_decay", EMA_DECAY)
     return decay if decay is None or isinstance(decay, float) else EMA_DECAY
+
+
+def _said_codec(args: dict) -> dict:
+    """What `Codec.describe()` returned, in files that `save_published` wrote; {} in others."""
+    try:
+        return dict(json.loads(args["codec"]))
+    except (KeyError, TypeError, ValueError):
+        return {}
 
 
 def said_names(args: dict, num_classes: int) -> list[str] | None:
@@ -262,7 +279,7 @@ def _said(path: Path, names: dict[str, str], args: dict, name: str, option: str)
 def save_published(weights: Weights, path: Path, form: str) -> str:
     """Writes a file that SiT's or REPA's code, or `load_published`, reads: "model" and "ema" (the same), and "args".
 
-    The VAE is not in it; all else that the recipe holds is.
+    The VAE is not in it, but where it is and its digest are, as all else that the recipe holds.
 
     Args:
         weights: what `load_weights` returned.
@@ -305,6 +322,7 @@ def save_published(weights: Weights, path: Path, form: str) -> str:
         ema_decay=recipe.ema_decay,
         ema_known=recipe.ema_known,
         empty_classes=list(recipe.empty_classes),
+        codec=json.dumps(recipe.codec),
         **({"class_dropout_prob": 0.0} if recipe.null_label_trained is False else {}),
     )
     if form == "repa":

@@ -169,8 +169,8 @@ def locate_weights(
             if ema is False:
                 return folder / "model"
             return _of_decay([folder / "ema", *sorted(folder.glob("ema-*"))], ema, ckpt)
-    if path.name == "transformer" and is_pipeline(path.parent):
-        path = path.parent
+    if path.resolve().name == "transformer" and is_pipeline(path.resolve().parent):
+        path = path.resolve().parent
     if not is_pipeline(path) and not (path / "config.json").is_file():
         raise ValueError(
             f"{ckpt} holds no weights: neither checkpoints/step-* with ema/ (a run that has saved), "
@@ -276,6 +276,7 @@ def _load_exported(folder: Path) -> Weights:
 
 def _run_drops_no_labels(folder: Path) -> bool:
     """True for the checkpoints of a run that says so itself: their recipes did not before 2026-11-25."""
+    folder = folder.resolve()
     config = folder.parent.parent.parent / "config.yaml"
     if folder.parent.parent.name != "checkpoints" or not config.is_file():
         return False
@@ -348,5 +349,6 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"], **options))
     except Exception as error:  # no network, no such repository, no permission: all the same to the user
-        raise ValueError(f"{hub_id} is neither a folder here nor to be had from the hub "
-                         f"({type(error).__name__})") from error
+        where = "in the hub's cache, the only place to look while a folder of its owner's name is here" \
+            if options["local_files_only"] else "to be had from the hub"
+        raise ValueError(f"{hub_id} is neither a folder here nor {where} ({type(error).__name__})") from error

@@ -260,7 +260,8 @@ def _not_loaded(source: str, remedy: str):
     except Exception as error:
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         if isinstance(error, OSError) and not Path(source).exists() and Path(source).parent.is_dir():
-            reason = f"there is no folder {source}, nor such a hub id in the cache"
+            reason = f"there is no folder {source}, and it is not in the hub's cache, the only place to look while a " \
+                f"folder {Path(source).parent} is here: to download it, run in another directory"
         raise ValueError(f"no VAE could be loaded from {source!r} ({reason}). {remedy}") from error
 
 

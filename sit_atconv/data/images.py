@@ -11,7 +11,7 @@ import json
 import os
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +21,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sit_atconv.data import MAX_MEGAPIXELS
-from sit_atconv.data.class_names import normal
-from sit_atconv.data.pixels import CROP_RULE, pillow_suffixes, read_picture, to_uint8
+from sit_atconv.data.class_names import normal, show_some
+from sit_atconv.data.pixels import CROP_RULE, read_picture, to_uint8
 
 MOST_CLASSES = 10**6  # beyond that a label is no class
 RULES = 2  # number of the rules for new data sets; 1 is for those begun before 2026-11-25
+SUFFIXES = frozenset([  # of what Pillow 12 decodes; fixed, so that a folder is the same data set under any Pillow
+    ".apng", ".avif", ".avifs", ".blp", ".bmp", ".bw", ".cur", ".dcx", ".dds", ".dib", ".ftc", ".ftu", ".gbr",
+    ".gif", ".icb", ".icns", ".ico", ".im", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf",
+    ".jpg", ".jpx", ".mpo", ".msp", ".pbm", ".pcd", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".pxr",
+    ".qoi", ".ras", ".rgb", ".rgba", ".sgi", ".tga", ".tif", ".tiff", ".vda", ".vst", ".webp", ".xbm", ".xpm",
+    ".split",
+])
 LITTER = frozenset(  # what file systems, archives and file managers leave among images, in small letters
     ["@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin", "__macosx", "lost+found",
      "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"]
@@ -74,7 +81,7 @@ def rules_of(number: int) -> Rules:
         )
     if number == RULES:
         return Rules(
-            suffixes=pillow_suffixes(),
+            suffixes=SUFFIXES,
             litter=LITTER,
             class_order=_numbers_first,
             file_form=lambda name: unicodedata.normalize("NFC", name),
@@ -209,6 +216,10 @@ class ImageFolder(Dataset):
         """Of an image, relative to the folder."""
         return os.fsdecode(self.names[index])
 
+    def find(self, names: Iterable[str]) -> np.ndarray:
+        """Returns the indices of the images of these names."""
+        return np.flatnonzero(np.isin(self.names, [os.fsencode(name) for name in names]))
+
     def describe(self) -> dict:
         description = {"kind": "images", "images": len(self), "image_size": self.image_size, "crop": CROP_RULE,
                        "files": self.files_sha256()}
@@ -266,13 +277,7 @@ def left_out_line(left_out: Mapping[str, int]) -> str:
 
 
 def _counts(suffixes: Mapping[str, int]) -> str:
-    return _some([f"{count} {suffix}" for suffix, count in suffixes.items()])
-
-
-def _some(words: Sequence[str], most: int = 10) -> str:
-    """Returns the first words, and the number of the others."""
-    others = f" and {len(words) - most} more" if len(words) > most else ""
-    return ", ".join(words[:most]) + others
+    return show_some([f"{count} {suffix}" for suffix, count in suffixes.items()])
 
 
 def _raise(error: OSError):
@@ -315,10 +320,10 @@ def _faults_of_subfolders(
     classes: list[str], folders: set[str], listing: Listing, rules: Rules, keep_empty_classes: bool
 ) -> Iterable[str]:
     if stray := [name for name in listing.names if not _class_of(name)]:
-        yield f"has images outside its class folders: {_some(stray, 1)}: move them into one of them"
+        yield f"has images outside its class folders: {show_some(stray, 1)}: move them into one of them"
     if (empty := sorted(folders - set(classes), key=rules.class_order)) and not keep_empty_classes:
         words = [f"{name} (only {_counts(only)})" if (only := listing.left_out.get(name)) else name for name in empty]
-        yield f"has classes without images: {_some(words)}: fill them, remove them, or keep them with {KEEP_EMPTY}"
+        yield f"has classes without images: {show_some(words)}: fill them, remove them, or keep them with {KEEP_EMPTY}"
     forms = {}
     for name in sorted(folders):
         form = rules.class_form(name)
@@ -351,17 +356,18 @@ def _faults_of_labels(pairs: list[tuple[str, object]], names: list[str], keep_em
         elif (first := labels.setdefault(name, label)) != label:
             several.setdefault(name, {first}).add(label)
     if wrong:
-        yield f"gives {_some(wrong, 1)}: labels are whole numbers from 0 to {MOST_CLASSES - 1}"
+        yield f"gives {show_some(wrong, 1)}: labels are whole numbers from 0 to {MOST_CLASSES - 1}"
     if several:
-        yield f"gives {_some([f'{name} {len(found)} different labels' for name, found in several.items()], 1)}"
+        yield f"gives {show_some([f'{name} {len(found)} different labels' for name, found in several.items()], 1)}"
     if twins := [name for name, times in Counter(names).items() if times > 1]:
-        yield f"means two files by {_some(twins, 1)}, in different Unicode forms: rename one of them"
+        yield f"means two files by {show_some(twins, 1)}, in different Unicode forms: rename one of them"
     images, named = set(names), {name for name, _ in pairs}
     if missing := [name for name in names if name not in named]:
-        yield f"gives no label to {_some(missing, 1)}"
+        yield f"gives no label to {show_some(missing, 1)}"
     if gone := [name for name in named if name not in images]:
-        yield f"labels images that are not there: {_some(sorted(gone), 1)}"
+        yield f"labels images that are not there: {show_some(sorted(gone), 1)}"
     used = {label for name, label in labels.items() if name in images}
     if (empty := [str(label) for label in range(max(used, default=0)) if label not in used]) and not keep_empty_classes:
         begin = "begins its labels at 1 and " if empty == ["0"] else ""
-        yield f"{begin}gives no image the labels {_some(empty)}: renumber them, or keep them empty with {KEEP_EMPTY}"
+        yield (f"{begin}gives no image the labels {show_some(empty)}: renumber them, or keep them empty with "
+               f"{KEEP_EMPTY}")

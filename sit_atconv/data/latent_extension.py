@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sit_atconv.data.class_names import show_some
 from sit_atconv.data.images import ImageFolder
 from sit_atconv.data.latent_folder import (
     LatentFolder,
@@ -21,7 +22,6 @@ from sit_atconv.data.latent_folder import (
     newest_settings,
     open_shard,
     read_index,
-    show_some,
 )
 
 
@@ -170,7 +170,8 @@ class _Existing:
                 raise ValueError(f"{self.path} lacks shards of several parts, and which images were in which cannot be "
                                  "told: restore those of all parts but one from a copy, or give another --out")
         raise ValueError(f"{self.path} is not complete, and {self.images.folder} does not hold the images it was begun "
-                         f"with: complete it with those, --extend adds others then, {self._otherwise()}")
+                         "with: complete it with those alone (move new ones away meanwhile), --extend adds the others "
+                         f"then, {self._otherwise()}")
 
     def _parts(self) -> Iterator[tuple[LatentSettings, slice, list[str]]]:
         """Yields for each part its settings, the places of its images, and the class names up to it."""

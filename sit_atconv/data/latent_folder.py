@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sit_atconv.data.class_names import show_some
 from sit_atconv.files import sha256_of, write_aside
 
 FORMATS = (1, 2)  # 2: with fields that readers before 2026-11-25 do not know
@@ -334,11 +335,6 @@ def show_empty_classes(class_names: Sequence[str], class_counts: Sequence[int], 
     empty = [f"{label} ({class_names[label]!r})" for label, count in enumerate(class_counts) if not count]
     kind = "class" if len(empty) == 1 else "classes"
     return f"{len(empty)} {kind} without images: {show_some(empty, most)}" if empty else ""
-
-
-def show_some(items: Sequence[str], most: int = 10) -> str:
-    """Returns the first `most` items, and how many more there are."""
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def newest_settings(folder: Path) -> LatentSettings | None:

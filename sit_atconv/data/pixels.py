@@ -1,7 +1,6 @@
 """From image files to pixels and back: reading, ADM's crop, and the one rule by which pixels become uint8."""
 
 import contextlib
-import functools
 import math
 import threading
 from collections.abc import Iterator
@@ -18,22 +17,7 @@ UINT8_RULE = "clamp(127.5 * x + 128, 0, 255), truncated"
 CROP_RULE = "upright by EXIF, RGB, halved by box filter while twice as large, bicubic, centre (ADM)"
 LONG = 16  # pictures this many times as long as wide are cropped before they are enlarged
 WEIGHT_BITS = 22  # of the fixed-point weights in Pillow's resize
-NO_IMAGES = {  # formats that Pillow knows but that are not images here
-    "BUFR", "GRIB", "HDF5", "MPEG",  # recognised, never decoded
-    "EPS", "PDF", "WMF",  # drawings: need another program, or have no pixels of their own
-    "FITS", "IPTC",  # measurements and metadata
-    "FLI",  # films
-}
 _readers, _num_readers, _pillows_limit = threading.Lock(), 0, None
-
-
-@functools.cache
-def pillow_suffixes() -> frozenset[str]:
-    """Returns the suffixes, in small letters, of the image files that the installed Pillow decodes."""
-    Image.init()
-    decoded = (set(Image.OPEN) | {"MPO"}) - NO_IMAGES  # Pillow opens MPO by way of JPEG
-    # .pfm holds floating point numbers (depth, flow), which `to_rgb` refuses
-    return frozenset(name for name, kind in Image.registered_extensions().items() if kind in decoded) - {".pfm"}
 
 
 def to_uint8(images: Tensor) -> Tensor:

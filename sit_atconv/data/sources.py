@@ -85,7 +85,8 @@ class DataConfig:
         if (codec := self.codec or default) == "identity":
             return images, IdentityCodec(images.channels)
         with _naming("data.codec"):
-            return images, VAECodec(codec, self.codec_precision)
+            return images, VAECodec(codec, self.codec_precision, remedy="Give the folder of a downloaded AutoencoderKL "
+                                    "by --data.codec, or a hub id that is cached")
 
     def find_empty_classes(
         self, data: Digits | ImageFolder | CachedLatents, held_out: np.ndarray, exists: bool
@@ -100,13 +101,19 @@ class DataConfig:
         Raises:
             ValueError: `held_out` takes all images of a class of a new run.
         """
-        counts = np.array(data.class_counts)
-        taken = np.bincount(data.labels[held_out], minlength=len(counts)) if len(held_out) else np.zeros_like(counts)
-        emptied = np.flatnonzero((counts > 0) & (counts == taken)).tolist()
+        empty = untrained_classes(data, held_out)
+        emptied = [label for label in empty if data.class_counts[label]]
         if emptied and not (exists or self.keep_empty_classes):
             raise ValueError(f"data.held_out {self.held_out} takes all images of {name_classes(data, emptied)}: lower "
                              "it, or accept untrained classes with --data.keep_empty_classes true")
-        return np.flatnonzero(counts == taken).tolist()
+        return empty
+
+
+def untrained_classes(data: Digits | ImageFolder | CachedLatents, left_out: np.ndarray) -> list[int]:
+    """Returns the labels of which no image is trained on, if the images `left_out` (indices) are not."""
+    counts = np.array(data.class_counts)
+    taken = np.bincount(data.labels[left_out], minlength=len(counts)) if len(left_out) else np.zeros_like(counts)
+    return np.flatnonzero(counts == taken).tolist()
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ DRAW = "draw samples from it with sample/generate.py --ckpt and give their folde
 OTHERS = {  # what is in a folder that is no set of images, whatever pictures it shows -> what it is, and the remedy
     "shard-00000.safetensors": "a folder of latents: give the folder of images that was encoded",
     "checkpoints/step-*": f"a training run: {DRAW}",
-    f"*/{MANIFEST}": "a folder with several sets of samples: give one of its folders",
+    "*/images/000000.png": "a folder with several sets of samples: give one of its folders",
     "diffusion_pytorch_model.safetensors": f"a checkpoint or an exported model: {DRAW}",
     "*/diffusion_pytorch_model.safetensors": f"a checkpoint or an exported model: {DRAW}",
 }

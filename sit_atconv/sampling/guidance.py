@@ -31,9 +31,12 @@ def guidance_schedule(name: str, cfg: float) -> float | Callable[[float], float]
     return lambda t: 1 + (cfg - 1) * SCHEDULES[name](t)
 
 
-def default_cfg(null_label: int | None, weak: bool = False) -> float:
-    """The scale where none is asked for: 1, which is off, without a trained null label or a weak model."""
-    return 1.0 if null_label is None and not weak else DEFAULT_CFG
+def default_cfg(null_label: int | None, weak: bool = False, is_asked: bool = False) -> float:
+    """Returns the scale where none is given: 1, which is off, without a trained null label or a weak model.
+
+    If another option asks for guidance (`is_asked`), it is not dropped silently: `check_guidance` refuses the scale.
+    """
+    return 1.0 if null_label is None and not weak and not is_asked else DEFAULT_CFG
 
 
 def check_guidance(
@@ -56,8 +59,14 @@ def check_guidance(
     """
     if not callable(cfg) and not math.isfinite(cfg):
         raise ValueError(f"the guidance scale must be a finite number, not {cfg}")
-    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
-        raise ValueError(f"the interval of guidance must be two increasing times in [0, 1], not {list(interval)}")
+    try:
+        lo, hi = interval
+        is_interval = 0 <= lo < hi <= 1
+    except (TypeError, ValueError):
+        is_interval = False
+    if not is_interval:
+        shown = list(interval) if isinstance(interval, tuple) else interval
+        raise ValueError(f"the interval of guidance must be two increasing times in [0, 1], not {shown}")
     if null_label is None and not weak and (callable(cfg) or cfg != 1):
         raise ValueError(f"cfg = {'a schedule' if callable(cfg) else cfg} needs a null label, and this model was "
                          "trained without one: use cfg = 1, or a weak model")

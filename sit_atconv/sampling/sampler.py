@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sit_atconv.flow import as_velocity, get_interpolant
 from sit_atconv.flow.interpolants import DIFFUSION_FORMS
-from sit_atconv.sampling.guidance import DEFAULT_CFG, check_guidance, default_cfg, guidance_schedule, guided
+from sit_atconv.sampling.guidance import check_guidance, default_cfg, guidance_schedule, guided
 from sit_atconv.sampling.ode import BEGIN, LINEAR_ONLY, SOLVERS, sample_ode
 from sit_atconv.sampling.sde import LAST_STEPS, SDE_SOLVERS, sample_sde, sde_times
 from sit_atconv.sampling.times import as_times, time_grid
@@ -69,7 +69,7 @@ class Sampler:
         cfg = self.cfg
         if cfg is None:  # a schedule, interval or channels ask for guidance too
             is_asked = (self.cfg_schedule, self.cfg_channels, self.cfg_interval) != ("constant", None, (0.0, 1.0))
-            cfg = DEFAULT_CFG if is_asked else default_cfg(null_label, weak)
+            cfg = default_cfg(null_label, weak, is_asked)
         unused = [] if solver.startswith(SDE) else ["diffusion_form", "diffusion_norm", "last_step", "last_step_size"]
         unused += ["steps", "shift"] if self.times or solver == "dopri5" else []
         return replace(self, cfg=cfg, solver=solver, **{name: getattr(default, name) for name in unused})

@@ -159,10 +159,12 @@ def test_arguments_are_believed_in_whatever_they_are_kept(tmp_path, wrap):
     assert weights.null_label is None and not any("taken as" in note for note in weights.notes)
 
 
-@pytest.mark.parametrize("args", [argparse.Namespace(model="DiT-S/8", image_size=64), {"model": "dit-s/8"}, None])
+@pytest.mark.parametrize("args", [
+    argparse.Namespace(model="DiT-S/8", image_size=64), {"model": "dit-s/8"}, {"model": {"name": "DiT-S/8"}},
+    {"model": "models.DiT_S_8"}, None])
 def test_a_dit_is_no_flow(tmp_path, args):
     """Its tensors have a SiT's names and shapes; without arguments the file's name is all that tells."""
-    tensors, path = small("attention").state_dict(), tmp_path / ("DiT-S-8.pt" if args is None else "a.pt")
+    tensors, path = small("attention").state_dict(), tmp_path / ("fast-DiT-S-8.pt" if args is None else "a.pt")
     torch.save({"ema": tensors} if args is None else {"ema": tensors, "args": args}, path)
     for read in (lambda: load(path, "SiT-Tiny/2", prediction="velocity"), lambda: load_weights(str(path))):
         with pytest.raises(ValueError, match="a DiT predicts noise, and its variance, on DDPM's discrete steps"):

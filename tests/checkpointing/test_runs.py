@@ -25,6 +25,7 @@ from sit_atconv.checkpointing.weights import Recipe, load_weights
 from sit_atconv.files import sha256_of
 from sit_atconv.models import SiT
 from sit_atconv.training.averages import parameter_groups
+from tests.conftest import working_folder
 from tests.models.test_sit import randomised
 
 
@@ -217,6 +218,8 @@ def test_runs_older_than_the_recipes_field_say_whether_labels_were_dropped(tmp_p
     save_checkpoint(tmp_path, state, recipe(7), keep=2)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
     assert load_weights(str(tmp_path)).null_label == null_label
+    with working_folder(tmp_path / "checkpoints" / "step-0000007"):
+        assert load_weights("ema").null_label == null_label
     save_checkpoint(tmp_path, state, dataclasses.replace(recipe(8), null_label_trained=True), keep=2)
     assert load_weights(str(tmp_path)).null_label == 10
 

@@ -5,13 +5,16 @@ import dataclasses
 import io
 import pickle
 import shlex
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from sit_atconv.checkpointing.weights import load_weights
+from sit_atconv.checkpointing.weights import load_weights, save_weights
+from sit_atconv.data.codecs import VAECodec
+from sit_atconv.models import SiT
 from sit_atconv.sampling import SampleStream
 from tests.checkpointing.test_published_models import BATCH, assert_same_function, published, repa_model, small
 from tests.conftest import load_command
@@ -58,17 +61,46 @@ def test_repas_file_to_ours_and_back(convert, tmp_path):
     lines = convert(tmp_path / "new" / "ours", tmp_path / "b.pt", "--to", "repa")
     assert lines[0].startswith(f"{tmp_path}/b.pt: SiT-ATConv-Tiny/2-Hybrid, EMA weights of ") and len(lines) == 3
     assert "projectors" in lines[1]
-    assert lines[2] == f"read it back: python -m sit_atconv.convert {tmp_path}/b.pt {tmp_path}/b --vae identity"
+    assert lines[2] == f"read it back: python -m sit_atconv.convert {tmp_path}/b.pt {tmp_path}/b"
     assert_same_function(load_weights(str(tmp_path / "b.pt"), vae="identity").model, theirs, "repa")
 
 
 def test_a_run_to_sits_form(convert, tiny_run, tmp_path):
     lines = convert(tiny_run, tmp_path / "a.pt", "--to", "sit", "--no-ema")
     assert "SiT-ATConv-Tiny/2, trained weights of " in lines[0]
-    ours, theirs = load_weights(str(tiny_run), ema=False), load_weights(str(tmp_path / "a.pt"), vae="identity")
+    ours, theirs = load_weights(str(tiny_run), ema=False), load_weights(str(tmp_path / "a.pt"))
     assert theirs.model.config.input_size == 8 and theirs.model.null_label == 10
     x = BATCH[0][:, :1]
     assert torch.equal(ours.model(x, *BATCH[1:]), theirs.model(x, *BATCH[1:]))
+
+
+def test_ema_weights_in_sits_form_are_not_called_trained(convert, tiny_run, tmp_path, fails):
+    lines = convert(tiny_run, tmp_path / "run.pt", "--to", "sit")
+    assert lines[1].split()[-1] == f"{tmp_path}/run"
+    error = fails(load_command("sit_atconv/convert.py").main, [
+        tmp_path / "run.pt", tmp_path / "out", "--no-ema"])
+    assert "holds the EMA weights of decay" in error and "alone: leave --no-ema out" in error
+
+
+def test_the_name_to_read_back_to_is_free(convert, tiny_run, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert f"{tmp_path}/run-2" in convert(tiny_run, tmp_path / "run.pt", "--to", "sit")[1]
+
+
+def test_the_vae_comes_back_from_sits_form_or_is_said_to_be_gone(convert, tiny_run, vae, make_vae, tmp_path):
+    here = shutil.copytree(vae, tmp_path / "here")
+    weights = load_weights(str(tiny_run))
+    model = SiT.from_preset("SiT-ATConv-Tiny/2", num_classes=10, input_size=8, learn_sigma=False)
+    recipe = dataclasses.replace(weights.recipe, codec=VAECodec(str(here)).describe())
+    save_weights(model, recipe, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "a.pt", "--to", "sit")
+    assert load_weights(str(tmp_path / "a.pt")).recipe.codec == recipe.codec
+    with pytest.raises(ValueError, match=r"has weights .*, but .*a\.pt was trained with"):
+        load_weights(str(tmp_path / "a.pt"), vae=str(make_vae(seed=1)))
+    here.rename(tmp_path / "there")
+    lines = convert(tmp_path / "ours", tmp_path / "b.pt", "--to", "sit")
+    assert lines[-1] == f"its VAE is not at {here} any more: give --vae where the file is read"
+    assert load_weights(str(tmp_path / "b.pt"), vae=str(tmp_path / "there")).recipe.codec["source"].endswith("there")
 
 
 def test_every_command_printed_runs_as_printed(convert, tiny_run, tmp_path):

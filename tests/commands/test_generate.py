@@ -393,6 +393,26 @@ def test_guidance_needs_a_null_label_that_was_trained(fails, tmp_path, capsys, h
         assert "cfg = 4.0 needs a null label" in error and "cfg = 1" in error
 
 
+def test_a_weak_model_knows_the_same_classes(fails, tmp_path):
+    """In another order its labels follow the names; other classes are refused."""
+    codec, main = {"kind": "identity", "channels": 1, "downsample": 1}, load_command(GENERATE).main
+    names, images = [f"class {i}" for i in range(10)], {}
+    model, weak = randomised(in_channels=1), randomised(in_channels=1)
+    save_weights(model, Recipe("linear", "velocity", codec, names, 0), tmp_path / "model")
+    save_weights(weak, Recipe("linear", "velocity", codec, names, 0), tmp_path / "weak")
+    table = weak.y_embedder.embedding_table.weight.data
+    table[:10] = table[:10].flip(0)
+    save_weights(weak, Recipe("linear", "velocity", codec, names[::-1], 0), tmp_path / "flipped")
+    save_weights(weak, Recipe("linear", "velocity", codec, [*names[:9], "other"], 0), tmp_path / "other")
+    argv = ["--ckpt", tmp_path / "model", "--classes", 2, "--num-samples", 1, "--steps", 1]
+    for name in ("weak", "flipped"):
+        main(list(map(str, [*argv, "--weak", tmp_path / name, "--out", tmp_path / "out" / name])))
+        images[name] = (tmp_path / "out" / name / "images" / "000000.png").read_bytes()
+    assert images["weak"] == images["flipped"]
+    error = fails(main, [*argv, "--weak", tmp_path / "other", "--out", tmp_path / "x"])
+    assert "the weak model has other classes: label 9 is 'other' there, 'class 9' here" in error
+
+
 def test_classes_without_images_are_drawn_only_where_they_are_asked_for(tmp_path, capsys):
     codec = {"kind": "identity", "channels": 1, "downsample": 1}
     recipe = Recipe("linear", "velocity", codec, list("0123456789"), 0, empty_classes=[0, 1, 2, 3, 4, 5, 9])
@@ -425,4 +445,4 @@ def test_twenty_samples_become_thirty(launch, samples, tiny_run, tmp_path):
     images, fewer = (np.load(folder / "samples.npz")["arr_0"] for folder in (out, samples))
     assert len(images) == 30 and np.array_equal(images[:20], fewer)
     codes, output = launch(GENERATE, options(tiny_run, out))
-    assert codes == [1] and "holds 30 samples already, and 20 are asked for" in output
+    assert codes == [1] and "is of 30 samples, and 20 are asked for: give another --out, or use the first" in output

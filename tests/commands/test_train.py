@@ -403,6 +403,16 @@ def test_unreadable_images_are_left_out_and_recorded(skipping):
     assert all(line["loss"] > 0 and line["held_out_loss"] > 0 for line in stats_of(run)[-1:])
 
 
+def test_a_class_of_which_no_image_can_be_read_is_an_empty_one(launch, digit_folder, tmp_path):
+    images = shutil.copytree(digit_folder, tmp_path / "images")
+    for path in (images / "digit 3").iterdir():
+        path.write_bytes(path.read_bytes()[:60])
+    argv = skip_options(images, tmp_path / "run", "--data.held_out", 0, "--train.batch_size", 120, "--train.steps", 1)
+    codes, output = launch(TRAIN, argv)
+    assert codes == [0] and "warning: no image is trained on of 1 class: 3 (digit 3)" in output, output
+    assert recipe_of(tmp_path / "run", 1)["empty_classes"] == [3]
+
+
 def test_an_unreadable_image_has_no_influence(launch, skipping, digit_folder, tmp_path):
     """A run that sees its pixels, and is told that it is unreadable, is the same to the bit."""
     whole = shutil.copytree(digit_folder, tmp_path / "images")

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from sit_atconv.data.pixels import center_crop, pillow_suffixes, read_image, read_picture, to_float, to_uint8
+from sit_atconv.data.images import SUFFIXES
+from sit_atconv.data.pixels import center_crop, read_image, read_picture, to_float, to_uint8
 
 
 @pytest.fixture
@@ -197,7 +198,7 @@ def test_pillows_own_limit_neither_refuses_nor_warns_and_is_left_as_it_was(tmp_p
 
 def test_suffixes_are_those_of_images_that_pillow_decodes(photograph, tmp_path):
     """Each is read, if Pillow can write one."""
-    suffixes = pillow_suffixes()
+    suffixes = SUFFIXES
     assert suffixes >= {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}  # what rules 1 take
     assert suffixes >= {".jfif", ".jpe", ".gif", ".jp2", ".tga", ".pgm", ".pnm", ".apng", ".dib", ".mpo", ".psd"}
     assert not suffixes & {".pdf", ".eps", ".wmf", ".mpg", ".h5", ".grib", ".bufr", ".fits", ".pfm", ".mp4", ".txt"}

@@ -101,7 +101,7 @@ def test_labels_that_do_not_fit_the_images_are_not_dropped_silently(tmp_path):
     (["preview.png", "index.json", "shard-00000.safetensors"], "is a folder of latents: give the folder of images"),
     (["preview.png", "shard-00000.safetensors"], "is a folder of latents"),  # not complete
     (["loss.png", "samples/step-2.png", "checkpoints/step-0000002/state.json"], "is a training run: draw samples"),
-    (["step-2.png", "a/manifest.json", "a/grid.png", "a/images/0.png"], "several sets of samples: give one of its"),
+    (["step-2.png", "a/manifest.json", "a/grid.png", "a/images/000000.png"], "several sets of samples: give one of"),
     (["ema/diffusion_pytorch_model.safetensors"], "is a checkpoint or an exported model: draw samples"),
     (["diffusion_pytorch_model.safetensors", "grid.png"], "is a checkpoint or an exported model"),
 ])
@@ -112,6 +112,13 @@ def test_other_folders_than_of_images_are_named(tmp_path, names, message, open_s
         Image.fromarray(DIGITS[0]).save(tmp_path / name) if name.endswith("png") else (tmp_path / name).touch()
     with pytest.raises(ValueError, match=rf"^{tmp_path} .*{message}"):
         open_source(str(tmp_path))
+
+
+def test_a_stray_manifest_among_images_is_no_folder_of_samples(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.fromarray(DIGITS[0]).save(tmp_path / "a" / "0.png")
+    (tmp_path / "a" / "manifest.json").touch()
+    assert len(open_image_set(str(tmp_path))) == 1
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
