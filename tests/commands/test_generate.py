@@ -393,7 +393,7 @@ def test_guidance_needs_a_null_label_that_was_trained(fails, tmp_path, capsys, h
         assert "cfg = 4.0 needs a null label" in error and "cfg = 1" in error
 
 
-def test_a_weak_model_knows_the_same_classes(fails, tmp_path):
+def test_a_weak_model_knows_the_same_classes(fails, tmp_path, capsys):
     """In another order its labels follow the names; other classes are refused."""
     codec, main = {"kind": "identity", "channels": 1, "downsample": 1}, load_command(GENERATE).main
     names, images = [f"class {i}" for i in range(10)], {}
@@ -409,6 +409,7 @@ def test_a_weak_model_knows_the_same_classes(fails, tmp_path):
         main(list(map(str, [*argv, "--weak", tmp_path / name, "--out", tmp_path / "out" / name])))
         images[name] = (tmp_path / "out" / name / "images" / "000000.png").read_bytes()
     assert images["weak"] == images["flipped"]
+    capsys.readouterr()
     error = fails(main, [*argv, "--weak", tmp_path / "other", "--out", tmp_path / "x"])
     assert "the weak model has other classes: label 9 is 'other' there, 'class 9' here" in error
 
