@@ -34,18 +34,27 @@ def test_copies_of_training_images_fail():
 @pytest.mark.slow
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "score", "data"])
 def test_each_prediction_learns_the_digits_along_each_path(launch, tmp_path, prediction):
-    """In a third of the quickstart's steps, or in all of them. Two at once, since each run uses one core."""
-    paths = ["vp", "linear", "gvp"]
+    """In a third of the quickstart's steps."""
+    paths = [path for path in ("vp", "linear", "gvp") if (path, prediction) not in SLOW_LEARNERS]
+    assert_learn(launch, tmp_path, [(path, prediction) for path in paths], parse([]).train.steps // 3)
+
+
+@pytest.mark.scale
+def test_what_learns_slowly_learns_the_digits_in_all_steps(launch, tmp_path):
+    assert_learn(launch, tmp_path, sorted(SLOW_LEARNERS), parse([]).train.steps)
+
+
+def assert_learn(launch, folder, kinds, steps):
+    """Two at once, since each run uses one core."""
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda path: learn(launch, tmp_path / path, path, prediction), paths))
-    for path, quality in zip(paths, found, strict=True):
+        found = list(pool.map(lambda kind: learn(launch, folder / "-".join(kind), *kind, steps), kinds))
+    for (path, prediction), quality in zip(kinds, found, strict=True):
         print(f"\n| {path} | {prediction} | {quality.accuracy:.1%} | {quality.frechet_to_half:.2f} |")
     assert min(quality.accuracy for quality in found) >= 0.9
 
 
-def learn(launch, folder, path, prediction):
+def learn(launch, folder, path, prediction, steps):
     """Trains, samples and measures."""
-    steps = parse([]).train.steps // (1 if (path, prediction) in SLOW_LEARNERS else 3)
     run, samples = folder / "run", folder / "samples"
     codes, output = launch("sit_atconv/train.py", [
         "--train.steps", steps, "--flow.path", path, "--flow.prediction", prediction, "--out", run],
