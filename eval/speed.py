@@ -1,90 +1,12 @@
-"""Times attention, ATConv as published, ATConv, their hybrid and the floor of them all, interleaved in one run.
+"""Times ATConv and attention side by side.
 
     python eval/speed.py
-    python eval/speed.py --preset XL/2 --levels op block model train sampling --resolutions 256 512 1024 \\
-        --batch-size 64 16 4 --dtypes bf16 --decoder sd-vae --compile --device cuda
 
-Nothing is timed before each form has been seen to compute what it should, by a second computation of it.
-JSON goes to stdout, the table to stderr. Both lie in --out, as speed.json and speed.md, as far as they have come
-whenever a resolution is done; in the end there is a chart, speed.png.
-One process measures: under torchrun the others leave at once.
+The command itself is `sit_atconv/speed/speed.py`.
 """
 
-import json
-import sys
-from pathlib import Path
-
-from sit_atconv.commands import ArgumentParser, at_least, finite, is_main_process, run_command, user_errors
-
-FORMS = ("attention", "timm", "published", "atconv", "hybrid", "floor")
-LEVELS = ("op", "mixer", "block", "model", "train", "sampling")
-
-
-def main(argv: list[str] | None = None) -> None:
-    options = vars(make_parser().parse_args(argv))
-    if not is_main_process():
-        return
-    with user_errors():
-        out = options.pop("out")
-        out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is found before torch is imported
-        from sit_atconv.benchmark import compare
-        from sit_atconv.files import write_aside
-        from sit_atconv.speed.chart import save_chart
-        from sit_atconv.speed.options import SpeedOptions
-        from sit_atconv.speed.table import table
-
-        def save(comparison) -> tuple[str, str]:
-            result, text = json.dumps(comparison.to_json(), indent=1), table(comparison)
-            write_aside(out / "speed.json", result + "\n")
-            write_aside(out / "speed.md", text + "\n")
-            return result, text
-
-        comparison = compare(SpeedOptions(**options), progress=True, after_case=save)
-    result, text = save(comparison)
-    save_chart(comparison, out / "speed.png")
-    print(text, f"\nchart: {out / 'speed.png'}", sep="\n", file=sys.stderr)
-    print(result)
-
-
-def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        usage="python eval/speed.py [--preset XL/2] [--levels model sampling] [--resolutions 256 512] [--out DIR] "
-        "[options]",
-        description="Times what ATConv is compared with, interleaved in one run, after checking each by a second "
-        "computation: milliseconds, images per second, ratios, multiply-adds and peak memory, as JSON, a table and a "
-        "chart.",
-    )
-    parser.add_argument("--preset", default="S/2", metavar="SIZE/PATCH",
-                        help="XL/2 stands for SiT-XL/2, SiT-ATConv-XL/2 and its hybrid; sizes Tiny, S, B, L, XL, "
-                        "patches 2, 4, 8")
-    parser.add_argument("--depth", type=at_least(1), default=None, help="number of blocks, if not the preset's")
-    parser.add_argument("--forms", choices=FORMS, nargs="+", default=FORMS, metavar="FORM",
-                        help=f"what is compared, of {', '.join(FORMS)}; each level takes those that it has")
-    parser.add_argument("--levels", choices=LEVELS, nargs="+", default=("model", "sampling"), metavar="LEVEL",
-                        help=f"what is timed, of {', '.join(LEVELS)}")
-    parser.add_argument("--baseline", choices=FORMS, default="attention", metavar="FORM",
-                        help="the form that the others' speeds are divided by")
-    parser.add_argument("--resolutions", type=at_least(1), nargs="+", default=(256, 512), metavar="PX",
-                        help="sides of the square images, in pixels")
-    parser.add_argument("--batch-size", type=at_least(1), nargs="+", default=(1,), dest="batch_sizes", metavar="B",
-                        help="images at a time, one number for each resolution or one for all")
-    parser.add_argument("--downsample", type=at_least(1), default=8,
-                        help="pixels for one of the model's input: 8 for latents, 1 in pixel space")
-    parser.add_argument("--channels", type=at_least(1), default=4, help="of the model's input: 4 latent, 3 for RGB")
-    parser.add_argument("--dtypes", choices=("fp32", "bf16", "fp16"), nargs="+", default=("fp32",),
-                        help="of weights and arithmetic; in training of arithmetic alone")
-    parser.add_argument("--steps", type=at_least(1), default=50, help="Euler steps in which an image is sampled")
-    parser.add_argument("--cfg", type=finite, default=4.0, help="guidance scale in sampling; 1 is off")
-    parser.add_argument("--decoder", default="none", metavar="none|sd-vae|FOLDER",
-                        help="of what is sampled: sd-vae is its architecture with random weights, FOLDER holds an "
-                        "AutoencoderKL")
-    parser.add_argument("--compile", action="store_true", help="compile every form with torch.compile")
-    parser.add_argument("--rounds", type=at_least(1), default=5, help="how often each form is timed")
-    parser.add_argument("--warmup", type=at_least(0), default=1, help="rounds before those, thrown away")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is the accelerator, if any")
-    parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="folder of the results")
-    return parser
-
+from sit_atconv.runtime.commands import run_command
+from sit_atconv.speed.speed import main
 
 if __name__ == "__main__":
     run_command(main)

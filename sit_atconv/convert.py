@@ -12,8 +12,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from sit_atconv.commands import ArgumentParser, at_least, finite, run_command, script_path, user_errors
 from sit_atconv.data import DEFAULT_VAE
+from sit_atconv.runtime.commands import ArgumentParser, at_least, finite, run_command, script_path, user_errors
 
 OF_FILES = {"interpolant": "--path", "prediction": "--prediction", "class_names": "--class-names",
             "num_classes": "--num-classes"}
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     options = vars(make_parser().parse_args(argv))
     source, out, form, ema = (options.pop(name) for name in ("source", "out", "to", "ema"))
     with user_errors():
-        from sit_atconv.checkpointing.weights import locate_weights
+        from sit_atconv.checkpoints.weights import locate_weights
 
         check_out(out, form)  # answers before torch is imported
         path = locate_weights(source, ema, model=options["model"], vae=options["vae"])
@@ -65,7 +65,7 @@ def read_class_names(path: Path) -> list[str]:
 
 def repeated(class_names: list[str]) -> list[str]:
     """A line on names that several labels have, if there are any."""
-    from sit_atconv.checkpointing.class_names import repeated_names
+    from sit_atconv.checkpoints.class_names import repeated_names
 
     repeats = repeated_names(class_names)
     found = [f"{name!r} names labels {', '.join(map(str, labels))}" for name, labels in repeats.items()]
@@ -74,10 +74,10 @@ def repeated(class_names: list[str]) -> list[str]:
 
 def load(source: str, path: Path, ema: bool | float, options: dict):
     """The weights of a file or of a folder without a recipe, by all options, or of anything else, which knows most."""
-    from sit_atconv.checkpointing.weights import is_without_recipe, load_weights
+    from sit_atconv.checkpoints.weights import is_without_recipe, load_weights
 
     if is_without_recipe(path):
-        from sit_atconv.checkpointing.published_models import load_published
+        from sit_atconv.checkpoints.published_models import load_published
 
         return load_published(path, options.pop("model"), ema=ema, **options)
     for name, option in OF_FILES.items():
@@ -96,7 +96,7 @@ def convert(weights, source: str, out: Path, form: str) -> str:
     unknown = "" if recipe.ema_known else " (whether they are averaged is not said)"
     what = f"{kind} of {source}{unknown}, {config.num_classes} classes {null}"
     if form in ("sit", "repa"):
-        from sit_atconv.checkpointing.published_models import save_published
+        from sit_atconv.checkpoints.published_models import save_published
 
         out.parent.mkdir(parents=True, exist_ok=True)
         preset = save_published(weights, out, form)
@@ -113,7 +113,7 @@ def convert(weights, source: str, out: Path, form: str) -> str:
 
         export_pipeline(weights, out)
         return f"{out}: pipeline with the {what}\nsample: python {script_path('sample/generate.py')} --ckpt {quoted}"
-    from sit_atconv.checkpointing.weights import export_weights
+    from sit_atconv.checkpoints.weights import export_weights
 
     export_weights(weights, out)
     return f"{out}: {what}\nsample: python {script_path('sample/generate.py')} --ckpt {quoted}"

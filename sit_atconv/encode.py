@@ -10,8 +10,16 @@ and ends with the same bytes. --extend adds the images that came later.
 
 from pathlib import Path
 
-from sit_atconv.commands import ArgumentParser, at_least, fail, is_main_process, positive, run_command, user_errors
 from sit_atconv.data import DEFAULT_VAE, MAX_MEGAPIXELS
+from sit_atconv.runtime.commands import (
+    ArgumentParser,
+    at_least,
+    fail,
+    is_main_process,
+    positive,
+    run_command,
+    user_errors,
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,10 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors():
         if not Path(options["images"]).is_dir():  # found before torch is imported
             raise ValueError(f"{options['images']} is not a folder of images")
+        from sit_atconv.data.encoding import EncodeOptions, encode_images
+        from sit_atconv.data.latent_summary import describe_latents, training_command
         from sit_atconv.data.latents import CachedLatents
-        from sit_atconv.encoding import EncodeOptions, encode_images
-        from sit_atconv.files import gigabytes
-        from sit_atconv.latent_summary import describe_latents, training_command
+        from sit_atconv.runtime.files import gigabytes
 
         try:
             index, rate = encode_images(EncodeOptions(**options))
@@ -56,7 +64,7 @@ def check(latents: Path) -> None:
         from tqdm import tqdm
 
         from sit_atconv.data.latent_folder import read_index, unfinished_shards, verify
-        from sit_atconv.files import gigabytes
+        from sit_atconv.runtime.files import gigabytes
 
         index = read_index(latents)
         with tqdm(total=index.num_bytes, unit="B", unit_scale=True, desc="verifying") as progress:

@@ -22,13 +22,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from sit_atconv.checkpointing.weights import Weights
-from sit_atconv.class_labels import class_label
+from sit_atconv.checkpoints.weights import Weights
 from sit_atconv.data.codecs import open_codec, per_channel, scale_and_shift
 from sit_atconv.data.pixels import to_pil, to_uint8
-from sit_atconv.files import hub_options, write_folder_aside
 from sit_atconv.flow import as_velocity, get_interpolant
+from sit_atconv.generation.labels import class_label
 from sit_atconv.models.sit import SiT
+from sit_atconv.runtime.files import hub_options, write_folder_aside
 from sit_atconv.sampling import guided, time_grid
 from sit_atconv.sampling.guidance import check_guidance, default_cfg
 

@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from sit_atconv.commands import ArgumentParser, fail, run_command
 from sit_atconv.evaluation.records import read_evaluation
+from sit_atconv.runtime.commands import ArgumentParser, fail, run_command
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = {

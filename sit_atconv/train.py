@@ -16,7 +16,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-from sit_atconv.commands import (
+from sit_atconv.runtime.commands import (
     fail,
     is_main_process,
     leave_at_once,
@@ -35,8 +35,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from sit_atconv.checkpointing.initial import Start, start_from
-from sit_atconv.checkpointing.runs import (
+from sit_atconv.checkpoints.runs import (
     TrainingState,
     append_stats,
     checkpoint_step,
@@ -49,19 +48,19 @@ from sit_atconv.checkpointing.runs import (
     save_checkpoint,
     set_aside,
 )
-from sit_atconv.checkpointing.weights import Recipe
-from sit_atconv.config import Config, parse
+from sit_atconv.checkpoints.warm_start import Start, start_from
+from sit_atconv.checkpoints.weights import Recipe
 from sit_atconv.data.codecs import Codec
 from sit_atconv.data.loading import load_batches
 from sit_atconv.data.order import BatchOrder, hold_out, step_seed
 from sit_atconv.data.pixels import to_float
 from sit_atconv.data.sources import describe_data, name_classes, untrained_classes
-from sit_atconv.devices import has_fused_optimizers, on_cpu, prepare_device
-from sit_atconv.files import check_room, exclusive
 from sit_atconv.models import SiT
-from sit_atconv.pictures import save_loss_curves
-from sit_atconv.preview import draw_preview
-from sit_atconv.training.averages import Averages, parameter_groups
+from sit_atconv.runtime.devices import has_fused_optimizers, on_cpu, prepare_device
+from sit_atconv.runtime.files import check_room, exclusive
+from sit_atconv.runtime.plots import save_loss_curves
+from sit_atconv.training.config import Config, parse
+from sit_atconv.training.ema import Averages, parameter_groups
 from sit_atconv.training.estimate import (
     Plan,
     checkpoint_bytes,
@@ -74,6 +73,7 @@ from sit_atconv.training.estimate import (
 from sit_atconv.training.guards import Agreement, FiniteWatch, StopRequest, leave_signals_to_the_trainer, poisoned
 from sit_atconv.training.held_out import HeldOut
 from sit_atconv.training.meter import Meter, Tracker, check_tracker, peak_tflops
+from sit_atconv.training.preview import draw_preview
 from sit_atconv.training.unreadable import Unreadable
 
 

@@ -60,8 +60,9 @@ def launch(tmp_path_factory):
     `seconds`.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sit_atconv.train", "sit_atconv.generation", "sit_atconv.encoding", "torchdiffeq",
-                                    "sit_atconv.scoring", "diffusers.models.autoencoders.autoencoder_kl"])
+    context.set_forkserver_preload(["sit_atconv.train", "sit_atconv.generation.draw", "sit_atconv.data.encoding",
+                                    "sit_atconv.evaluation.evaluate", "torchdiffeq",
+                                    "diffusers.models.autoencoders.autoencoder_kl"])
     logs, numbers = tmp_path_factory.mktemp("logs"), itertools.count()
 
     def run(
@@ -185,7 +186,7 @@ def _make_third_loss_nan():
 
 
 def _hide_checkpoints():
-    from sit_atconv.checkpointing import runs
+    from sit_atconv.checkpoints import runs
 
     if os.environ["RANK"] == "1":
         runs.list_checkpoints = lambda run: []

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sit_atconv.config import parse
 from sit_atconv.data.images import load_digits
+from sit_atconv.training.config import parse
 from tests.conftest import python
 from tests.digits_quality import measure_quality
 

@@ -9,17 +9,6 @@ import pytest
 import sit_atconv
 from tests.conftest import ROOT, python
 
-MAY_IMPORT = {  # a part -> the other parts of the package it may import
-    "ops": set(),
-    "models": {"ops"},
-    "flow": set(),
-    "sampling": {"flow"},
-    "data": set(),
-    "evaluation": {"data"},
-    "checkpointing": {"models", "data"},
-    "speed": {"ops", "models", "flow", "sampling", "data"},
-    "training": {"devices", "models", "flow", "sampling", "data", "checkpointing", "speed"},
-}
 COMMANDS = {f"sit_atconv.{name}" for name in ("train", "encode", "convert", "quickstart")}
 HEAVY = {"torch", "diffusers", "accelerate", "timm", "torch_fidelity", "torchvision", "matplotlib", "sklearn"}
 MODULES = sorted(m.name for m in pkgutil.walk_packages(sit_atconv.__path__, "sit_atconv."))
@@ -32,17 +21,6 @@ def imports_of(path):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
             yield node.module
-
-
-def test_imports_run_one_way():
-    for part, allowed in MAY_IMPORT.items():
-        for path in (ROOT / "sit_atconv" / part).rglob("*.py"):
-            parts = {name.split(".")[1] for name in imports_of(path) if name.startswith("sit_atconv.")}
-            assert parts <= allowed | {part, "files"}, path
-    assert not [name for name in imports_of(ROOT / "sit_atconv" / "files.py") if name.startswith("sit_atconv")]
-    for path in (ROOT / "sit_atconv" / "ops").rglob("*.py"):
-        allowed = {"torch", "sit_atconv", "os", "warnings", "triton"}
-        assert {name.split(".")[0] for name in imports_of(path)} <= allowed, path
 
 
 def test_the_operator_needs_neither_cuda_nor_triton():

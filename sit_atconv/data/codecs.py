@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from sit_atconv.files import hub_options, weights_variant
+from sit_atconv.runtime.files import hub_options, weights_variant
 
 if TYPE_CHECKING:  # diffusers is imported where a VAE is loaded
     from diffusers import AutoencoderKL

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sit_atconv.data import MAX_MEGAPIXELS
-from sit_atconv.data.class_names import normal, show_some
 from sit_atconv.data.pixels import CROP_RULE, read_picture, to_uint8
+from sit_atconv.runtime.names import normal, show_some
 
 MOST_CLASSES = 10**6  # beyond that a label is no class
 RULES = 2  # number of the rules for new data sets; 1 is for those begun before 2026-11-25

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from sit_atconv.data.class_names import show_some
 from sit_atconv.data.images import ImageFolder
 from sit_atconv.data.latent_folder import (
     LatentFolder,
@@ -23,6 +22,7 @@ from sit_atconv.data.latent_folder import (
     open_shard,
     read_index,
 )
+from sit_atconv.runtime.names import show_some
 
 
 def arrange(

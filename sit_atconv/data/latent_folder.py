@@ -32,8 +32,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sit_atconv.data.class_names import show_some
-from sit_atconv.files import sha256_of, write_aside
+from sit_atconv.runtime.files import sha256_of, write_aside
+from sit_atconv.runtime.names import show_some
 
 FORMATS = (1, 2)  # 2: with fields that readers before 2026-11-25 do not know
 INDEX = "index.json"

@@ -17,9 +17,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from sit_atconv.evaluation.digit_features import WEIGHTS, DigitFeatures
-from sit_atconv.evaluation.dinov2 import PUBLISHED_WIDTH, DINOv2
-from sit_atconv.files import sha256_of
+from sit_atconv.encoders.digit_features import WEIGHTS, DigitFeatures
+from sit_atconv.encoders.dinov2 import PUBLISHED_WIDTH, DINOv2
+from sit_atconv.runtime.files import sha256_of
 
 INCEPTION_SHA256 = "6726825d"  # how the digest of torch-fidelity's Inception begins, and its file's name ends
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"

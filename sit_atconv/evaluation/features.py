@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sit_atconv.evaluation.extractors import Extractor
 from sit_atconv.evaluation.image_sets import ImageSet, digest_of
-from sit_atconv.files import PARTIAL, write_aside
+from sit_atconv.runtime.files import PARTIAL, write_aside
 
 SHARD = 1024  # images: what a kill may cost each process
 DAY = 86_400  # seconds

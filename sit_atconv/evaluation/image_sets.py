@@ -18,7 +18,7 @@ from sit_atconv.data import MAX_MEGAPIXELS
 from sit_atconv.data.image_npz import IMAGES, ImageNpz
 from sit_atconv.data.images import ImageFolder, left_out_line, list_images, load_digits, scan_images
 from sit_atconv.data.pixels import CROP_RULE, read_image
-from sit_atconv.files import sha256_of
+from sit_atconv.runtime.files import sha256_of
 
 LABELS = "arr_1"  # where ADM's sampler puts them
 MANIFEST, NPZ = "manifest.json", "samples.npz"  # what sample/generate.py writes beside images/

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from sit_atconv.files import write_aside
+from sit_atconv.runtime.files import write_aside
 
 FULL = 50_000  # samples of the FID that papers report; another number stands in the score's name
 

@@ -19,7 +19,7 @@ from sit_atconv.evaluation.image_sets import (
     folder_of,
     open_image_set,
 )
-from sit_atconv.files import write_aside
+from sit_atconv.runtime.files import write_aside
 
 NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # of ADM's files
 RECIPE = "recipe"   # what --make-reference adds to them

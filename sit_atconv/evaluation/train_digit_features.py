@@ -17,7 +17,7 @@ from tqdm import trange
 
 from sit_atconv.data.images import load_digits
 from sit_atconv.data.pixels import to_float
-from sit_atconv.evaluation.digit_features import WEIGHTS, DigitClassifier
+from sit_atconv.encoders.digit_features import WEIGHTS, DigitClassifier
 
 SEED, EPOCHS, BATCH_SIZE, HELD_OUT = 0, 40, 64, 360
 

@@ -1,1 +1,1 @@
-"""The parts of the speed comparison that `sit_atconv/benchmark.py` runs."""
+"""The parts of the speed comparison that `sit_atconv/speed/benchmark.py` runs."""

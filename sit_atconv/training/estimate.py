@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sit_atconv.data.order import BatchOrder
-from sit_atconv.devices import has_fused_optimizers
-from sit_atconv.files import gigabytes
 from sit_atconv.flow import FlowMatching
 from sit_atconv.models.sit import SiT, mixer_names
+from sit_atconv.runtime.devices import has_fused_optimizers
+from sit_atconv.runtime.files import gigabytes
 from sit_atconv.speed.costs import DEFAULTS, cost
 from sit_atconv.speed.timing import describe_environment, synchronize
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from sit_atconv.files import write_aside
+from sit_atconv.runtime.files import write_aside
 
 
 class Unreadable:

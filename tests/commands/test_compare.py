@@ -1,4 +1,4 @@
-"""The command that compares evaluations; how it compares is tested in tests/test_score_comparison.py."""
+"""The command that compares evaluations; how it compares is tested in tests/evaluation/test_comparison.py."""
 
 import os
 import subprocess

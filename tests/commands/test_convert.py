@@ -12,11 +12,11 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from sit_atconv.checkpointing.weights import load_weights, save_weights
+from sit_atconv.checkpoints.weights import load_weights, save_weights
 from sit_atconv.data.codecs import VAECodec
 from sit_atconv.models import SiT
 from sit_atconv.sampling import SampleStream
-from tests.checkpointing.test_published_models import BATCH, assert_same_function, published, repa_model, small
+from tests.checkpoints.test_published_models import BATCH, assert_same_function, published, repa_model, small
 from tests.conftest import load_command
 
 CONVERT = "sit_atconv/convert.py"

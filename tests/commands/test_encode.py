@@ -12,7 +12,7 @@ from sklearn.datasets import load_sample_image
 
 from sit_atconv.data.latent_folder import open_shard, read_index
 from sit_atconv.data.latents import CachedLatents
-from sit_atconv.files import exclusive
+from sit_atconv.runtime.files import exclusive
 from tests.conftest import encode_argv, load_command, relative_error
 
 ENCODE = "sit_atconv/encode.py"

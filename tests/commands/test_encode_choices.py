@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from sit_atconv import encoding
+from sit_atconv.data import encoding
 from sit_atconv.data.codecs import VAECodec
 from sit_atconv.data.images import RULES, ImageFolder
 from sit_atconv.data.latent_folder import LatentFolder, open_shard, read_index, write_index

@@ -185,7 +185,7 @@ def test_torchruns_report_ends_with_the_error(tmp_path):
 # ----------------------------------------------------------------------------------------------------- errors
 
 def test_arguments_are_checked_before_anything_is_loaded(fails, npz, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sit_atconv.scoring", None)  # an import would raise
+    monkeypatch.setitem(sys.modules, "sit_atconv.evaluation.evaluate", None)  # an import would raise
     monkeypatch.setitem(sys.modules, "torch", None)
     main = load_command(FID).main
     argv = ["--samples", npz, "--reference", "digits", "--extractor", "digits"]
@@ -241,7 +241,7 @@ def test_extractors_of_a_module(npz, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "module_of_a_test.py").write_text(
         "from torch_fidelity import register_feature_extractor\n"
-        "from sit_atconv.evaluation.digit_features import DigitFeatures\n"
+        "from sit_atconv.encoders.digit_features import DigitFeatures\n"
         "register_feature_extractor('mine', DigitFeatures)\n")
     load_command(FID).main(["--samples", str(npz), "--reference", "digits", "--extractor", "mine", "--metrics", "fid",
                             "--import", "module_of_a_test"])
@@ -252,7 +252,7 @@ def test_ctrl_c(monkeypatch, npz, tmp_path, fails):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sit_atconv.scoring.evaluate", interrupted)
+    monkeypatch.setattr("sit_atconv.evaluation.evaluate.evaluate", interrupted)
     assert "error: interrupted" in fails(load_command(FID).main, digits_argv(npz, tmp_path))
 
 
@@ -286,7 +286,7 @@ def test_errors(fails, npz, tmp_path, monkeypatch):
 WATCHED = """
 import runpy, sys, threading, time
 import torch, torch.nn.functional as F
-import sit_atconv.scoring
+import sit_atconv.evaluation.evaluate
 from sit_atconv.evaluation.extractors import Extractor
 
 mix = torch.randn(768, 2048 + 1008 + 2023, generator=torch.Generator().manual_seed(0)) / 28
@@ -295,7 +295,7 @@ def network(images):
     return ((F.adaptive_avg_pool2d(images.float(), 16).flatten(1) / 10) @ mix).relu().split((2048, 1008, 2023), 1)
 
 network.eval = lambda: network
-sit_atconv.scoring.open_extractor = lambda *args: Extractor(
+sit_atconv.evaluation.evaluate.open_extractor = lambda *args: Extractor(
     "inception", network, "0" * 64, ("features", "logits", "spatial"), "none")
 
 def watch(file, peak=0):

@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sit_atconv.checkpointing.weights import Recipe, save_weights
-from sit_atconv.files import exclusive
+from sit_atconv.checkpoints.weights import Recipe, save_weights
 from sit_atconv.flow.interpolants import DIFFUSION_FORMS
+from sit_atconv.generation.job import DTYPES
 from sit_atconv.models import SiT
-from sit_atconv.sample_job import DTYPES
+from sit_atconv.runtime.files import exclusive
 from sit_atconv.sampling.guidance import SCHEDULES
 from sit_atconv.sampling.sampler import SOLVER_NAMES
 from sit_atconv.sampling.sde import LAST_STEPS

@@ -1,4 +1,4 @@
-"""The command that compares solvers; how it compares is tested in tests/test_solver_quality.py."""
+"""The command that compares solvers; how it compares is tested in tests/studies/test_solver_quality.py."""
 
 from tests.conftest import load_command
 

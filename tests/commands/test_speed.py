@@ -46,7 +46,7 @@ def test_json_on_stdout_and_all_files_in_the_folder(main, tmp_path, capsys):
 
 def test_what_was_found_before_a_kill_is_there(main, tmp_path, monkeypatch):
     """Of two resolutions the second never ends."""
-    import sit_atconv.benchmark as benchmark
+    import sit_atconv.speed.benchmark as benchmark
 
     measure = benchmark.measure
 

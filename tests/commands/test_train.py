@@ -19,11 +19,11 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from sit_atconv.config import parse
 from sit_atconv.data.images import ImageFolder
 from sit_atconv.data.order import hold_out
-from sit_atconv.files import exclusive
 from sit_atconv.models import PRESETS, SiT
+from sit_atconv.runtime.files import exclusive
+from sit_atconv.training.config import parse
 from tests.conftest import ROOT, TINY_RUN, encode_argv, load_command, python, relative_error, working_folder
 
 TRAIN = "sit_atconv/train.py"

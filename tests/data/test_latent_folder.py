@@ -19,7 +19,7 @@ from sit_atconv.data.latent_folder import (
     verify,
     write_index,
 )
-from sit_atconv.files import sha256_of
+from sit_atconv.runtime.files import sha256_of
 
 
 def settings(**options) -> LatentSettings:

@@ -12,7 +12,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from sit_atconv.evaluation import extractors
 from sit_atconv.evaluation.extractors import Extractor, open_extractor
-from sit_atconv.files import sha256_of
+from sit_atconv.runtime.files import sha256_of
 from tests.conftest import relative_error
 from tests.pixel_features import Pixels
 

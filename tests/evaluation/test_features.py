@@ -8,7 +8,7 @@ from sit_atconv.evaluation import features as features_module
 from sit_atconv.evaluation.extractors import Extractor, open_extractor
 from sit_atconv.evaluation.features import FeatureShards, extract_features
 from sit_atconv.evaluation.image_sets import ImageSet
-from sit_atconv.files import PARTIAL
+from sit_atconv.runtime.files import PARTIAL
 
 DIGITS = np.repeat(load_digits()[0][:100, ..., None], 3, axis=-1)
 

@@ -1,0 +1,183 @@
+"""Measures how fast training data are read: cached latents, images, or both by turns.
+
+    python benchmarks/loading.py --latents LATENTS --images DIR --image-size 256
+    python benchmarks/loading.py --random-gb 10
+
+JSON goes to stdout: samples a second (median, all rounds), seconds to the first batch, the workers' private memory.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm, trange
+
+from sit_atconv.data.images import ImageFolder
+from sit_atconv.data.latent_folder import LatentFolder, LatentSettings, inspect_shard
+from sit_atconv.data.latents import CachedLatents
+from sit_atconv.data.loading import leave_ctrl_c_to_the_parent
+from sit_atconv.data.order import BatchOrder
+from sit_atconv.runtime.commands import ArgumentParser, at_least, positive, run_command, user_errors
+from sit_atconv.runtime.files import check_room
+
+
+@dataclass(frozen=True)
+class LoadingSpeed:
+    """What was measured of one source.
+
+    Args:
+        samples: of the whole data set.
+        samples_per_second: median over the rounds; `rounds` holds them all.
+        startup_seconds: from opening the source to its first batch, workers started.
+        private_mib: the most that RssAnon of all workers together came to; None where the system does not tell.
+    """
+
+    samples: int
+    samples_per_second: float
+    rounds: list[float]
+    startup_seconds: float
+    private_mib: float | None
+
+
+def measure_loading(
+    sources: dict[str, Callable[[], Dataset]],
+    *,
+    batch_size: int = 256,
+    num_workers: int = 2,
+    rounds: int = 5,
+    seconds: float = 3.0,
+    mirror: bool = True,
+    before_round: Callable[[], object] = lambda: None,
+    progress: bool = False,
+) -> dict[str, LoadingSpeed]:
+    """Reads each source in training's order, by turns: every round reads each for some seconds.
+
+    Args:
+        sources: what opens each of them.
+        batch_size: samples of a batch.
+        num_workers: processes that read; 0 reads in this one, whose memory is told then.
+        rounds, seconds: how often each is read, and how long.
+        mirror: every other time the mirror image, as `BatchOrder` draws it.
+        before_round: is called before each is read, untimed.
+        progress: draw a bar on stderr.
+
+    Raises:
+        ValueError: a source that cannot be opened, or is smaller than a batch.
+    """
+    loaders, sizes, startups, rates = {}, {}, {}, {name: [] for name in sources}
+    for name, open_source in sources.items():
+        clock = time.perf_counter()
+        data = open_source()
+        order = BatchOrder(len(data), batch_size, seed=0, mirror=mirror)
+        loaders[name], sizes[name] = iter(DataLoader(data, batch_sampler=order, num_workers=num_workers,
+                                                     worker_init_fn=leave_ctrl_c_to_the_parent)), len(data)
+        next(loaders[name])
+        startups[name] = time.perf_counter() - clock
+    memory = dict.fromkeys(sources, 0.0)
+    for name in tqdm(list(sources) * rounds, unit="round", disable=not progress):
+        for _ in range(2 * num_workers):  # read while the other source was being timed
+            next(loaders[name])
+        before_round()
+        clock, count = time.perf_counter(), 0
+        while time.perf_counter() - clock < seconds:
+            next(loaders[name])
+            count += batch_size
+        rates[name].append(count / (time.perf_counter() - clock))
+        pids = [worker.pid for worker in loaders[name]._workers] if num_workers else ["self"]
+        memory[name] = max(memory[name], sum(map(private_mib, pids)))
+    return {name: LoadingSpeed(sizes[name], median(rates[name]), rates[name], startups[name], memory[name] or None)
+            for name in sources}
+
+
+def forget_files(folder: Path) -> None:
+    """Has the system forget what it keeps of a folder's files in memory, so that they are read from the disk again."""
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)  # it keeps what is not on the disk yet
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def private_mib(pid: int | str) -> float:
+    """RssAnon of a process: what it holds alone, without files mapped. 0 where the system does not tell."""
+    status = Path("/proc", str(pid), "status")
+    found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) / 1024 if found else 0.0
+
+
+def write_random_latents(folder: Path, num_images: int, moments_shape: tuple[int, int, int] = (8, 32, 32)) -> None:
+    """A folder of latents that are random numbers, float16, with mirror images: for measuring."""
+    settings = LatentSettings(
+        num_images, files="random", image_size=8 * moments_shape[-1], crop="none", codec={}, precision="fp32",
+        slicing=False, tiling=False, mirrored=True, dtype="float16", moments_shape=list(moments_shape), batch_size=32,
+        images_per_shard=4096,
+    )
+    check_room(folder, num_images * settings.bytes_per_image)
+    folder.mkdir(parents=True, exist_ok=True)
+    num_classes = min(10, num_images)
+    latents, reports, generator = LatentFolder(folder, settings), [], torch.Generator().manual_seed(0)
+    for number in trange(latents.num_shards, unit="shard", desc="writing random latents"):
+        images = latents.images(number)
+        tensors = {kind: torch.randn((len(images), *moments_shape), generator=generator).to(torch.float16)
+                   for kind in settings.kinds}
+        labels = torch.tensor(images) % num_classes
+        latents.write(number, tensors | {"labels": labels}, list(map(str, images)), {})
+        reports.append(inspect_shard(latents.shard(number), settings, num_classes))
+    latents.write_index("random", list(map(str, range(num_classes))), reports)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    if not (options.latents or options.images or options.random_gb):
+        parser.error("give --latents, --images or --random-gb")
+    with user_errors(), tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        sources = {}
+        if options.latents:
+            sources["latents"] = lambda: CachedLatents(options.latents, options.mirror)
+        if options.random_gb:
+            write_random_latents(Path(scratch), math.ceil(options.random_gb * 1e9 / (2 * 2 * 8 * 32 * 32)))
+            sources["random latents"] = lambda: CachedLatents(scratch)
+        if options.images:
+            sources["images"] = lambda: ImageFolder(options.images, options.image_size)
+        folders = [Path(folder) for folder in (options.latents, options.random_gb and scratch) if folder]
+        cold = {"before_round": lambda: [forget_files(folder) for folder in folders]} if options.cold else {}
+        found = measure_loading(sources, batch_size=options.batch_size, num_workers=options.num_workers,
+                                rounds=options.rounds, seconds=options.seconds, mirror=options.mirror, progress=True,
+                                **cold)
+    print(json.dumps({name: dataclasses.asdict(speed) for name, speed in found.items()}, indent=1))
+
+
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        usage="python benchmarks/loading.py [--latents LATENTS] [--images DIR] [--random-gb GB] [options]",
+        description="Measures how fast training data are read, in training's order and with its mirror images.",
+    )
+    parser.add_argument("--latents", default=None, help="a folder that encode.py wrote")
+    parser.add_argument("--images", metavar="DIR", default=None, help="a folder of images")
+    parser.add_argument("--image-size", type=at_least(1), default=256, metavar="PX", help="side of those images")
+    parser.add_argument("--random-gb", type=positive, default=None, metavar="GB",
+                        help="write latents of 32x32x4 of this size, random numbers, and measure those")
+    parser.add_argument("--scratch", default=None, metavar="DIR", help="where those lie meanwhile")
+    parser.add_argument("--no-mirror", dest="mirror", action="store_false", help="without the mirror images")
+    parser.add_argument("--cold", action="store_true",
+                        help="from the disk: have the system forget the latents it keeps in memory before each round")
+    parser.add_argument("--batch-size", type=at_least(1), default=256, help="samples of a batch")
+    parser.add_argument("--num-workers", type=at_least(0), default=2, help="processes that read")
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="how often each is read")
+    parser.add_argument("--seconds", type=positive, default=3.0, help="how long each time")
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)

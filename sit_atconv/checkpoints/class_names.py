@@ -1,0 +1,29 @@
+"""Class names of weights compared with those of a file or of data: label i need not be the same class on both sides."""
+
+from collections.abc import Sequence
+
+from sit_atconv.runtime.names import labels_by_name, normal
+
+
+def changed_names(there: Sequence[str], here: Sequence[str]) -> str | None:
+    """The first label whose name is another, and how many more there are; None where all are the same."""
+    changed = [(i, a, b) for i, (a, b) in enumerate(zip(there, here, strict=False)) if normal(a) != normal(b)]
+    if not changed:
+        return None
+    label, a, b = changed[0]
+    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+    return f"label {label} is {a!r} there, {b!r} here{more}"
+
+
+def labels_there(there: Sequence[str], here: Sequence[str]) -> list[int] | None:
+    """For each name here its label there; None unless both name the same classes, each once."""
+    labels = {normal(name): label for label, name in enumerate(there)}
+    wanted = [normal(name) for name in here]
+    if not len(there) == len(here) == len(labels) == len(set(wanted)) or labels.keys() != set(wanted):
+        return None
+    return [labels[name] for name in wanted]
+
+
+def repeated_names(names: Sequence[str]) -> dict[str, list[int]]:
+    """Names that several labels have -> these labels."""
+    return {name: labels for name, labels in labels_by_name(names).items() if len(labels) > 1}

@@ -1,0 +1,279 @@
+"""The folder of a training run, and the checkpoints in it that training resumes from.
+
+    RUN/config.yaml, data.json     the resolved configuration, and what the data are
+    RUN/stats.jsonl, loss.png      the loss and more, as it went
+    RUN/samples/step-*.png         pictures drawn from the EMA weights on the way
+    RUN/checkpoints/step-*/        model/, ema/, ema-DECAY/ (exported weights), optimizer.safetensors, state.json
+
+state.json, written last, holds the sha256 of everything else. Nothing is ever unpickled.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sit_atconv.checkpoints.weights import WEIGHTS_FILE, Recipe, save_weights
+from sit_atconv.runtime.files import PARTIAL, flush, sha256_of, write_aside
+
+if TYPE_CHECKING:  # finding a checkpoint must not wait for torch: it is imported where it is used
+    import torch
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a checkpoint restores; data order, noise, times and learning rate follow from (seed, step).
+
+    Args:
+        model: the model being trained, unwrapped.
+        averages: decay -> average; the first lies in `ema`, any other in `ema-DECAY`.
+        optimizer: the optimizer.
+        scaler: the gradient scaler of fp16, or None.
+    """
+
+    model: "torch.nn.Module"
+    averages: "Mapping[float, torch.nn.Module]"
+    optimizer: "torch.optim.Optimizer"
+    scaler: "torch.amp.GradScaler | None" = None
+
+    def average_folders(self) -> "dict[str, tuple[float, torch.nn.Module]]":
+        """Folder -> (decay, average)."""
+        named = enumerate(self.averages.items())
+        return {f"ema-{decay}" if i else "ema": (decay, model) for i, (decay, model) in named}
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint of the last step in a run folder, or None. Its content is not looked at."""
+    checkpoints = list_checkpoints(run)
+    return checkpoints[-1] if checkpoints else None
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints, oldest first. (One being written or deleted bears another name.)"""
+    found = [path for path in run.glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+# -------------------------------------------------------------------------------------------------------- saving
+
+def save_checkpoint(
+    run: Path,
+    state: TrainingState,
+    recipe: Recipe,
+    *,
+    keep: int,
+    keep_every: int | None = None,
+    computed_on: dict | None = None,
+) -> Path:
+    """Writes the checkpoint of `recipe.step` aside, renames it into place and deletes what need not be kept.
+
+    Args:
+        run: the run's folder.
+        state: what to save.
+        recipe: what the exported weights say of themselves.
+        keep: so many of the newest stay.
+        keep_every: and those whose step is divisible by this.
+        computed_on: what the bits depend on beside the state; `load_checkpoint` gives it back.
+
+    Raises:
+        OSError: the disk is full, ...; earlier checkpoints are as they were, and nothing half written is left.
+    """
+    from safetensors.torch import save_file
+
+    folder = run / "checkpoints" / f"step-{recipe.step:07d}"
+    partial = folder.with_name(PARTIAL + folder.name)
+    for left in folder.parent.glob(PARTIAL + "*"):
+        _remove(left)
+    try:
+        partial.mkdir(parents=True)
+        save_weights(state.model, recipe, partial / "model")
+        for name, (decay, model) in state.average_folders().items():
+            save_weights(model, dataclasses.replace(recipe, ema_decay=decay), partial / name)
+        save_file(_optimizer_tensors(state), partial / "optimizer.safetensors")
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        content = {
+            "step": recipe.step,
+            "scaler": state.scaler and state.scaler.state_dict(),
+            "computed_on": computed_on or {},
+            "versions": recipe.versions,
+            "sha256": {str(path.relative_to(partial)): sha256_of(path) for path in files},
+        }
+        (partial / "state.json").write_text(json.dumps(content, indent=1))
+        for path in [*files, partial / "state.json"]:
+            path.chmod((partial / "state.json").stat().st_mode)  # safetensors leaves its files to their owner alone
+            flush(path)
+        if folder.exists():
+            _delete(folder)
+        os.replace(partial, folder)
+        flush(folder.parent)
+    except Exception as error:  # safetensors raises its own where the disk is full
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            before = newest_checkpoint(run)
+            intact = f"{before} is intact" if before else "there is none before it"
+            raise OSError(f"the checkpoint of step {recipe.step} cannot be written to {run} ({_reason(error)}); "
+                          f"{intact}: mend that and run the same command again") from error
+        raise
+    for old in list_checkpoints(run)[:-keep]:
+        if not keep_every or checkpoint_step(old) % keep_every:
+            _delete(old)
+    return folder
+
+
+def _delete(checkpoint: Path) -> None:
+    """Under another name first: half of one is no checkpoint."""
+    doomed = checkpoint.with_name(PARTIAL + checkpoint.name + "-deleted")
+    os.replace(checkpoint, doomed)
+    _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    """A folder with all in it, a file or a link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _optimizer_tensors(state: TrainingState) -> "dict[str, torch.Tensor]":
+    """The optimizer's moments and step counts, by the parameters' names."""
+    named = state.model.named_parameters()
+    return {f"{name}/{key}": value for name, p in named for key, value in state.optimizer.state.get(p, {}).items()}
+
+
+# ------------------------------------------------------------------------------------------------------- loading
+
+@dataclass(frozen=True)
+class Resumable:
+    """What a run can go on from.
+
+    Args:
+        checkpoint: the newest sound one, or None where there is none at all.
+        step: its step, or 0.
+        damaged: newer ones, each with what is wrong with it.
+    """
+
+    checkpoint: Path | None
+    step: int
+    damaged: dict[Path, str]
+
+
+def find_resumable(run: Path) -> Resumable:
+    """Looks for a checkpoint that is as it was written, from the newest on; reads all of it.
+
+    Raises:
+        ValueError: there are checkpoints and none is sound.
+    """
+    damaged = {}
+    for checkpoint in reversed(list_checkpoints(run)):
+        if not (problem := _damage(checkpoint)):
+            return Resumable(checkpoint, checkpoint_step(checkpoint), damaged)
+        damaged[checkpoint] = problem
+    if damaged:
+        checkpoint, problem = next(iter(damaged.items()))
+        raise ValueError(f"no checkpoint of {run} can be resumed from; the newest, {checkpoint}: {problem}. Give "
+                         "another --out, or delete them to start this run afresh")
+    return Resumable(None, 0, {})
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is not as it was written, or None."""
+    try:
+        content = json.loads((checkpoint / "state.json").read_text())
+        step, sums, _ = content["step"], dict(content["sha256"]), content["computed_on"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"state.json is missing or damaged ({_reason(error)})"
+    if step != checkpoint_step(checkpoint):
+        return f"state.json is missing: the one there is of step {step}"
+    if missing := {f"model/{WEIGHTS_FILE}", f"ema/{WEIGHTS_FILE}", "optimizer.safetensors"} - sums.keys():
+        return f"state.json is damaged: it knows nothing of {min(missing)}"
+    for name, sha256 in sums.items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        try:
+            if sha256_of(checkpoint / name) != sha256:
+                return f"{name} is not as it was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def load_checkpoint(checkpoint: Path, state: TrainingState) -> dict:
+    """Restores `state` in place; returns what `computed_on` was when it was saved.
+
+    Raises:
+        ValueError: the checkpoint is of another model or of other averages.
+    """
+    from safetensors.torch import load_file
+
+    content = json.loads((checkpoint / "state.json").read_text())
+    try:
+        state.model.load_state_dict(load_file(checkpoint / "model" / WEIGHTS_FILE))
+        for name, (_, model) in state.average_folders().items():
+            model.load_state_dict(load_file(checkpoint / name / WEIGHTS_FILE))
+        _restore_optimizer(state, load_file(checkpoint / "optimizer.safetensors"))
+        if state.scaler:
+            state.scaler.load_state_dict(content["scaler"])
+    except Exception as error:  # whatever does not fit
+        raise ValueError(f"{checkpoint} does not fit this model ({_reason(error)})") from error
+    return content["computed_on"]
+
+
+def _restore_optimizer(state: TrainingState, tensors: "dict[str, torch.Tensor]") -> None:
+    moments = {}
+    for key, value in tensors.items():
+        name, _, kind = key.rpartition("/")
+        moments.setdefault(name, {})[kind] = value
+    names = {p: name for name, p in state.model.named_parameters()}
+    ordered = [names[p] for group in state.optimizer.param_groups for p in group["params"]]
+    by_index = {index: moments[name] for index, name in enumerate(ordered) if name in moments}
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": by_index, "param_groups": groups})
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Renames a damaged checkpoint, so that nothing takes it for a sound one."""
+    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    with contextlib.suppress(FileNotFoundError):
+        _remove(aside)
+    os.replace(checkpoint, aside)
+    return aside
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+# --------------------------------------------------------------------------------------------------------- stats
+
+def append_stats(run: Path, line: dict) -> None:
+    """Adds one line to stats.jsonl."""
+    with open(run / "stats.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_stats(run: Path, up_to_step: int | None = None) -> list[dict]:
+    """The lines of stats.jsonl, up to a step. (A line that a kill cut short is left out.)"""
+    path, lines = run / "stats.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    lines = [line for line in lines if isinstance(line, dict) and "step" in line]
+    return [line for line in lines if up_to_step is None or line["step"] <= up_to_step]
+
+
+def rewind_stats(run: Path, step: int) -> None:
+    """Drops what was logged after the step that a run goes on from, since it will be logged again."""
+    write_aside(run / "stats.jsonl", "".join(json.dumps(line) + "\n" for line in read_stats(run, step)))

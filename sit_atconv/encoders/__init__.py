@@ -1,0 +1,1 @@
+"""Frozen image encoders, as evaluation and alignment use them."""

@@ -1,0 +1,342 @@
+"""Evaluations side by side: scores with their errors, differences to a baseline, what differs in how they were made."""
+
+import csv
+import glob
+import io
+import itertools
+import os
+import re
+import shlex
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sit_atconv.evaluation.records import (
+    METRICS,
+    Evaluation,
+    Score,
+    difference,
+    flat,
+    is_measured_alike,
+    metric_of,
+    protocol_differences,
+    read_evaluation,
+)
+from sit_atconv.runtime.commands import script_path
+from sit_atconv.runtime.files import write_aside
+
+SAMPLER = "samples.sampler"
+NOTE = """\
+± is the standard error for the draw of the samples alone, the reference held fixed; that of a difference is taken in
+pairs where both runs drew the same noise and labels. Bold differences are beyond two standard errors. Nothing is
+subtracted where the number of samples, reference, extractor or image size has changed the score. Training again with
+another seed moves FID more than drawing again: gaps under about 1.3 % of FID are inconclusive without several training
+seeds (arXiv 2606.20536)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """An evaluation and what to call it."""
+
+    name: str
+    evaluation: Evaluation
+
+    @property
+    def model(self) -> Path:
+        """The folder of the training run, as far as the paths tell."""
+        path = self.evaluation.subject.get("ckpt") or self.evaluation.subject.get("path") or ""
+        return Path(re.sub(r"/(checkpoints/step-|samples/step)\d.*", "", path))
+
+    @property
+    def place(self) -> str | None:
+        """Where the samples were drawn: "cuda x 8"."""
+        device, processes = (self.evaluation.subject.get(name) for name in ("device", "processes"))
+        return device and f"{device} x {processes or 1}"
+
+    @property
+    def speed(self) -> float | None:
+        """Images a second."""
+        return self.evaluation.subject.get("images_per_second")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs, the one that the others are compared with, and by which of its scores: "FID-1000"."""
+
+    runs: list[Run]
+    baseline: Run
+    metric: str
+
+    def is_measured_alike(self, run: Run) -> bool:
+        """Whether its score may be subtracted from the baseline's."""
+        return is_measured_alike(self.baseline.evaluation, run.evaluation, self.metric)
+
+    def difference(self, run: Run) -> Score | None:
+        """Its score minus the baseline's; None where there is nothing to subtract."""
+        if run is self.baseline or not self.is_measured_alike(run):
+            return None
+        return difference(run.evaluation, self.baseline.evaluation, self.metric)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The Markdown, and what else to say: how protocols differ, which charts there are not, where everything lies."""
+
+    table: str
+    messages: list[str]
+
+
+def compare(
+    sources: Sequence[Path], out: Path, names: Sequence[str] | None = None, baseline: str = "1", metric: str = "FID"
+) -> Report:
+    """Writes OUT/compare.md, OUT/compare.csv and the charts that have something to show.
+
+    Args:
+        sources: files that eval/fid.py wrote, folders of samples with scores-*.json, and anything beside them that is
+            to be passed over.
+        out: where everything goes.
+        names: of the evaluations; None takes what distinguishes their paths.
+        baseline: number, from 1, or name of the run that the others are compared with.
+        metric: "FID" and so on, or a score's whole name.
+
+    Raises:
+        ValueError: a source that holds no evaluation, names that do not fit, an unknown baseline or metric.
+        OSError: OUT cannot be written to.
+    """
+    messages = []
+    comparison = read_comparison(sources, names, baseline, metric, messages)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{out} cannot be written to ({error.strerror or error}): give another --out") from error
+    from sit_atconv.evaluation.charts import draw  # matplotlib takes its time, and all that can be wrong is known now
+
+    table = to_markdown(comparison)
+    write_aside(out / "compare.md", table)
+    write_aside(out / "compare.csv", to_csv(comparison))
+    charts, notes = draw(comparison, out)
+    baseline = comparison.baseline
+    warnings = [f"warning: {run.name} differs from {baseline.name}: {words}" for run in comparison.runs
+                if (words := in_words(baseline.evaluation, run.evaluation))]
+    written = ", ".join(map(str, (out / "compare.md", out / "compare.csv", *charts)))
+    return Report(table, [*messages, *warnings, *notes, f"written: {written}"])
+
+
+def read_comparison(
+    sources: Sequence[Path], names: Sequence[str] | None, baseline: str, metric: str, messages: list[str]
+) -> Comparison:
+    """As `compare`, of which it is the part that reads; what it leaves out it says in `messages`."""
+    paths = find_evaluations(sources, messages)
+    evaluations = [read_evaluation(path) for path in paths]
+    names = [" ".join(name.split()) for name in names or distinct_names(paths_to_name(paths))]  # on one line
+    if len(names) != len(paths):
+        raise ValueError(f"{len(names)} names for {len(paths)} evaluations: give one for each of "
+                         f"{', '.join(distinct_names(paths_to_name(paths)))}")
+    if len({*names, ""}) != len(names) + 1:
+        raise ValueError(f"the names {', '.join(map(repr, names))} are not distinct, or empty: give each evaluation "
+                         "its own")
+    runs = [Run(name, evaluation) for name, evaluation in zip(names, evaluations, strict=True)]
+    meant = [run for number, run in enumerate(runs, 1) if baseline in (str(number), run.name)]
+    if len(meant) > 1:
+        raise ValueError(f"--baseline {baseline} can be the run of this number, {runs[int(baseline) - 1].name}, or the "
+                         "one of this name: give --names that are no numbers")
+    if not meant:
+        raise ValueError(f"there is no run {baseline!r} to be the baseline: give a number from 1 to {len(runs)}, or "
+                         f"one of the names {', '.join(names)}")
+    chosen = meant[0]
+    scores = chosen.evaluation.scores
+    found = [name for name in scores if name == metric] or [name for name in scores if metric_of(name) == metric]
+    if not found:
+        raise ValueError(f"the baseline {chosen.name} has no {metric}: give --metric one of "
+                         f"{', '.join(scores)}, or another --baseline")
+    return Comparison(runs, chosen, found[0])
+
+
+def find_evaluations(sources: Sequence[Path], messages: list[str]) -> list[Path]:
+    """Returns the absolute paths of the evaluations, each file once.
+
+    Passes over sources without one, as the previews that `runs/*/samples/*` matches too, and tells `messages` how many.
+
+    Raises:
+        ValueError: a source that does not exist, or none of them holds an evaluation.
+    """
+    found, others = {}, []
+    for source in map(Path, sources):
+        if not source.exists():
+            raise ValueError(f"{source} does not exist: give a JSON that eval/fid.py wrote, or the folder of samples "
+                             "that it wrote to")
+        is_meant = len(sources) == 1 and source.is_file()  # then `read_evaluation` says what is wrong with it
+        files = evaluations_of(source) or ([source] if is_meant else [])
+        for file in files:
+            found.setdefault(file.resolve(), Path(os.path.abspath(file)))
+        if not files:
+            others.append(source)
+    if not found and len(others) == 1:
+        raise ValueError(f"{others[0]} holds no scores-*.json: evaluate it first, {_evaluate(others[0])}")
+    if not found:
+        raise ValueError(f"none of these is an evaluation ({_counted(others)}): evaluate samples first, "
+                         f"{_evaluate(Path('SAMPLES'))}")
+    if others:
+        folders = [f" (to evaluate {other}: {_evaluate(other)})" for other in others
+                   if (other / "manifest.json").is_file()]
+        messages.append(f"passed over: {_counted(others)}{folders[0] if folders else ''}")
+    return list(found.values())
+
+
+def evaluations_of(source: Path) -> list[Path]:
+    """Returns the files of a source that are evaluations or claim to be: a folder's, an .npz's, or the file itself."""
+    if source.is_dir():
+        return sorted(source.glob("scores-*.json"))
+    if _claims_to_be_evaluation(source):
+        return [source]
+    return sorted(source.parent.glob(f"{glob.escape(source.stem)}.scores-*.json")) if source.suffix == ".npz" else []
+
+
+def _claims_to_be_evaluation(file: Path) -> bool:
+    """True for eval/fid.py's names and for files that hold "scores", at their start if they are no JSON."""
+    if not file.is_file():  # a pipe would wait for ever
+        return False
+    is_json = file.suffix == ".json"
+    if is_json and re.search(r"(^|\.)scores-", file.name):
+        return True
+    with open(file, "rb") as content:
+        return b'"scores"' in content.read(-1 if is_json else 4096)
+
+
+def _counted(sources: Sequence[Path]) -> str:
+    """Returns "3 PNG files, 2 folders without scores-*.json"."""
+    kinds = Counter("folder" if source.is_dir() else f"{source.suffix[1:].upper()} file".strip() for source in sources)
+    return ", ".join(f"{number} {kind}{'s' * (number > 1)}{' without scores-*.json' * (kind == 'folder')}"
+                     for kind, number in kinds.items())
+
+
+def _evaluate(samples: Path) -> str:
+    return f"python {script_path('eval/fid.py')} --samples {shlex.quote(str(samples))} --reference REFERENCE"
+
+
+def paths_to_name(files: Sequence[Path]) -> list[Path]:
+    """The folders of samples where each holds one of the files, else the files without .json."""
+    one_each = len({file.parent for file in files}) == len(files)
+    return [file.parent if one_each and file.name.startswith("scores-") else file.with_suffix("") for file in files]
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """What distinguishes them: the parts that are not the same in all, and of each what is not common between dashes.
+
+    runs/net-a/samples/cfg1-heun25, runs/net-b/samples/cfg2-heun25 -> a/cfg1, b/cfg2
+    """
+    if len(paths) < 2:
+        return [path.name for path in paths]
+    parts = [[part for part in path.parts if part != "samples"] for path in paths]
+    above = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False)))
+    depth = max(map(len, parts))
+    columns = zip(*[[""] * (depth - len(own)) + own[above:] for own in parts], strict=True)  # last parts are one column
+    columns = [_without_common(column) for column in columns if len({*column, ""}) > 2]
+    names = ["/".join(filter(None, row)) for row in zip(*columns, strict=True)]
+    return names if len({*names, ""}) == len(paths) + 1 else list(map(str, paths))
+
+
+def _without_common(names: Sequence[str]) -> Sequence[str]:
+    """Without the words between dashes that are the same in all that have several."""
+    words = [name.split("-") for name in names]
+    several = [set(each) for each in words if len(each) > 1]
+    common = set.intersection(*several) if several else set()
+    found = ["-".join(word for word in each if word not in common or len(each) == 1) for each in words]
+    none_lost = [bool(name) for name in found] == [bool(name) for name in names]
+    return found if none_lost and len(set(found)) == len(set(names)) else names
+
+
+def in_words(a: Evaluation, b: Evaluation) -> str:
+    """How the protocol of b differs from that of a: "labels random → balanced; num 50000 → 10000"."""
+    found = protocol_differences(a, b)
+    known = ["known" if any(name.startswith(f"{SAMPLER}.") for name in flat(e.protocol)) else "unknown" for e in (a, b)]
+    if known[0] != known[1]:
+        found = {name: pair for name, pair in found.items() if not name.startswith(SAMPLER)} | {SAMPLER: known}
+    return "; ".join(f"{short(name)} {said(old)} → {said(new)}" for name, (old, new) in found.items())
+
+
+def short(name: str) -> str:
+    """What to call a part of the protocol: "samples.sampler.cfg" is cfg, "reference.num" is reference num."""
+    return name.removeprefix("samples.").removeprefix("sampler.").replace(".", " ").replace("_", " ")
+
+
+def said(value: object) -> str:
+    """A value of a protocol in a few characters."""
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    if isinstance(value, list):
+        return textwrap.shorten(f"[{', '.join(map(said, value))}]", 40, placeholder=" ...]")
+    text = "none" if value is None else str(value)
+    return text[:8] if re.fullmatch("[0-9a-f]{32,}", text) else textwrap.shorten(text, 60, placeholder=" ...")
+
+
+def shared_protocol(runs: Sequence[Run]) -> dict[str, object]:
+    """Dotted name -> value, of what all have and agree in."""
+    first, *others = (flat(run.evaluation.protocol) for run in runs)
+    return {name: value for name, value in first.items()
+            if value is not None and all(other.get(name) == value for other in others)}
+
+
+def rows(comparison: Comparison) -> list[dict[str, Score | float | str | None]]:
+    """The table: for each run its columns."""
+    runs, baseline = comparison.runs, comparison.baseline
+    names = dict.fromkeys(name for run in runs for name in run.evaluation.scores)
+    names = sorted(names, key=lambda name: [*METRICS, metric_of(name)].index(metric_of(name)))
+    show_place = len({run.place for run in runs}) > 1
+    return [
+        {
+            "name": run.name,
+            **{name: run.evaluation.scores.get(name) for name in names},
+            f"difference in {comparison.metric}": comparison.difference(run),
+            "images/s": run.speed,
+            **({"sampled on": run.place} if show_place else {}),
+            "training step": run.evaluation.subject.get("step"),
+            "protocol: baseline → its own": in_words(baseline.evaluation, run.evaluation),
+        }
+        for run in runs
+    ]
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """The table, what all runs share, and how to read it."""
+    table, shared = rows(comparison), {}
+    for name, value in shared_protocol(comparison.runs).items():
+        group, _, key = name.replace(SAMPLER, "sampler").partition(".")
+        shared.setdefault(group, []).append(f"{short(key)} {said(value)}".strip())
+    cells = [[_cell(column, value) for column, value in row.items()] for row in table]
+    for run, row in zip(comparison.runs, cells, strict=True):
+        row[0] += " (baseline)" if run is comparison.baseline else ""
+    columns = list(table[0])
+    lines = [
+        columns,
+        ["---" if column in (columns[0], columns[-1]) else "---:" for column in columns],
+        *([cell.replace("|", "\\|") for cell in row] for row in cells),
+    ]
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", "Shared by all:", "",
+                      *(f"- {group}: {', '.join(values)}" for group, values in shared.items()), "", NOTE, ""])
+
+
+def _cell(column: str, value: Score | float | str | None) -> str:
+    if isinstance(value, Score) and column.startswith("difference"):
+        text = f"{'' if value.value < 0 else '+'}{value}"
+        return f"**{text}**" if value.error is not None and abs(value.value) > 2 * value.error else text
+    if isinstance(value, float):
+        return f"{float(f'{value:.4g}'):g}"
+    return "" if value is None else str(value)
+
+
+def to_csv(comparison: Comparison) -> str:
+    """The same table with all digits, each error in a column of its own."""
+    table = rows(comparison)
+    scores = {column for row in table for column, value in row.items()
+              if isinstance(value, Score) or column.startswith("difference")}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([name for column in table[0] for name in
+                     ((column, f"error of {column}") if column in scores else (column,))])
+    for row in table:
+        writer.writerow([value for column, held in row.items() for value in
+                         ((held and held.value, held and held.error) if column in scores else (held,))])
+    return text.getvalue()

@@ -1,0 +1,116 @@
+"""What is written down of an evaluation: how it was made, of what, where; and into which file."""
+
+import contextlib
+import datetime
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch_fidelity
+from accelerate import PartialState
+
+from sit_atconv import __version__
+from sit_atconv.evaluation import metrics
+from sit_atconv.evaluation.extraction import ExtractedFeatures
+from sit_atconv.evaluation.extractors import Extractor
+from sit_atconv.evaluation.image_sets import ImageSet, digest_of, folder_of
+from sit_atconv.evaluation.records import Evaluation, read_evaluation
+from sit_atconv.evaluation.references import COMPARED, Reference
+from sit_atconv.sampling import Sampler
+
+SAMPLER = (*(field.name for field in fields(Sampler)), "dtype", "compile")  # of the settings in a manifest
+
+
+def protocol(
+    samples: ImageSet, reference: Reference, theirs: ExtractedFeatures | None, extractor: Extractor, is_compared: bool
+) -> dict:
+    """How it was measured: all that must agree where two evaluations are compared."""
+    settings, images = samples.manifest.get("settings", {}), reference.images
+    is_fitted = not reference.gaussians
+    return {
+        "samples": {
+            "num": len(samples),
+            "image_size": list(samples.size),
+            "labels": settings.get("labels", _labels(samples)),
+            "uint8_rule": settings.get("uint8_rule"),
+            "codec": settings.get("codec"),
+            "sampler": {name: settings[name] for name in SAMPLER if name in settings} or None,
+        },
+        "reference": {
+            "kind": "images" if is_fitted else "statistics",
+            "num": reference.num_fitted,
+            "content": reference.content() or (theirs.content if theirs else None),
+            "crop": images.crop if is_fitted else reference.recipe.get("crop"),
+        },
+        **({"compared": {"num": min(len(images), COMPARED), "content": theirs.content}} if is_compared else {}),
+        "extractor": extractor.describe(),
+        "metrics": metrics.METHOD,
+        "versions": {"torch_fidelity": torch_fidelity.__version__},
+    }
+
+
+def _labels(samples: ImageSet) -> str | None:
+    if samples.labels is None:
+        return None
+    if metrics.are_balanced(samples.labels):
+        return "balanced"
+    return "as in the file" if isinstance(samples.images, np.ndarray) else "as in the folder"
+
+
+def subject(samples: ImageSet, reference: Reference, ours: ExtractedFeatures) -> dict:
+    """What was measured, as far as it is known."""
+    manifest = samples.manifest
+    settings, session = manifest.get("settings", {}), (manifest.get("sessions") or [{}])[-1]
+    known = {
+        "path": _absolute(samples.name),
+        "reference": _absolute(reference.name),
+        "content": ours.content,
+        **{key: manifest.get(key) for key in ("ckpt", "step", "images_per_second", "evaluations", "forwards")},
+        **{key: session.get(key) for key in ("device", "processes")},
+        **{key: settings.get(key) for key in ("seed", "weights", "model", "weak", "prediction")},
+    }
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def _absolute(source: str) -> str:
+    """Returns a path that means the same from every working directory; the word "digits" stays."""
+    return source if source == "digits" else os.path.abspath(source)
+
+
+def environment(state: PartialState, batch_size: int) -> dict:
+    """When and where, which should not matter."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": state.device.type,
+        "processes": state.num_processes,
+        "batch_size": batch_size,
+        "versions": {"sit_atconv": __version__, "torch": torch.__version__, "numpy": np.__version__},
+    }
+
+
+def write_record(evaluation: Evaluation, out: str | None = None) -> Path:
+    """Writes an evaluation to OUT, or beside its samples as scores-EXTRACTOR-KEY.json; returns where.
+
+    The key is of samples and protocol, so that evaluations of another kind stay; of the same one, scores that were not
+    measured this time do. Raises OSError where it cannot be written.
+    """
+    path = Path(out) if out else _beside_the_samples(evaluation)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not out:
+        with contextlib.suppress(ValueError):  # a damaged one is written anew
+            evaluation = evaluation.with_scores_of(read_evaluation(path))
+    evaluation.save(path)
+    return path
+
+
+def _beside_the_samples(evaluation: Evaluation) -> Path:
+    identity = {part: facts for part, facts in evaluation.protocol.items() if part != "compared"}
+    key = digest_of(json.dumps(identity, sort_keys=True), evaluation.subject["content"])[:8]
+    name = f"scores-{evaluation.protocol['extractor']['name']}-{key}.json"
+    path = folder_of(Path(evaluation.subject["path"]))
+    if path.is_dir():
+        return path / name
+    return path.with_name(f"{path.stem}.{name}") if path.is_file() else Path("runs", name)

@@ -1,0 +1,145 @@
+"""From a checked job to a folder of samples: on several processes, after any kill."""
+
+import contextlib
+import os
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from tqdm import tqdm
+
+from sit_atconv.checkpoints.weights import Weights, versions
+from sit_atconv.data.codecs import decode_in_parts
+from sit_atconv.data.pixels import to_uint8
+from sit_atconv.flow import as_velocity, get_interpolant
+from sit_atconv.generation.job import DTYPES, SampleJob
+from sit_atconv.runtime.devices import on_cpu, prepare_device
+from sit_atconv.runtime.files import exclusive
+from sit_atconv.runtime.plots import save_sample_grid
+from sit_atconv.sampling import Counted, SampleStream
+
+WRITERS = 4  # threads that write images while the next are drawn
+
+
+def generate_samples(job: SampleJob) -> dict:
+    """Draws what is missing of the samples asked for, on all processes together, and writes them down.
+
+    Sample i is a function of (seed, i) and the settings. So a folder that a kill left half full is completed by the
+    same call, and neither the number of processes nor the batch size changes an image (but for the last bits of
+    arithmetic, and for dopri5, which chooses its steps for the batch).
+
+    Returns:
+        The folder's manifest; {} on processes other than the main one.
+
+    Raises:
+        ValueError: another process holds the folder, or samples that are not finite.
+        OSError: the folder cannot be written to, or lacks samples in the end.
+    """
+    options, folder = job.options, job.folder
+    state = PartialState(cpu=on_cpu())
+    prepare_device(state.device, tf32=options.dtype == "tf32")
+    is_done, missing = broadcast_object_list([job.is_done, job.missing])  # of the main process: others may see less
+    if is_done:
+        return folder.read_manifest() if state.is_main_process else {}
+    where = {"device": state.device.type, "processes": state.num_processes, "versions": versions()}
+    with contextlib.ExitStack() as to_release:
+        if state.is_main_process:
+            to_release.enter_context(exclusive(folder.folder))
+            folder.begin(job.settings, where, len(missing), options.latents)
+        state.wait_for_everyone()
+        speed = draw(job, missing[state.process_index :: state.num_processes], state)
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            return {}
+        if left := folder.missing(options.num_samples, options.latents):
+            raise OSError(f"{folder.folder} lacks {len(left)} samples, the first of them {left[0]}: run the same "
+                          "command again")
+        folder.update_manifest({  # before the npz, in which a kill would lose the speed
+            "ckpt": os.path.abspath(options.ckpt) if os.path.exists(options.ckpt) else options.ckpt,
+            "step": job.weights.recipe.step,
+            "batches": "agree to the tolerance of dopri5" if job.sampler.solver == "dopri5" else
+            "agree to one grey level",
+            **speed,
+            "labels": job.all_labels,
+        })
+        if options.npz:
+            folder.write_npz(options.num_samples)
+        _draw_grid(job)
+        return folder.update_manifest({"complete": True})
+
+
+def draw(job: SampleJob, mine: list[int], state: PartialState) -> dict:
+    """Draws and writes the samples `mine`, of this process.
+
+    Returns:
+        `images_per_second` of all processes, and for each image how often the velocity (`evaluations`) and how often
+        a network (`forwards`) was evaluated; {} where there was nothing to draw.
+    """
+    options, device = job.options, state.device
+    model, weak = (_ready(weights, job, device) for weights in (job.weights, job.weak))
+    codec = job.codec.to(device)
+    evaluations = forwards = 0
+    writing = []
+    clock = time.perf_counter()
+    with (
+        torch.inference_mode(),
+        ThreadPoolExecutor(WRITERS) as pool,
+        tqdm(total=len(mine), unit="image", desc="of this process" if state.num_processes > 1 else None,
+             disable=not state.is_main_process) as progress,
+    ):
+        for start in range(0, len(mine), options.batch_size):
+            stream = SampleStream(options.seed, mine[start : start + options.batch_size])
+            counted, weak_counted = Counted(model), Counted(weak)
+            z = sample_batch(job, counted, weak_counted if weak else None, stream, device)
+            images = decode_in_parts(codec, z)
+            if not images.isfinite().all():
+                raise ValueError(f"samples {stream.indices[0]} ... {stream.indices[-1]} are not finite with "
+                                 f"--cfg {job.sampler.cfg:g} and --dtype {options.dtype}: less guidance or a wider "
+                                 "dtype may help, else the weights are damaged")
+            images = to_uint8(images).cpu()
+            latents = z.cpu() if options.latents else [None] * len(z)
+            for written in writing:
+                written.result()  # raises what the writer met; one batch at most waits for the disk
+            samples = zip(stream.indices, images, latents, strict=True)
+            writing = [pool.submit(job.folder.write_sample, *sample) for sample in samples]
+            evaluations += counted.evaluations * len(z)
+            forwards += counted.samples + weak_counted.samples
+            progress.update(len(z))
+        for written in writing:
+            written.result()
+    if not mine:
+        return {}
+    rate = len(mine) * state.num_processes / (time.perf_counter() - clock)
+    return {"images_per_second": rate, "evaluations": evaluations / len(mine), "forwards": forwards / len(mine)}
+
+
+def sample_batch(job: SampleJob, model, weak, stream: SampleStream, device: torch.device) -> Tensor:
+    """The latents (B, C, h, w) of the stream's samples."""
+    recipe = job.weights.recipe
+    if weak is not None:
+        weak = as_velocity(weak, get_interpolant(recipe.interpolant), recipe.prediction)
+    noise, y = stream.randn(job.shape, device), job.labels(stream).to(device)
+    return job.sampler(model, noise, y, path=recipe.interpolant, prediction=recipe.prediction, weak=weak,
+                       randn=stream.randn_like)
+
+
+def _ready(weights: Weights | None, job: SampleJob, device: torch.device):
+    if weights is None:
+        return None
+    dtype = DTYPES[job.options.dtype]
+    torch.nn.Module.to(weights.model, device, dtype)  # diffusers' own warns of casting no module at all
+    return torch.compile(weights.model) if job.options.compile else weights.model
+
+
+def _draw_grid(job: SampleJob, side: int = 10) -> None:
+    """The first `side` samples of the `side` most frequent classes."""
+    y, sampler, recipe = job.all_labels, job.sampler, job.weights.recipe
+    classes = [label for label, _ in Counter(y).most_common(side)]
+    shown = [i for label in sorted(classes) for i in [j for j, other in enumerate(y) if other == label][:side]]
+    images = [job.folder.read_image(i) for i in shown]
+    title = f"step {recipe.step}, cfg {sampler.cfg:g}, {sampler.solver} {sampler.steps}, seed {job.options.seed}"
+    save_sample_grid(images, [y[i] for i in shown], recipe.class_names, job.folder.grid, title, columns=side)

@@ -1,0 +1,245 @@
+"""What `sample/generate.py` is asked for, and all of it checked before anything is drawn."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import shlex
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sit_atconv.checkpoints.class_names import changed_names, labels_there
+from sit_atconv.checkpoints.weights import Recipe, Weights, load_weights
+from sit_atconv.data.codecs import Codec, open_codec
+from sit_atconv.data.pixels import UINT8_RULE
+from sit_atconv.generation.folder import SamplesFolder
+from sit_atconv.generation.labels import read_labels, typed_label
+from sit_atconv.runtime.files import sha256_of
+from sit_atconv.sampling import Sampler, SampleStream
+from sit_atconv.sampling.sampler import SDE
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """What to sample; the help of `sample/generate.py` says what each option means."""
+
+    ckpt: str
+    sampler: Sampler = field(default_factory=Sampler)
+    model: str | None = None
+    vae: str | None = None
+    ema: bool | float = True
+    weak: str | None = None
+    classes: tuple[str, ...] = ()
+    labels: str = "random"
+    num_samples: int = 100
+    seed: int = 0
+    size: tuple[int, ...] = ()
+    dtype: str = "fp32"
+    batch_size: int = 64
+    compile: bool = False
+    latents: bool = False
+    npz: bool = True
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class SampleJob:
+    """What is to be sampled, all of it checked.
+
+    Args:
+        options: as asked for.
+        sampler: theirs, settled for the path.
+        weights: the model and its recipe.
+        weak: those of autoguidance.
+        codec: of the model's latents.
+        given: labels in turn; empty where the stream draws them.
+        shape: (C, h, w) of the noise.
+        settings: all that the images depend on.
+        folder: where they go.
+        missing: the indices that were not there when this was asked.
+        notes: what the user must hear of all this, a line each.
+    """
+
+    options: GenerateOptions
+    sampler: Sampler
+    weights: Weights
+    weak: Weights | None
+    codec: Codec
+    given: list[int]
+    shape: tuple[int, int, int]
+    settings: dict
+    folder: SamplesFolder
+    missing: list[int]
+    notes: list[str]
+
+    def labels(self, stream: SampleStream) -> Tensor:
+        """(B,)"""
+        if self.given:
+            return torch.tensor([self.given[i % len(self.given)] for i in stream.indices])
+        recipe = self.weights.recipe
+        return stream.labels(len(recipe.class_names), self.options.labels, recipe.empty_classes)
+
+    @cached_property
+    def all_labels(self) -> list[int]:
+        """Of samples 0, 1, ..."""
+        return self.labels(SampleStream(self.options.seed, range(self.options.num_samples))).tolist()
+
+    @property
+    def is_done(self) -> bool:
+        npz = self.folder.npz.exists() or not self.options.npz
+        return bool(self.folder.read_manifest().get("complete")) and not self.missing and npz
+
+
+def prepare(options: GenerateOptions) -> SampleJob:
+    """Loads weights and codec, and checks all that can be checked before anything is drawn.
+
+    Raises:
+        ValueError: weights or codec that cannot be loaded, settings that do not suit them, labels out of range, a
+            folder that holds something else, or a disk too small.
+    """
+    weights = load_weights(options.ckpt, options.ema, model=options.model, vae=options.vae)
+    recipe, config = weights.recipe, weights.model.config
+    weak = _load_weak(options.weak, weights, options.vae)
+    sampler = options.sampler.settled(recipe.interpolant, weights.null_label, weak is not None)
+    sampler.check(recipe.interpolant, recipe.prediction, weights.null_label, weak is not None)
+    codec = open_codec(recipe.codec, precision="fp32" if options.dtype == "fp32" else "tf32")
+    if sampler.cfg_channels and sampler.cfg_channels > codec.channels:
+        raise ValueError(f"--cfg-channels {sampler.cfg_channels} are more than the {codec.channels} that there are")
+    given, labels = _given_labels(options, recipe.class_names)
+    height, width = _latent_size(options.size, codec, config)
+    shape, image_shape = (codec.channels, height, width), (height * codec.downsample, width * codec.downsample, 3)
+    settings = {
+        **dataclasses.asdict(sampler),
+        "labels": labels,
+        "num_samples": options.num_samples,
+        "seed": options.seed,
+        "size": image_shape[:2],
+        "dtype": options.dtype,
+        "compile": options.compile,
+        "weights": weights.identity(),
+        "model": {name: value for name, value in config.items() if not name.startswith("_")},
+        "path": recipe.interpolant,
+        "prediction": recipe.prediction,
+        "weak": weak.identity() if weak else None,
+        "codec": codec.identity(),
+        "uint8_rule": UINT8_RULE,
+        **({"empty_classes": recipe.empty_classes} if recipe.empty_classes else {}),
+    }
+    settings = json.loads(json.dumps(settings))  # tuples become lists, as when it is read again
+    is_trained_size = (height, width) == (config.input_size, config.input_size)
+    name = _folder_name(options, sampler, settings, recipe.step, is_trained_size)
+    folder = SamplesFolder(options.out if options.out is not None else Path(weights.home, "samples", name))
+    folder.check(settings)
+    folder.check_room(options.num_samples, image_shape, options.npz, 4 * math.prod(shape) if options.latents else 0)
+    missing = folder.missing(options.num_samples, options.latents)
+    notes = [*weights.notes, *_notes_on_labels(given, recipe)]
+    if options.sampler.cfg is None and weights.null_label is None and weak is None:
+        why = "has no null label" if weights.model.null_label is None else "was trained without label dropout"
+        notes.append(f"samples are not guided (--cfg 1): the model {why}")
+    if options.out is None and not folder.folder.exists() and (fewer := folder.with_fewer(settings)):
+        notes.append(f"{fewer} holds some of these samples: add --out {shlex.quote(str(fewer))} to draw the rest")
+    return SampleJob(options, sampler, weights, weak, codec, given, shape, settings, folder, missing, notes)
+
+
+def _notes_on_labels(given: list[int], recipe: Recipe) -> list[str]:
+    untrained = sorted({*given} & {*recipe.empty_classes})
+    return [f"no image of label {label} ({recipe.class_names[label]!r}) was trained on" for label in untrained]
+
+
+def _load_weak(ckpt: str | None, weights: Weights, vae: str | None) -> Weights | None:
+    """Loads the weak model, whose labels are made to mean the same classes.
+
+    Raises:
+        ValueError: it cannot guide: it was trained on another path, in other latents or on other classes.
+    """
+    if ckpt is None:
+        return None
+    if Path(ckpt).is_file():
+        raise ValueError(f"--weak {ckpt} is a file: make a folder of it first, python -m sit_atconv.convert {ckpt} OUT")
+    weak = load_weights(ckpt, vae=vae)
+    here, there = (
+        {"interpolant": w.recipe.interpolant, "prediction": w.recipe.prediction,
+         "classes": w.model.config.num_classes, "channels": w.model.config.in_channels,
+         "codec": {key: value for key, value in w.recipe.codec.items() if key != "source"}}
+        for w in (weights, weak)
+    )
+    for name, value in here.items():
+        if there[name] != value:
+            raise ValueError(f"the weak model has {name} {there[name]}, and the model {value}: autoguidance takes a "
+                             "smaller or less trained model of the same kind")
+    class_names = weak.recipe.class_names, weights.recipe.class_names
+    if (order := labels_there(*class_names)) is not None:
+        table = weak.model.y_embedder.embedding_table.weight.data
+        table[: len(order)] = table[order]
+    elif [*map(str, range(len(class_names[0])))] not in class_names:  # both name their classes
+        raise ValueError(f"the weak model has other classes: {changed_names(*class_names)}. Autoguidance takes a "
+                         "model of the same ones")
+    return weak
+
+
+def _given_labels(options: GenerateOptions, class_names: list[str]) -> tuple[list[int], str]:
+    """Labels in turn, or [] for the stream's, and what to call them."""
+    if options.classes:
+        if options.labels != "random":
+            raise ValueError(f"--classes and --labels {options.labels} contradict each other: give one of them")
+        labels = [typed_label(given, class_names) for given in options.classes]
+        return labels, "classes" + "_".join(map(str, labels))
+    if options.labels in ("random", "balanced"):
+        return [], options.labels
+    labels = read_labels(Path(options.labels), class_names)
+    if len(labels) < options.num_samples:
+        raise ValueError(f"{options.labels} has {len(labels)} labels, and --num-samples is {options.num_samples}: "
+                         "give as many")
+    return labels, "labels" + sha256_of(Path(options.labels))[:12]
+
+
+def _latent_size(size: tuple[int, ...], codec: Codec, config) -> tuple[int, int]:
+    """Pixels of a side, or of both, or () for the size seen in training -> (h, w) of the latents."""
+    if not size:
+        return config.input_size, config.input_size
+    if len(size) > 2:
+        raise ValueError(f"size takes one side or two, not {len(size)}")
+    unit = codec.downsample * config.patch_size
+    for side in size:
+        if side % unit:
+            raise ValueError(f"size {side} is not divisible by {unit}, a patch of {config.patch_size} on latents "
+                             f"{codec.downsample} times smaller: take {side // unit * unit or unit}")
+    height, width = size if len(size) == 2 else size * 2
+    return height // codec.downsample, width // codec.downsample
+
+
+def _folder_name(
+    options: GenerateOptions, sampler: Sampler, settings: dict, step: int, is_trained_size: bool
+) -> str:
+    """Names every setting, so that two never share a folder."""
+    sde = [sampler.diffusion_form, f"{sampler.diffusion_norm:g}", sampler.last_step, f"{sampler.last_step_size:g}"]
+    grid = "_".join(f"{t:g}" for t in sampler.times) if sampler.times else str(sampler.steps)
+    parts = [
+        f"step{step:07d}" + _average(options.ema),
+        f"cfg{sampler.cfg:g}" + (f"on{sampler.cfg_channels}" if sampler.cfg_channels else ""),
+        *([sampler.cfg_schedule] if sampler.cfg_schedule != "constant" else []),
+        *(["{:g}to{:g}".format(*sampler.cfg_interval)] if sampler.cfg_interval != (0.0, 1.0) else []),
+        *([f"weak{settings['weak'][:8]}"] if settings["weak"] else []),
+        sampler.solver + (grid if sampler.solver != "dopri5" else ""),
+        *([f"shift{sampler.shift:g}"] if sampler.shift != 1 else []),
+        *(sde if sampler.solver.startswith(SDE) else []),
+        settings["labels"],
+        f"seed{options.seed}",
+        f"n{options.num_samples}",
+        *([] if is_trained_size else ["x".join(map(str, settings["size"]))]),
+        *([options.dtype] if options.dtype != "fp32" else []),
+        *(["compiled"] if options.compile else []),
+    ]
+    return "-".join(part if len(part) < 40 else hashlib.sha256(part.encode()).hexdigest()[:12] for part in parts)
+
+
+def _average(ema: bool | float) -> str:
+    if isinstance(ema, bool):
+        return "" if ema else "-online"
+    return f"-ema{ema:g}"

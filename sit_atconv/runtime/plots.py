@@ -1,0 +1,161 @@
+"""Pictures for people: labelled grids of samples and loss curves. Needs matplotlib."""
+
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.ft2font import FT2Font
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+from sit_atconv.runtime.files import write_aside
+from sit_atconv.runtime.names import normal
+
+
+def save_sample_grid(
+    images: Sequence[np.ndarray],
+    labels: Sequence[int],
+    class_names: Sequence[str],
+    path: Path,
+    title: str,
+    columns: int = 10,
+) -> None:
+    """One row for each class, its name at the left.
+
+    Args:
+        images: N of uint8 (H, W, 3), as a list or an array.
+        labels: their N labels; a class shows its first `columns` images.
+        class_names: names of labels 0, 1, ...
+        path: where the PNG goes.
+        title: what to say above.
+    """
+    images, labels = np.asarray(images), np.asarray(labels)
+    classes = np.unique(labels)
+    _, height, width, _ = images.shape
+    gap = max(1, height // 16)
+    columns = min(columns, int(np.bincount(labels).max()))
+    mosaic = np.full((len(classes) * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for row, label in enumerate(classes):
+        for column, image in enumerate(images[labels == label][:columns]):
+            top, left = row * (height + gap), column * (width + gap)
+            mosaic[top : top + height, left : left + width] = image
+
+    cell = max(0.6, min(2.0, height / 100))  # inches
+    figure = Figure(figsize=(columns * cell + 1.6, len(classes) * cell + 0.7), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(mosaic, interpolation="nearest")
+    axes.set_yticks([row * (height + gap) + height / 2 for row in range(len(classes))])
+    names = [shown_name(class_names[label], label) for label in classes]
+    axes.set_yticklabels(names, parse_math=False)  # a name may hold a $
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, fontsize=9)
+    save_figure(figure, path)
+
+
+def shown_name(name: str, label: int) -> str:
+    """Returns what a picture calls a class: its name, or where the font lacks a character its label and escapes.
+
+    (matplotlib draws every character that it lacks as the same box.)
+    """
+    name = normal(name)
+    if name.isprintable() and all(_font().get_char_index(ord(character)) for character in name):
+        return name
+    escaped = "".join(c if c.isascii() and c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return f"{label}: {escaped}"[:30]
+
+
+@functools.cache
+def _font() -> FT2Font:
+    """The one that labels are drawn in."""
+    return get_font(findfont(FontProperties()))
+
+
+def save_loss_curves(stats: Sequence[dict], path: Path, title: str) -> None:
+    """The lines of stats.jsonl: training and held-out loss against steps, and the training loss by time.
+
+    Does nothing where there is no line yet.
+    """
+    if not stats:
+        return
+    steps = [line["step"] for line in stats]
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(steps, [line["loss"] for line in stats], color="#2a6f97", linewidth=1.2, label="training")
+    if held_out := [(line["step"], line["held_out_loss"]) for line in stats if "held_out_loss" in line]:
+        left.plot(*zip(*held_out, strict=True), "o-", color="#d1495b", markersize=3, linewidth=1.2,
+                  label="held out, EMA weights")
+        left.legend(frameon=False)
+    left.set_ylabel("loss")
+    buckets = max(len(line["loss_by_time"]) for line in stats)
+    for bucket in range(buckets):
+        points = [(line["step"], line["loss_by_time"][bucket]) for line in stats]
+        name = f"t {bucket / buckets:.1f}-{(bucket + 1) / buckets:.1f}"
+        right.plot(*zip(*[p for p in points if p[1] is not None] or [(steps[0], math.nan)], strict=True),
+                   color=colormaps["viridis"](bucket / buckets), linewidth=1.2, label=name)
+    right.set_ylabel("training loss by time (0 noise, 1 data)")
+    right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.set_xlabel("optimizer step")
+        axes.grid(alpha=0.3)
+        if all(line["loss"] > 0 for line in stats):
+            set_log(axes, "y", subs=(1, 1.5, 2, 3, 5, 7))
+    figure.suptitle(title, fontsize=9)
+    save_figure(figure, path)
+
+
+def save_solver_curves(points: Sequence[dict], path: Path, title: str) -> None:
+    """Frechet distance against evaluations: a panel for each shift of the grid, a line for each solver.
+
+    Does nothing where there is the baseline alone.
+
+    Args:
+        points: those of `solver_quality`, the baseline first, whose two standard errors are drawn as a band.
+        path: where the PNG goes.
+        title: what to say above.
+    """
+    baseline, points = points[0], points[1:]
+    if not points:
+        return
+    shifts = sorted({point["shift"] for point in points})
+    solvers = list(dict.fromkeys(point["solver"] for point in points))
+    figure = Figure(figsize=(1.2 + 4.4 * len(shifts), 4.2), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(shifts), sharey=True))
+    low, high = (baseline["distance"] + sign * 2 * baseline["error"] for sign in (-1, 1))
+    for axes, shift in zip(panels, shifts, strict=True):
+        axes.axhspan(max(low, 1e-3), high, color="0.85", label=f"Euler, {baseline['steps']} steps: 2 standard errors")
+        for number, solver in enumerate(solvers):
+            line = sorted((p["evaluations"], p["distance"], p["error"]) for p in points
+                          if (p["solver"], p["shift"]) == (solver, shift))
+            if line:
+                axes.errorbar(*zip(*line, strict=True), fmt="o-", markersize=3.5, linewidth=1.3, capsize=2,
+                              color=colormaps["tab10"](number), label=solver)
+        axes.set_title(f"shift {shift:g}", fontsize=9)
+        axes.set_xlabel("evaluations of the model")
+        for name in ("x", "y"):
+            set_log(axes, name)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("Frechet distance")
+    named = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named), frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    save_figure(figure, path)
+
+
+def set_log(axes: Axes, name: str, subs: Sequence[float] = (1, 2, 4)) -> None:
+    """Makes the "x" or "y" axis logarithmic, with plain numbers at `subs` times the powers of ten."""
+    axes.set(**{f"{name}scale": "log"})
+    axis = getattr(axes, f"{name}axis")
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    write_aside(path, lambda partial: figure.savefig(partial, dpi=120))

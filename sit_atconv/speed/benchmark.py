@@ -1,0 +1,130 @@
+"""The speed comparison: the forms of `speed/forms.py`, timed side by side in one run.
+
+Every round times each form once (ABAB...), so that whatever else the machine does meets all alike, and ratios are
+taken round by round. Nothing is timed before the forms have been seen to compute the values that they should.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from itertools import product
+
+import torch
+from tqdm import tqdm
+
+from sit_atconv.runtime.devices import keep_freed_memory
+from sit_atconv.speed.costs import cost
+from sit_atconv.speed.levels import PREPARE, Case, check_dtype, open_decoder
+from sit_atconv.speed.options import DTYPES, SpeedOptions
+from sit_atconv.speed.results import Comparison, Measurement
+from sit_atconv.speed.timing import Rounds, describe_environment, open_device, peak_bytes, synchronize, time_interleaved
+
+MEMORY = ("train", "sampling")  # levels whose peak is measured
+
+
+def compare(
+    options: SpeedOptions,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: bool = False,
+    after_case: Callable[[Comparison], object] = lambda comparison: None,
+) -> Comparison:
+    """Times the forms at every level, at each resolution and in each dtype.
+
+    Args:
+        options: what to time.
+        clock: returns seconds.
+        progress: draw a bar on stderr.
+        after_case: is given what has been found whenever a resolution is done, so that a long run loses little.
+
+    Raises:
+        ValueError: forms that do not agree; a device that is not there, does not compute in one of the dtypes, or has
+            too little memory; a decoder that cannot be loaded or does not fit.
+    """
+    device = open_device(options.device)
+    keep_freed_memory()
+    for dtype in options.dtypes:
+        check_dtype(device, dtype)
+    decoder = open_decoder(options)
+    cases = [Case(options, px, dtype, device, decoder) for dtype, px in product(options.dtypes, options.resolutions)]
+    comparison = Comparison(options, describe_environment(device), [], [])
+    total = len(cases) * len(options.levels) * (options.rounds + options.warmup)
+    with tqdm(total=total, unit="round", disable=not progress) as bar:
+        while cases:
+            case = cases.pop(0)  # and with it its models
+            for level in options.levels:
+                bar.set_description(f"{options.preset} {level} {case.resolution} px {case.dtype}")
+                try:
+                    comparison.measurements.extend(measure(case, level, clock=clock, after_round=bar.update))
+                except torch.OutOfMemoryError:
+                    raise ValueError(f"{level} at {case.resolution} px in {case.dtype} with batch size "
+                                     f"{case.batch_size} does not fit into the memory of {device}: lower the batch "
+                                     "size") from None
+            comparison.agreement.extend(
+                {"resolution": case.resolution, "dtype": case.dtype, **asdict(check)} for check in case.checks
+            )
+            after_case(comparison)
+    return comparison
+
+
+def measure(
+    case: Case,
+    level: str,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    after_round: Callable[[], object] = lambda: None,
+) -> list[Measurement]:
+    """Every form of a level in the same rounds. ValueError: the forms do not agree; nothing has been timed then."""
+    options, device = case.options, case.device
+    if options.compile:
+        torch.compiler.reset()
+        torch._dynamo.config.recompile_limit = 64  # each form, with and without gradients, is one more
+    timed = PREPARE[level](case)
+    seconds = time_interleaved(
+        {**timed.runs, **timed.extras},
+        rounds=options.rounds,
+        warmup=options.warmup,
+        synchronize=partial(synchronize, device),
+        clock=clock,
+        after_round=after_round,
+    )
+    decode = Rounds.of([1000 * s for s in seconds.get("decode", [0.0] * options.rounds)])
+    ms = {key: Rounds.of([1000 * timed.scale * s for s in seconds[key]]).plus(decode) for key in timed.runs}
+
+    def measured(form: str, quantity: str, milliseconds: Rounds, **figures) -> Measurement:
+        rates = Rounds.of([1000 * case.batch_size / one for one in milliseconds.rounds])
+        return Measurement(level, quantity, form, case.resolution, case.grid_size, case.dtype, case.batch_size,
+                           milliseconds, rates, **figures)
+
+    measurements = []
+    for (form, quantity), milliseconds in ms.items():
+        figures = {}
+        if form in timed.modules:
+            figures["parameters"] = sum(p.numel() for p in timed.modules[form].parameters())
+        if level in MEMORY and (beyond := peak_bytes(timed.runs[form, quantity], device)) is not None:
+            figures["peak_memory_bytes"] = beyond + resident_bytes(timed.modules[form], timed.optimizers.get(form))
+        if form != options.baseline and (options.baseline, quantity) in ms:
+            figures["speedup"] = ms[options.baseline, quantity].over(milliseconds)
+        if form != "floor" and ("floor", quantity) in ms:
+            figures["over_floor"] = milliseconds.over(ms["floor", quantity])
+        needed = cost(
+            level if level in ("op", "mixer", "block") else "model", form,
+            options.model_config(form, case.resolution), case.grid_size,
+            quantity=quantity if level == "op" else "forward",
+            batch_size=case.batch_size, element_size=DTYPES[case.dtype].itemsize,
+        )
+        if "copy" in timed.extras:
+            bandwidth = [2 * timed.copied_bytes / s for s in seconds["copy"]]  # read and written
+            figures["over_byte_floor"] = milliseconds.over(Rounds.of([1000 * needed.bytes / b for b in bandwidth]))
+        macs = needed.multiply_adds // case.batch_size
+        measurements.append(measured(form, quantity, milliseconds, multiply_adds=macs, **figures))
+    if "decode" in timed.extras:
+        measurements.append(measured("decoder", "decode", decode))
+    return measurements
+
+
+def resident_bytes(module: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
+    """Of weights and optimizer state, which are there before a run and after it."""
+    state = [tensor for values in optimizer.state.values() for tensor in values.values()] if optimizer else []
+    return sum(tensor.numel() * tensor.element_size() for tensor in [*module.parameters(), *state])

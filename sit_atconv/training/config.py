@@ -1,0 +1,347 @@
+"""The typed configuration of a training run: YAML and command line in, checked values out.
+
+Each dataclass lives beside what reads it; those of training itself are here, since commands define no classes.
+"""
+
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jsonargparse
+import torch
+import yaml
+
+from sit_atconv.checkpoints.runs import list_checkpoints
+from sit_atconv.data.sources import DataConfig
+from sit_atconv.flow import FlowMatching
+from sit_atconv.models.sit import SiT, preset_config
+from sit_atconv.runtime.commands import fail, is_main_process, user_errors
+from sit_atconv.runtime.devices import on_cpu
+from sit_atconv.runtime.files import write_aside
+from sit_atconv.sampling import Sampler
+
+DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
+# Options of the model that are no options of a run, since the data set and the codec know them.
+FROM_DATA = {"num_classes", "in_channels", "input_size"}
+# Options that may change when a run is resumed. (Data may have moved; what they are is compared by data.json.)
+MAY_CHANGE = {
+    "out", "data.images", "data.latents", "data.codec", "data.num_workers", "data.skip_unreadable",
+    "data.keep_empty_classes", "data.max_megapixels", "train.steps", "train.accumulation",
+    "train.activation_checkpointing", "train.compile", "train.cpu_threads", "train.log_every", "train.held_out_every",
+    "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.tracker", "train.peak_tflops",
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the model is optimised and what is kept.
+
+    Args:
+        steps: optimizer steps in all. A finished run goes on where more are asked for (a falling learning rate is
+            then that of the longer run).
+        batch_size: images in one optimizer step, over all processes and micro-batches.
+        accumulation: micro-batches in one step.
+        lr: learning rate of AdamW.
+        warmup_steps: steps over which the learning rate rises linearly from 0.
+        lr_decay: how it falls after the warm-up, to 0 at the last step.
+        weight_decay: decoupled weight decay of matrices; norms, biases and embeddings have none.
+        max_grad_norm: clip the gradient to this norm; off if not given.
+        ema_decay: decay of the exponential moving average of the weights, constant as in SiT; or several, of which
+            previews and samples take the first.
+        ema_warmup: let the decay rise to that, as min(decay, (1 + step) / (10 + step)).
+        precision: of the forward and backward pass; weights stay in fp32. "auto" is bf16 where the device computes
+            it fast (CUDA and ROCm that support it, CPUs with AMX), else fp32.
+        tf32: on CUDA, fp32 products in TF32.
+        activation_checkpointing: keep only what enters each block and compute the rest again in the backward pass:
+            a third more arithmetic, far less memory.
+        compile: compile the model with torch.compile: a minute or more at the start, faster steps afterwards.
+        cpu_threads: threads of each process on a CPU; null shares the cores among the processes.
+        seed: of initialisation, data order, noise, times and label dropout.
+        log_every: steps between two lines of stats.jsonl.
+        held_out_every: steps between two evaluations of the loss on the images that data.held_out keeps.
+        checkpoint_every: steps between two checkpoints; the last step always makes one.
+        keep_checkpoints: how many of the newest to keep.
+        keep_every: keep also those whose step is divisible by this, for good.
+        tracker: show the log in TensorBoard or wandb as well.
+        peak_tflops: what one device computes at most, for the share of it that is used; known for common GPUs.
+    """
+
+    steps: int = 400_000
+    batch_size: int = 256
+    accumulation: int = 1
+    lr: float = 1e-4
+    warmup_steps: int = 0
+    lr_decay: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    ema_decay: float | list[float] = 0.9999
+    ema_warmup: bool = False
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    tf32: bool = True
+    activation_checkpointing: bool = False
+    compile: bool = False
+    cpu_threads: int | None = None
+    seed: int = 0
+    log_every: int = 100
+    held_out_every: int = 1000
+    checkpoint_every: int = 50_000
+    keep_checkpoints: int = 2
+    keep_every: int | None = None
+    tracker: Literal["tensorboard", "wandb"] | None = None
+    peak_tflops: float | None = None
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulation", "log_every", "held_out_every", "checkpoint_every",
+                     "keep_checkpoints", "keep_every", "cpu_threads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"train.{name} must be at least 1, not {value}")
+        for name in ("seed", "warmup_steps", "weight_decay", "lr"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"train.{name} must not be negative (or infinite): {getattr(self, name)}")
+        for name in ("max_grad_norm", "peak_tflops"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"train.{name} must be positive, not {value}; null is none")
+        if not self.ema_decays or len(set(self.ema_decays)) < len(self.ema_decays):
+            raise ValueError(f"train.ema_decay must be one or more different numbers, not {self.ema_decay}")
+        for decay in self.ema_decays:
+            if not 0 <= decay < 1:
+                raise ValueError(f"train.ema_decay must lie in [0, 1), not {decay}")
+
+    @property
+    def ema_decays(self) -> list[float]:
+        return self.ema_decay if isinstance(self.ema_decay, list) else [self.ema_decay]
+
+    @property
+    def mixed_precision(self) -> str:
+        """`precision` as accelerate calls it."""
+        return "no" if self.precision == "fp32" else self.precision
+
+    def learning_rate(self, step: int) -> float:
+        """Of the step with this number (0-based)."""
+        warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        progress = max(0, step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+        return self.lr * warmup * decay[self.lr_decay]
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """The pictures drawn from the EMA weights while training.
+
+    Args:
+        every: steps between two pictures; the last step always makes one.
+        num_classes: rows, at most.
+        per_class: columns.
+        cfg: guidance scale; null is 4, or 1 without a trained null label.
+        solver: as `--solver` of sample/generate.py, except SDEs.
+        num_steps: its steps.
+    """
+
+    every: int = 10_000
+    num_classes: int = 10
+    per_class: int = 8
+    cfg: float | None = None
+    solver: Literal["euler", "heun", "dopri5", "unipc", "dpm++"] = "euler"
+    num_steps: int = 50
+
+    @property
+    def sampler(self) -> Sampler:
+        return Sampler(cfg=self.cfg, solver=self.solver, steps=self.num_steps)
+
+    def __post_init__(self):
+        for name in ("every", "num_classes", "per_class", "num_steps"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"preview.{name} must be at least 1, not {value}")
+        if self.cfg is not None and not math.isfinite(self.cfg):
+            raise ValueError(f"preview.cfg must be finite, not {self.cfg}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole training run, resolved. `model` holds SiT's options but for those that come from the data."""
+
+    out: Path
+    preset: str | None
+    init_from: str | None
+    dry_run: bool
+    model: dict
+    data: DataConfig
+    flow: FlowMatching
+    train: TrainConfig
+    preview: PreviewConfig
+    options: dict  # all of the above as plain nested values, what config.yaml holds
+
+    def check_dropout(self, null_label: int | None) -> None:
+        """Raises ValueError where labels shall be dropped and the model has no null label."""
+        if null_label is None and self.flow.class_dropout_prob > 0:
+            raise ValueError("model.has_null_label is false: there is nothing to drop labels to; "
+                             "set flow.class_dropout_prob to 0")
+
+    def check_previews(self, null_label: int | None) -> None:
+        """Raises ValueError where previews cannot be drawn as asked: `null_label` is None where it is never trained."""
+        try:
+            self.preview.sampler.check(self.flow.path, self.flow.prediction, null_label)
+        except ValueError as error:
+            raise ValueError(f"preview: {error} (preview.cfg, flow.class_dropout_prob)") from error
+
+    def data_rules(self) -> int | None:
+        """Returns the rules by which a run that has checkpoints reads its images; None for a new run."""
+        if not list_checkpoints(self.out):
+            return None
+        described = self.out / "data.json"
+        return _read_mapping(described).get("rules", 1) if described.exists() else 1
+
+    def check_resumable(self, data: dict) -> None:
+        """Raises ValueError if a run that has checkpoints cannot resume as asked, with these data."""
+        if not list_checkpoints(self.out):
+            return
+        if not (self.out / "config.yaml").exists():
+            raise ValueError(f"{self.out} has checkpoints and no config.yaml: it cannot be told whether they are of "
+                             "this run; put it back, or give another --out")
+        if changes := self.changes(self.out):
+            raise ValueError(f"{self.out} was started with other options ({'; '.join(changes)}): "
+                             "go on with those, or give another --out")
+        described = self.out / "data.json"
+        then = _read_mapping(described) if described.exists() else data
+        if changes := _differences({"rules": 1} | then, {"rules": 1} | data):
+            files = any(change.startswith(("files: ", "images: ", "index: ")) for change in changes)
+            back = "put back what was removed or added (--data.skip_unreadable true leaves a damaged file out, as it " \
+                "is)" if files else "resume with those"
+            raise ValueError(f"{self.out} was started with other data ({'; '.join(changes)}): {back}, or start another "
+                             f"run from these weights, --init-from {self.out} --out NEW")
+
+    def flat_options(self) -> dict:
+        """All options as "group.name": value."""
+        return _flatten(self.options)
+
+    def save(self, folder: Path, data: dict | None = None) -> None:
+        """Writes config.yaml, and data.json where the data's description is given."""
+        options = yaml.safe_dump(self.options, sort_keys=False)
+        write_aside(folder / "config.yaml", options, durable=True)
+        if data is not None:
+            write_aside(folder / "data.json", json.dumps(data, indent=1), durable=True)
+
+    def changes(self, folder: Path) -> list[str]:
+        """What a run in `folder` was started with and may not change on resuming, as "name: then -> now"."""
+        changes = _differences(_read_mapping(folder / "config.yaml"), self.options, MAY_CHANGE)
+        return [change for change in changes if not change.startswith("preview.")]
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """jsonargparse with errors of one usage line and the message, said by the main process alone."""
+
+    def error(self, message, ex=None):
+        if is_main_process():
+            print(self.format_usage().strip(), file=sys.stderr)
+        fail(" ".join(str(message).split()), code=2)
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    """Command line (and the YAML it names) -> configuration. Without --config it is the embedded digits'.
+
+    Leaves with a message for unknown options, wrong types and values out of range.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not any(argument.split("=")[0] == "--config" for argument in argv):
+        argv = ["--config", str(DIGITS), *argv]
+    parser = _make_parser()
+    preset = parser.parse_args(argv).preset
+    if preset is not None:  # what a preset fills in yields to the YAML and the command line: parse again over it
+        with user_errors():
+            parser.set_defaults({f"model.{name}": value for name, value in preset_config(preset).items()})
+    namespace = parser.parse_args(argv)
+    options = yaml.safe_load(parser.dump(namespace, skip_none=False))
+    del options["dry_run"]  # of this one call, not of the run
+    if options["out"] is None:
+        options["out"] = default_out(argv, preset)
+    with user_errors():
+        options["train"]["precision"] = resolve_precision(options["train"]["precision"])
+        values = parser.instantiate(parser.parse_object(options))
+    return Config(
+        out=Path(options["out"]),
+        preset=preset,
+        init_from=namespace.init_from,
+        dry_run=namespace.dry_run,
+        model=options["model"],
+        data=values.data,
+        flow=values.flow,
+        train=values.train,
+        preview=values.preview,
+        options=options,
+    )
+
+
+def default_out(argv: list[str], preset: str | None) -> str:
+    """runs/CONFIG-PRESET: ["--config", "configs/imagenet256.yaml"], "SiT-B/2" -> runs/imagenet256-sit-b2."""
+    flag = max(i for i, argument in enumerate(argv) if argument.split("=")[0] == "--config")
+    name = argv[flag].partition("=")[2] or argv[flag + 1]
+    return f"runs/{Path(name).stem}" + (f"-{preset.lower().replace('/', '')}" if preset else "")
+
+
+def resolve_precision(precision: str) -> str:
+    """"auto" -> what this machine computes fast. ValueError: fp16 on a CPU, which accelerate would ignore."""
+    if precision == "fp16" and on_cpu():
+        raise ValueError("train.precision fp16 does not train on a CPU: use bf16 (or fp32)")
+    if precision != "auto":
+        return precision
+    if on_cpu():
+        return "bf16" if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False) else "fp32"
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def _make_parser() -> Parser:
+    parser = Parser(
+        prog="train.py",
+        usage="accelerate launch sit_atconv/train.py [--config FILE] [--group.option VALUE ...]",
+        description="Trains SiT with ATConv or attention by flow matching. Without --config it trains the embedded "
+        "digits. The same command again resumes the run in --out from its newest checkpoint.",
+    )
+    parser.add_argument("--config", action="config", help="YAML of any options below; what follows overrides it")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print the model's size, the memory, time and disk the run will need, and leave")
+    parser.add_argument("--out", type=str | None, help="folder of the run (default: runs/CONFIG-PRESET)")
+    parser.add_argument("--preset", type=str | None, help="e.g. SiT-ATConv-XL/2; --model.* override it")
+    parser.add_argument("--init-from", type=str | None,
+                        help="start from these weights: a run, an exported folder, a pipeline, a hub id or a file of "
+                        "published weights; tensors of other classes or mixers start from scratch, which is printed")
+    parser.add_class_arguments(SiT, "model", instantiate=False, skip=FROM_DATA)
+    parser.add_argument("--data", type=DataConfig, default=DataConfig())
+    parser.add_argument("--flow", type=FlowMatching, default=FlowMatching())
+    parser.add_argument("--train", type=TrainConfig, default=TrainConfig())
+    parser.add_argument("--preview", type=PreviewConfig, default=PreviewConfig())
+    return parser
+
+
+def _differences(then: dict, now: dict, may_change: Iterable[str] = ()) -> list[str]:
+    """Of two nested dictionaries, as "group.name: then -> now"."""
+    then, now = _flatten(then), _flatten(now)
+    return [f"{name}: {_short(then.get(name))} -> {_short(now.get(name))}" for name in sorted({*then, *now})
+            if then.get(name) != now.get(name) and name not in may_change]
+
+
+def _short(value: object) -> object:
+    """Cuts a checksum to what people compare of it."""
+    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
+
+
+def _read_mapping(path: Path) -> dict:
+    """Of a YAML or JSON file. ValueError: it holds none."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): mend it, or give another --out") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: mend it, or give another --out")
+    return content
+
+
+def _flatten(options: dict, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in options.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,35 @@
+"""The pictures of a training run: a labelled grid, of the same seed every time."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from sit_atconv.checkpoints.weights import Recipe
+from sit_atconv.data.codecs import Codec
+from sit_atconv.data.pixels import to_uint8
+from sit_atconv.runtime.plots import save_sample_grid
+from sit_atconv.sampling import SampleStream
+
+if TYPE_CHECKING:
+    from sit_atconv.training.config import PreviewConfig
+
+AT_ONCE = 16
+
+
+@torch.inference_mode()
+def draw_preview(model, codec: Codec, recipe: Recipe, preview: "PreviewConfig", path: Path) -> None:
+    """Draws what the weights make of the first classes; the pictures of a run can be compared with each other."""
+    trained = [label for label in range(len(recipe.class_names)) if label not in recipe.empty_classes]
+    y = torch.tensor(trained[: preview.num_classes]).repeat_interleave(preview.per_class)
+    sampler = preview.sampler.settled(recipe.interpolant, recipe.null_label_of(model))
+    noise = SampleStream(0, range(len(y))).randn((codec.channels, *[model.config.input_size] * 2))
+    images = []
+    for z, labels in zip(noise.split(AT_ONCE), y.split(AT_ONCE), strict=True):
+        z = sampler(model, z.to(model.device), labels.to(model.device), path=recipe.interpolant,
+                    prediction=recipe.prediction)
+        images.append(to_uint8(codec.decode(z)).cpu())
+    pixels = torch.cat(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    title = f"step {recipe.step}, EMA weights, cfg {sampler.cfg:g}, {preview.solver} {preview.num_steps}"
+    save_sample_grid(pixels, y.tolist(), recipe.class_names, path, title, columns=preview.per_class)
