@@ -35,21 +35,23 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from sit_atconv.checkpoints.runs import (
-    TrainingState,
+from sit_atconv.checkpoints.recipe import Recipe
+from sit_atconv.checkpoints.run_folder import (
     append_stats,
     checkpoint_step,
-    find_resumable,
     list_checkpoints,
-    load_checkpoint,
     newest_checkpoint,
     read_stats,
     rewind_stats,
+)
+from sit_atconv.checkpoints.training_state import (
+    TrainingState,
+    find_resumable,
+    load_checkpoint,
     save_checkpoint,
     set_aside,
 )
 from sit_atconv.checkpoints.warm_start import Start, start_from
-from sit_atconv.checkpoints.weights import Recipe
 from sit_atconv.data.codecs import Codec
 from sit_atconv.data.loading import load_batches
 from sit_atconv.data.order import BatchOrder, hold_out, step_seed

@@ -186,10 +186,10 @@ def _make_third_loss_nan():
 
 
 def _hide_checkpoints():
-    from sit_atconv.checkpoints import runs
+    from sit_atconv.checkpoints import run_folder, training_state
 
     if os.environ["RANK"] == "1":
-        runs.list_checkpoints = lambda run: []
+        run_folder.list_checkpoints = training_state.list_checkpoints = lambda run: []
 
 
 def _break_tracker():

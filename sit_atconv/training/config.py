@@ -16,7 +16,7 @@ import jsonargparse
 import torch
 import yaml
 
-from sit_atconv.checkpoints.runs import list_checkpoints
+from sit_atconv.checkpoints.run_folder import list_checkpoints
 from sit_atconv.data.sources import DataConfig
 from sit_atconv.flow import FlowMatching
 from sit_atconv.models.sit import SiT, preset_config

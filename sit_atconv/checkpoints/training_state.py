@@ -1,8 +1,5 @@
-"""The folder of a training run, and the checkpoints in it that training resumes from.
+"""Checkpoints that training resumes from.
 
-    RUN/config.yaml, data.json     the resolved configuration, and what the data are
-    RUN/stats.jsonl, loss.png      the loss and more, as it went
-    RUN/samples/step-*.png         pictures drawn from the EMA weights on the way
     RUN/checkpoints/step-*/        model/, ema/, ema-DECAY/ (exported weights), optimizer.safetensors, state.json
 
 state.json, written last, holds the sha256 of everything else. Nothing is ever unpickled.
@@ -12,15 +9,16 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sit_atconv.checkpoints.weights import WEIGHTS_FILE, Recipe, save_weights
-from sit_atconv.runtime.files import PARTIAL, flush, sha256_of, write_aside
+from sit_atconv.checkpoints.exported import WEIGHTS_FILE, save_weights
+from sit_atconv.checkpoints.recipe import Recipe
+from sit_atconv.checkpoints.run_folder import checkpoint_step, list_checkpoints, newest_checkpoint
+from sit_atconv.runtime.files import PARTIAL, flush, sha256_of
 
 if TYPE_CHECKING:  # finding a checkpoint must not wait for torch: it is imported where it is used
     import torch
@@ -46,22 +44,6 @@ class TrainingState:
         """Folder -> (decay, average)."""
         named = enumerate(self.averages.items())
         return {f"ema-{decay}" if i else "ema": (decay, model) for i, (decay, model) in named}
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint of the last step in a run folder, or None. Its content is not looked at."""
-    checkpoints = list_checkpoints(run)
-    return checkpoints[-1] if checkpoints else None
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints, oldest first. (One being written or deleted bears another name.)"""
-    found = [path for path in run.glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=checkpoint_step)
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 # -------------------------------------------------------------------------------------------------------- saving
@@ -252,28 +234,3 @@ def set_aside(checkpoint: Path) -> Path:
 
 def _reason(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-# --------------------------------------------------------------------------------------------------------- stats
-
-def append_stats(run: Path, line: dict) -> None:
-    """Adds one line to stats.jsonl."""
-    with open(run / "stats.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def read_stats(run: Path, up_to_step: int | None = None) -> list[dict]:
-    """The lines of stats.jsonl, up to a step. (A line that a kill cut short is left out.)"""
-    path, lines = run / "stats.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    lines = [line for line in lines if isinstance(line, dict) and "step" in line]
-    return [line for line in lines if up_to_step is None or line["step"] <= up_to_step]
-
-
-def rewind_stats(run: Path, step: int) -> None:
-    """Drops what was logged after the step that a run goes on from, since it will be logged again."""
-    write_aside(run / "stats.jsonl", "".join(json.dumps(line) + "\n" for line in read_stats(run, step)))
