@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sit_atconv.runtime.files import hub_options, weights_variant
+from sit_atconv.runtime.settings import differences
 
 if TYPE_CHECKING:  # diffusers is imported where a VAE is loaded
     from diffusers import AutoencoderKL
@@ -53,11 +54,11 @@ class _Codec:
             description: what `describe()` once returned; where that codec lay does not matter.
             made: what was made with that one, for the message: "the weights were trained".
         """
-        for key, value in self.identity().items():
-            if key in description and description[key] != value:
-                here, there = (str(x)[:12] for x in (value, description[key]))  # enough of a checksum
-                name = getattr(self, "source", "identity")
-                raise ValueError(f"the codec {name} has {key} {here}, but {made} with {there}")
+        here = self.identity()
+        then = {key: description.get(key, value) for key, value in here.items()}  # older ones say less
+        if changes := differences(then, here):
+            raise ValueError(f"{made} with another codec than {getattr(self, 'source', here['kind'])} "
+                             f"({'; '.join(changes)}): give that one")
 
 
 class IdentityCodec(_Codec):

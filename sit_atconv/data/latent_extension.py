@@ -47,8 +47,9 @@ def arrange(
         return images, settings
     of_same_images = dataclasses.replace(settings, num_images=known.num_images, files=known.files,
                                          extends=known.extends)
-    if difference := of_same_images.difference(known.as_dict()):
-        raise ValueError(f"{path} was encoded with {difference}: go on with the former, or give another --out")
+    if changes := of_same_images.differences(known.as_dict()):
+        raise ValueError(f"{path} was encoded with other settings ({'; '.join(changes)}): resume with those, or give "
+                         "another --out")
     if settings.files == known.files and not known.extends:
         return images, settings
     existing = _Existing(images, known, path)

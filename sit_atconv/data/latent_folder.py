@@ -34,11 +34,11 @@ from torch import Tensor
 
 from sit_atconv.runtime.files import sha256_of, write_aside
 from sit_atconv.runtime.names import show_some
+from sit_atconv.runtime.settings import differences
 
 FORMATS = (1, 2)  # 2: with fields that readers before 2026-11-25 do not know
 INDEX = "index.json"
 PREVIEW = "preview.png"
-CHECKSUMS = ("files", "codec weights")  # a dozen digits tell one from another
 STORED_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
 LATER_SETTINGS = {"rules": 1, "extends": []}  # values of fields that a shard or an index does not have
@@ -116,23 +116,13 @@ class LatentSettings:
         """In a shard, name and label included."""
         return math.prod(self.moments_shape) * STORED_DTYPES[self.dtype].itemsize * len(self.kinds) + 128
 
-    def difference(self, then: dict) -> str | None:
-        """What differs from the settings of a shard, as a user would say it; None: nothing does."""
-        then, now = _one_by_one(LATER_SETTINGS | then), _one_by_one(dataclasses.asdict(self))
-        for key in {**now, **then}:
-            if then.get(key) != now.get(key):
-                shown = [str(value)[:12] if key in CHECKSUMS else value for value in (then.get(key), now.get(key))]
-                return f"{key} {shown[0]}, now it is {shown[1]}"
-        return None
+    def differences(self, then: dict) -> list[str]:
+        """Returns what differs from the settings of a shard, as `runtime.settings.differences` puts it."""
+        return differences(LATER_SETTINGS | then, dataclasses.asdict(self))
 
 
 def _without(defaults: dict, content: dict) -> dict:
     return {key: value for key, value in content.items() if key not in defaults or value != defaults[key]}
-
-
-def _one_by_one(settings: dict) -> dict:
-    codec = {f"codec {key}": value for key, value in settings["codec"].items()}
-    return {key: value for key, value in settings.items() if key != "codec"} | codec
 
 
 @dataclass(frozen=True)
@@ -273,12 +263,13 @@ class LatentFolder:
         path = self.shard(number)
         try:
             shard = open_shard(path)
-            if difference := self.places[number][0].difference(shard.settings):
+            if changes := self.places[number][0].differences(shard.settings):
                 open_shard(path, check=True)  # or it is damaged, and missing
         except (ValueError, OSError):
             return False
-        if difference:
-            raise ValueError(f"{path} was encoded with {difference}: go on with the former, or give another --out")
+        if changes:
+            raise ValueError(f"{path} was encoded with other settings ({'; '.join(changes)}): resume with those, or "
+                             "give another --out")
         return may_skip or not shard.skipped
 
     def write(
@@ -378,7 +369,7 @@ def open_shard(path: Path, check: bool = False) -> Shard:
         if check and metadata["crc32"] != _crc32(tensors, metadata["content"]):
             raise ValueError("its content is not as it was written")
         shard = Shard(tensors, **metadata["content"])
-        _one_by_one(shard.settings)  # they are settings at all
+        dict(shard.settings["codec"])  # they are settings at all
         return shard
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # whatever a flipped byte leads to
         reason = str(error).splitlines()[0] if type(error) is ValueError else "its header cannot be read"

@@ -73,8 +73,9 @@ class CachedLatents(Dataset):
     def _open(self, number: int) -> dict[str, Tensor]:
         path = self.folder / self.index.shards[number]["file"]
         shard = open_shard(path)
-        if difference := self.places[number][0].difference(shard.settings):
-            raise ValueError(f"{path} was encoded with {difference}: run the same sit_atconv/encode.py again")
+        if changes := self.places[number][0].differences(shard.settings):
+            raise ValueError(f"{path} was encoded with other settings ({'; '.join(changes)}): run the same "
+                             "sit_atconv/encode.py again")
         return shard.tensors
 
     def __getstate__(self) -> dict:

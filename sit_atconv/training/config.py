@@ -5,9 +5,7 @@ Each dataclass lives beside what reads it; those of training itself are here, si
 
 import json
 import math
-import re
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +21,7 @@ from sit_atconv.models.sit import SiT, preset_config
 from sit_atconv.runtime.commands import fail, is_main_process, user_errors
 from sit_atconv.runtime.devices import on_cpu
 from sit_atconv.runtime.files import write_aside
+from sit_atconv.runtime.settings import changed, differences, flatten
 from sit_atconv.sampling import Sampler
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
@@ -34,6 +33,7 @@ MAY_CHANGE = {
     "data.keep_empty_classes", "data.max_megapixels", "train.steps", "train.accumulation",
     "train.activation_checkpointing", "train.compile", "train.cpu_threads", "train.log_every", "train.held_out_every",
     "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.tracker", "train.peak_tflops",
+    "preview",
 }
 
 
@@ -208,8 +208,9 @@ class Config:
                              "go on with those, or give another --out")
         described = self.out / "data.json"
         then = _read_mapping(described) if described.exists() else data
-        if changes := _differences({"rules": 1} | then, {"rules": 1} | data):
-            files = any(change.startswith(("files: ", "images: ", "index: ")) for change in changes)
+        then, data = {"rules": 1} | then, {"rules": 1} | data
+        if changes := differences(then, data):
+            files = changed(then, data).keys() & {"files", "images", "index"}
             back = "put back what was removed or added (--data.skip_unreadable true leaves a damaged file out, as it " \
                 "is)" if files else "resume with those"
             raise ValueError(f"{self.out} was started with other data ({'; '.join(changes)}): {back}, or start another "
@@ -217,7 +218,7 @@ class Config:
 
     def flat_options(self) -> dict:
         """All options as "group.name": value."""
-        return _flatten(self.options)
+        return flatten(self.options)
 
     def save(self, folder: Path, data: dict | None = None) -> None:
         """Writes config.yaml, and data.json where the data's description is given."""
@@ -227,9 +228,8 @@ class Config:
             write_aside(folder / "data.json", json.dumps(data, indent=1), durable=True)
 
     def changes(self, folder: Path) -> list[str]:
-        """What a run in `folder` was started with and may not change on resuming, as "name: then -> now"."""
-        changes = _differences(_read_mapping(folder / "config.yaml"), self.options, MAY_CHANGE)
-        return [change for change in changes if not change.startswith("preview.")]
+        """What a run in `folder` was started with and may not change on resuming, as "name then -> now"."""
+        return differences(_read_mapping(folder / "config.yaml"), self.options, MAY_CHANGE)
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -317,18 +317,6 @@ def _make_parser() -> Parser:
     return parser
 
 
-def _differences(then: dict, now: dict, may_change: Iterable[str] = ()) -> list[str]:
-    """Of two nested dictionaries, as "group.name: then -> now"."""
-    then, now = _flatten(then), _flatten(now)
-    return [f"{name}: {_short(then.get(name))} -> {_short(now.get(name))}" for name in sorted({*then, *now})
-            if then.get(name) != now.get(name) and name not in may_change]
-
-
-def _short(value: object) -> object:
-    """Cuts a checksum to what people compare of it."""
-    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
-
-
 def _read_mapping(path: Path) -> dict:
     """Of a YAML or JSON file. ValueError: it holds none."""
     try:
@@ -338,10 +326,3 @@ def _read_mapping(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: mend it, or give another --out")
     return content
-
-
-def _flatten(options: dict, prefix: str = "") -> dict:
-    flat = {}
-    for name, value in options.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

@@ -96,7 +96,7 @@ def test_the_vae_comes_back_from_sits_form_or_is_said_to_be_gone(convert, tiny_r
     save_weights(model, recipe, tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "a.pt", "--to", "sit")
     assert load_weights(str(tmp_path / "a.pt")).recipe.codec == recipe.codec
-    with pytest.raises(ValueError, match=r"has weights .*, but .*a\.pt was trained with"):
+    with pytest.raises(ValueError, match=r"a\.pt was trained with another codec than .* \(weights \w+ -> \w+\)"):
         load_weights(str(tmp_path / "a.pt"), vae=str(make_vae(seed=1)))
     here.rename(tmp_path / "there")
     lines = convert(tmp_path / "ours", tmp_path / "b.pt", "--to", "sit")

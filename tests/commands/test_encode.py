@@ -277,9 +277,9 @@ def test_errors(fails, digit_folder, vae, make_vae, argv, latents, tmp_path, mon
     (tmp_path / "other" / "thesis.tex").write_text("")
     assert "holds something else (thesis.tex)" in error("--out", tmp_path / "other")
     assert "thesis.tex is a file" in error("--out", tmp_path / "other" / "thesis.tex")
-    assert "was encoded with image_size 32, now it is 16" in error("--out", latents, "--image-size", 16)
-    assert "was encoded with codec weights " in error("--out", latents, "--vae", make_vae(1))
-    assert "was encoded with batch_size 5, now it is 4" in error("--out", latents, "--batch-size", 4)
+    assert "other settings (image_size 32 -> 16; moments_shape " in error("--out", latents, "--image-size", 16)
+    assert "was encoded with other settings (codec.weights " in error("--out", latents, "--vae", make_vae(1))
+    assert "was encoded with other settings (batch_size 5 -> 4; " in error("--out", latents, "--batch-size", 4)
     assert "/proc/x needs 2.0 MB and its disk has 0.0 MB free" in error("--out", "/proc/x")
     assert not (tmp_path / "out").exists()
     with monkeypatch.context() as patch:

@@ -91,7 +91,7 @@ def test_refusals_name_the_images(encode, fails, argv, images, tmp_path, capsys)
     grow(images)
     error = fails(main, argv)
     assert "holds 3 images that" in error and "(a/0.png, a/1.png, b/00.png): --extend adds them" in error
-    assert "was encoded with image_size 32, now it is 16" in fails(main, [*argv, "--extend", "--image-size", 16])
+    assert "other settings (image_size 32 -> 16; " in fails(main, [*argv, "--extend", "--image-size", 16])
     (images / "b" / "0.png").unlink()
     (images / "c" / "1.png").rename(images / "b" / "1.png")
     for options in ([], ["--extend"]):

@@ -640,11 +640,11 @@ def test_other_data_under_the_same_options_are_refused(launch, fails, latents, d
     main = load_command(TRAIN).main
     assert "was encoded with" in fails(main, [*argv, "--data.codec", make_vae(1)])
     assert "was encoded at 32" in fails(main, [*argv, "--data.image_size", 64])
-    assert "kind: latents -> digits" in fails(main, [*TINY_RUN, *argv[argv.index("--out"):]])
+    assert "kind latents -> digits" in fails(main, [*TINY_RUN, *argv[argv.index("--out"):]])
     shutil.rmtree(cached)
     codes, output = launch("sit_atconv/encode.py", [*encode_argv(digit_folder, vae, cached), "--dtype", "float16"])
     assert codes == [0], output
-    assert f"{run} was started with other data (index: " in fails(main, argv)
+    assert f"{run} was started with other data (index " in fails(main, argv)
     (cached / "shard-00001.safetensors").unlink()
     assert "shard-00001.safetensors is missing" in fails(main, argv)
 
@@ -693,7 +693,7 @@ def test_a_folder_without_images(fails, tmp_path):
 
 def test_resuming_with_other_options_shows_the_difference(fails, tiny_run):
     error = fails(load_command(TRAIN).main, [*TINY_RUN, "--out", tiny_run, "--train.lr", "0.5"])
-    assert "train.lr: 0.003 -> 0.5" in error
+    assert "train.lr 0.003 -> 0.5" in error
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
