@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sit_atconv.runtime.files import write_aside
+from sit_atconv.runtime.tables import import_modules
 
 
 def is_main_process() -> bool:
@@ -154,3 +155,19 @@ class ArgumentParser(argparse.ArgumentParser):
         if is_main_process():
             self.print_usage(sys.stderr)
         fail(message, code=2)
+
+
+class _Import(argparse.Action):
+    """Imports a module as soon as the option is read, so that names are checked after it wherever it stands."""
+
+    def __call__(self, parser, namespace, module, option_string=None):
+        try:
+            import_modules([module])
+        except ValueError as error:
+            parser.error(str(error))
+
+
+def add_import_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--import MODULE`, repeatable; it sets no attribute. Check names of parts after `parse_args`, not in it."""
+    parser.add_argument("--import", action=_Import, metavar="MODULE", default=argparse.SUPPRESS,
+                        help="import a module of yours that registers parts of its own; repeat for more")

@@ -13,10 +13,11 @@ from sit_atconv.data.codecs import VAECodec
 from sit_atconv.flow.objectives import FlowMatching
 from sit_atconv.models.sit import SiT
 from sit_atconv.ops import dynamic_depthwise_conv2d
+from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.sampling import guided, sample_ode
 from sit_atconv.speed.agreement import Check, check, check_attention, check_conv, require_agreement, take_form
 from sit_atconv.speed.forms import attend, published_conv2d
-from sit_atconv.speed.options import DTYPES, SpeedOptions
+from sit_atconv.speed.options import PRECISIONS, SpeedOptions
 from sit_atconv.speed.timing import Rotation
 
 
@@ -53,7 +54,7 @@ class Case:
 
     def randn(self, *shape: int, dtype: str | None = None) -> Tensor:
         x = torch.randn(shape, generator=self.generator, device=self.device)
-        return x.to(DTYPES[dtype or self.dtype])
+        return x.to(torch_dtype(dtype or self.dtype))
 
     @cached_property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +122,7 @@ def prepare_op(case: Case) -> Timed:
         "atconv": lambda x, kernels: dynamic_depthwise_conv2d(x, kernels, grid_size).contiguous(),
         "floor": torch.clone,
     }
-    rotation = Rotation(case.device, B * N * D * DTYPES[case.dtype].itemsize)
+    rotation = Rotation(case.device, B * N * D * torch_dtype(case.dtype).itemsize)
     runs, sets = {}, range(rotation.num_sets)
     with rotation.preparing():
         x, dy = ([case.randn(B, N, D) for _ in sets] for _ in range(2))
@@ -206,13 +207,14 @@ def prepare_sampling(case: Case) -> Timed:
             for form, model in case.models.items()}
     extras = {}
     if case.decoder is not None:
-        nn.Module.to(case.decoder, case.device, DTYPES[case.dtype])  # diffusers' own warns of casting no module at all
-        extras["decode"] = torch.inference_mode()(partial(case.decoder.decode, noise.to(DTYPES[case.dtype])))
+        dtype = torch_dtype(case.dtype)
+        nn.Module.to(case.decoder, case.device, dtype)  # diffusers' own warns of casting no module at all
+        extras["decode"] = torch.inference_mode()(partial(case.decoder.decode, noise.to(dtype)))
     return Timed(runs, case.models, scale=options.steps / num_steps, extras=extras)
 
 
 def prepare_train(case: Case) -> Timed:
-    autocast = partial(torch.autocast, case.device.type, DTYPES[case.dtype], enabled=case.dtype != "fp32")
+    autocast = partial(torch.autocast, case.device.type, torch_dtype(case.dtype), enabled=case.dtype != "fp32")
     data, _, y = case.inputs
     with autocast():
         models = case.build("train", training=True)
@@ -273,7 +275,7 @@ def random_model(config: dict, dtype: str, device: torch.device) -> SiT:
 
     def draw(tensor: Tensor) -> Tensor:
         values = torch.randn(tensor.shape, generator=generator, device=device)
-        return values.mul_(0.3 if tensor.ndim == 1 else (len(tensor) / tensor.numel()) ** 0.5).to(DTYPES[dtype])
+        return values.mul_(0.3 if tensor.ndim == 1 else (len(tensor) / tensor.numel()) ** 0.5).to(torch_dtype(dtype))
 
     weights = {name: draw(tensor) for name, tensor in model.state_dict().items()}
     model.load_state_dict(weights, assign=True)
@@ -315,5 +317,5 @@ def check_dtype(device: torch.device, dtype: str) -> None:
             model(torch.zeros(1, 4, 4, 4, device=device), torch.zeros(1, device=device),
                   torch.zeros(1, device=device, dtype=torch.int64))
     except RuntimeError as error:
-        others, reason = " or ".join(name for name in DTYPES if name != dtype), str(error).partition("\n")[0]
+        others, reason = " or ".join(name for name in PRECISIONS if name != dtype), str(error).partition("\n")[0]
         raise ValueError(f"{dtype} does not run on this {device.type} ({reason}): use {others}") from None

@@ -3,13 +3,12 @@
 import math
 from dataclasses import dataclass
 
-import torch
-
+from sit_atconv.models.costs import DEFAULTS
 from sit_atconv.models.sit import PRESETS, preset_config
-from sit_atconv.speed.costs import DEFAULTS
+from sit_atconv.runtime.dtypes import DTYPES
 from sit_atconv.speed.forms import FORMS, LEVELS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = tuple(name for name in DTYPES if name != "tf32")
 ATTENTION = FORMS["attention"].preset
 
 
@@ -47,7 +46,7 @@ class SpeedOptions:
             raise ValueError(f"warmup must not be negative, and at least 1 to compile in, not {self.warmup}")
         if not math.isfinite(self.cfg):
             raise ValueError(f"cfg must be a finite number, not {self.cfg}")
-        for name, known in (("forms", FORMS), ("levels", LEVELS), ("resolutions", None), ("dtypes", DTYPES)):
+        for name, known in (("forms", FORMS), ("levels", LEVELS), ("resolutions", None), ("dtypes", PRECISIONS)):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} must be one or more different values, not {list(values)}")

@@ -4,11 +4,19 @@ import json
 import os
 import signal
 import subprocess
+import sys
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from sit_atconv.runtime.commands import fail, leave_on_ctrl_c, run_command, user_errors
+from sit_atconv.runtime.commands import (
+    ArgumentParser,
+    add_import_option,
+    fail,
+    leave_on_ctrl_c,
+    run_command,
+    user_errors,
+)
 from tests.conftest import ROOT, python
 
 
@@ -89,3 +97,15 @@ def test_a_report_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeyp
         fail("the disk is full", code=3)
     assert stop.value.code == 3 and capsys.readouterr().err == "error: the disk is full\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_import_option_imports_as_it_is_read(tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_parts.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    add_import_option(parser := ArgumentParser(prog="command"))
+    assert vars(parser.parse_args(["--import", "own_parts"])) == {} and sys.modules.pop("own_parts")
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--import", "nowhere"])
+    usage, error = capsys.readouterr().err.strip().split("\n")
+    assert usage.startswith("usage") and error.startswith("error: --import nowhere cannot be imported (No module")

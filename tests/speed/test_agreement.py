@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from sit_atconv.models.atconv import ATConv
 from sit_atconv.models.sit import Attention
 from sit_atconv.ops.reference import dynamic_depthwise_conv2d_reference
+from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.speed.agreement import BOUNDS, Check, check, check_attention, check_conv, require_agreement, take_form
 from sit_atconv.speed.forms import FORMS, FloorMixer, PublishedATConv, TimmAttention, attend, published_conv2d
 from sit_atconv.speed.levels import random_model
-from sit_atconv.speed.options import DTYPES, SpeedOptions
+from sit_atconv.speed.options import SpeedOptions
 
 CPU = torch.device("cpu")
 
@@ -20,7 +21,7 @@ def taken(form, dtype="fp32", training=False) -> float:
     model = random_model(config, "fp32" if training else dtype, CPU).train(training)
     torch.manual_seed(0)
     inputs = torch.randn(2, 4, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.int64)
-    with torch.autocast("cpu", DTYPES[dtype], enabled=training and dtype != "fp32"):
+    with torch.autocast("cpu", torch_dtype(dtype), enabled=training and dtype != "fp32"):
         found = take_form(model, form, *inputs, gradients=training)
     kinds = {"attention": Attention, "timm": TimmAttention, "published": PublishedATConv, "atconv": ATConv,
              "hybrid": (Attention, ATConv), "floor": FloorMixer}

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from sit_atconv.models import SiT
+from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.speed import levels
 from sit_atconv.speed.forms import LEVELS
 from sit_atconv.speed.levels import PREPARE, Case, check_dtype, open_decoder, random_model
-from sit_atconv.speed.options import DTYPES, SpeedOptions
+from sit_atconv.speed.options import SpeedOptions
 from tests.conftest import relative_error
 
 CPU = torch.device("cpu")
@@ -85,7 +86,7 @@ def test_a_training_step_updates_all_that_is_trained_and_leaves_no_gradient(dtyp
     for (_, quantity), run in timed.runs.items():
         assert quantity == "step" and run() is None
     unmoved = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
-    assert unmoved == ["pos_embed"] and arithmetic == [DTYPES[dtype]]
+    assert unmoved == ["pos_embed"] and arithmetic == [torch_dtype(dtype)]
     assert all(p.dtype == torch.float32 and p.grad is None for p in model.parameters())
 
 

@@ -8,12 +8,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
+from sit_atconv.runtime.environment import describe_environment
 from sit_atconv.speed.chart import TITLES, predict, save_chart, spread
 from sit_atconv.speed.forms import FORMS
 from sit_atconv.speed.options import SpeedOptions
 from sit_atconv.speed.results import Comparison, Measurement, growth
 from sit_atconv.speed.table import table
-from sit_atconv.speed.timing import Rounds, describe_environment
+from sit_atconv.speed.timing import Rounds
 
 
 def compared(**changes):
