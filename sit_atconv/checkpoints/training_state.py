@@ -1,6 +1,7 @@
 """Checkpoints that training resumes from.
 
-    RUN/checkpoints/step-*/        model/, ema/, ema-DECAY/ (exported weights), optimizer.safetensors, state.json
+    RUN/checkpoints/step-*/        model/, ema/, ema-DECAY/ (exported weights), optimizer.safetensors, state.json,
+                                   and auxiliary.safetensors of a run with an auxiliary loss
 
 state.json, written last, holds the sha256 of everything else. Nothing is ever unpickled.
 """
@@ -23,6 +24,8 @@ from sit_atconv.runtime.files import PARTIAL, flush, sha256_of
 if TYPE_CHECKING:  # finding a checkpoint must not wait for torch: it is imported where it is used
     import torch
 
+AUXILIARY_FILE = "auxiliary.safetensors"
+
 
 @dataclass(frozen=True)
 class TrainingState:
@@ -33,12 +36,19 @@ class TrainingState:
         averages: decay -> average; the first lies in `ema`, any other in `ema-DECAY`.
         optimizer: the optimizer.
         scaler: the gradient scaler of fp16, or None.
+        auxiliary: the auxiliary loss, whose parameters are saved beside the exported weights; or None.
     """
 
     model: "torch.nn.Module"
     averages: "Mapping[float, torch.nn.Module]"
     optimizer: "torch.optim.Optimizer"
     scaler: "torch.amp.GradScaler | None" = None
+    auxiliary: "torch.nn.Module | None" = None
+
+    def parameters(self) -> "dict[str, torch.nn.Parameter]":
+        """Returns all parameters by name, those of the auxiliary loss as "auxiliary.NAME"."""
+        own = self.auxiliary.named_parameters() if self.auxiliary is not None else ()
+        return dict(self.model.named_parameters()) | {f"auxiliary.{name}": p for name, p in own}
 
     def average_folders(self) -> "dict[str, tuple[float, torch.nn.Module]]":
         """Folder -> (decay, average)."""
@@ -82,6 +92,8 @@ def save_checkpoint(
         for name, (decay, model) in state.average_folders().items():
             save_weights(model, dataclasses.replace(recipe, ema_decay=decay), partial / name)
         save_file(_optimizer_tensors(state), partial / "optimizer.safetensors")
+        if state.auxiliary is not None:
+            save_file(state.auxiliary.state_dict(), partial / AUXILIARY_FILE)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         content = {
             "step": recipe.step,
@@ -129,8 +141,8 @@ def _remove(path: Path) -> None:
 
 def _optimizer_tensors(state: TrainingState) -> "dict[str, torch.Tensor]":
     """The optimizer's moments and step counts, by the parameters' names."""
-    named = state.model.named_parameters()
-    return {f"{name}/{key}": value for name, p in named for key, value in state.optimizer.state.get(p, {}).items()}
+    return {f"{name}/{key}": value for name, p in state.parameters().items()
+            for key, value in state.optimizer.state.get(p, {}).items()}
 
 
 # ------------------------------------------------------------------------------------------------------- loading
@@ -203,6 +215,8 @@ def load_checkpoint(checkpoint: Path, state: TrainingState) -> dict:
         state.model.load_state_dict(load_file(checkpoint / "model" / WEIGHTS_FILE))
         for name, (_, model) in state.average_folders().items():
             model.load_state_dict(load_file(checkpoint / name / WEIGHTS_FILE))
+        if state.auxiliary is not None:
+            state.auxiliary.load_state_dict(load_file(checkpoint / AUXILIARY_FILE))
         _restore_optimizer(state, load_file(checkpoint / "optimizer.safetensors"))
         if state.scaler:
             state.scaler.load_state_dict(content["scaler"])
@@ -216,7 +230,7 @@ def _restore_optimizer(state: TrainingState, tensors: "dict[str, torch.Tensor]")
     for key, value in tensors.items():
         name, _, kind = key.rpartition("/")
         moments.setdefault(name, {})[kind] = value
-    names = {p: name for name, p in state.model.named_parameters()}
+    names = {p: name for name, p in state.parameters().items()}
     ordered = [names[p] for group in state.optimizer.param_groups for p in group["params"]]
     by_index = {index: moments[name] for index, name in enumerate(ordered) if name in moments}
     groups = state.optimizer.state_dict()["param_groups"]

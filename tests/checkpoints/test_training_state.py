@@ -19,7 +19,7 @@ from sit_atconv.checkpoints.training_state import (
 from sit_atconv.checkpoints.weights import load_weights
 from sit_atconv.models import SiT
 from sit_atconv.runtime.files import sha256_of
-from sit_atconv.training.ema import parameter_groups
+from sit_atconv.training.optimizers import parameter_groups
 from tests.checkpoints.conftest import recipe
 from tests.models.test_sit import randomised
 
@@ -27,7 +27,7 @@ from tests.models.test_sit import randomised
 def test_what_is_saved_comes_back(tmp_path, state):
     checkpoint = save_checkpoint(tmp_path, state, recipe(7), keep=2, computed_on={"processes": 3})
     model = randomised()
-    groups = parameter_groups(model, 0.1)  # in another order than when it was saved
+    groups = parameter_groups([model], 0.1)  # in another order than when it was saved
     fresh = TrainingState(model, {0.99: randomised(), 0.9: randomised()}, torch.optim.AdamW(groups, fused=True))
     assert load_checkpoint(checkpoint, fresh) == {"processes": 3}
     fresh_models, models = [fresh.model, *fresh.averages.values()], [state.model, *state.averages.values()]
