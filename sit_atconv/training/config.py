@@ -371,9 +371,17 @@ def _chosen_class(argv: list[str], group: str) -> str | None:
             with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError, AttributeError):  # which the parser names
                 options = yaml.safe_load(Path(value).read_text()).get(group) or {}
                 path = options if isinstance(options, str) else options.get("class_path", path)
-    if path and "." in path and pydoc.locate(path) is None:
+    if path and _locate(group, path) is None:
         raise ValueError(f"--{group} {path} cannot be found: give a class as module.NAME")
     return path
+
+
+def _locate(group: str, path: str) -> type | None:
+    """Returns the class of a path, or of the bare name of a class that is known already, such as SGD."""
+    known = [CLASSES[group][0]]
+    for kind in known:
+        known += kind.__subclasses__()
+    return pydoc.locate(path) if "." in path else next((kind for kind in known if kind.__name__ == path), None)
 
 
 def _plain(parser: "Parser", namespace) -> dict:
@@ -438,7 +446,7 @@ def _make_parser(chosen: Mapping[str, str | None], for_help: bool = False) -> Pa
     for group, (base, _) in CLASSES.items():
         options = dict(skip=NO_OPTIONS if group == "optimizer" else set(), fail_untyped=False)
         if for_help and chosen[group]:
-            parser.add_class_arguments(pydoc.locate(chosen[group]), group, instantiate=False, **options)
+            parser.add_class_arguments(_locate(group, chosen[group]), group, instantiate=False, **options)
         else:
             parser.add_subclass_arguments(base, group, default=chosen[group] and {"class_path": chosen[group]},
                                           instantiate=group != "optimizer", **options)
