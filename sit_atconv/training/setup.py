@@ -201,9 +201,8 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
         job.data, job.order.starting_at(found.step), config.data.num_workers, device, leave_signals_to_the_trainer,
         skip_unreadable=config.data.skip_unreadable,
     )))
-    micro_batch = train.batch_size // (train.accumulation * job.order.num_processes)
     with user_errors(everywhere=True):
-        held_out_loss = HeldOut(job.data, job.held_out.tolist(), codec, config.flow, batch_size=micro_batch,
+        held_out_loss = HeldOut(job.data, job.held_out.tolist(), codec, config.flow, batch_size=job.order.micro_batch,
                                 device=device, rank=job.order.rank, num_processes=job.order.num_processes,
                                 skip_unreadable=config.data.skip_unreadable)
     meter = Meter(device, 3 * 2 * multiply_adds(net, net.grid_size) / 1e9,
@@ -213,7 +212,7 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
         held_out_loss, meter, tracker, unreadable, watch, stop, agreement, empty_classes, found.checkpoint,
     )
     unreadable.note(held_out_loss.unreadable)
-    settle_gradient_exchange(session, (micro_batch, *job.latent_shape))
+    settle_gradient_exchange(session, (job.order.micro_batch, *job.latent_shape))
     return session
 
 
