@@ -54,10 +54,11 @@ from sit_atconv.data.codecs import Codec
 from sit_atconv.data.loading import load_batches
 from sit_atconv.data.order import BatchOrder, hold_out, step_seed
 from sit_atconv.data.pixels import to_float
-from sit_atconv.data.sources import describe_data, name_classes, untrained_classes
+from sit_atconv.data.sources import describe_data, untrained_classes
 from sit_atconv.models import SiT
 from sit_atconv.runtime.devices import has_fused_optimizers, on_cpu, prepare_device
 from sit_atconv.runtime.files import check_room, exclusive
+from sit_atconv.runtime.names import name_classes
 from sit_atconv.runtime.plots import save_loss_curves
 from sit_atconv.training.config import Config, parse
 from sit_atconv.training.ema import Averages, parameter_groups
@@ -209,7 +210,7 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
     for line in start.lines:
         say(line)
     if empty_classes:
-        say(f"warning: no image is trained on of {name_classes(data, empty_classes)}")
+        say(f"warning: no image is trained on of {name_classes(data.class_names, empty_classes)}")
     if unreadable.recorded:
         say(f"{len(unreadable.recorded)} images were left out as unreadable so far: {unreadable.path}")
     if changed := [f"{key} {now} instead of {before.get(key)}" for key, now in computed_on.items()
@@ -298,7 +299,7 @@ def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
             known, empty_classes = empty_classes, untrained_classes(
                 data, np.union1d(held_out, data.find(unreadable.recorded)))
             if emptied := sorted({*empty_classes} - {*known}):
-                say(f"warning: no image is trained on of {name_classes(data, emptied)}")
+                say(f"warning: no image is trained on of {name_classes(data.class_names, emptied)}")
 
         if logging:
             line = {"step": done, "epoch": done / order.steps_per_epoch, "lr": train.learning_rate(step)}
