@@ -22,7 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from sit_atconv.checkpoints.weights import Weights
+from sit_atconv.checkpoints.exported import Weights
 from sit_atconv.data.codecs import Codec, IdentityCodec, VAECodec, open_codec
 from sit_atconv.data.pixels import to_pil, to_uint8
 from sit_atconv.flow import as_velocity, get_interpolant

@@ -182,14 +182,19 @@ def _make_third_loss_nan():
     from sit_atconv.flow import FlowMatching
 
     loss, counter = FlowMatching.loss, itertools.count(1)
-    FlowMatching.loss = lambda *args: loss(*args) * (float("nan") if next(counter) == 3 else 1.0)
+
+    def third_is_nan(*args):
+        factor = float("nan") if next(counter) == 3 else 1.0
+        return {name: term * factor for name, term in loss(*args).items()}
+
+    FlowMatching.loss = third_is_nan
 
 
 def _hide_checkpoints():
-    from sit_atconv.checkpoints import runs
+    from sit_atconv.checkpoints import run_folder, training_state
 
     if os.environ["RANK"] == "1":
-        runs.list_checkpoints = lambda run: []
+        run_folder.list_checkpoints = training_state.list_checkpoints = lambda run: []
 
 
 def _break_tracker():

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from sit_atconv.checkpoints.class_names import changed_names
+from sit_atconv.checkpoints.exported import Weights, load_model
 from sit_atconv.checkpoints.published import REPA_OPTIONS, Published, read_published, to_repa
+from sit_atconv.checkpoints.recipe import Recipe
 from sit_atconv.checkpoints.tensors import LABELS, POSITIONS, fitting_preset, list_differences, shown_options
-from sit_atconv.checkpoints.weights import Recipe, Weights, load_model
 from sit_atconv.data import DEFAULT_VAE
 from sit_atconv.data.codecs import IdentityCodec, VAECodec
 from sit_atconv.models.sit import PRESETS, SiT, preset_config
@@ -86,7 +87,9 @@ def load_published(
     if path.is_dir():
         published, model = Published({}, None, repa=False), load_model(path)
         options = model.config
-        _check_num_classes(path, options["num_classes"], num_classes)
+        if num_classes not in (None, options["num_classes"]):
+            raise ValueError(f"{path} knows {options['num_classes']} classes by its config.json, which --num-classes "
+                             f"{num_classes} contradicts: leave it out")
     else:
         published = read_published(path, ema)
         tensors = _finite(path, published.tensors)
@@ -240,12 +243,6 @@ def _classes(path: Path, num_rows: int, args: dict, given: int | None) -> dict:
         raise ValueError(f"{path} has a table of {num_rows} labels, which is not that of {num_classes} classes, with "
                          "or without a null label: let python -m sit_atconv.convert --num-classes say how many")
     return {"num_classes": num_classes, "has_null_label": num_rows > num_classes}
-
-
-def _check_num_classes(path: Path, num_classes: int, given: int | None) -> None:
-    if given not in (None, num_classes):
-        raise ValueError(f"{path} knows {num_classes} classes by its config.json, which --num-classes {given} "
-                         "contradicts: leave it out")
 
 
 def _check_same(path: Path, tensors: dict[str, Tensor], options: dict, shown: dict) -> None:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from sit_atconv.checkpoints.class_names import changed_names, labels_there
+from sit_atconv.checkpoints.exported import load_model
 from sit_atconv.checkpoints.published import REPA_OPTIONS, read_published
 from sit_atconv.checkpoints.published_models import null_label_trained, said_flow, said_names
 from sit_atconv.checkpoints.tensors import LABELS, LISTED, OUTPUT, POSITIONS, list_differences, mixer_kinds
-from sit_atconv.checkpoints.weights import is_without_recipe, load_model, load_weights, locate_weights
+from sit_atconv.checkpoints.weights import is_without_recipe, load_weights, locate_weights
 from sit_atconv.models.sit import SiT, sincos_pos_embed
 
 LEARNED = 4e-3  # a position table further than this from sines and cosines was trained, not just rounded to bf16
@@ -200,9 +201,7 @@ def _blocks(blocks: list[int], depth: int) -> str:
     return f"block{'s' if len(blocks) > 1 else ''} {spoken}"
 
 
-def _label_table(
-    net: SiT, here: dict[str, Tensor], source: Source, class_names: list[str] | None
-) -> Special:
+def _label_table(net: SiT, here: dict[str, Tensor], source: Source, class_names: list[str] | None) -> Special:
     """Rows follow the names of their classes. Those of other classes are of no use; a null label more or less leaves
     those of the classes as they are."""
     fresh, table, classes = here[LABELS], source.tensors.get(LABELS), net.config.num_classes
@@ -260,10 +259,8 @@ def _output_layer(net: SiT, here: dict[str, Tensor], there: dict[str, Tensor]) -
 
 def _check_same(there: dict[str, Tensor], here: dict[str, Tensor], ckpt: str) -> None:
     if wrong := list_differences(there, here):
-        raise ValueError(
-            f"the weights of {ckpt} are of another model: {wrong}. Give the --preset that they have, or their "
-            "model.hidden_size, depth, patch_size, in_channels, mlp_ratio"
-        )
+        raise ValueError(f"the weights of {ckpt} are of another model: {wrong}. Give the --preset that they have, or "
+                         "their model.hidden_size, depth, patch_size, in_channels, mlp_ratio")
 
 
 def _silent_options(net: SiT, here: dict[str, Tensor], source: Source) -> list[str]:

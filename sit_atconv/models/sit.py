@@ -243,15 +243,18 @@ class SiT(ModelMixin, ConfigMixin):
             nn.init.zeros_(module.adaLN_modulation[-1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, return_hidden: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """
         Args:
             x: noisy images or latents (B, C, H, W), on any grid; a floating type of any width.
             t: times (B,) in [0, 1]; 0 is noise, 1 is data.
             y: labels (B,), integers below num_classes, or `null_label`.
+            return_hidden: number of a block, counted from 1, whose output to return as well.
 
         Returns:
-            (B, C, H, W) in the dtype of `x`.
+            (B, C, H, W) in the dtype of `x`; with `return_hidden` also the tokens (B, N, D) after that block.
 
         Raises:
             ValueError: H or W is not divisible by the patch size.
@@ -262,11 +265,14 @@ class SiT(ModelMixin, ConfigMixin):
         if self.pos_embed is not None:
             tokens = tokens + self._positions(grid_size)                    # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y)                         # (B, D)
-        for block in self.blocks:
+        hidden = None
+        for number, block in enumerate(self.blocks, start=1):
             tokens = self._apply_block(block, tokens, c, grid_size)         # (B, N, D)
+            hidden = tokens if number == return_hidden else hidden
         patches = self.final_layer(tokens, c)                               # (B, N, p*p*C_out)
         image = self._unpatchify(patches, grid_size)                        # (B, C_out, H, W)
-        return image[:, : self.config.in_channels].to(x.dtype)              # (B, C, H, W)
+        image = image[:, : self.config.in_channels].to(x.dtype)             # (B, C, H, W)
+        return image if return_hidden is None else (image, hidden)
 
     def _apply_block(self, block: Block, tokens: Tensor, c: Tensor, grid_size: tuple[int, int]) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from sit_atconv.data.codecs import VAECodec
-from sit_atconv.flow.objectives import FlowMatching
+from sit_atconv.flow import FlowMatching
 from sit_atconv.models.sit import SiT
 from sit_atconv.ops import dynamic_depthwise_conv2d
 from sit_atconv.runtime.dtypes import torch_dtype
@@ -237,7 +237,7 @@ def prepare_train(case: Case) -> Timed:
         def step(run=run, null_label=model.null_label, optimizer=optimizers[form], scaler=scaler,
                  parameters=parameters, averaged=averaged, weight=weight):
             with autocast():
-                loss = flow.loss(run, data, y, flow.draw(data.shape, case.generator), null_label).mean()
+                loss = flow.loss(run, data, y, flow.draw(data.shape, case.generator), null_label)["loss"].mean()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -368,7 +368,7 @@ def time_step(
         y = torch.randint(net.config.num_classes, (num_images,), generator=generator, device=device)
         optimizer.zero_grad()
         with _autocast(device.type, plan.precision):
-            loss = flow.loss(net, data, y, flow.draw(data.shape, generator), net.null_label).mean()
+            loss = flow.loss(net, data, y, flow.draw(data.shape, generator), net.null_label)["loss"].mean()
         loss.backward()
 
     def update() -> None:

@@ -330,7 +330,7 @@ def test_other_errors_name_value_and_remedy(tmp_path, vae):
 
 
 def test_options_of_files_are_refused_elsewhere_and_those_of_runs_here(tmp_path):
-    from sit_atconv.checkpoints.weights import export_weights
+    from sit_atconv.checkpoints.exported import export_weights
 
     path = published(small("attention"), tmp_path / "a.pt")
     export_weights(load(path, "SiT-Tiny/2"), tmp_path / "ours")

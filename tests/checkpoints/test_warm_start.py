@@ -4,9 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sit_atconv.checkpoints.runs import TrainingState, save_checkpoint
+from sit_atconv.checkpoints.exported import save_weights
+from sit_atconv.checkpoints.recipe import Recipe
+from sit_atconv.checkpoints.training_state import TrainingState, save_checkpoint
 from sit_atconv.checkpoints.warm_start import _blocks, start_from
-from sit_atconv.checkpoints.weights import Recipe, save_weights
 from sit_atconv.models import SiT
 from sit_atconv.models.sit import sincos_pos_embed
 from tests.checkpoints.test_published import CONVOLUTIONS, as_repa

@@ -82,7 +82,7 @@ def test_four_steps_are_two_and_a_kill_and_two(launch, whole, tmp_path, kind):
     assert codes == [-9] * processes, output
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000002"]
     codes, output = launch(TRAIN, argv, processes)
-    assert codes == [0] * processes and "step 2 of 4" in output and "instead of" not in output, output
+    assert codes == [0] * processes and "step 2 of 4" in output and "->" not in output, output
     assert_same_run(whole(*kind), tmp_path / "run")
     half = state_of(whole(*kind), 2)["model/diffusion_pytorch_model.safetensors/final_layer.linear.weight"]
     assert not torch.equal(half, state_of(whole(*kind), 4)["model/diffusion_pytorch_model.safetensors/"
@@ -250,7 +250,7 @@ def test_more_steps_go_on_and_other_processes_are_said_aloud(launch, whole, tmp_
     argv = [*EXACT, "--train.accumulation", 1, "--train.steps", 5, "--out", run]
     codes, output = launch(TRAIN, argv)
     assert codes == [0] and "step 4 of 5" in output, output
-    assert "processes 1 instead of 2, accumulation 1 instead of 3" in output and "to rounding" in output
+    assert "processes 2 -> 1, accumulation 3 -> 1" in output and "to rounding" in output
     assert [line["step"] for line in stats_of(run)] == [1, 2, 3, 4, 5]
 
 
