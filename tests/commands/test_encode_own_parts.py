@@ -8,7 +8,7 @@ import pytest
 from sit_atconv.checkpoints.weights import load_weights
 from sit_atconv.data.codecs import open_codec
 from sit_atconv.data.latent_folder import read_index
-from tests.conftest import TINY_RUN, load_command
+from tests.conftest import TINY_RUN, encode_argv, load_command
 
 MODULE = """
 import numpy as np
@@ -74,8 +74,8 @@ def my_parts(tmp_path, monkeypatch):
     sys.modules.pop("my_parts", None)
 
 
-def test_a_codec_encodes_trains_and_samples(my_parts, encode, argv, launch, tmp_path):
-    said = encode(*argv, "--vae", "my_parts.Halved")
+def test_a_codec_encodes_trains_and_samples(my_parts, encode, images, launch, tmp_path):
+    said = encode(*encode_argv(images, "my_parts.Halved", tmp_path / "out"))
     assert "--data.codec my_parts.Halved" in said
     index = read_index(tmp_path / "out")
     assert index.settings.codec == {"kind": "my_parts.Halved", "channels": 3, "downsample": 2}
@@ -87,7 +87,7 @@ def test_a_codec_encodes_trains_and_samples(my_parts, encode, argv, launch, tmp_
     assert json.loads((run / "data.json").read_text())["codec"] == index.settings.codec
     recipe = load_weights(str(run)).recipe
     assert open_codec(recipe.codec).describe() == recipe.codec == index.settings.codec
-    load_command("sample/generate.py").main(["--ckpt", str(run), "--num-samples", "2", "--num-steps", "1", "--out",
+    load_command("sample/generate.py").main(["--ckpt", str(run), "--num-samples", "2", "--steps", "1", "--out",
                                              str(tmp_path / "samples")])
     manifest = json.loads((tmp_path / "samples" / "manifest.json").read_text())
     assert manifest["complete"] and manifest["settings"]["size"] == [32, 32]
@@ -108,7 +108,7 @@ def test_a_data_source_trains(my_parts, launch, fails, tmp_path):
     assert "codec.kind my_parts.Halved -> identity" in fails(train, argv)
 
 
-def test_what_is_no_codec_and_no_source_is_refused(my_parts, fails, encode, argv, tmp_path):
+def test_what_is_no_codec_and_no_source_is_refused(my_parts, fails, images, tmp_path):
     train = load_command("sit_atconv/train.py").main
     assert "data.codec: codec my_parts.Nothing does not inherit sit_atconv.data.codecs.Codec" in fails(
         train, [*RUN, "--data.codec", "my_parts.Nothing"])
@@ -118,4 +118,4 @@ def test_what_is_no_codec_and_no_source_is_refused(my_parts, fails, encode, argv
         train, [*RUN, "--data.images", "my_parts.Nothing"])
     assert "data.images: --import nowhere cannot be imported" in fails(train, [*RUN, "--data.images", "nowhere.X"])
     assert "encoding begins with another codec than my_parts.Halved" in fails(
-        load_command("sit_atconv/encode.py").main, [*argv, "--vae", "my_parts.Misnamed"])
+        load_command("sit_atconv/encode.py").main, encode_argv(images, "my_parts.Misnamed", tmp_path / "out"))
