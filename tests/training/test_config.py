@@ -223,10 +223,10 @@ def test_a_run_keeps_the_rules_that_its_data_were_read_by(folder_run, monkeypatc
     described.write_text(json.dumps({key: value for key, value in now.items() if key != "rules"}))
     assert config.data_rules() == 1  # older than rules
     opened, images = [], config.data.open()[0]
-    monkeypatch.setattr(sources, "ImageFolder", lambda *args, **options: opened.append(options) or images)
+    monkeypatch.setattr(sources.ImageFolder, "open", lambda name, **options: opened.append(options) or images)
     config.data.open(config.data_rules())
     config.data.open()
-    assert [(options["rules"], options["keep_empty_classes"]) for options in opened] == [(1, True), (RULES, False)]
+    assert [(options["rules"], options["keep_empty_classes"]) for options in opened] == [(1, True), (None, False)]
 
 
 def test_a_run_of_earlier_rules_has_its_classes_in_their_order(digit_folder, tmp_path):
