@@ -12,12 +12,11 @@ import yaml
 from sit_atconv.data.images import RULES, ImageFolder, left_out_line
 from sit_atconv.data.latent_folder import LatentIndex, LatentSettings
 from sit_atconv.data.order import hold_out
-from sit_atconv.models.sit import PRESETS
+from sit_atconv.models.presets import PATCHES
 from sit_atconv.training.config import TrainConfig
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 CONFIGS = Path(__file__).parents[2] / "configs"
-PATCHES = sorted({preset["patch_size"] for preset in PRESETS.values()})
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # no names of classes
 SMALL_PRESET = "SiT-ATConv-S/2"  # for sizes without a configuration of their own
 

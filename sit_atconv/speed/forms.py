@@ -23,7 +23,7 @@ from timm.models.vision_transformer import Attention as TimmsOwn
 from torch import Tensor
 
 from sit_atconv.models.atconv import ATConv, square_grid
-from sit_atconv.models.sit import Attention
+from sit_atconv.models.attention import Attention
 
 
 class PublishedATConv(nn.Module):

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from sit_atconv.models.costs import DEFAULTS
-from sit_atconv.models.sit import PRESETS, preset_config
+from sit_atconv.models.presets import PRESETS, preset_config
 from sit_atconv.runtime.dtypes import DTYPES
 from sit_atconv.speed.forms import FORMS, LEVELS
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from sit_atconv.models.atconv import ATConv
-from sit_atconv.models.sit import Attention
+from sit_atconv.models.attention import Attention
 from sit_atconv.ops.reference import dynamic_depthwise_conv2d_reference
 from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.speed.agreement import BOUNDS, Check, check, check_attention, check_conv, require_agreement, take_form

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sit_atconv.models import SiT
 from sit_atconv.models.atconv import ATConv
 from sit_atconv.models.costs import multiply_adds
-from sit_atconv.models.sit import preset_config
+from sit_atconv.models.presets import preset_config
 from sit_atconv.speed.costs import form_multiply_adds, operator_cost
 from sit_atconv.speed.forms import FORMS, LEVELS, attend, published_conv2d
 
