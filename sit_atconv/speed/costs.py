@@ -1,6 +1,8 @@
 """How much arithmetic and memory traffic the compared forms need, counted from shapes alone."""
 
 from sit_atconv.models.costs import DEFAULTS, block_multiply_adds, mixer_multiply_adds, multiply_adds
+from sit_atconv.models.mixers import mixer_names
+from sit_atconv.speed.forms import find_form
 
 
 def form_multiply_adds(level: str, form: str, config: dict, grid_size: tuple[int, int]) -> int:
@@ -8,25 +10,20 @@ def form_multiply_adds(level: str, form: str, config: dict, grid_size: tuple[int
 
     Args:
         level: "mixer", "block" (with its adaLN) or "model".
-        form: a name in `forms.FORMS`; "hybrid" at the level "model" only.
+        form: a name that `find_form` knows; one with several mixers at the level "model" only.
         config: arguments of SiT's constructor; what is missing has its default.
         grid_size: (H, W) in tokens.
     """
     config = {**DEFAULTS, **config}
+    count = find_form(form).multiply_adds
 
     def of_mixer(name: str) -> int:
-        N, D, taps = grid_size[0] * grid_size[1], config["hidden_size"], config["kernel_size"] ** 2
-        count = mixer_multiply_adds(name, config, grid_size)
-        if name == "atconv" and form == "floor":
-            return 2 * N * D * D
-        if name == "atconv" and form == "published":  # the kernel's projection of all tokens, and pooling by additions
-            return count + (N - taps) * D * D - taps * N * D
-        return count
+        return count(config, grid_size) if count else mixer_multiply_adds(name, config, grid_size)
 
     if level == "model":
         return multiply_adds(config, grid_size, of_mixer)
-    mixer = of_mixer({"timm": "attention", "published": "atconv", "floor": "atconv"}.get(form, form))
-    return mixer + (block_multiply_adds(config, grid_size) if level == "block" else 0)
+    mixer, = set(mixer_names(config["mixer"], config["depth"]))
+    return of_mixer(mixer) + (block_multiply_adds(config, grid_size) if level == "block" else 0)
 
 
 def operator_cost(form: str, config: dict, grid_size: tuple[int, int]) -> dict[str, tuple[int, int]]:

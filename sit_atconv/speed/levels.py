@@ -11,12 +11,14 @@ from torch import Tensor
 
 from sit_atconv.data.codecs import VAECodec
 from sit_atconv.flow.objectives import FlowMatching
+from sit_atconv.models.costs import DEFAULTS
+from sit_atconv.models.mixers import MIXERS, mixer_names
 from sit_atconv.models.sit import SiT
 from sit_atconv.ops import dynamic_depthwise_conv2d
 from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.sampling import guided, sample_ode
 from sit_atconv.speed.agreement import Check, check, check_attention, check_conv, require_agreement, take_form
-from sit_atconv.speed.forms import attend, published_conv2d
+from sit_atconv.speed.computations import attend, published_conv2d
 from sit_atconv.speed.options import PRECISIONS, SpeedOptions
 from sit_atconv.speed.timing import Rotation
 
@@ -114,7 +116,8 @@ class Timed:
 
 
 def prepare_op(case: Case) -> Timed:
-    config, grid_size, B = case.options.model_config("atconv", case.resolution), case.grid_size, case.batch_size
+    config = {**DEFAULTS, **case.options.model_config(case.options.baseline, case.resolution)}
+    grid_size, B = case.grid_size, case.batch_size
     N, D, k, heads = math.prod(grid_size), config["hidden_size"], config["kernel_size"], config["num_heads"]
     functions = {  # of tensors to contiguous tokens
         "attention": lambda qkv: attend(qkv, heads).contiguous(),
@@ -169,12 +172,12 @@ def prepare_block(case: Case) -> Timed:
 
 def _forward_and_backward(case: Case, modules: dict[str, nn.Module], *rest) -> Timed:
     """Of modules that take tokens and the rest to tokens."""
-    D = case.options.model_config("atconv", case.resolution)["hidden_size"]
+    D = case.options.model_config(case.options.baseline, case.resolution)["hidden_size"]
     x, dy = (case.randn(case.batch_size, math.prod(case.grid_size), D) for _ in range(2))
     leaf, runs = x.detach().requires_grad_(), {}
     for form, module in modules.items():
         run = case.compiled(form, module, lambda run: run(leaf, *rest))
-        wanted = [leaf, *module.parameters()]
+        wanted = [leaf, *(p for p in module.parameters() if p.requires_grad)]
 
         def forward_and_backward(run=run, wanted=wanted):
             return torch.autograd.grad(run(leaf, *rest), wanted, dy)
@@ -272,13 +275,17 @@ def random_model(config: dict, dtype: str, device: torch.device) -> SiT:
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
         model = SiT(**config)
+    for block, name in zip(model.blocks, mixer_names(model.config.mixer, model.config.depth), strict=True):
+        if list(block.attn.buffers()):  # constants, which are not drawn
+            with device:
+                block.attn = MIXERS.find(name).build(model.config.hidden_size, model.config).to(torch_dtype(dtype))
 
     def draw(tensor: Tensor) -> Tensor:
         values = torch.randn(tensor.shape, generator=generator, device=device)
-        return values.mul_(0.3 if tensor.ndim == 1 else (len(tensor) / tensor.numel()) ** 0.5).to(torch_dtype(dtype))
+        return values.mul_(0.3 if tensor.ndim < 2 else (len(tensor) / tensor.numel()) ** 0.5).to(torch_dtype(dtype))
 
-    weights = {name: draw(tensor) for name, tensor in model.state_dict().items()}
-    model.load_state_dict(weights, assign=True)
+    weights = {name: draw(tensor) for name, tensor in model.named_parameters()}
+    model.load_state_dict({**model.state_dict(), **weights}, assign=True)
     return model.eval()
 
 
