@@ -38,14 +38,16 @@ def operator_cost(form: str, config: dict, grid_size: tuple[int, int]) -> dict[s
     config = {**DEFAULTS, **config}
     N, D, taps = grid_size[0] * grid_size[1], config["hidden_size"], config["kernel_size"] ** 2
     tokens, kernels = N * D, taps * D
-    if form == "attention":  # q k^T and its product with v; each has two gradients of its own size
-        return {"forward": (2 * N * tokens, 4 * tokens), "backward": (4 * N * tokens, 7 * tokens)}
-    if form == "floor":
-        return {"forward": (0, 2 * tokens)}
-    macs = taps * tokens
-    return {
-        "forward": (macs, 2 * tokens + kernels),           # reads x and kernels, writes y
-        "grad_x": (macs, 2 * tokens + kernels),            # reads dy and kernels, writes dx
-        "grad_kernels": (macs, 2 * tokens + kernels),      # reads dy and x, writes dkernels
-        "backward": (2 * macs, 3 * tokens + 2 * kernels),  # reads dy, x and kernels, writes dx and dkernels
+    convolution = {
+        "forward": (taps * tokens, 2 * tokens + kernels),           # reads x and kernels, writes y
+        "grad_x": (taps * tokens, 2 * tokens + kernels),            # reads dy and kernels, writes dx
+        "grad_kernels": (taps * tokens, 2 * tokens + kernels),      # reads dy and x, writes dkernels
+        "backward": (2 * taps * tokens, 3 * tokens + 2 * kernels),  # reads dy, x and kernels, writes dx and dkernels
     }
+    return {
+        # q k^T and its product with v; each has two gradients of its own size
+        "attention": {"forward": (2 * N * tokens, 4 * tokens), "backward": (4 * N * tokens, 7 * tokens)},
+        "published": convolution,
+        "atconv": convolution,
+        "floor": {"forward": (0, 2 * tokens)},
+    }[form]

@@ -119,32 +119,32 @@ def prepare_op(case: Case) -> Timed:
     config = {**DEFAULTS, **case.options.model_config(case.options.baseline, case.resolution)}
     grid_size, B = case.grid_size, case.batch_size
     N, D, k, heads = math.prod(grid_size), config["hidden_size"], config["kernel_size"], config["num_heads"]
-    functions = {  # of tensors to contiguous tokens
-        "attention": lambda qkv: attend(qkv, heads).contiguous(),
-        "published": lambda x, kernels: published_conv2d(x, kernels, grid_size).contiguous(),
-        "atconv": lambda x, kernels: dynamic_depthwise_conv2d(x, kernels, grid_size).contiguous(),
-        "floor": torch.clone,
-    }
     rotation = Rotation(case.device, B * N * D * torch_dtype(case.dtype).itemsize)
     runs, sets = {}, range(rotation.num_sets)
     with rotation.preparing():
         x, dy = ([case.randn(B, N, D) for _ in sets] for _ in range(2))
         kernels = [case.randn(B, k * k, D).transpose(1, 2).unflatten(2, (k, k)) for _ in sets]  # as ATConv makes them
-        qkv = [case.randn(B, N, 3 * D) for _ in sets] if "attention" in case.options.forms else []
-    inputs = {"attention": list(zip(qkv)), "floor": list(zip(x)),
-              "published": [(a, b.contiguous()) for a, b in zip(x, kernels, strict=True)]}  # as its generator does
+    both, checked = {"backward": [0, 1], "grad_x": [0], "grad_kernels": [1]}, partial(check_conv, grid_size=grid_size)
+    operators = {  # form -> function to contiguous tokens, its inputs, gradients by the numbers of inputs, check
+        "attention": (lambda qkv: attend(qkv, heads).contiguous(), lambda: [(case.randn(B, N, 3 * D),) for _ in sets],
+                      {"backward": [0]}, partial(check_attention, num_heads=heads)),
+        "published": (lambda x, kernels: published_conv2d(x, kernels, grid_size).contiguous(),
+                      lambda: [(a, b.contiguous()) for a, b in zip(x, kernels, strict=True)],  # as its generator does
+                      both, checked),
+        "atconv": (lambda x, kernels: dynamic_depthwise_conv2d(x, kernels, grid_size).contiguous(),
+                   lambda: list(zip(x, kernels, strict=True)), both, checked),
+        "floor": (torch.clone, lambda: list(zip(x)), {}, None),
+    }
     for form in case.options.forms_of("op"):
-        function, tensors = functions[form], inputs.get(form, list(zip(x, kernels, strict=True)))
-        if form == "attention":
-            case.require(check_attention(form, function, qkv[0][:2], heads))
-        elif form != "floor":
-            case.require(check_conv(form, function, x[0][:2], kernels[0][:2], grid_size))
-        runs[form, "forward"] = rotation.run([partial(function, *of_set) for of_set in tensors])
-        gradients = {"attention": {"backward": [0]}, "floor": {}}.get(
-            form, {"backward": [0, 1], "grad_x": [0], "grad_kernels": [1]})
+        function, make_inputs, gradients, check_form = operators[form]
+        with rotation.preparing():
+            inputs = make_inputs()
+        if check_form is not None:
+            case.require(check_form(form, function, *(tensor[:2] for tensor in inputs[0])))
+        runs[form, "forward"] = rotation.run([partial(function, *of_set) for of_set in inputs])
         for quantity, wanted in gradients.items():
             with rotation.preparing():
-                calls = [gradient(function, *pair, wanted) for pair in zip(tensors, dy, strict=True)]
+                calls = [gradient(function, *pair, wanted) for pair in zip(inputs, dy, strict=True)]
             runs[form, quantity] = rotation.run(calls)
     # Far beyond any cache, and long enough for the clock.
     source = torch.zeros(2**31 if case.device.type == "cuda" else 2**28, dtype=torch.uint8, device=case.device)
@@ -248,7 +248,7 @@ def prepare_train(case: Case) -> Timed:
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
-                torch._foreach_lerp_(averaged, parameters, [weight] * len(averaged))  # as training/averages.py does
+                torch._foreach_lerp_(averaged, parameters, [weight] * len(averaged))  # as training/ema.py does
 
         runs[form, "step"] = step
     return Timed(runs, models, optimizers)
