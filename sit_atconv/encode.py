@@ -40,8 +40,9 @@ def main(argv: list[str] | None = None) -> None:
         from sit_atconv.data.encoding import EncodeOptions, encode_images
         from sit_atconv.data.latent_summary import describe_latents
         from sit_atconv.data.latents import CachedLatents
+        from sit_atconv.models.presets import PATCHES
         from sit_atconv.runtime.files import gigabytes
-        from sit_atconv.training.first_command import PATCHES, training_command
+        from sit_atconv.training.first_command import training_command
 
         try:
             index, rate = encode_images(EncodeOptions(**options), PATCHES)

@@ -22,7 +22,8 @@ from sit_atconv.checkpoints.run_folder import list_checkpoints
 from sit_atconv.data.sources import DataConfig
 from sit_atconv.flow import Objective
 from sit_atconv.flow.auxiliary import AuxiliaryLoss
-from sit_atconv.models.sit import SiT, preset_config
+from sit_atconv.models.presets import preset_config
+from sit_atconv.models.sit import SiT
 from sit_atconv.runtime.commands import fail, is_main_process, user_errors
 from sit_atconv.runtime.devices import on_cpu
 from sit_atconv.runtime.files import write_aside

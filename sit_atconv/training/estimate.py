@@ -25,7 +25,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sit_atconv.data.order import BatchOrder
 from sit_atconv.flow import FlowMatching
 from sit_atconv.models.costs import DEFAULTS, multiply_adds
-from sit_atconv.models.sit import SiT, mixer_names
+from sit_atconv.models.mixers import mixer_names
+from sit_atconv.models.sit import SiT
 from sit_atconv.runtime.devices import has_fused_optimizers, synchronize
 from sit_atconv.runtime.environment import describe_environment
 from sit_atconv.runtime.files import gigabytes

@@ -9,13 +9,12 @@ import yaml
 
 from sit_atconv.data.latent_folder import LatentIndex
 from sit_atconv.data.order import hold_out
-from sit_atconv.models.sit import PRESETS
+from sit_atconv.models.presets import PATCHES
 from sit_atconv.runtime.commands import script_path
 from sit_atconv.runtime.names import is_object_path
 from sit_atconv.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
-PATCHES = sorted({preset["patch_size"] for preset in PRESETS.values()})
 SMALL_PRESET = "SiT-ATConv-S/2"  # for sizes without a configuration of their own
 
 
