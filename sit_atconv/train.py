@@ -22,7 +22,6 @@ from sit_atconv.runtime.commands import (
     leave_at_once,
     leave_on_ctrl_c,
     say_at_once,
-    script_path,
     user_errors,
 )
 
@@ -58,6 +57,7 @@ from sit_atconv.data.sources import describe_data, name_classes, untrained_class
 from sit_atconv.models import SiT
 from sit_atconv.runtime.devices import has_fused_optimizers, on_cpu, prepare_device
 from sit_atconv.runtime.files import check_room, exclusive
+from sit_atconv.runtime.installation import command
 from sit_atconv.runtime.plots import save_loss_curves
 from sit_atconv.training.config import Config, parse
 from sit_atconv.training.ema import Averages, parameter_groups
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train_model(config: Config, to_release: contextlib.ExitStack) -> None:
     run, train = config.out, config.train
-    sampling = f"python {script_path('sample/generate.py')} --ckpt {shlex.quote(str(run))}"
+    sampling = f"{command('generate')} --ckpt {shlex.quote(str(run))}"
 
     # What can be wrong with what was asked is found here, before any process group starts.
     with user_errors():

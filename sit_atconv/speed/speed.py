@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from sit_atconv.runtime.commands import ArgumentParser, at_least, finite, is_main_process, run_command, user_errors
+from sit_atconv.runtime.installation import command
 
 FORMS = ("attention", "timm", "published", "atconv", "hybrid", "floor")
 LEVELS = ("op", "mixer", "block", "model", "train", "sampling")
@@ -48,7 +49,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        usage="python eval/speed.py [--preset XL/2] [--levels model sampling] [--resolutions 256 512] [--out DIR] "
+        prog=command("speed"),
+        usage="%(prog)s [--preset XL/2] [--levels model sampling] [--resolutions 256 512] [--out DIR] "
         "[options]",
         description="Times what ATConv is compared with, interleaved in one run, after checking each by a second "
         "computation: milliseconds, images per second, ratios, multiply-adds and peak memory, as JSON, a table and a "

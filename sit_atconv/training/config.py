@@ -23,9 +23,9 @@ from sit_atconv.models.sit import SiT, preset_config
 from sit_atconv.runtime.commands import fail, is_main_process, user_errors
 from sit_atconv.runtime.devices import on_cpu
 from sit_atconv.runtime.files import write_aside
+from sit_atconv.runtime.installation import command, find_config, shipped_configs
 from sit_atconv.sampling import Sampler
 
-DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 # Options of the model that are no options of a run, since the data set and the codec know them.
 FROM_DATA = {"num_classes", "in_channels", "input_size"}
 # Options that may change when a run is resumed. (Data may have moved; what they are is compared by data.json.)
@@ -241,6 +241,18 @@ class Parser(jsonargparse.ArgumentParser):
         fail(" ".join(str(message).split()), code=2)
 
 
+class ConfigAction(jsonargparse.ActionConfigFile):
+    """`--config`, which also takes the name of a shipped config."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        if ":" not in value:  # jsonargparse also takes YAML in place of a file's name
+            try:
+                value = str(find_config(value))
+            except ValueError as error:
+                parser.error(f"--config: {error}")
+        super().__call__(parser, namespace, value, option_string)
+
+
 def parse(argv: list[str] | None = None) -> Config:
     """Command line (and the YAML it names) -> configuration. Without --config it is the embedded digits'.
 
@@ -248,7 +260,7 @@ def parse(argv: list[str] | None = None) -> Config:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not any(argument.split("=")[0] == "--config" for argument in argv):
-        argv = ["--config", str(DIGITS), *argv]
+        argv = ["--config", str(shipped_configs()["digits"]), *argv]
     parser = _make_parser()
     preset = parser.parse_args(argv).preset
     if preset is not None:  # what a preset fills in yields to the YAML and the command line: parse again over it
@@ -296,12 +308,14 @@ def resolve_precision(precision: str) -> str:
 
 def _make_parser() -> Parser:
     parser = Parser(
-        prog="train.py",
-        usage="accelerate launch sit_atconv/train.py [--config FILE] [--group.option VALUE ...]",
+        prog=command("train"),
+        usage="%(prog)s [--config FILE] [--group.option VALUE ...]",
         description="Trains SiT with ATConv or attention by flow matching. Without --config it trains the embedded "
         "digits. The same command again resumes the run in --out from its newest checkpoint.",
     )
-    parser.add_argument("--config", action="config", help="YAML of any options below; what follows overrides it")
+    parser.add_argument("--config", action=ConfigAction, metavar="FILE",
+                        help="YAML of any options below, or the name of a shipped one ("
+                        f"{', '.join(shipped_configs())}); what follows overrides it")
     parser.add_argument("--dry-run", action="store_true",
                         help="print the model's size, the memory, time and disk the run will need, and leave")
     parser.add_argument("--out", type=str | None, help="folder of the run (default: runs/CONFIG-PRESET)")
