@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from sit_atconv.runtime.commands import ArgumentParser, run_command, user_errors
+from sit_atconv.runtime.installation import command
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,7 +25,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        usage="python eval/compare.py RUN [RUN ...] [--out DIR] [--names A B ...] [--baseline 1] [--metric FID]",
+        prog=command("compare"),
+        usage="%(prog)s RUN [RUN ...] [--out DIR] [--names A B ...] [--baseline 1] [--metric FID]",
         description="Compares evaluations: table on stdout, and in DIR as Markdown and CSV; charts of the metric "
         "against sampler steps, guidance, training step and speed, where there is something to draw.",
     )

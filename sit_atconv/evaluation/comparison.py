@@ -24,8 +24,8 @@ from sit_atconv.evaluation.records import (
     protocol_differences,
     read_evaluation,
 )
-from sit_atconv.runtime.commands import script_path
 from sit_atconv.runtime.files import write_aside
+from sit_atconv.runtime.installation import command
 
 SAMPLER = "samples.sampler"
 NOTE = """\
@@ -213,7 +213,7 @@ def _counted(sources: Sequence[Path]) -> str:
 
 
 def _evaluate(samples: Path) -> str:
-    return f"python {script_path('eval/fid.py')} --samples {shlex.quote(str(samples))} --reference REFERENCE"
+    return f"{command('fid')} --samples {shlex.quote(str(samples))} --reference REFERENCE"
 
 
 def paths_to_name(files: Sequence[Path]) -> list[Path]:
