@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sit_atconv.data import DEFAULT_VAE
 from sit_atconv.runtime.commands import ArgumentParser, at_least, finite, run_command, script_path, user_errors
+from sit_atconv.runtime.names import labels_by_name
 
 OF_FILES = {"interpolant": "--path", "prediction": "--prediction", "class_names": "--class-names",
             "num_classes": "--num-classes"}
@@ -65,10 +66,8 @@ def read_class_names(path: Path) -> list[str]:
 
 def repeated(class_names: list[str]) -> list[str]:
     """A line on names that several labels have, if there are any."""
-    from sit_atconv.checkpoints.class_names import repeated_names
-
-    repeats = repeated_names(class_names)
-    found = [f"{name!r} names labels {', '.join(map(str, labels))}" for name, labels in repeats.items()]
+    found = [f"{name!r} names labels {', '.join(map(str, labels))}"
+             for name, labels in labels_by_name(class_names).items() if len(labels) > 1]
     return [f"{'; '.join(found)}: choose among them by number"] if found else []
 
 
@@ -113,7 +112,7 @@ def convert(weights, source: str, out: Path, form: str) -> str:
 
         export_pipeline(weights, out)
         return f"{out}: pipeline with the {what}\nsample: python {script_path('sample/generate.py')} --ckpt {quoted}"
-    from sit_atconv.checkpoints.weights import export_weights
+    from sit_atconv.checkpoints.exported import export_weights
 
     export_weights(weights, out)
     return f"{out}: {what}\nsample: python {script_path('sample/generate.py')} --ckpt {quoted}"

@@ -22,7 +22,8 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from sit_atconv import pipeline as pipeline_module
-from sit_atconv.checkpoints.weights import Recipe, Weights
+from sit_atconv.checkpoints.exported import Weights
+from sit_atconv.checkpoints.recipe import Recipe
 from sit_atconv.data.codecs import IdentityCodec, VAECodec
 from sit_atconv.data.pixels import to_uint8
 from sit_atconv.models import SiT

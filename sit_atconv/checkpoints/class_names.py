@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sit_atconv.runtime.names import labels_by_name, normal
+from sit_atconv.runtime.names import normal
 
 
 def changed_names(there: Sequence[str], here: Sequence[str]) -> str | None:
@@ -22,8 +22,3 @@ def labels_there(there: Sequence[str], here: Sequence[str]) -> list[int] | None:
     if not len(there) == len(here) == len(labels) == len(set(wanted)) or labels.keys() != set(wanted):
         return None
     return [labels[name] for name in wanted]
-
-
-def repeated_names(names: Sequence[str]) -> dict[str, list[int]]:
-    """Names that several labels have -> these labels."""
-    return {name: labels for name, labels in labels_by_name(names).items() if len(labels) > 1}

@@ -6,7 +6,8 @@
 import json
 from pathlib import Path
 
-from sit_atconv.checkpoints.weights import Recipe, Weights, damage_named, load_model
+from sit_atconv.checkpoints.exported import Weights, damage_named, load_model
+from sit_atconv.checkpoints.recipe import Recipe
 from sit_atconv.data.codecs import IdentityCodec, VAECodec
 
 

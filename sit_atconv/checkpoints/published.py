@@ -37,11 +37,6 @@ class Published:
     args: dict = field(default_factory=dict)
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of `read_published`."""
-    return read_published(path).tensors
-
-
 def read_published(path: Path, ema: bool = True) -> Published:
     """Reads a `.safetensors` file, or anything that `torch.save` wrote (`.pt`, `.pth`, `.ckpt`).
 
@@ -132,15 +127,13 @@ def _read(path: Path) -> object:
     except Exception as error:  # a damaged file raises whatever its reader raises
         called = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and called:
-            raise ValueError(
-                f"{path} is not loaded: it holds more than tensors and could run code ({called[1]}). Look for the "
-                "weights as .safetensors, or, if you trust the file, save its state dict alone"
-            ) from error
+            raise ValueError(f"{path} is not loaded: it holds more than tensors and could run code ({called[1]}). Look "
+                             "for the weights as .safetensors, or, if you trust the file, save its state dict "
+                             "alone") from error
         telling = isinstance(error, (RuntimeError, OSError, SafetensorError)) and str(error)
         reason = str(error).splitlines()[0].split(". ")[0] if telling else "not a pickle of tensors"
-        raise ValueError(
-            f"{path} is no checkpoint, or is incomplete or damaged ({reason}): download or copy it again"
-        ) from error
+        raise ValueError(f"{path} is no checkpoint, or is incomplete or damaged ({reason}): download or copy it "
+                         "again") from error
 
 
 def _is_state_dict(content: object) -> bool:

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from sit_atconv.checkpoints.class_names import changed_names
+from sit_atconv.checkpoints.exported import Weights, load_model
 from sit_atconv.checkpoints.published import REPA_OPTIONS, Published, read_published, to_repa
+from sit_atconv.checkpoints.recipe import Recipe
 from sit_atconv.checkpoints.tensors import LABELS, POSITIONS, fitting_preset, list_differences, shown_options
-from sit_atconv.checkpoints.weights import Recipe, Weights, load_model
 from sit_atconv.data import DEFAULT_VAE
 from sit_atconv.data.codecs import IdentityCodec, VAECodec
-from sit_atconv.models.sit import PRESETS, SiT, preset_config
+from sit_atconv.models.mixers import MIXERS, mixer_names
+from sit_atconv.models.presets import PRESETS, preset_config
+from sit_atconv.models.sit import SiT
 from sit_atconv.runtime.files import check_room, write_aside
 
 EMA_DECAY = 0.9999  # of SiT, REPA and ATConv's ports of both; no file of theirs says it
@@ -86,7 +89,9 @@ def load_published(
     if path.is_dir():
         published, model = Published({}, None, repa=False), load_model(path)
         options = model.config
-        _check_num_classes(path, options["num_classes"], num_classes)
+        if num_classes not in (None, options["num_classes"]):
+            raise ValueError(f"{path} knows {options['num_classes']} classes by its config.json, which --num-classes "
+                             f"{num_classes} contradicts: leave it out")
     else:
         published = read_published(path, ema)
         tensors = _finite(path, published.tensors)
@@ -242,12 +247,6 @@ def _classes(path: Path, num_rows: int, args: dict, given: int | None) -> dict:
     return {"num_classes": num_classes, "has_null_label": num_rows > num_classes}
 
 
-def _check_num_classes(path: Path, num_classes: int, given: int | None) -> None:
-    if given not in (None, num_classes):
-        raise ValueError(f"{path} knows {num_classes} classes by its config.json, which --num-classes {given} "
-                         "contradicts: leave it out")
-
-
 def _check_same(path: Path, tensors: dict[str, Tensor], options: dict, shown: dict) -> None:
     with torch.device("meta"):
         expected = SiT(**options).state_dict()
@@ -295,14 +294,15 @@ def save_published(weights: Weights, path: Path, form: str) -> str:
     """
     theirs, config, recipe, tensors = FORMS[form], weights.model.config, weights.recipe, weights.model.state_dict()
     shown = shown_options(tensors)
-    heads = {} if shown["mixer"] == "atconv" else {"num_heads": config.num_heads}
+    silent = {option for name in mixer_names(config.mixer, config.depth) for option in MIXERS.find(name).silent}
+    heads = {"num_heads": config.num_heads} if "num_heads" in silent else {}
     preset = fitting_preset(shown | heads)
     if not preset:
         raise ValueError(f"{theirs.owner}'s form names a preset, and none has {_spoken(shown)}"
                          + (f" with {config.num_heads} heads" if heads else ""))
     wanted = {"learn_sigma": False} if not theirs.learn_sigma else {}
-    if shown["mixer"] != "attention":
-        wanted |= {"kernel_act": theirs.kernel_act, "kernel_pool": "raster"}
+    published = {"kernel_act": theirs.kernel_act, "kernel_pool": "raster"}
+    wanted |= {name: value for name, value in published.items() if name in silent}
     for name, value in wanted.items():
         if config[name] != value:
             raise ValueError(f"{theirs.owner}'s form has {name} {value} alone, and this model has {config[name]}")

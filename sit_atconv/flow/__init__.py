@@ -1,6 +1,7 @@
 """Flow matching: the interpolants between noise and data, and the objectives that are regressed along them."""
 
+from sit_atconv.flow.flow_matching import Draw, FlowMatching
 from sit_atconv.flow.interpolants import Interpolant, as_velocity, get_interpolant
-from sit_atconv.flow.objectives import Draw, FlowMatching
+from sit_atconv.flow.objective import Objective, as_trained
 
-__all__ = ["Draw", "FlowMatching", "Interpolant", "as_velocity", "get_interpolant"]
+__all__ = ["Draw", "FlowMatching", "Interpolant", "Objective", "as_trained", "as_velocity", "get_interpolant"]

@@ -12,7 +12,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from sit_atconv.checkpoints.weights import Weights, versions
+from sit_atconv.checkpoints.exported import Weights
+from sit_atconv.checkpoints.recipe import versions
 from sit_atconv.data.codecs import decode_in_parts
 from sit_atconv.data.pixels import to_uint8
 from sit_atconv.flow import as_velocity, get_interpolant

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from sit_atconv.checkpoints.class_names import changed_names, labels_there
-from sit_atconv.checkpoints.weights import Recipe, Weights, load_weights
+from sit_atconv.checkpoints.exported import Weights
+from sit_atconv.checkpoints.recipe import Recipe
+from sit_atconv.checkpoints.weights import load_weights
 from sit_atconv.data.codecs import Codec, open_codec
 from sit_atconv.data.pixels import UINT8_RULE
 from sit_atconv.generation.folder import SamplesFolder

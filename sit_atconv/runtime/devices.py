@@ -18,6 +18,23 @@ def on_cpu() -> bool:
     return forced or not torch.accelerator.is_available()
 
 
+def open_device(name: str) -> torch.device:
+    """"auto" -> the accelerator if there is one, else the CPU. ValueError: torch cannot use that device here."""
+    if name == "auto":
+        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {name!r} cannot be used here ({reason}): give cpu, or leave it out") from None
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for all that was asked of the device; a CPU has nothing pending."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def prepare_device(device: torch.device, cpu_threads: int | None = None, tf32: bool = True) -> None:
     """What makes a device fast: threads and memory of a CPU, fp32 products in TF32 on CUDA if `tf32`."""
     if device.type == "cpu":

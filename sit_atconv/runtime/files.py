@@ -7,8 +7,12 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARTIAL = ".partial-"  # what a file is called until it is whole
 
@@ -160,6 +164,25 @@ def sha256_of(*paths: Path) -> str:
         with open(path, "rb") as file:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_of_state(
+    state: "Mapping[str, Tensor]", label: "Callable[[str, Tensor], str]", begin: str = ""
+) -> str:
+    """Returns the digest of named tensors in the order of their names.
+
+    Args:
+        state: the tensors.
+        label: text that stands for a tensor's name, and for whatever else than its bytes shall count.
+        begin: text before all of them.
+    """
+    import torch
+
+    digest = hashlib.sha256(begin.encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(label(name, tensor).encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -13,12 +13,15 @@ from itertools import product
 import torch
 from tqdm import tqdm
 
-from sit_atconv.runtime.devices import keep_freed_memory
-from sit_atconv.speed.costs import cost
+from sit_atconv.ops import fastest_implementation
+from sit_atconv.runtime.devices import keep_freed_memory, open_device, synchronize
+from sit_atconv.runtime.dtypes import torch_dtype
+from sit_atconv.runtime.environment import describe_environment
+from sit_atconv.speed.costs import form_multiply_adds, operator_cost
 from sit_atconv.speed.levels import PREPARE, Case, check_dtype, open_decoder
-from sit_atconv.speed.options import DTYPES, SpeedOptions
+from sit_atconv.speed.options import SpeedOptions
 from sit_atconv.speed.results import Comparison, Measurement
-from sit_atconv.speed.timing import Rounds, describe_environment, open_device, peak_bytes, synchronize, time_interleaved
+from sit_atconv.speed.timing import Rounds, peak_bytes, time_interleaved
 
 MEMORY = ("train", "sampling")  # levels whose peak is measured
 
@@ -48,7 +51,8 @@ def compare(
         check_dtype(device, dtype)
     decoder = open_decoder(options)
     cases = [Case(options, px, dtype, device, decoder) for dtype, px in product(options.dtypes, options.resolutions)]
-    comparison = Comparison(options, describe_environment(device), [], [])
+    environment = {**describe_environment(device), "operator": fastest_implementation(device)}
+    comparison = Comparison(options, environment, [], [])
     total = len(cases) * len(options.levels) * (options.rounds + options.warmup)
     with tqdm(total=total, unit="round", disable=not progress) as bar:
         while cases:
@@ -79,7 +83,8 @@ def measure(
     options, device = case.options, case.device
     if options.compile:
         torch.compiler.reset()
-        torch._dynamo.config.recompile_limit = 64  # each form, with and without gradients, is one more
+        # Each form, with and without gradients, is one more. (The public argument of torch.compile came after 2.7.)
+        torch._dynamo.config.recompile_limit = 64
     timed = PREPARE[level](case)
     seconds = time_interleaved(
         {**timed.runs, **timed.extras},
@@ -108,16 +113,15 @@ def measure(
             figures["speedup"] = ms[options.baseline, quantity].over(milliseconds)
         if form != "floor" and ("floor", quantity) in ms:
             figures["over_floor"] = milliseconds.over(ms["floor", quantity])
-        needed = cost(
-            level if level in ("op", "mixer", "block") else "model", form,
-            options.model_config(form, case.resolution), case.grid_size,
-            quantity=quantity if level == "op" else "forward",
-            batch_size=case.batch_size, element_size=DTYPES[case.dtype].itemsize,
-        )
-        if "copy" in timed.extras:
+        config = options.model_config(form, case.resolution)
+        if level == "op":
+            macs, numbers = operator_cost(form, config, case.grid_size)[quantity]
+            needed_bytes = case.batch_size * numbers * torch_dtype(case.dtype).itemsize
             bandwidth = [2 * timed.copied_bytes / s for s in seconds["copy"]]  # read and written
-            figures["over_byte_floor"] = milliseconds.over(Rounds.of([1000 * needed.bytes / b for b in bandwidth]))
-        macs = needed.multiply_adds // case.batch_size
+            figures["over_byte_floor"] = milliseconds.over(Rounds.of([1000 * needed_bytes / b for b in bandwidth]))
+        else:
+            part = level if level in ("mixer", "block") else "model"
+            macs = form_multiply_adds(part, form, config, case.grid_size)
         measurements.append(measured(form, quantity, milliseconds, multiply_adds=macs, **figures))
     if "decode" in timed.extras:
         measurements.append(measured("decoder", "decode", decode))

@@ -1,23 +1,17 @@
-"""How things are timed: interleaved rounds, CUDA graphs, peak memory, and on what machine."""
+"""How things are timed: interleaved rounds, CUDA graphs, peak memory."""
 
 import contextlib
 import itertools
 import json
 import os
-import platform
 import statistics
 import tempfile
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
-import diffusers
-import timm
 import torch
 from torch.profiler import ProfilerActivity, profile
-
-from sit_atconv.ops import fastest_implementation
 
 MAX_SETS = 256
 REPLAYS = 20  # so many graphs are launched at once, or the launch of the first would show
@@ -157,48 +151,3 @@ def _peak_of_trace(run: Callable[[], object]) -> int:
         alive += event["args"]["Bytes"]  # negative where a block is freed
         peak = max(peak, alive)
     return peak
-
-
-# -------------------------------------------------------------------------------------------------------- device
-
-def open_device(name: str) -> torch.device:
-    """"auto" -> the accelerator if there is one, else the CPU. ValueError: torch cannot use that device here."""
-    if name == "auto":
-        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch raises either
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device {name!r} cannot be used here ({reason}): give cpu, or leave it out") from None
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for all that was asked of the device; a CPU has nothing pending."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def describe_environment(device: torch.device) -> dict:
-    """Hardware, versions and date, without which a speed means nothing."""
-    on_cuda = device.type == "cuda"
-    return {
-        "device": device.type,
-        "hardware": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
-        "cpu_threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if on_cuda else None,
-        "cudnn": torch.backends.cudnn.version() if on_cuda else None,
-        "diffusers": diffusers.__version__,
-        "timm": timm.__version__,
-        "operator": fastest_implementation(device),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sit_atconv.checkpoints.weights import Weights, load_weights
+from sit_atconv.checkpoints.exported import Weights
+from sit_atconv.checkpoints.weights import load_weights
 from sit_atconv.data.codecs import Codec, decode_in_parts, open_codec
 from sit_atconv.data.pixels import to_uint8
 from sit_atconv.evaluation.extractors import Extractor, open_extractor

@@ -3,9 +3,13 @@
 Each dataclass lives beside what reads it; those of training itself are here, since commands define no classes.
 """
 
+import contextlib
 import json
 import math
+import pydoc
+import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,19 +18,28 @@ import jsonargparse
 import torch
 import yaml
 
-from sit_atconv.checkpoints.runs import list_checkpoints
+from sit_atconv.checkpoints.run_folder import list_checkpoints
 from sit_atconv.data.sources import DataConfig
-from sit_atconv.flow import FlowMatching
-from sit_atconv.models.sit import SiT, preset_config
+from sit_atconv.flow import Objective
+from sit_atconv.flow.auxiliary import AuxiliaryLoss
+from sit_atconv.models.presets import preset_config
+from sit_atconv.models.sit import SiT
 from sit_atconv.runtime.commands import fail, is_main_process, user_errors
 from sit_atconv.runtime.devices import on_cpu
 from sit_atconv.runtime.files import write_aside
 from sit_atconv.runtime.settings import changed, differences, flatten
+from sit_atconv.runtime.tables import import_module_of, import_modules
 from sit_atconv.sampling import Sampler
+from sit_atconv.training.ema import PROFILES
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 # Options of the model that are no options of a run, since the data set and the codec know them.
 FROM_DATA = {"num_classes", "in_channels", "input_size"}
+# Groups whose options are the constructor's arguments of a class that the user chooses -> its base class and default,
+# and arguments that are no options: they come from elsewhere (`train.lr`, the device).
+CLASSES = {"flow": (Objective, "sit_atconv.flow.FlowMatching"), "auxiliary": (AuxiliaryLoss, None),
+           "optimizer": (torch.optim.Optimizer, "torch.optim.AdamW")}
+NO_OPTIONS = {"params", "lr", "weight_decay", "foreach", "maximize", "capturable", "differentiable", "fused"}
 # Options that may change when a run is resumed. (Data may have moved; what they are is compared by data.json.)
 MAY_CHANGE = {
     "out", "data.images", "data.latents", "data.codec", "data.num_workers", "data.skip_unreadable",
@@ -53,7 +66,9 @@ class TrainConfig:
         max_grad_norm: clip the gradient to this norm; off if not given.
         ema_decay: decay of the exponential moving average of the weights, constant as in SiT; or several, of which
             previews and samples take the first.
-        ema_warmup: let the decay rise to that, as min(decay, (1 + step) / (10 + step)).
+        ema_warmup: let the decay rise to that, as min(decay, (1 + step) / (10 + step)); the profile "warmup".
+        ema_profile: how the decay depends on the step: "constant", "warmup", or your own function of (decay, step) as
+            module.NAME.
         precision: of the forward and backward pass; weights stay in fp32. "auto" is bf16 where the device computes
             it fast (CUDA and ROCm that support it, CPUs with AMX), else fp32.
         tf32: on CUDA, fp32 products in TF32.
@@ -81,6 +96,7 @@ class TrainConfig:
     max_grad_norm: float | None = None
     ema_decay: float | list[float] = 0.9999
     ema_warmup: bool = False
+    ema_profile: str = "constant"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     tf32: bool = True
     activation_checkpointing: bool = False
@@ -109,12 +125,20 @@ class TrainConfig:
         if not self.ema_decays or len(set(self.ema_decays)) < len(self.ema_decays):
             raise ValueError(f"train.ema_decay must be one or more different numbers, not {self.ema_decay}")
         for decay in self.ema_decays:
-            if not 0 <= decay < 1:
+            if not 0 <= decay < 1 and self.profile in PROFILES:  # a profile of the user's may read it otherwise
                 raise ValueError(f"train.ema_decay must lie in [0, 1), not {decay}")
+        PROFILES.find(import_module_of(self.profile))
+        if self.ema_warmup and self.ema_profile not in ("constant", "warmup"):
+            raise ValueError(f"train.ema_warmup and train.ema_profile {self.ema_profile} contradict each other")
 
     @property
     def ema_decays(self) -> list[float]:
         return self.ema_decay if isinstance(self.ema_decay, list) else [self.ema_decay]
+
+    @property
+    def profile(self) -> str:
+        """Name of the EMA's profile."""
+        return "warmup" if self.ema_warmup else self.ema_profile
 
     @property
     def mixed_precision(self) -> str:
@@ -163,7 +187,15 @@ class PreviewConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole training run, resolved. `model` holds SiT's options but for those that come from the data."""
+    """A whole training run, resolved.
+
+    Args:
+        model: SiT's options but for those that come from the data.
+        flow: the objective.
+        auxiliary: the auxiliary loss, not built yet; None without one.
+        optimizer: class of the optimizer, and arguments of its constructor.
+        options: all options as plain nested values, what config.yaml holds.
+    """
 
     out: Path
     preset: str | None
@@ -171,10 +203,22 @@ class Config:
     dry_run: bool
     model: dict
     data: DataConfig
-    flow: FlowMatching
+    flow: Objective
+    auxiliary: AuxiliaryLoss | None
+    optimizer: tuple[type[torch.optim.Optimizer], dict]
     train: TrainConfig
     preview: PreviewConfig
-    options: dict  # all of the above as plain nested values, what config.yaml holds
+    options: dict
+
+    @property
+    def objective(self) -> dict | None:
+        """Class path and arguments of the objective, for the recipe; None if path and prediction say how to sample."""
+        return self.options["flow"] if type(self.flow).is_needed_to_sample() else None
+
+    @property
+    def prediction(self) -> str:
+        """What a model stands for that `as_trained` has made of the weights."""
+        return "velocity" if self.objective else self.flow.prediction
 
     def check_dropout(self, null_label: int | None) -> None:
         """Raises ValueError where labels shall be dropped and the model has no null label."""
@@ -228,17 +272,31 @@ class Config:
             write_aside(folder / "data.json", json.dumps(data, indent=1), durable=True)
 
     def changes(self, folder: Path) -> list[str]:
-        """What a run in `folder` was started with and may not change on resuming, as "name then -> now"."""
-        return differences(_read_mapping(folder / "config.yaml"), self.options, MAY_CHANGE)
+        """Returns what a run in `folder` was started with and may not change on resuming, as "name then -> now".
+
+        Options that are newer than the run had their defaults then.
+        """
+        then, now = _read_mapping(folder / "config.yaml"), self.options
+        known, defaults = flatten(then), _defaults()
+        newer = [name for name, value in flatten(now).items() if name not in known and value == defaults.get(name)]
+        return differences({**then, "flow": _flat_class("flow", then.get("flow", {}))}, now, MAY_CHANGE | {*newer})
 
 
 class Parser(jsonargparse.ArgumentParser):
     """jsonargparse with errors of one usage line and the message, said by the main process alone."""
 
     def error(self, message, ex=None):
+        if not self.exit_on_error:  # the parser of a chosen class's options, whose caller adds the group's name
+            super().error(message, ex)
         if is_main_process():
             print(self.format_usage().strip(), file=sys.stderr)
-        fail(" ".join(str(message).split()), code=2)
+        message = " ".join(str(message).split())
+        of_class = re.search(r"""Parser key "(\w+)": (?:.* )?Problem with given class_path '([^']+)': (.*)""", message)
+        if of_class:  # say it as for every other option
+            group, path, reason = of_class.groups()
+            reason = re.sub(r"^Option '(\w+)' is not accepted", rf"{group}.\1 is no option of {path}", reason)
+            message = re.sub(r'^Parser key "(\w+)"', rf"{group}.\1", reason)
+        fail(message, code=2)
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -249,31 +307,102 @@ def parse(argv: list[str] | None = None) -> Config:
     argv = sys.argv[1:] if argv is None else list(argv)
     if not any(argument.split("=")[0] == "--config" for argument in argv):
         argv = ["--config", str(DIGITS), *argv]
-    parser = _make_parser()
+    argv = _import_modules(argv)
+    with user_errors():
+        chosen = {group: _chosen_class(argv, group) for group in CLASSES}
+    parser = _make_parser(chosen)
+    if {"--help", "-h"} & {*argv}:
+        _make_parser(chosen, for_help=True).parse_args(["--help"])
     preset = parser.parse_args(argv).preset
     if preset is not None:  # what a preset fills in yields to the YAML and the command line: parse again over it
         with user_errors():
             parser.set_defaults({f"model.{name}": value for name, value in preset_config(preset).items()})
     namespace = parser.parse_args(argv)
-    options = yaml.safe_load(parser.dump(namespace, skip_none=False))
-    del options["dry_run"]  # of this one call, not of the run
+    options = _plain(parser, namespace)
     if options["out"] is None:
         options["out"] = default_out(argv, preset)
     with user_errors():
+        mixer = options["model"]["mixer"]
+        for name in [mixer] if isinstance(mixer, str) else mixer:
+            import_module_of(name)
         options["train"]["precision"] = resolve_precision(options["train"]["precision"])
         values = parser.instantiate(parser.parse_object(options))
-    return Config(
-        out=Path(options["out"]),
-        preset=preset,
-        init_from=namespace.init_from,
-        dry_run=namespace.dry_run,
-        model=options["model"],
-        data=values.data,
-        flow=values.flow,
-        train=values.train,
-        preview=values.preview,
-        options=options,
-    )
+        optimizer = options["optimizer"]
+        return Config(
+            out=Path(options["out"]),
+            preset=preset,
+            init_from=namespace.init_from,
+            dry_run=namespace.dry_run,
+            model=options["model"],
+            data=values.data,
+            flow=values.flow,
+            auxiliary=values.auxiliary,
+            optimizer=(pydoc.locate(optimizer["class_path"]), optimizer.get("init_args", {})),
+            train=values.train,
+            preview=values.preview,
+            options=options,
+        )
+
+
+def _import_modules(argv: list[str]) -> list[str]:
+    """Imports the modules of --import, and returns the other arguments."""
+    rest, modules, arguments = [], [], iter(argv)
+    for argument in arguments:
+        if argument.split("=")[0] != "--import":
+            rest.append(argument)
+        else:
+            modules.append(argument.partition("=")[2] or next(arguments, ""))
+    with user_errors():
+        import_modules(modules)
+    return rest
+
+
+def _chosen_class(argv: list[str], group: str) -> str | None:
+    """Returns the path of the class that command line or YAML choose for a group, or its default.
+
+    The parser starts from it, so that an option that the class lacks is an error wherever it stands.
+    """
+    path = CLASSES[group][1]
+    for i, argument in enumerate(argv):
+        name, _, value = argument.partition("=")
+        value = value or "".join(argv[i + 1 : i + 2])
+        if name == f"--{group}":
+            path = value
+        elif name == "--config" and Path(value).is_file():
+            with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError, AttributeError):  # which the parser names
+                options = yaml.safe_load(Path(value).read_text()).get(group) or {}
+                path = options if isinstance(options, str) else options.get("class_path", path)
+    if path and _locate(group, path) is None:
+        raise ValueError(f"--{group} {path} cannot be found: give a class as module.NAME")
+    return path
+
+
+def _locate(group: str, path: str) -> type | None:
+    """Returns the class of a path, or of the bare name of a class that is known already, such as SGD."""
+    known = [CLASSES[group][0]]
+    for kind in known:
+        known += kind.__subclasses__()
+    return pydoc.locate(path) if "." in path else next((kind for kind in known if kind.__name__ == path), None)
+
+
+def _plain(parser: "Parser", namespace) -> dict:
+    """Returns the options as plain nested values; those of this one call, as --dry-run, are left out."""
+    options = yaml.safe_load(parser.dump(namespace, skip_none=False))
+    del options["dry_run"]
+    return {**options, "flow": _flat_class("flow", options["flow"])}
+
+
+def _defaults() -> dict:
+    """Returns the flat options of a run that is asked for nothing."""
+    parser = _make_parser({group: _chosen_class([], group) for group in CLASSES})
+    return flatten(_plain(parser, parser.get_defaults()))
+
+
+def _flat_class(group: str, options: Mapping) -> dict:
+    """Returns the options of a class; those of the group's default class without its path, as all were written once."""
+    if "class_path" not in options:
+        return dict(options)
+    return dict(options.get("init_args", {}) if options["class_path"] == CLASSES[group][1] else options)
 
 
 def default_out(argv: list[str], preset: str | None) -> str:
@@ -294,7 +423,8 @@ def resolve_precision(precision: str) -> str:
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
-def _make_parser() -> Parser:
+def _make_parser(chosen: Mapping[str, str | None], for_help: bool = False) -> Parser:
+    """Makes the parser for the classes `chosen` of CLASSES; `for_help` one whose help shows their options."""
     parser = Parser(
         prog="train.py",
         usage="accelerate launch sit_atconv/train.py [--config FILE] [--group.option VALUE ...]",
@@ -309,9 +439,18 @@ def _make_parser() -> Parser:
     parser.add_argument("--init-from", type=str | None,
                         help="start from these weights: a run, an exported folder, a pipeline, a hub id or a file of "
                         "published weights; tensors of other classes or mixers start from scratch, which is printed")
+    if for_help:
+        parser.add_argument("--import", metavar="MODULE",
+                            help="import a module of yours that registers parts of its own; repeat for more")
     parser.add_class_arguments(SiT, "model", instantiate=False, skip=FROM_DATA)
     parser.add_argument("--data", type=DataConfig, default=DataConfig())
-    parser.add_argument("--flow", type=FlowMatching, default=FlowMatching())
+    for group, (base, _) in CLASSES.items():
+        options = dict(skip=NO_OPTIONS if group == "optimizer" else set(), fail_untyped=False)
+        if for_help and chosen[group]:
+            parser.add_class_arguments(_locate(group, chosen[group]), group, instantiate=False, **options)
+        else:
+            parser.add_subclass_arguments(base, group, default=chosen[group] and {"class_path": chosen[group]},
+                                          instantiate=group != "optimizer", **options)
     parser.add_argument("--train", type=TrainConfig, default=TrainConfig())
     parser.add_argument("--preview", type=PreviewConfig, default=PreviewConfig())
     return parser

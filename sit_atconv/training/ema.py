@@ -1,34 +1,37 @@
-"""The optimizer's parameter groups, and the averages of what it produces."""
+"""Exponential moving averages of the weights in training, as models of their own."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from sit_atconv.runtime.tables import Table
 
-def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict]:
-    """The trainable parameters: matrices decay; norms, biases, embeddings and `difference_control` do not."""
-    tables = {p for module in net.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    trained = [p for p in net.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.ndim > 1 and p not in tables]
-    others = [p for p in trained if p.ndim <= 1 or p in tables]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+# (decay, step) -> decay in that step (0-based). A user's own function may read its first argument otherwise, such as
+# the relative width of a power function average.
+PROFILES: Table[Callable[[float, int], float]] = Table("EMA profile", Callable, {
+    "constant": lambda decay, step: decay,  # as in SiT
+    "warmup": lambda decay, step: min(decay, (1 + step) / (10 + step)),
+})
 
 
 class Averages:
-    """Exponential moving averages of a model's weights, one for each decay, as models of their own.
+    """Exponential moving averages of a model's weights, one for each decay.
 
     Args:
         net: the model being trained; its averages start as copies of it.
-        decays: each constant, as in SiT.
-        warmup: let them rise from 0.1 instead, min(decay, (1 + step) / (10 + step)).
+        decays: names and arguments of the averages.
+        profile: how the decay depends on the step; a name in PROFILES, or the path of a user's own function.
+
+    Raises:
+        ValueError: an unknown profile.
     """
 
-    def __init__(self, net: nn.Module, decays: Sequence[float], warmup: bool = False):
+    def __init__(self, net: nn.Module, decays: Sequence[float], profile: str = "constant"):
         self.models = {decay: copy.deepcopy(net).eval().requires_grad_(False) for decay in decays}
-        self.warmup = warmup
+        self.decay_at = PROFILES.find(profile)
         trained = [name for name, p in net.named_parameters() if p.requires_grad]
         self.weights = [net.get_parameter(name) for name in trained]
         self.averaged = {decay: [m.get_parameter(name) for name in trained] for decay, m in self.models.items()}
@@ -38,11 +41,14 @@ class Averages:
         """The average of the first decay: what previews and samples are drawn from."""
         return next(iter(self.models.values()))
 
+    def weight_at(self, decay: float, step: int) -> float:
+        """Returns how much the new weights count in a step (0-based), in [0, 1]."""
+        return 1 - self.decay_at(decay, step)
+
     @torch.no_grad()
     def update(self, step: int, updated: Tensor) -> None:
         """Follows the weights after a step (0-based), where `updated`, a 0-d bool on their device, is true."""
         for decay, averaged in self.averaged.items():
-            if self.warmup:
-                decay = min(decay, (1 + step) / (10 + step))
-            weight = updated * (1 - decay)  # a tensor, so that the device decides and the host need not wait
+            # A tensor, so that the device decides and the host need not wait.
+            weight = updated * self.weight_at(decay, step)
             torch._foreach_lerp_(averaged, self.weights, [weight] * len(averaged))

@@ -24,11 +24,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sit_atconv.data.order import BatchOrder
 from sit_atconv.flow import FlowMatching
-from sit_atconv.models.sit import SiT, mixer_names
-from sit_atconv.runtime.devices import has_fused_optimizers
+from sit_atconv.models.costs import DEFAULTS, multiply_adds
+from sit_atconv.models.mixers import mixer_names
+from sit_atconv.models.sit import SiT
+from sit_atconv.runtime.devices import has_fused_optimizers, synchronize
+from sit_atconv.runtime.environment import describe_environment
 from sit_atconv.runtime.files import gigabytes
-from sit_atconv.speed.costs import DEFAULTS, cost
-from sit_atconv.speed.timing import describe_environment, synchronize
 
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FLOAT32 = 4  # bytes
@@ -193,17 +194,11 @@ def estimate(net: SiT, plan: Plan) -> Estimate:
     return Estimate(
         plan=plan,
         num_trained=sum(p.numel() for p in net.parameters() if p.requires_grad),
-        multiply_adds=multiply_adds(net),
+        multiply_adds=multiply_adds(net, net.grid_size),
         memory=memory(net, plan),
         checkpoint=checkpoint_bytes(net, plan.num_averages),
         num_checkpoints=checkpoints_at_once(plan),
     )
-
-
-def multiply_adds(net: SiT) -> int:
-    """Of one forward of one image."""
-    config = {name: net.config[name] for name in DEFAULTS}
-    return cost("model", "atconv", config, net.grid_size).multiply_adds
 
 
 # -------------------------------------------------------------------------------------------------------- memory
@@ -374,7 +369,7 @@ def time_step(
         y = torch.randint(net.config.num_classes, (num_images,), generator=generator, device=device)
         optimizer.zero_grad()
         with _autocast(device.type, plan.precision):
-            loss = flow.loss(net, data, y, flow.draw(data.shape, generator), net.null_label).mean()
+            loss = flow.loss(net, data, y, flow.draw(data.shape, generator), net.null_label)["loss"].mean()
         loss.backward()
 
     def update() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from sit_atconv.data.codecs import Codec
 from sit_atconv.data.loading import BatchReader
 from sit_atconv.data.pixels import to_float
-from sit_atconv.flow import FlowMatching, as_velocity
+from sit_atconv.flow import Objective
 from sit_atconv.sampling import SampleStream
 
 
@@ -34,7 +34,7 @@ class HeldOut:
         data,
         images: list[int],
         codec: Codec,
-        flow: FlowMatching,
+        flow: Objective,
         *,
         batch_size: int,
         device: torch.device,
@@ -65,7 +65,7 @@ class HeldOut:
         """Squared errors of the velocity, summed over this process's images, and how many these are, (2,)."""
         device = next(model.parameters()).device
         path, total = self.flow.interpolant, torch.zeros((), device=device)
-        velocity = as_velocity(model, path, self.flow.prediction)
+        velocity = self.flow.velocity(model)
         for batch in self.batches:
             latents, noise, t, y = (tensor.to(device, non_blocking=True) for tensor in batch)
             with autocast():

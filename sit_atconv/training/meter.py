@@ -47,14 +47,20 @@ class Meter:
         self.sums = torch.zeros(TIME_BUCKETS, device=self.device)
         self.counts = torch.zeros(TIME_BUCKETS, device=self.device)
         self.norms = torch.zeros(2, device=self.device)  # their sum, and how many
+        self.others: dict[str, Tensor] = {}  # sums of further loss terms
         self.images, self.waited, self.paused, self.start = 0, 0.0, 0.0, time.perf_counter()
 
-    def add(self, losses: Tensor, t: Tensor, readable: Tensor) -> None:
-        """Adds a micro-batch: losses (B,) at times (B,). Those not `readable` (B,) are 0 and do not count."""
+    def add(self, losses: Tensor, t: Tensor, readable: Tensor, others: dict[str, Tensor] | None = None) -> None:
+        """Adds a micro-batch: losses (B,) at times (B,). Those not `readable` (B,) are 0 and do not count.
+
+        `others` are further terms (B,), logged by name.
+        """
         bucket = (t * TIME_BUCKETS).long().clamp(max=TIME_BUCKETS - 1)
         self.sums.index_add_(0, bucket, losses)
         self.counts.index_add_(0, bucket, readable.to(losses.dtype))
         self.images += len(losses)
+        for name, term in (others or {}).items():
+            self.others[name] = self.others.get(name, 0.0) + term.detach().sum()
 
     def add_norm(self, norm: Tensor) -> None:
         """Of a step's gradient, 0-d; one that is not finite, as fp16 has them now and then, does not count."""
@@ -77,17 +83,19 @@ class Meter:
     def read(self, accelerator: Accelerator) -> dict:
         """All of it since the last call, over all processes, which must all call it; waits for the device.
 
-        `loss`, `loss_by_time` (None where no time fell), `grad_norm` before clipping (None if never finite),
-        `images_per_second`, `data_wait` (share of this process's time), `memory_gb` (the device's peak; on a CPU, what
-        is resident), `tflops_per_second` of each process's device and its share `mfu` of what the device can do, if
-        that is known.
+        `loss`, `loss_by_time` (None where no time fell), further loss terms by name, `grad_norm` before clipping (None
+        if never finite), `images_per_second`, `data_wait` (share of this process's time), `memory_gb` (the device's
+        peak; on a CPU, what is resident), `tflops_per_second` of each process's device and its share `mfu` of what the
+        device can do, if that is known.
         """
         everyone = accelerator.reduce(torch.stack([self.sums, self.counts]), "sum")
         (sums, counts), (norms, steps) = everyone.tolist(), self.norms.tolist()
+        others = {name: accelerator.reduce(total, "sum").item() for name, total in self.others.items()}
         seconds = time.perf_counter() - self.start - self.paused
         line = {
             "loss": sum(sums) / max(1, sum(counts)),
             "loss_by_time": [total / count if count else None for total, count in zip(sums, counts, strict=True)],
+            **{name: total / max(1, sum(counts)) for name, total in others.items()},
             "grad_norm": norms / steps if steps else None,
             "images_per_second": self.images * accelerator.num_processes / seconds,
             "data_wait": self.waited / seconds,

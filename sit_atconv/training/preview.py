@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sit_atconv.checkpoints.weights import Recipe
+from sit_atconv.checkpoints.recipe import Recipe
 from sit_atconv.data.codecs import Codec
 from sit_atconv.data.pixels import to_uint8
 from sit_atconv.runtime.plots import save_sample_grid

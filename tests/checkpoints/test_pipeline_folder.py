@@ -9,8 +9,10 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from sit_atconv.checkpoints.exported import Weights, export_weights
 from sit_atconv.checkpoints.published_models import load_published
-from sit_atconv.checkpoints.weights import Recipe, Weights, export_weights, load_weights, locate_weights
+from sit_atconv.checkpoints.recipe import Recipe
+from sit_atconv.checkpoints.weights import load_weights, locate_weights
 from sit_atconv.data.codecs import IdentityCodec, VAECodec
 from sit_atconv.pipeline import SiTPipeline, export_pipeline
 from tests.conftest import working_folder

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sit_atconv.checkpoints.published import read_published, read_state_dict
+from sit_atconv.checkpoints.published import read_published
 from tests.conftest import relative_error
 from tests.models.test_sit import randomised
 
@@ -41,20 +41,20 @@ def test_bare_state_dicts_in_every_format(tmp_path, weights):
     save_file(weights, tmp_path / "a.safetensors")
     for name in ("a.pth", "legacy.pt", "a.safetensors"):
         assert read_published(tmp_path / name).ema is None
-        assert_equal(read_state_dict(tmp_path / name), weights)
+        assert_equal(read_published(tmp_path / name).tensors, weights)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.module."])
 def test_wrappers_leave_the_names(tmp_path, weights, prefix):
     wrapped = {prefix + name: tensor for name, tensor in weights.items()}
-    assert_equal(read_state_dict(training_file(tmp_path / "a.pt", {}, wrapped)), weights)
+    assert_equal(read_published(training_file(tmp_path / "a.pt", {}, wrapped)).tensors, weights)
 
 
 def test_what_is_read_is_its_own(tmp_path, weights):
     """The file is mapped into memory: writing to a tensor must not write to it."""
     path = training_file(tmp_path / "a.pt", weights)
     before = path.read_bytes()
-    for tensor in read_state_dict(path).values():
+    for tensor in read_published(path).tensors.values():
         tensor.zero_()
     assert path.read_bytes() == before
 
@@ -106,7 +106,7 @@ def test_repas_time_is_turned(tmp_path, mixer, projectors, patch_size):
 
 def test_repas_weights_keep_their_dtype(tmp_path, weights):
     half = {name: tensor.half() for name, tensor in as_repa(weights, convolutions=True).items()}
-    tensors = read_state_dict(training_file(tmp_path / "repa.pt", half))
+    tensors = read_published(training_file(tmp_path / "repa.pt", half)).tensors
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     name = "t_embedder.mlp.0.weight"
     assert (tensors[name].float() - weights[name]).abs().max() < 1e-3
@@ -115,13 +115,13 @@ def test_repas_weights_keep_their_dtype(tmp_path, weights):
 def test_repas_weights_must_be_whole(tmp_path, weights):
     partial = {name: t for name, t in as_repa(weights, convolutions=True).items() if name != "final_layer.linear.bias"}
     with pytest.raises(ValueError, match=r"repa\.pt .*has no final_layer\.linear\.bias"):
-        read_state_dict(training_file(tmp_path / "repa.pt", partial))
+        read_published(training_file(tmp_path / "repa.pt", partial))
 
 
 def one_line(path) -> str:
     """What is wrong with a file, in one line that names it."""
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as error:
-        read_state_dict(path)
+        read_published(path)
     assert str(path) in str(error.value) and len(str(error.value)) < 400 + len(str(path))
     return str(error.value)
 

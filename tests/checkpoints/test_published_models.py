@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from sit_atconv.checkpoints.published_models import load_published, save_published
 from sit_atconv.checkpoints.weights import load_weights
-from sit_atconv.models.sit import SiT, preset_config
+from sit_atconv.models.presets import preset_config
+from sit_atconv.models.sit import SiT
 from sit_atconv.runtime.files import sha256_of
 from sit_atconv.sampling import sample_ode
 from tests.checkpoints.test_published import CONVOLUTIONS
@@ -330,7 +331,7 @@ def test_other_errors_name_value_and_remedy(tmp_path, vae):
 
 
 def test_options_of_files_are_refused_elsewhere_and_those_of_runs_here(tmp_path):
-    from sit_atconv.checkpoints.weights import export_weights
+    from sit_atconv.checkpoints.exported import export_weights
 
     path = published(small("attention"), tmp_path / "a.pt")
     export_weights(load(path, "SiT-Tiny/2"), tmp_path / "ours")

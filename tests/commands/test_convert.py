@@ -12,7 +12,8 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from sit_atconv.checkpoints.weights import load_weights, save_weights
+from sit_atconv.checkpoints.exported import save_weights
+from sit_atconv.checkpoints.weights import load_weights
 from sit_atconv.data.codecs import VAECodec
 from sit_atconv.models import SiT
 from sit_atconv.sampling import SampleStream

@@ -279,7 +279,7 @@ def test_errors(fails, digit_folder, vae, make_vae, argv, latents, tmp_path, mon
     assert "thesis.tex is a file" in error("--out", tmp_path / "other" / "thesis.tex")
     assert "other settings (image_size 32 -> 16; moments_shape " in error("--out", latents, "--image-size", 16)
     assert "was encoded with other settings (codec.weights " in error("--out", latents, "--vae", make_vae(1))
-    assert "was encoded with other settings (batch_size 5 -> 4; " in error("--out", latents, "--batch-size", 4)
+    assert "was encoded with other settings (batch_size 5 -> 4)" in error("--out", latents, "--batch-size", 4)
     assert "/proc/x needs 2.0 MB and its disk has 0.0 MB free" in error("--out", "/proc/x")
     assert not (tmp_path / "out").exists()
     with monkeypatch.context() as patch:

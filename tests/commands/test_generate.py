@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sit_atconv.checkpoints.weights import Recipe, save_weights
+from sit_atconv.checkpoints.exported import save_weights
+from sit_atconv.checkpoints.recipe import Recipe
 from sit_atconv.flow.interpolants import DIFFUSION_FORMS
 from sit_atconv.generation.job import DTYPES
 from sit_atconv.models import SiT

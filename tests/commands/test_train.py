@@ -82,11 +82,56 @@ def test_four_steps_are_two_and_a_kill_and_two(launch, whole, tmp_path, kind):
     assert codes == [-9] * processes, output
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000002"]
     codes, output = launch(TRAIN, argv, processes)
-    assert codes == [0] * processes and "step 2 of 4" in output and "instead of" not in output, output
+    assert codes == [0] * processes and "step 2 of 4" in output and "->" not in output, output
     assert_same_run(whole(*kind), tmp_path / "run")
     half = state_of(whole(*kind), 2)["model/diffusion_pytorch_model.safetensors/final_layer.linear.weight"]
     assert not torch.equal(half, state_of(whole(*kind), 4)["model/diffusion_pytorch_model.safetensors/"
                                                            "final_layer.linear.weight"])
+
+
+OWN_LOSS = """
+import torch.nn as nn
+from sit_atconv.flow.auxiliary import AuxiliaryLoss
+
+class Brightness(AuxiliaryLoss):
+    needs_pixels, block = True, 1
+    def __init__(self, weight: float = 0.5):
+        super().__init__()
+        self.weight = weight
+    def build(self, net):
+        self.head = nn.Linear(net.config.hidden_size, 1)
+    def forward(self, hidden, data, pixels):
+        error = self.head(hidden).mean((1, 2)).float() - pixels.mean((1, 2, 3))
+        return {"brightness": self.weight * error.square()}
+"""
+PARTS = {
+    "an auxiliary loss": ["--auxiliary", "own_loss.Brightness", "--auxiliary.weight", "0.7"],
+    "Muon": ["--optimizer", "sit_atconv.training.optimizers.MuonAdamW"],
+}
+
+
+@pytest.mark.parametrize(("part", "processes"), [
+    ("an auxiliary loss", 1), ("Muon", 1), pytest.param("an auxiliary loss", 2, marks=pytest.mark.slow)])
+def test_chosen_parts_resume_exactly(launch, tmp_path, part, processes):
+    (tmp_path / "own_loss.py").write_text(OWN_LOSS)
+    argv = [*EXACT, *PARTS[part]]
+    codes, output = launch(TRAIN, [*argv, "--out", tmp_path / "whole"], processes, folder=tmp_path)
+    assert codes == [0] * processes, output
+    run = tmp_path / "run"
+    codes, output = launch(TRAIN, [*argv, "--out", run], processes, die="after the first checkpoint", folder=tmp_path)
+    assert codes == [-9] * processes, output
+    codes, output = launch(TRAIN, [*argv, "--out", run], processes, folder=tmp_path)
+    assert codes == [0] * processes and "step 2 of 4" in output, output
+    assert_same_run(tmp_path / "whole", run)
+    names = state_of(run, 4)
+    exported = [name for name in names if name.startswith(("model", "ema"))]
+    if part == "Muon":
+        assert any("momentum_buffer" in name for name in names) and any("exp_avg" in name for name in names)
+    else:
+        assert "auxiliary.safetensors/head.weight" in names and not [name for name in exported if "head" in name]
+        first, last = (state_of(run, step)["auxiliary.safetensors/head.weight"] for step in (2, 4))
+        assert not torch.equal(first, last)
+        assert all(line["brightness"] > 0 for line in stats_of(run))
 
 
 @pytest.mark.slow
@@ -250,7 +295,7 @@ def test_more_steps_go_on_and_other_processes_are_said_aloud(launch, whole, tmp_
     argv = [*EXACT, "--train.accumulation", 1, "--train.steps", 5, "--out", run]
     codes, output = launch(TRAIN, argv)
     assert codes == [0] and "step 4 of 5" in output, output
-    assert "processes 1 instead of 2, accumulation 1 instead of 3" in output and "to rounding" in output
+    assert "processes 2 -> 1, accumulation 3 -> 1" in output and "to rounding" in output
     assert [line["step"] for line in stats_of(run)] == [1, 2, 3, 4, 5]
 
 

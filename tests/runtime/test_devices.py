@@ -2,7 +2,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from sit_atconv.runtime.devices import open_device
 from tests.conftest import python
 
 
@@ -25,3 +27,13 @@ print(-allocate() + allocate())
         for how in ("keep", "return")
     }
     assert faults["keep"] < 100 and faults["keep"] < faults["return"]
+
+
+def test_unknown_device_is_named():
+    with pytest.raises(ValueError, match=r"device 'abacus' cannot be used here.*give cpu"):
+        open_device("abacus")
+
+
+def test_auto_is_the_cpu_where_there_is_nothing_else(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert open_device("auto") == torch.device("cpu")

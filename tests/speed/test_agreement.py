@@ -5,12 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from sit_atconv.models.atconv import ATConv
-from sit_atconv.models.sit import Attention
+from sit_atconv.models.attention import Attention
 from sit_atconv.ops.reference import dynamic_depthwise_conv2d_reference
+from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.speed.agreement import BOUNDS, Check, check, check_attention, check_conv, require_agreement, take_form
-from sit_atconv.speed.forms import FORMS, FloorMixer, PublishedATConv, TimmAttention, attend, published_conv2d
+from sit_atconv.speed.computations import FloorMixer, PublishedATConv, TimmAttention, attend, published_conv2d
+from sit_atconv.speed.forms import FORMS
 from sit_atconv.speed.levels import random_model
-from sit_atconv.speed.options import DTYPES, SpeedOptions
+from sit_atconv.speed.options import SpeedOptions
 
 CPU = torch.device("cpu")
 
@@ -20,7 +22,7 @@ def taken(form, dtype="fp32", training=False) -> float:
     model = random_model(config, "fp32" if training else dtype, CPU).train(training)
     torch.manual_seed(0)
     inputs = torch.randn(2, 4, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.int64)
-    with torch.autocast("cpu", DTYPES[dtype], enabled=training and dtype != "fp32"):
+    with torch.autocast("cpu", torch_dtype(dtype), enabled=training and dtype != "fp32"):
         found = take_form(model, form, *inputs, gradients=training)
     kinds = {"attention": Attention, "timm": TimmAttention, "published": PublishedATConv, "atconv": ATConv,
              "hybrid": (Attention, ATConv), "floor": FloorMixer}
@@ -52,7 +54,7 @@ def wrong_edges(x, kernels, grid_size):
 def test_another_convolution_is_seen(monkeypatch, form, conv, dtype):
     if form == "floor":  # its twin passes on the centre, and what stands beside it
         monkeypatch.setattr(FloorMixer, "forward", lambda self, x, grid_size: self.proj(self.x_proj(x).roll(1, 1)))
-    monkeypatch.setattr("sit_atconv.speed.forms.published_conv2d", conv)
+    monkeypatch.setattr("sit_atconv.speed.computations.published_conv2d", conv)
     assert taken(form, dtype) > BOUNDS[dtype]
 
 

@@ -8,9 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sit_atconv.models import SiT
 from sit_atconv.models.atconv import ATConv
-from sit_atconv.models.sit import preset_config
-from sit_atconv.speed.costs import cost
-from sit_atconv.speed.forms import FORMS, LEVELS, attend, published_conv2d
+from sit_atconv.models.costs import multiply_adds
+from sit_atconv.models.presets import preset_config
+from sit_atconv.speed.computations import attend, published_conv2d
+from sit_atconv.speed.costs import form_multiply_adds, operator_cost
+from sit_atconv.speed.forms import FORMS
 
 BASE = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=3, num_heads=4, num_classes=5)
 CONFIGS = {
@@ -43,21 +45,17 @@ def counted(function, *inputs) -> int:
 def model_of(form, config):
     model = SiT(**config)
     for block in model.blocks:
-        block.attn = FORMS[form].mixer(block.attn)
+        block.attn = FORMS[form].take(block.attn)
         if isinstance(block.attn, ATConv):
             block.attn = Counted(block.attn)
     return model
-
-
-def mixer_of(form):
-    return preset_config(FORMS[form].preset.format("Tiny/2"))["mixer"]
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("form", FORMS)
 def test_multiply_adds_of_mixer_block_and_model(form, changes):
     grid_size = (3, 5)
-    config = {**BASE, "mixer": mixer_of(form), **changes}
+    config = {**BASE, "mixer": FORMS[form].mixer, **changes}
     model, (H, W), p = model_of(form, config), grid_size, config["patch_size"]
     x, c = torch.randn(2, H * W, 32), torch.randn(2, 32)
     runs = {
@@ -65,15 +63,15 @@ def test_multiply_adds_of_mixer_block_and_model(form, changes):
         "block": (model.blocks[0], x, c, grid_size),
         "model": (model, torch.randn(2, 3, H * p, W * p), torch.rand(2), torch.zeros(2, dtype=torch.int64)),
     }
-    for level in [level for level in runs if form in LEVELS[level] or level == "model"]:
-        assert cost(level, form, config, grid_size, batch_size=2).multiply_adds == counted(*runs[level]), level
+    for level in [level for level in runs if level in FORMS[form].levels or level == "model"]:
+        assert 2 * form_multiply_adds(level, form, config, grid_size) == counted(*runs[level]), level
 
 
 @pytest.mark.parametrize("changes", [{"kernel_pool": "grid"}, {"mixer": ["attention", "atconv", "atconv"]}])
 def test_multiply_adds_of_other_models(changes):
     config = {**BASE, **changes}
     inputs = torch.randn(1, 3, 8, 8), torch.rand(1), torch.zeros(1, dtype=torch.int64)
-    assert cost("model", "atconv", config, (4, 4)).multiply_adds == counted(model_of("atconv", config), *inputs)
+    assert multiply_adds(config, (4, 4)) == counted(model_of("atconv", config), *inputs)
 
 
 @pytest.mark.parametrize("form, k, D, quantities", [
@@ -92,50 +90,29 @@ def test_multiply_adds_of_the_operators_and_their_gradients(form, k, D, quantiti
     def function(*tensors):
         return attend(*tensors, 4) if form == "attention" else published_conv2d(*tensors, grid_size)
 
-    assert cost("op", form, config, grid_size).multiply_adds == counted(function, *leaves)
+    cost = operator_cost(form, config, grid_size)
+    assert cost["forward"][0] == counted(function, *leaves)
     with sdpa_kernel(SDPBackend.MATH):
         y = function(*leaves)
     for quantity, wanted in quantities.items():
         found = counted(lambda w=wanted: torch.autograd.grad(y.sum(), [leaves[i] for i in w], retain_graph=True))
-        assert cost("op", form, config, grid_size, quantity=quantity).multiply_adds == found, quantity
+        assert cost[quantity][0] == found, quantity
 
 
-def test_the_operators_do_the_same_arithmetic_for_every_sample_and_channel():
-    one = cost("op", "atconv", {"hidden_size": 1}, (3, 5))
-    assert cost("op", "published", {"hidden_size": 8}, (3, 5), batch_size=4).multiply_adds == 32 * one.multiply_adds
-    assert cost("op", "floor", {}, (3, 5)).multiply_adds == 0
+def test_the_operators_do_the_same_arithmetic_for_every_channel():
+    (one, _), (eight, _) = (operator_cost("atconv", {"hidden_size": D}, (3, 5))["forward"] for D in (1, 8))
+    assert eight == 8 * one and operator_cost("floor", {}, (3, 5))["forward"][0] == 0
 
 
-@pytest.mark.parametrize("form", ["attention", "atconv", "hybrid"])
-@pytest.mark.parametrize("changes", [{}, {"kernel_size": 5}, {"qk_norm": True}, {"use_pos_embed": True}])
-def test_weights_are_all_read_once_but_for_the_label_table(form, changes):
-    config = {**BASE, "mixer": mixer_of(form), **changes}
-    model = SiT(**config)
-    weights = sum(p.numel() for p in model.parameters()) - model.y_embedder.embedding_table.weight.numel()
-    row, image = 32, 3 * 8 * 8
-    found = cost("model", form, config, (4, 4), batch_size=7, element_size=2).bytes
-    assert found == 2 * (weights + 7 * (row + 2 * image))
-    block = model.blocks[1]
-    name = "attention" if form == "attention" else "atconv"
-    found = cost("block", name, config, (4, 4), element_size=2).bytes
-    assert found == 2 * (sum(p.numel() for p in block.parameters()) + 2 * 16 * 32 + 32)
-
-
-def test_bytes_of_the_operator_are_its_inputs_and_outputs():
-    found = {q: cost("op", "atconv", {"hidden_size": 8}, (4, 6), quantity=q, batch_size=3, element_size=2).bytes
-             for q in ("forward", "grad_x", "grad_kernels", "backward")}
-    x, kernels = 3 * 24 * 8, 3 * 8 * 9
-    one = 2 * (2 * x + kernels)
-    assert found == {"forward": one, "grad_x": one, "grad_kernels": one, "backward": 2 * (3 * x + 2 * kernels)}
-    assert cost("op", "attention", {"hidden_size": 8}, (4, 6)).bytes == 4 * (3 + 1) * 24 * 8  # q, k, v; y
+def test_numbers_of_the_operator_are_its_inputs_and_outputs():
+    found = {q: numbers for q, (_, numbers) in operator_cost("atconv", {"hidden_size": 8}, (4, 6)).items()}
+    x, kernels = 24 * 8, 8 * 9
+    one = 2 * x + kernels
+    assert found == {"forward": one, "grad_x": one, "grad_kernels": one, "backward": 3 * x + 2 * kernels}
+    assert operator_cost("attention", {"hidden_size": 8}, (4, 6))["forward"][1] == (3 + 1) * 24 * 8  # q, k, v; y
 
 
 @pytest.mark.parametrize("form, giga", [("attention", 118.6), ("published", 105.0), ("atconv", 95.9)])
 def test_published_multiply_adds(form, giga):
-    config = preset_config(FORMS[form].preset.format("XL/2"))
-    assert round(cost("model", form, config, (16, 16)).multiply_adds / 1e9, 1) == giga
-
-
-def test_only_forwards_are_counted_above_the_operator():
-    with pytest.raises(ValueError, match="only the forward of a block is counted, not 'backward'"):
-        cost("block", "atconv", {}, (4, 4), quantity="backward")
+    config = {**preset_config("SiT-XL/2"), "mixer": FORMS[form].mixer}
+    assert round(form_multiply_adds("model", form, config, (16, 16)) / 1e9, 1) == giga

@@ -3,14 +3,7 @@ import itertools
 import pytest
 import torch
 
-from sit_atconv.speed.timing import (
-    Rotation,
-    Rounds,
-    describe_environment,
-    open_device,
-    peak_bytes,
-    time_interleaved,
-)
+from sit_atconv.speed.timing import Rotation, Rounds, peak_bytes, time_interleaved
 
 CPU = torch.device("cpu")
 
@@ -81,20 +74,3 @@ def test_on_a_gpu_graphs_run_every_set_and_backwards_too():
     torch.cuda.synchronize()
     for i in range(5):
         assert torch.equal(sums[i] - before[i], torch.full_like(sums[i], 3.0 * i**2 * rotation.calls_per_run / 5))
-
-
-def test_unknown_device_is_named():
-    with pytest.raises(ValueError, match=r"device 'abacus' cannot be used here.*give cpu"):
-        open_device("abacus")
-
-
-def test_auto_is_the_cpu_where_there_is_nothing_else(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    assert open_device("auto") == CPU
-
-
-def test_the_environment_says_where_and_with_what():
-    found = describe_environment(CPU)
-    assert found["device"] == "cpu" and found["hardware"] and found["cuda"] is None
-    assert found["cpu_threads"] == torch.get_num_threads() and found["torch"] == torch.__version__
-    assert {"python", "timm", "diffusers", "date", "float32_matmul_precision"} <= set(found)

@@ -6,8 +6,8 @@ import itertools
 import pytest
 import torch
 
-from sit_atconv.checkpoints.runs import TrainingState, save_checkpoint
-from sit_atconv.checkpoints.weights import Recipe
+from sit_atconv.checkpoints.recipe import Recipe
+from sit_atconv.checkpoints.training_state import TrainingState, save_checkpoint
 from sit_atconv.flow import FlowMatching
 from sit_atconv.models import SiT
 from sit_atconv.speed.timing import peak_bytes

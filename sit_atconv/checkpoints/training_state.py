@@ -1,9 +1,7 @@
-"""The folder of a training run, and the checkpoints in it that training resumes from.
+"""Checkpoints that training resumes from.
 
-    RUN/config.yaml, data.json     the resolved configuration, and what the data are
-    RUN/stats.jsonl, loss.png      the loss and more, as it went
-    RUN/samples/step-*.png         pictures drawn from the EMA weights on the way
-    RUN/checkpoints/step-*/        model/, ema/, ema-DECAY/ (exported weights), optimizer.safetensors, state.json
+    RUN/checkpoints/step-*/        model/, ema/, ema-DECAY/ (exported weights), optimizer.safetensors, state.json,
+                                   and auxiliary.safetensors of a run with an auxiliary loss
 
 state.json, written last, holds the sha256 of everything else. Nothing is ever unpickled.
 """
@@ -12,18 +10,21 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sit_atconv.checkpoints.weights import WEIGHTS_FILE, Recipe, save_weights
-from sit_atconv.runtime.files import PARTIAL, flush, sha256_of, write_aside
+from sit_atconv.checkpoints.exported import WEIGHTS_FILE, save_weights
+from sit_atconv.checkpoints.recipe import Recipe
+from sit_atconv.checkpoints.run_folder import checkpoint_step, list_checkpoints, newest_checkpoint
+from sit_atconv.runtime.files import PARTIAL, flush, sha256_of
 
 if TYPE_CHECKING:  # finding a checkpoint must not wait for torch: it is imported where it is used
     import torch
+
+AUXILIARY_FILE = "auxiliary.safetensors"
 
 
 @dataclass(frozen=True)
@@ -35,33 +36,24 @@ class TrainingState:
         averages: decay -> average; the first lies in `ema`, any other in `ema-DECAY`.
         optimizer: the optimizer.
         scaler: the gradient scaler of fp16, or None.
+        auxiliary: the auxiliary loss, whose parameters are saved beside the exported weights; or None.
     """
 
     model: "torch.nn.Module"
     averages: "Mapping[float, torch.nn.Module]"
     optimizer: "torch.optim.Optimizer"
     scaler: "torch.amp.GradScaler | None" = None
+    auxiliary: "torch.nn.Module | None" = None
+
+    def parameters(self) -> "dict[str, torch.nn.Parameter]":
+        """Returns all parameters by name, those of the auxiliary loss as "auxiliary.NAME"."""
+        own = self.auxiliary.named_parameters() if self.auxiliary is not None else ()
+        return dict(self.model.named_parameters()) | {f"auxiliary.{name}": p for name, p in own}
 
     def average_folders(self) -> "dict[str, tuple[float, torch.nn.Module]]":
         """Folder -> (decay, average)."""
         named = enumerate(self.averages.items())
         return {f"ema-{decay}" if i else "ema": (decay, model) for i, (decay, model) in named}
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint of the last step in a run folder, or None. Its content is not looked at."""
-    checkpoints = list_checkpoints(run)
-    return checkpoints[-1] if checkpoints else None
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints, oldest first. (One being written or deleted bears another name.)"""
-    found = [path for path in run.glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=checkpoint_step)
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 # -------------------------------------------------------------------------------------------------------- saving
@@ -100,6 +92,8 @@ def save_checkpoint(
         for name, (decay, model) in state.average_folders().items():
             save_weights(model, dataclasses.replace(recipe, ema_decay=decay), partial / name)
         save_file(_optimizer_tensors(state), partial / "optimizer.safetensors")
+        if state.auxiliary is not None:
+            save_file(state.auxiliary.state_dict(), partial / AUXILIARY_FILE)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         content = {
             "step": recipe.step,
@@ -147,8 +141,8 @@ def _remove(path: Path) -> None:
 
 def _optimizer_tensors(state: TrainingState) -> "dict[str, torch.Tensor]":
     """The optimizer's moments and step counts, by the parameters' names."""
-    named = state.model.named_parameters()
-    return {f"{name}/{key}": value for name, p in named for key, value in state.optimizer.state.get(p, {}).items()}
+    return {f"{name}/{key}": value for name, p in state.parameters().items()
+            for key, value in state.optimizer.state.get(p, {}).items()}
 
 
 # ------------------------------------------------------------------------------------------------------- loading
@@ -221,6 +215,8 @@ def load_checkpoint(checkpoint: Path, state: TrainingState) -> dict:
         state.model.load_state_dict(load_file(checkpoint / "model" / WEIGHTS_FILE))
         for name, (_, model) in state.average_folders().items():
             model.load_state_dict(load_file(checkpoint / name / WEIGHTS_FILE))
+        if state.auxiliary is not None:
+            state.auxiliary.load_state_dict(load_file(checkpoint / AUXILIARY_FILE))
         _restore_optimizer(state, load_file(checkpoint / "optimizer.safetensors"))
         if state.scaler:
             state.scaler.load_state_dict(content["scaler"])
@@ -234,7 +230,7 @@ def _restore_optimizer(state: TrainingState, tensors: "dict[str, torch.Tensor]")
     for key, value in tensors.items():
         name, _, kind = key.rpartition("/")
         moments.setdefault(name, {})[kind] = value
-    names = {p: name for name, p in state.model.named_parameters()}
+    names = {p: name for name, p in state.parameters().items()}
     ordered = [names[p] for group in state.optimizer.param_groups for p in group["params"]]
     by_index = {index: moments[name] for index, name in enumerate(ordered) if name in moments}
     groups = state.optimizer.state_dict()["param_groups"]
@@ -252,28 +248,3 @@ def set_aside(checkpoint: Path) -> Path:
 
 def _reason(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-# --------------------------------------------------------------------------------------------------------- stats
-
-def append_stats(run: Path, line: dict) -> None:
-    """Adds one line to stats.jsonl."""
-    with open(run / "stats.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def read_stats(run: Path, up_to_step: int | None = None) -> list[dict]:
-    """The lines of stats.jsonl, up to a step. (A line that a kill cut short is left out.)"""
-    path, lines = run / "stats.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    lines = [line for line in lines if isinstance(line, dict) and "step" in line]
-    return [line for line in lines if up_to_step is None or line["step"] <= up_to_step]
-
-
-def rewind_stats(run: Path, step: int) -> None:
-    """Drops what was logged after the step that a run goes on from, since it will be logged again."""
-    write_aside(run / "stats.jsonl", "".join(json.dumps(line) + "\n" for line in read_stats(run, step)))

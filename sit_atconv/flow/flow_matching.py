@@ -1,4 +1,4 @@
-"""What is drawn and what is regressed in training (SiT, arXiv 2401.08740, sections 2 and 3)."""
+"""Flow matching along an interpolant (SiT, arXiv 2401.08740, sections 2 and 3): the default objective."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sit_atconv.flow.interpolants import Interpolant, get_interpolant
+from sit_atconv.flow.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class FlowMatching:
+class FlowMatching(Objective):
     """The training objective: a regression along an interpolant, with label dropout for guidance.
 
     Args:
@@ -66,10 +66,6 @@ class FlowMatching:
             raise ValueError("flow.weighting likelihood is infinite at t = 1 for the prediction velocity: "
                              "predict noise, score or data, or set flow.weighting to none")
 
-    @property
-    def interpolant(self) -> Interpolant:
-        return get_interpolant(self.path)
-
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Draw:
         """Noise, times and label dropout of a batch (B, C, H, W), on the generator's device."""
         device = generator.device
@@ -84,16 +80,8 @@ class FlowMatching:
         dropped = torch.rand(shape[0], generator=generator, device=device) < self.class_dropout_prob
         return Draw(noise, t0 + (t1 - t0) * u, dropped)
 
-    def loss(self, model, data: Tensor, y: Tensor, draw: Draw, null_label: int | None) -> Tensor:
-        """Weighted mean squared error of each sample, (B,).
-
-        Args:
-            model: (x, t, y) -> the prediction, (B, C, H, W).
-            data: images or latents (B, C, H, W).
-            y: labels (B,).
-            draw: what `draw` gave for them.
-            null_label: the label that dropped ones become; None where the model has none (dropout must be 0).
-        """
+    def loss(self, model, data: Tensor, y: Tensor, draw: Draw, null_label: int | None) -> dict[str, Tensor]:
+        """Computes the weighted mean squared error of each sample, (B,)."""
         if self.class_dropout_prob > 0:
             y = torch.where(draw.dropped, null_label, y)
         path, noise, t = self.interpolant, draw.noise, draw.t
@@ -106,7 +94,7 @@ class FlowMatching:
             error = output - noise
         else:  # a score is -noise / sigma: compared as noise, it is finite
             error = path.noise_from_score(output, t) - noise
-        return self.weights(t) * error.square().flatten(1).mean(1)
+        return {"loss": self.weights(t) * error.square().flatten(1).mean(1)}
 
     def weights(self, t: Tensor) -> Tensor:
         """What each time's squared error is multiplied with, (B,)."""

@@ -1,0 +1,68 @@
+"""Counts the multiply-adds of a SiT from shapes alone, as published figures count them.
+
+Counted are linears, convolutions and attention's two products.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from sit_atconv.models.mixers import MIXERS, mixer_names
+from sit_atconv.models.sit import SiT
+
+TIME_FEATURES = 256  # cosines and sines that describe a time
+DEFAULTS = {
+    name: argument.default
+    for name, argument in inspect.signature(SiT.__init__).parameters.items()
+    if argument.default is not argument.empty
+}  # of SiT's constructor
+
+
+def multiply_adds(
+    model: SiT | Mapping, grid_size: tuple[int, int], of_mixer: Callable[[str], int] | None = None
+) -> int:
+    """Returns the multiply-adds of one forward of one image.
+
+    Args:
+        model: a SiT on any device, or arguments of its constructor; missing ones have their defaults.
+        grid_size: (H, W) in tokens.
+        of_mixer: counts one token mixer, given its name; None counts each as it is in SiT.
+    """
+    config = {**DEFAULTS, **(model.config if isinstance(model, SiT) else model)}
+    N, D = math.prod(grid_size), config["hidden_size"]
+    patch = config["patch_size"] ** 2 * config["in_channels"]
+    names = mixer_names(config["mixer"], config["depth"])
+    of_mixer = of_mixer or (lambda name: mixer_multiply_adds(name, config, grid_size))
+    counts = {name: of_mixer(name) for name in dict.fromkeys(names)}
+    embedders = N * patch * D + TIME_FEATURES * D + D * D
+    blocks = sum(counts[name] + block_multiply_adds(config, grid_size) for name in names)
+    final_layer = 2 * D * D + N * D * patch * (2 if config["learn_sigma"] else 1)
+    return embedders + blocks + final_layer
+
+
+def block_multiply_adds(config: Mapping, grid_size: tuple[int, int]) -> int:
+    """Returns those of one block without its token mixer. `config` is whole."""
+    N, D = math.prod(grid_size), config["hidden_size"]
+    return 2 * N * D * int(D * config["mlp_ratio"]) + 6 * D * D
+
+
+def mixer_multiply_adds(name: str, config: Mapping, grid_size: tuple[int, int]) -> int:
+    """Returns those of one token mixer, by its entry or, where that has none, by torch. `config` is whole.
+
+    Raises:
+        ValueError: torch cannot count them without data.
+    """
+    mixer, N, D = MIXERS.find(name), math.prod(grid_size), config["hidden_size"]
+    if mixer.multiply_adds is not None:
+        return mixer.multiply_adds(config, grid_size)
+    try:
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            mixer.build(D, config)(torch.empty(1, N, D), grid_size)
+    except (NotImplementedError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the multiply-adds of the mixer {name} cannot be counted on tensors without data ({reason}): "
+                         "give its entry multiply_adds") from error
+    return counter.get_total_flops() // 2

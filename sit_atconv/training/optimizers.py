@@ -1,0 +1,102 @@
+"""Optimizers: any of torch's or of a user's, by class path, and Muon with AdamW for what is no matrix.
+
+    accelerate launch sit_atconv/train.py --optimizer AdamW --optimizer.betas "[0.9, 0.95]"
+    accelerate launch sit_atconv/train.py --optimizer sit_atconv.training.optimizers.MuonAdamW
+"""
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from sit_atconv.runtime.devices import has_fused_optimizers
+
+
+def parameter_groups(modules: Sequence[nn.Module], weight_decay: float) -> list[dict]:
+    """Returns the trainable parameters: matrices decay; norms, biases, embeddings and `difference_control` do not."""
+    every = [module for each in modules for module in each.modules()]
+    tables = {p for module in every if isinstance(module, nn.Embedding) for p in module.parameters()}
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1 and p not in tables]
+    others = [p for p in trained if p.ndim <= 1 or p in tables]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def make_optimizer(
+    kind: type[torch.optim.Optimizer], modules: Sequence[nn.Module], lr: float, weight_decay: float, options: dict
+) -> torch.optim.Optimizer:
+    """Builds an optimizer of the trainable parameters, fused where it can be.
+
+    Args:
+        kind: its class.
+        modules: the model, and an auxiliary loss.
+        lr: learning rate; the training loop sets it anew in each step.
+        weight_decay: of matrices.
+        options: further arguments of the constructor.
+
+    Raises:
+        ValueError: the class refuses the parameters or the options.
+    """
+    groups = parameter_groups(modules, weight_decay)
+    fused = {}
+    if "fused" in inspect.signature(kind).parameters and has_fused_optimizers(next(modules[0].parameters()).device):
+        fused = {"fused": True}
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    try:
+        return kind(groups, lr=lr, **options, **fused)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"the optimizer {kind.__name__} cannot be made ({str(error).splitlines()[0]})") from error
+
+
+def step_where(updated: Tensor, optimizer: torch.optim.Optimizer, step) -> None:
+    """Calls `step` where `updated`, a 0-d bool on the device, is true.
+
+    A fused optimizer leaves that to the device (`found_inf` is how torch's GradScaler tells it); for others the host
+    waits for the device.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = (~updated).float()
+        step()
+    elif updated.item():
+        step()
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024) for the matrices of the first group, AdamW for all other parameters.
+
+    Args:
+        params: groups of parameters, as `parameter_groups` returns them.
+        lr: learning rate of both; Muon's updates are scaled to the size of AdamW's (arXiv 2502.16982).
+        momentum: Muon's momentum.
+        betas: AdamW's decays of the gradient's moments.
+
+    Raises:
+        ValueError: this version of torch has no Muon.
+    """
+
+    def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95, betas: tuple[float, float] = (0.9, 0.95)):
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"Muon needs torch 2.9 or later, not {torch.__version__}")
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
+        first, *others = self.param_groups
+        matrices = {**first, "params": [p for p in first["params"] if p.ndim == 2]}
+        rest = {**first, "params": [p for p in first["params"] if p.ndim != 2]}
+        self.muon = torch.optim.Muon([matrices], momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW([rest, *others], betas=betas)
+        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+        self._share()
+
+    def _share(self) -> None:
+        """Lets both parts work on our state and our groups, so that saving and learning rates see one optimizer."""
+        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        self.muon.state = self.adamw.state = self.state
+
+    def step(self, closure=None) -> None:
+        self.muon.step()
+        self.adamw.step()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self._share()

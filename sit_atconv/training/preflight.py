@@ -1,0 +1,155 @@
+"""Everything that can be wrong with what was asked, found before any process group starts."""
+
+import contextlib
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sit_atconv.checkpoints.run_folder import checkpoint_step, list_checkpoints
+from sit_atconv.checkpoints.training_state import Resumable, find_resumable, set_aside
+from sit_atconv.checkpoints.warm_start import Start, start_from
+from sit_atconv.data.codecs import Codec
+from sit_atconv.data.order import BatchOrder, hold_out
+from sit_atconv.data.sources import describe_data
+from sit_atconv.models import SiT
+from sit_atconv.runtime.commands import is_main_process
+from sit_atconv.runtime.devices import on_cpu, prepare_device
+from sit_atconv.runtime.files import check_room, exclusive
+from sit_atconv.training.config import Config
+from sit_atconv.training.estimate import Plan, checkpoint_bytes, checkpoints_at_once, estimate, report, time_step
+from sit_atconv.training.meter import check_tracker
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run, all of it checked.
+
+    Args:
+        config: what was asked.
+        data: the data set.
+        codec: pixels to what the model sees.
+        held_out: indices of the images that are never trained on.
+        order: images of every micro-batch of this process.
+        net: the model as initialised, or with the weights that it starts from.
+        found: the checkpoint to resume from.
+        start: what was kept of --init-from.
+        description: what the data are, for data.json.
+        empty_classes: labels of which no image is trained on.
+        null_label_trained: as `Recipe` has it.
+    """
+
+    config: Config
+    data: object
+    codec: Codec
+    held_out: np.ndarray
+    order: BatchOrder
+    net: SiT
+    found: Resumable
+    start: Start
+    description: dict
+    empty_classes: list[int]
+    null_label_trained: bool | None
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the model sees."""
+        return self.codec.channels, self.net.config.input_size, self.net.config.input_size
+
+
+def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> Job | None:
+    """Checks a run and opens what it needs; the main process then holds its folder.
+
+    Args:
+        config: what was asked.
+        sampling: command that samples from the run, to print where it is complete.
+        to_release: closes what is opened.
+
+    Returns:
+        None if there is nothing to train: a dry run, or a run that is complete; what there is to say is printed.
+
+    Raises:
+        ValueError, OSError: something asked for is impossible; the message names it and the remedy.
+    """
+    run, train = config.out, config.train
+    rules = config.data_rules()
+    data, codec = config.data.open(rules)
+    held_out = hold_out(len(data), config.data.held_out)
+    order = BatchOrder(
+        len(data), train.batch_size, seed=train.seed, accumulation=train.accumulation,
+        rank=int(os.environ.get("RANK", "0")), num_processes=int(os.environ.get("WORLD_SIZE", "1")),
+        mirror=config.data.mirror, held_out=held_out,
+    )
+    empty_classes = config.data.find_empty_classes(data, held_out, exists=rules is not None)
+    torch.manual_seed(train.seed)
+    net = SiT(**config.model, num_classes=len(data.class_names), in_channels=codec.channels,
+              input_size=codec.latent_size(data.image_size))
+    config.check_dropout(net.null_label)
+    config.check_previews(net.null_label)
+    check_auxiliary(config, net, data)
+    check_tracker(train.tracker)
+    plan = Plan.of(train, order)
+    if config.dry_run:
+        if is_main_process():
+            print(dry_run(net, config, plan))
+        return None
+
+    # What the run's folder holds already
+    description = describe_data(data, codec)
+    config.check_resumable(description)
+    saved, start = list_checkpoints(run), Start([], False)
+    if not saved or checkpoint_step(saved[-1]) < train.steps:
+        check_room(run, max(1, checkpoints_at_once(plan) - len(saved)) * checkpoint_bytes(net, plan.num_averages))
+    if config.init_from and not saved:
+        start = start_from(net, config.init_from, config.flow.path, config.flow.prediction, codec.describe(),
+                           class_names=[*data.class_names])
+    if is_main_process():
+        to_release.enter_context(exclusive(run))
+    found = find_resumable(run)
+    null_label_trained = config.flow.class_dropout_prob > 0 or start.null_label_trained
+    if found.checkpoint and not null_label_trained:
+        null_label_trained = had_trained_null_label(found.checkpoint, None if config.init_from else False)
+    config.check_previews(None if null_label_trained is False else net.null_label)
+    if found.step > train.steps:
+        raise ValueError(f"{run} stands at step {found.step} already, beyond train.steps {train.steps}")
+    if found.step == train.steps:
+        if is_main_process():
+            for damaged, problem in found.damaged.items():
+                print(f"warning: {damaged} is damaged: {problem}. It is now {set_aside(damaged)}", file=sys.stderr)
+            print(f"{run} is complete: {train.steps} steps, in {found.checkpoint}\nsample: {sampling}")
+        return None
+    return Job(config, data, codec, held_out, order, net, found, start, description, empty_classes, null_label_trained)
+
+
+def check_auxiliary(config: Config, net: SiT, data) -> None:
+    """Builds the auxiliary loss. Raises ValueError if it needs pixels or a block that are not there."""
+    auxiliary = config.auxiliary
+    if auxiliary is None:
+        return
+    if auxiliary.needs_pixels and data.is_encoded:
+        raise ValueError(f"auxiliary {type(auxiliary).__name__} needs pixels, and cached latents hold none: give "
+                         "--data.images instead of --data.latents")
+    if auxiliary.block is not None and not 1 <= auxiliary.block <= net.config.depth:
+        raise ValueError(f"auxiliary {type(auxiliary).__name__} needs block {auxiliary.block}, and the model has "
+                         f"blocks 1 ... {net.config.depth}")
+    auxiliary.build(net)
+
+
+def had_trained_null_label(checkpoint: Path, if_unknown: bool | None) -> bool | None:
+    """Returns what the recipe of a checkpoint says, or `if_unknown` for one older than that field."""
+    trained = json.loads((checkpoint / "model" / "recipe.json").read_text()).get("null_label_trained")
+    return if_unknown if trained is None else trained
+
+
+def dry_run(net: SiT, config: Config, plan: Plan) -> str:
+    """Returns what the run will need, some of it measured on this process's device."""
+    device = torch.device("cpu") if on_cpu() else torch.accelerator.current_accelerator()
+    prepare_device(device, config.train.cpu_threads, config.train.tf32)
+    found = estimate(net, plan)
+    if config.train.activation_checkpointing:
+        net.enable_gradient_checkpointing()
+    return report(found, time_step(net.to(device), config.flow, plan, found.memory, device))
