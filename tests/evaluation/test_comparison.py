@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
 from sit_atconv.evaluation.charts import pareto_front, spread, trend
+from sit_atconv.evaluation.compare import compare
 from sit_atconv.evaluation.comparison import (
     Comparison,
     Run,
-    compare,
     distinct_names,
     in_words,
     paths_to_name,
@@ -23,7 +23,8 @@ from sit_atconv.evaluation.comparison import (
     to_csv,
     to_markdown,
 )
-from sit_atconv.evaluation.records import Evaluation, Score, jackknife_error
+from sit_atconv.evaluation.records import Evaluation
+from sit_atconv.evaluation.scores import Score, jackknife_error
 from sit_atconv.runtime.installation import command
 
 FOLDER = "step0400000-cfg{cfg:g}-{solver}{steps}-balanced-seed0-n{num}"
@@ -115,10 +116,13 @@ def test_each_file_is_read_once_and_a_folder_may_hold_several(save):
 def test_what_cannot_be_compared_is_named(save, tmp_path):
     folders = save(record(), record(cfg=2.0))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "0.png").touch()
     (tmp_path / "list.json").write_text("[]")
     for sources, options, message in (
         ([tmp_path / "nowhere"], {}, "nowhere does not exist: give a JSON"),
-        ([tmp_path / "empty"], {}, "empty holds no scores-.*: evaluate it first"),
+        ([tmp_path / "empty"], {}, r"empty holds neither scores-\*\.json nor samples: give a folder"),
+        ([tmp_path / "samples"], {}, "samples holds no scores-.*: evaluate it first"),
         ([tmp_path / "list.json"], {}, "list.json is no evaluation"),
         ([tmp_path / "list.json", tmp_path / "empty", tmp_path / "empty"], {},
          r"none of these is an evaluation \(1 JSON file, 2 folders without scores-\*.json\): evaluate samples first"),
