@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sit_atconv.models.mixers import MIXERS, mixer_names
@@ -58,8 +60,8 @@ def mixer_multiply_adds(name: str, config: Mapping, grid_size: tuple[int, int]) 
     mixer, N, D = MIXERS.find(name), math.prod(grid_size), config["hidden_size"]
     if mixer.multiply_adds is not None:
         return mixer.multiply_adds(config, grid_size)
-    try:
-        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    try:  # with fake tensors: those of the public device "meta" have no autocast
+        with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             mixer.build(D, config)(torch.empty(1, N, D), grid_size)
     except (NotImplementedError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]

@@ -88,11 +88,12 @@ def test_entries_know_their_tensors(name, options):
     assert recognise_mixer(tensors) is None
 
 
-def test_torch_counts_what_the_attentions_entry_counts(monkeypatch):
+@pytest.mark.parametrize("name", ["atconv", "attention"])
+def test_torch_counts_what_our_entries_count(monkeypatch, name):
     config = {**DEFAULTS, "hidden_size": 32, "num_heads": 4}
-    expected = mixer_multiply_adds("attention", config, (3, 5))
-    monkeypatch.setitem(MIXERS._entries, "attention", Mixer(build=MIXERS["attention"].build))
-    assert mixer_multiply_adds("attention", config, (3, 5)) == expected
+    expected = mixer_multiply_adds(name, config, (3, 5))
+    monkeypatch.setitem(MIXERS._entries, name, Mixer(build=MIXERS[name].build))
+    assert mixer_multiply_adds(name, config, (3, 5)) == expected
 
 
 def test_a_mixer_that_needs_data_must_count_itself(monkeypatch):
