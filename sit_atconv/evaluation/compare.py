@@ -14,6 +14,7 @@ from sit_atconv.evaluation.comparison import in_words, read_comparison, to_csv, 
 from sit_atconv.evaluation.metrics import kinds_of_scores
 from sit_atconv.runtime.commands import ArgumentParser, add_import_option, run_command, user_errors
 from sit_atconv.runtime.files import write_aside
+from sit_atconv.runtime.installation import command
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -71,7 +72,8 @@ def compare(
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        usage="python eval/compare.py RUN [RUN ...] [--out DIR] [--names A B ...] [--baseline 1] [--metric FID]",
+        prog=command("compare"),
+        usage="%(prog)s RUN [RUN ...] [--out DIR] [--names A B ...] [--baseline 1] [--metric FID]",
         description="Compares evaluations: table on stdout, and in DIR as Markdown and CSV; charts of the metric "
         "against sampler steps, guidance, training step and speed, where there is something to draw.",
     )

@@ -22,7 +22,7 @@ from sit_atconv.evaluation.records import (
     read_evaluation,
 )
 from sit_atconv.evaluation.scores import Score
-from sit_atconv.runtime.commands import script_path
+from sit_atconv.runtime.installation import command
 from sit_atconv.runtime.settings import flatten
 
 SAMPLER = "samples.sampler"
@@ -174,7 +174,7 @@ def _counted(sources: Sequence[Path]) -> str:
 
 
 def _evaluate(samples: Path) -> str:
-    return f"python {script_path('eval/fid.py')} --samples {shlex.quote(str(samples))} --reference REFERENCE"
+    return f"{command('fid')} --samples {shlex.quote(str(samples))} --reference REFERENCE"
 
 
 def paths_to_name(files: Sequence[Path]) -> list[Path]:

@@ -22,6 +22,7 @@ from sit_atconv.runtime.commands import (
     run_command,
     user_errors,
 )
+from sit_atconv.runtime.installation import command
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,7 +74,8 @@ def check_paths(options: dict, out: str | None, statistics: str | None) -> None:
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        usage="python eval/fid.py --samples SAMPLES --reference REFERENCE [--extractor inception] [options]",
+        prog=command("fid"),
+        usage="%(prog)s --samples SAMPLES --reference REFERENCE [--extractor inception] [options]",
         description="Compares samples with a reference: FID, sFID, Inception Score, precision and recall as the ADM "
         "evaluator measures them, and KID, by torch-fidelity, with standard errors. Prints one JSON object and writes "
         "it down, with all that could change the scores. Interrupted, the same command goes on where it was.",

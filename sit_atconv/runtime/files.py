@@ -100,6 +100,8 @@ def exclusive(folder: Path) -> Iterator[None]:
         ValueError: another process holds it; the message says which.
         OSError: it cannot be written to.
     """
+    # filelock 4.3 was tried: it keeps the holder's name, and neither a kill nor a forked worker keeps its lock. But it
+    # needs Python 3.11, and raises as fcntl does on most file systems without locks, so that little would go here.
     import fcntl  # not on Windows, where everything else works
 
     path = folder / ".lock"

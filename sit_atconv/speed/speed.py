@@ -25,6 +25,7 @@ from sit_atconv.runtime.commands import (
     run_command,
     user_errors,
 )
+from sit_atconv.runtime.installation import command
 from sit_atconv.runtime.tables import import_module_of
 from sit_atconv.speed.forms import FORMS, LEVELS
 from sit_atconv.speed.options import PRECISIONS, SpeedOptions
@@ -60,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        usage="python eval/speed.py [--preset XL/2] [--levels model sampling] [--resolutions 256 512] [--out DIR] "
+        prog=command("speed"),
+        usage="%(prog)s [--preset XL/2] [--levels model sampling] [--resolutions 256 512] [--out DIR] "
         "[options]",
         description="Times what ATConv is compared with, interleaved in one run, after checking each by a second "
         "computation: milliseconds, images per second, ratios, multiply-adds and peak memory, as JSON, a table and a "

@@ -47,14 +47,16 @@ def test_json_on_stdout_and_all_files_in_the_folder(main, tmp_path, capsys):
 
 def test_token_mixers_of_a_users_module_are_forms(main, tmp_path, capsys, monkeypatch):
     """One is registered by --import, one is named by its path; neither has a second computation."""
-    (tmp_path / "my_mixers.py").write_text(POOLING + "MIXERS.register('pooling', POOLING)\n")
+    (tmp_path / "my_mixers.py").write_text(POOLING)
+    (tmp_path / "my_table.py").write_text(POOLING + "MIXERS.register('pooling', POOLING)\n")
     monkeypatch.setattr(MIXERS, "_entries", dict(MIXERS))
     monkeypatch.setattr(sys, "path", [*sys.path])
     try:
-        main([*QUICK, "--import", "my_mixers", "--forms", "atconv", "pooling", "my_mixers.POOLING", "--baseline",
+        main([*QUICK, "--import", "my_table", "--forms", "atconv", "pooling", "my_mixers.POOLING", "--baseline",
               "pooling", "--levels", "mixer", "block", "model", "train", "sampling", "--depth", "2"])
     finally:
-        sys.modules.pop("my_mixers", None)
+        for module in ("my_mixers", "my_table"):
+            sys.modules.pop(module, None)
     result = json.loads(capsys.readouterr().out)
     assert result["options"]["forms"] == ["atconv", "pooling", "my_mixers.POOLING"]
     table = (tmp_path / "runs/speed/speed.md").read_text()

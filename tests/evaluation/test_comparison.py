@@ -25,7 +25,7 @@ from sit_atconv.evaluation.comparison import (
 )
 from sit_atconv.evaluation.records import Evaluation
 from sit_atconv.evaluation.scores import Score, jackknife_error
-from sit_atconv.runtime.commands import script_path
+from sit_atconv.runtime.installation import command
 
 FOLDER = "step0400000-cfg{cfg:g}-{solver}{steps}-balanced-seed0-n{num}"
 
@@ -398,7 +398,7 @@ def test_what_holds_no_record_is_passed_over_and_counted(save, tmp_path):
     report = compare(sorted(samples.iterdir()), tmp_path / "out")
     assert [line for line in report.messages if line.startswith("passed over")] == [
         "passed over: 2 folders without scores-*.json, 2 JSON files, 1 file, 1 NPZ file, 2 PNG files (to evaluate "
-        f"{samples / 'other'}: python {script_path('eval/fid.py')} --samples {samples / 'other'} --reference "
+        f"{samples / 'other'}: {command('fid')} --samples {samples / 'other'} --reference "
         "REFERENCE)"]
     assert "| cfg1.5 (baseline) |" in report.table and "| cfg2 |" in report.table
 
