@@ -15,7 +15,7 @@ from matplotlib.ticker import EngFormatter, NullLocator
 
 from sit_atconv.evaluation.comparison import SAMPLER, Comparison, Run, distinct_names, said, shared_protocol, short
 from sit_atconv.evaluation.metrics import kind_of, metric_of
-from sit_atconv.runtime.plots import save_figure, set_log
+from sit_atconv.runtime.plots import save_figure, set_log, spread
 from sit_atconv.runtime.settings import flatten
 
 TRENDS = {  # chart -> what varies along its lines, and what to call it
@@ -26,6 +26,7 @@ TRENDS = {  # chart -> what varies along its lines, and what to call it
 TITLE = ("samples.num", "samples.labels", f"{SAMPLER}.solver", f"{SAMPLER}.steps", f"{SAMPLER}.cfg")  # what it says
 
 
+@rc_context({"text.parse_math": False})  # a name may hold a $
 def draw(comparison: Comparison, out: Path) -> tuple[list[Path], list[str]]:
     """Draws OUT/METRIC-steps.png, -cfg.png, -training.png and pareto.png, each if it has something to show.
 
@@ -35,11 +36,6 @@ def draw(comparison: Comparison, out: Path) -> tuple[list[Path], list[str]]:
     Returns:
         The charts, and what is not in them or was not drawn, and why.
     """
-    with rc_context({"text.parse_math": False}):  # a name may hold a $
-        return _draw(comparison, out)
-
-
-def _draw(comparison: Comparison, out: Path) -> tuple[list[Path], list[str]]:
     metric, charts, notes = metric_of(comparison.metric), [], []
     better = metric and ("higher" if metric.higher_is_better else "lower")
     ylabel = f"{comparison.metric} ({better} is better)" if metric else comparison.metric
@@ -215,17 +211,3 @@ def save_pareto(runs: Sequence[Run], metric: str, place: str | None, path: Path,
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.suptitle(_title(runs), fontsize=9)
     save_figure(figure, path)
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Moves heights until neighbours are at least `gap` apart; their order stays.
-
-    Half way between pushing those above up and those below down: either keeps the gaps, and so does their mean.
-    """
-    order = sorted(range(len(heights)), key=lambda i: heights[i])
-    up, down = list(heights), list(heights)
-    for below, above in itertools.pairwise(order):
-        up[above] = max(up[above], up[below] + gap)
-    for above, below in itertools.pairwise(order[::-1]):
-        down[below] = min(down[below], down[above] - gap)
-    return [(a + b) / 2 for a, b in zip(up, down, strict=True)]

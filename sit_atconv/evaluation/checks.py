@@ -84,14 +84,11 @@ def _what_lacks(
     return f"{' and '.join(too_small)}, and {name} needs {metric.at_least} at least" if too_small else None
 
 
-class Warnings:
-    """What was found wrong on the way: printed at once, and kept for the record."""
-
-    def __init__(self):
-        self.found: list[str] = []
+class Warnings(list[str]):
+    """What was found wrong on the way: printed as it is added, and kept for the record."""
 
     def add(self, message: str) -> None:
-        self.found.append(message)
+        self.append(message)
         if is_main_process():
             tqdm.write(f"warning: {message}", file=sys.stderr)
 

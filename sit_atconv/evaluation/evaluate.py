@@ -35,9 +35,11 @@ from sit_atconv.runtime.devices import on_cpu, prepare_device, return_freed_memo
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractionOptions:
-    """How features are extracted; the help of `eval/fid.py` says what each option means."""
+class ReferenceOptions:
+    """A reference, and how features are extracted; the help of `eval/fid.py` says what each option means."""
 
+    reference: str
+    image_size: int | None = None
     extractor: str = "inception"
     weights: str | None = None
     batch_size: int = 64
@@ -46,22 +48,12 @@ class ExtractionOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(ExtractionOptions):
-    """What to evaluate."""
+class EvaluateOptions(ReferenceOptions):
+    """What to evaluate against it."""
 
     samples: str
-    reference: str
     metrics: Sequence[str] = ()
     num_samples: int | None = None
-    image_size: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReferenceOptions(ExtractionOptions):
-    """Of what to write statistics."""
-
-    reference: str
-    image_size: int | None = None
 
 
 def evaluate(options: EvaluateOptions) -> Evaluation | None:
@@ -96,7 +88,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation | None:
         record.protocol(samples, reference, theirs, extractor, is_compared="images" in compared_with),
         record.subject(samples, reference, ours),
         record.environment(state, options.batch_size),
-        warnings.found,
+        list(warnings),
     )
 
 
@@ -124,7 +116,7 @@ def make_reference(options: ReferenceOptions, path: Path) -> dict | None:
     return recipe
 
 
-def _start(options: ExtractionOptions) -> tuple[PartialState, Extractor]:
+def _start(options: ReferenceOptions) -> tuple[PartialState, Extractor]:
     state = PartialState(cpu=on_cpu(), timeout=datetime.timedelta(days=7))  # one may wait long for another's last shard
     prepare_device(state.device, tf32=False)  # nor in the distances of precision and recall
     with state.local_main_process_first() if state.num_processes > 1 else contextlib.nullcontext():  # one downloads
@@ -132,7 +124,7 @@ def _start(options: ExtractionOptions) -> tuple[PartialState, Extractor]:
 
 
 def _extract(
-    options: ExtractionOptions, extractor: Extractor, images: ImageSet, state: PartialState
+    options: ReferenceOptions, extractor: Extractor, images: ImageSet, state: PartialState
 ) -> ExtractedFeatures:
     return extract_together(FeatureShards(options.features, extractor, images, options.batch_size, state.device), state)
 

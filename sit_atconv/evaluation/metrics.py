@@ -5,7 +5,7 @@ charts read it. This file imports no torch; the functions of ours are in metric_
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -67,14 +67,15 @@ class Metric:
     names_num_samples: bool = False
 
     def __post_init__(self):
+        object.__setattr__(self, "scores_elsewhere", self.scores_elsewhere or self.scores)
         if odd := [name for name in (*self.scores, *self.scores_elsewhere) if not name.isidentifier()]:
             raise ValueError(f"the name of a score is an identifier, not {odd[0]!r}")
         if self.reference not in (None, "statistics", "images"):
             raise ValueError(f"the reference of a metric is 'statistics', 'images' or None, not {self.reference!r}")
 
-    def measure(self, found: MetricInput) -> tuple[Score, ...]:
-        """Returns a score for each of `scores`. ValueError: `compute` returned anything else, or none is finite."""
-        computed = self.compute(found)
+    def measure(self, inputs: MetricInput) -> tuple[Score, ...]:
+        """Returns a score for each of `scores`. ValueError: `compute` returned others, or one is not finite."""
+        computed = self.compute(inputs)
         computed = computed if isinstance(computed, tuple) else (computed,)
         scores = tuple(each if isinstance(each, Score) else Score(float(each)) for each in computed)
         if len(scores) != len(self.scores) or not all(math.isfinite(score.value) for score in scores):
@@ -88,13 +89,8 @@ class Metric:
         Frechet distances are biased by the number of samples, so it stands in the name where it is not 50,000; and no
         number of another extractor has the name of Inception's.
         """
-        is_inception = extractor == "inception"
-        names = self.scores if is_inception else [f"{name}-{extractor}" for name in self._elsewhere]
+        names = self.scores if extractor == "inception" else [f"{name}-{extractor}" for name in self.scores_elsewhere]
         return [f"{name}-{num_samples}" if self.names_num_samples and num_samples != FULL else name for name in names]
-
-    @property
-    def _elsewhere(self) -> Sequence[str]:
-        return self.scores_elsewhere or self.scores
 
 
 def _functions():
@@ -106,27 +102,28 @@ def _functions():
 METRICS = Table("metric", Metric, {  # in the order of records and tables
     "fid": Metric(
         scores=("FID",), scores_elsewhere=("FD",), names_num_samples=True, higher_is_better=False,
-        compute=lambda found: _functions().frechet(found.generated, found.real, found.group, progress=True),
+        compute=lambda inputs: _functions().frechet(inputs.generated, inputs.real, inputs.group, progress=True),
         reference="statistics", depends_on=("samples.num", "reference"),
     ),
     "sfid": Metric(
         scores=("sFID",), names_num_samples=True, higher_is_better=False,
-        compute=lambda found: _functions().frechet(found.generated, found.real, found.group, progress=True),
+        compute=lambda inputs: _functions().frechet(inputs.generated, inputs.real, inputs.group, progress=True),
         features="spatial", reference="statistics", depends_on=("samples.num", "reference"),
     ),
     "is": Metric(
         scores=("IS",), scores_elsewhere=("score",), higher_is_better=True,
-        compute=lambda found: _functions().inception_score(found.generated),
+        compute=lambda inputs: _functions().inception_score(inputs.generated),
         features="logits", at_least=1, depends_on=("samples.num",),
     ),
     "prc": Metric(
         scores=("precision", "recall"), higher_is_better=True,
-        compute=lambda found: _functions().precision_recall(found.generated, found.real, found.device, progress=True),
+        compute=lambda inputs: _functions().precision_recall(
+            inputs.generated, inputs.real, inputs.device, progress=True),
         reference="images", at_least=4, depends_on=("samples.num", "compared"),
     ),
     "kid": Metric(
         scores=("KID",), scores_elsewhere=("KD",), higher_is_better=False,
-        compute=lambda found: _functions().kid(found.generated, found.real, found.group, progress=True),
+        compute=lambda inputs: _functions().kid(inputs.generated, inputs.real, inputs.group, progress=True),
         reference="images", depends_on=("compared",),
     ),
 })
@@ -150,7 +147,7 @@ def kind_of(score: str) -> str:
     """Returns the name of a score without extractor and number: "FID" of "FID-1000" and of "FD-digits-1000"."""
     first = score.split("-")[0]
     kinds = {there: here for metric in METRICS.values()
-             for here, there in zip(metric.scores, metric._elsewhere, strict=True)}
+             for here, there in zip(metric.scores, metric.scores_elsewhere, strict=True)}
     return kinds.get(first, first)
 
 

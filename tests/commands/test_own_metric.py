@@ -18,14 +18,14 @@ import torch
 from sit_atconv.evaluation.metrics import METRICS, Metric
 from sit_atconv.evaluation.scores import Score
 
-def closeness(found):
-    return -torch.cdist(found.generated, found.real).amin(1).mean()
+def closeness(inputs):
+    return -torch.cdist(inputs.generated, inputs.real).amin(1).mean()
 
 METRICS.register("near", Metric(scores=("closeness",), compute=closeness, reference="images", higher_is_better=True))
 
 sure = Metric(
     scores=("certainty", "doubt"), scores_elsewhere=("sure", "unsure"), features="logits", higher_is_better=False,
-    compute=lambda found: (Score(float(found.generated.softmax(1).amax(1).mean()), 0.01), 0.25),
+    compute=lambda inputs: (Score(float(inputs.generated.softmax(1).amax(1).mean()), 0.01), 0.25),
 )
 """
 COMMON = ("--reference", "reference.npz", "--extractor", "digits", "--features", "features")

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
-from sit_atconv.evaluation.charts import pareto_front, spread, trend
+from sit_atconv.evaluation.charts import pareto_front, trend
 from sit_atconv.evaluation.compare import compare
 from sit_atconv.evaluation.comparison import (
     Comparison,
@@ -271,14 +271,6 @@ def test_the_front_is_what_no_other_beats():
     assert pareto_front(points) == [(2, 4.0), (4, 4.5), (8, 9.0)]
     assert pareto_front(points, higher=True) == [(8, 9.0)]
     assert pareto_front([(1, 5.0), (2, 6.0), (2, 3.0), (3, 2.0)], higher=True) == [(2, 6.0), (3, 2.0)]
-
-
-def test_labels_are_spread_in_their_order():
-    heights = [0.5, 0.1, 0.5, 0.52, 0.9]
-    placed = spread(heights, 0.1)
-    assert sorted(range(5), key=lambda i: placed[i]) == [1, 0, 2, 3, 4] and placed[1] == 0.1 and placed[4] == 0.9
-    assert min(b - a for a, b in itertools.pairwise(sorted(placed))) >= 0.1 - 1e-9
-    assert sum(placed[i] for i in (0, 2, 3)) == pytest.approx(1.52, abs=0.02)
 
 
 @pytest.fixture

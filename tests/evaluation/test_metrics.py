@@ -38,7 +38,7 @@ def test_a_neighbour_needs_an_image_more():
 
 def test_scores_are_what_the_function_returned():
     def metric(returned, *names):
-        return Metric(scores=names, compute=lambda found: returned, higher_is_better=True)
+        return Metric(scores=names, compute=lambda inputs: returned, higher_is_better=True)
 
     nothing = MetricInput(None, None, None, None)
     score = Score(2.0, 0.5)
