@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import active_children
 from pathlib import Path
 from statistics import median
 
@@ -74,15 +75,16 @@ def measure_loading(
     Raises:
         ValueError: a source that cannot be opened, or is smaller than a batch.
     """
-    loaders, sizes, startups, rates = {}, {}, {}, {name: [] for name in sources}
+    loaders, sizes, startups, pids, rates = {}, {}, {}, {}, {name: [] for name in sources}
     for name, open_source in sources.items():
-        clock = time.perf_counter()
+        clock, others = time.perf_counter(), {*active_children()}
         data = open_source()
         order = BatchOrder(len(data), batch_size, seed=0, mirror=mirror)
         loaders[name], sizes[name] = iter(DataLoader(data, batch_sampler=order, num_workers=num_workers,
                                                      worker_init_fn=leave_ctrl_c_to_the_parent)), len(data)
         next(loaders[name])
         startups[name] = time.perf_counter() - clock
+        pids[name] = [worker.pid for worker in {*active_children()} - others] if num_workers else ["self"]
     memory = dict.fromkeys(sources, 0.0)
     for name in tqdm(list(sources) * rounds, unit="round", disable=not progress):
         for _ in range(2 * num_workers):  # read while the other source was being timed
@@ -93,8 +95,7 @@ def measure_loading(
             next(loaders[name])
             count += batch_size
         rates[name].append(count / (time.perf_counter() - clock))
-        pids = [worker.pid for worker in loaders[name]._workers] if num_workers else ["self"]
-        memory[name] = max(memory[name], sum(map(private_mib, pids)))
+        memory[name] = max(memory[name], sum(map(private_mib, pids[name])))
     return {name: LoadingSpeed(sizes[name], median(rates[name]), rates[name], startups[name], memory[name] or None)
             for name in sources}
 

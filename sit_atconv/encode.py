@@ -13,6 +13,7 @@ from pathlib import Path
 from sit_atconv.data import DEFAULT_VAE, MAX_MEGAPIXELS
 from sit_atconv.runtime.commands import (
     ArgumentParser,
+    add_import_option,
     at_least,
     fail,
     is_main_process,
@@ -20,6 +21,8 @@ from sit_atconv.runtime.commands import (
     run_command,
     user_errors,
 )
+from sit_atconv.runtime.dtypes import DTYPES
+from sit_atconv.runtime.installation import command
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,12 +39,14 @@ def main(argv: list[str] | None = None) -> None:
         if not Path(options["images"]).is_dir():  # found before torch is imported
             raise ValueError(f"{options['images']} is not a folder of images")
         from sit_atconv.data.encoding import EncodeOptions, encode_images
-        from sit_atconv.data.latent_summary import describe_latents, training_command
+        from sit_atconv.data.latent_summary import describe_latents
         from sit_atconv.data.latents import CachedLatents
+        from sit_atconv.models.presets import PATCHES
         from sit_atconv.runtime.files import gigabytes
+        from sit_atconv.training.first_command import training_command
 
         try:
-            index, rate = encode_images(EncodeOptions(**options))
+            index, rate = encode_images(EncodeOptions(**options), PATCHES)
         except KeyboardInterrupt:
             fail("interrupted: the same command goes on from here", code=130)
     if is_main_process():
@@ -81,7 +86,8 @@ def check(latents: Path) -> None:
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        usage="accelerate launch sit_atconv/encode.py --images DIR --out LATENTS [--vae ID_OR_FOLDER] "
+        prog=command("encode"),
+        usage="%(prog)s --images DIR --out LATENTS [--vae ID_OR_FOLDER] "
         "[--image-size 256] [options]",
         description="Encodes a folder of images into latents that training reads with --data.latents. The same "
         "command again goes on where it was stopped.",
@@ -90,7 +96,9 @@ def make_parser() -> ArgumentParser:
                         help="images in one subfolder for each class, or with a dataset.json, or of one class")
     parser.add_argument("--out", type=Path, metavar="LATENTS", help="folder of the latents")
     parser.add_argument("--vae", default=DEFAULT_VAE, metavar="ID_OR_FOLDER",
-                        help="a diffusers AutoencoderKL: hub id, or folder of a downloaded one")
+                        help="a diffusers AutoencoderKL: hub id, or folder of a downloaded one; or a Codec of yours, "
+                        "my_module.MyCodec")
+    add_import_option(parser)
     parser.add_argument("--image-size", type=at_least(1), default=256, metavar="PX",
                         help="side of the images after ADM's centre crop")
     parser.add_argument("--verify", type=Path, metavar="LATENTS",
@@ -110,7 +118,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--batch-size", type=at_least(1), default=32, help="images that are encoded together")
     parser.add_argument("--shard-mib", type=positive, default=128, metavar="MIB",
                         help="size of a shard, at most, but never less than a batch")
-    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp16"), default="tf32",
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="tf32",
                         help="of the VAE's arithmetic; tf32 is fp32 but for the convolutions of a GPU")
     parser.add_argument("--slicing", action="store_true", help="encode one image after another, to save memory")
     parser.add_argument("--tiling", action="store_true",

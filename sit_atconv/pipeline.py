@@ -23,7 +23,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from sit_atconv.checkpoints.exported import Weights
-from sit_atconv.data.codecs import open_codec, per_channel, scale_and_shift
+from sit_atconv.data.codecs import Codec, IdentityCodec, VAECodec, open_codec
 from sit_atconv.data.pixels import to_pil, to_uint8
 from sit_atconv.flow import as_velocity, get_interpolant
 from sit_atconv.generation.labels import class_label
@@ -178,7 +178,7 @@ class SiTPipeline(DiffusionPipeline):
                 x = (callback_on_step_end(self, step, timestep, tensors) or tensors).get("latents", x)
                 check_guidance(self._guidance_scale, null_label)
 
-        images = x if output_type == "latent" else self._decode(x)
+        images = x if output_type == "latent" else self.codec.decode(x).expand(-1, 3, -1, -1)  # greyscale repeated
         self.maybe_free_model_hooks()
         if output_type == "pil":
             images = [to_pil(image) for image in to_uint8(images).cpu()]
@@ -201,9 +201,14 @@ class SiTPipeline(DiffusionPipeline):
         return self._num_timesteps
 
     @property
+    def codec(self) -> Codec:
+        """What decodes the latents: the VAE, or nothing in pixel space."""
+        return IdentityCodec(self.transformer.config.in_channels) if self.vae is None else VAECodec.of(self.vae)
+
+    @property
     def downsample(self) -> int:
         """Pixels for each latent, along a side."""
-        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.codec.downsample
 
     def label_ids(self, class_labels: int | str | Sequence[int | str]) -> list[int]:
         """Returns the labels of classes given by label (int) or name (str). ValueError: as `class_label`."""
@@ -248,14 +253,6 @@ class SiTPipeline(DiffusionPipeline):
             return ours
         return times.mul(1e6).round().div(1e6).clamp(t0, t1)
 
-    def _decode(self, z: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1], greyscale repeated."""
-        if self.vae is not None:
-            scale, shift = scale_and_shift(self.vae.config)
-            z = z / per_channel(scale, z) + per_channel(shift, z)
-            z = self.vae.decode(z.to(self.vae.dtype)).sample.float()
-        return z.expand(-1, 3, -1, -1)
-
 
 diffusers.SiTPipeline = SiTPipeline  # where DiffusionPipeline.from_pretrained looks for the class named in a folder
 
@@ -287,10 +284,14 @@ def export_pipeline(weights: Weights, folder: Path) -> None:
     recipe = weights.recipe
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already: give another folder, or delete it")
+    codec = open_codec(recipe.codec)
+    if type(codec) not in (IdentityCodec, VAECodec):
+        raise ValueError(f"a pipeline of diffusers decodes with an AutoencoderKL, and these weights were trained with "
+                         f"the codec {recipe.codec['kind']}: sample them with sample/generate.py")
     pipeline = SiTPipeline(
         weights.model,
         FlowMatchEulerDiscreteScheduler(),
-        getattr(open_codec(recipe.codec), "vae", None),
+        getattr(codec, "vae", None),
         prediction=recipe.prediction,
         interpolant=recipe.interpolant,
         id2label={str(label): name for label, name in enumerate(recipe.class_names)},

@@ -143,7 +143,7 @@ def _die_at_write(number: int, folder: str):
     import safetensors.torch
 
     counter, write = itertools.count(1), safetensors.torch.serialize_file
-    shutil._use_fd_functions = False  # which would delete files by names without their folder
+    shutil._use_fd_functions = False  # they delete files by names without their folder; nothing public turns them off
 
     def write_half(tensors, path, *args, **kwargs):
         write(tensors, path, *args, **kwargs)

@@ -12,6 +12,7 @@ RECIPES = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE 
 SMALL = {  # options that keep a command short, and those that the recipe itself gives win
     "sit_atconv/train.py": [*TINY_RUN, "--model.hidden_size", "32", "--model.num_heads", "2", "--train.steps", "2"],
     "sample/generate.py": ["--num-samples", "4", "--steps", "2"],
+    "eval/speed.py": ["--preset", "Tiny/2", "--resolutions", "32", "--rounds", "1", "--levels", "model"],
 }
 
 

@@ -1,29 +1,28 @@
-"""Codecs between pixels and what the model sees; every scale constant lives here.
+"""Codecs between pixels and what the model sees; nobody else knows of moments, scale or shift.
 
-A codec has `channels` and `downsample` and four verbs:
-
-    encode(images) -> stored                what is worth caching (VAE: posterior moments; identity: the pixels)
-    latents(stored, generator) -> z         what the model is trained on
-    decode(z) -> images                     back to pixels in [-1, 1]
-    describe() -> dict                      for recipes and mismatch errors; `open_codec` reads it back
+A codec is known by the `kind` of its description: a name in CODECS, or the path of a user's own class,
+`my_module.MyCodec`.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
 import os
 import warnings
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from sit_atconv.runtime.files import hub_options, weights_variant
+from sit_atconv.runtime.dtypes import torch_dtype
+from sit_atconv.runtime.files import hub_options, sha256_of_state, weights_variant
+from sit_atconv.runtime.names import is_object_path
 from sit_atconv.runtime.settings import differences
+from sit_atconv.runtime.tables import Table, import_module_of
 
 if TYPE_CHECKING:  # diffusers is imported where a VAE is loaded
     from diffusers import AutoencoderKL
@@ -31,11 +30,63 @@ if TYPE_CHECKING:  # diffusers is imported where a VAE is loaded
 DECODED_AT_ONCE = 16
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 LISTED = 3  # of the tensors that a VAE lacks
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class _Codec:
-    """What all codecs share."""
+class Codec(Protocol):
+    """What turns images into the latents that a model is trained on, and back.
+
+    A codec of your own inherits this class and defines at least `channels`, `downsample`, `encode` and `decode`. Its
+    path, `my_module.MyCodec`, is what `--data.codec` and `encode.py --vae` take.
+
+    Attributes:
+        channels: C of the latents.
+        downsample: pixels of an image for each latent, along a side.
+    """
+
+    channels: int
+    downsample: int
+
+    @classmethod
+    def open(cls, description: dict, **options) -> "Codec":
+        """Returns the codec that `describe()` described; by default this class without arguments.
+
+        Args:
+            description: that of a run, of latents or of weights; of a codec that is named for the first time, its
+                `kind` alone.
+            options: `precision`, `slicing`, `tiling` and `remedy`, as `VAECodec` takes them.
+        """
+        return cls()
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> what is worth caching, (B, *stored_shape)."""
+
+    @abstractmethod
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (B, C, h, w) -> images (B, 3 or 1, H, W) in [-1, 1]."""
+
+    def latents(
+        self, stored: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """Returns the latents (B, C, h, w), float32, of what `encode` returned; by default the same.
+
+        A random draw is made with `noise` (B, C, h, w) if it is given, else with the generator's.
+        """
+        return stored.float()
+
+    def stored_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Returns the shape of what is stored of an image; by default that of its latents."""
+        side = self.latent_size(image_size)
+        return self.channels, side, side
+
+    def describe(self) -> dict:
+        """Returns `kind` and all that makes it another codec, as JSON has it; `source`, where it is, may change."""
+        kind = f"{type(self).__module__}.{type(self).__qualname__}"
+        return {"kind": kind, "channels": self.channels, "downsample": self.downsample}
+
+    def to(self, device: torch.device | str) -> "Codec":
+        """Moves what it computes with to a device."""
+        return self
 
     def latent_size(self, image_size: int) -> int:
         """Side of the latent grid for images of this side. ValueError: not divisible by the downsampling."""
@@ -44,24 +95,24 @@ class _Codec:
         return image_size // self.downsample
 
     def identity(self) -> dict:
-        """`describe()` but for where the codec lies."""
+        """Returns the description without the codec's place."""
         return {key: value for key, value in self.describe().items() if key != "source"}
 
     def check(self, description: dict, made: str) -> None:
         """Raises ValueError where this is not the codec described, by its weights, scale, shift, ...
 
         Args:
-            description: what `describe()` once returned; where that codec lay does not matter.
+            description: what `describe()` once returned; where that codec was does not matter.
             made: what was made with that one, for the message: "the weights were trained".
         """
         here = self.identity()
         then = {key: description.get(key, value) for key, value in here.items()}  # older ones say less
         if changes := differences(then, here):
-            raise ValueError(f"{made} with another codec than {getattr(self, 'source', here['kind'])} "
+            raise ValueError(f"{made} with another codec than {self.describe().get('source', here['kind'])} "
                              f"({'; '.join(changes)}): give that one")
 
 
-class IdentityCodec(_Codec):
+class IdentityCodec(Codec):
     """Pixel space: the model sees the images themselves."""
 
     downsample = 1
@@ -69,25 +120,21 @@ class IdentityCodec(_Codec):
     def __init__(self, channels: int):
         self.channels = channels
 
+    @classmethod
+    def open(cls, description: dict, **options) -> "IdentityCodec":
+        return cls(description["channels"])
+
     def encode(self, images: Tensor) -> Tensor:
         return images
-
-    def latents(
-        self, stored: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
-    ) -> Tensor:
-        return stored
 
     def decode(self, z: Tensor) -> Tensor:
         return z
 
     def describe(self) -> dict:
-        return {"kind": "identity", "channels": self.channels, "downsample": 1}
-
-    def to(self, device: torch.device | str) -> "IdentityCodec":
-        return self
+        return super().describe() | {"kind": "identity"}
 
 
-class VAECodec(_Codec):
+class VAECodec(Codec):
     """Any diffusers `AutoencoderKL`, by hub id or local folder.
 
     Args:
@@ -108,20 +155,38 @@ class VAECodec(_Codec):
         remedy: str = "Give the path of a downloaded AutoencoderKL folder (config.json and weights), or connect to the "
         "network once so that the hub id is cached",
     ):
-        self.source = os.path.abspath(source) if Path(source).exists() else source
-        self.vae = _load_vae(self.source, remedy)
-        self.scale, self.shift = scale_and_shift(self.vae.config, self.source)
-        self.weights = _weights_sha256(self.vae)
-        torch.nn.Module.to(self.vae.eval().requires_grad_(False), DTYPES[precision])
-        self.precision, self.dtype, self.device = precision, DTYPES[precision], torch.device("cpu")
-        self.vae.use_slicing, self.vae.use_tiling = slicing, tiling
-        self.channels = self.vae.config.latent_channels
-        self.downsample = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        source = os.path.abspath(source) if Path(source).exists() else source
+        vae = _load_vae(source, remedy)
+        self._hold(vae, source, precision, _weights_sha256(vae))
+        torch.nn.Module.to(vae.eval().requires_grad_(False), torch_dtype(precision))
+        vae.use_slicing, vae.use_tiling = slicing, tiling
+
+    @classmethod
+    def open(cls, description: dict, **options) -> "VAECodec":
+        return cls(description["source"], **options)
+
+    @classmethod
+    def of(cls, vae: "AutoencoderKL") -> "VAECodec":
+        """Returns the codec of a VAE that somebody else loaded and keeps, in whatever arithmetic it has by then."""
+        codec = cls.__new__(cls)
+        codec._hold(vae, "its VAE", None, None)
+        return codec
+
+    def _hold(self, vae: "AutoencoderKL", source: str, precision: Precision | None, weights: str | None) -> None:
+        self.vae, self.source, self.precision, self.weights = vae, source, precision, weights
+        self.scale, self.shift = scale_and_shift(vae.config, source)
+        self.channels = vae.config.latent_channels
+        self.downsample = 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def stored_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Returns the shape of posterior mean and log-variance together, (2C, h, w)."""
+        channels, *size = super().stored_shape(image_size)
+        return 2 * channels, *size
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> posterior mean and log-variance (B, 2C, h, w), unscaled."""
         with torch.no_grad(), self._arithmetic():
-            return self.vae.encode(images.to(self.dtype)).latent_dist.parameters.to(images.dtype)
+            return self.vae.encode(images.to(self.vae.dtype)).latent_dist.parameters.to(images.dtype)
 
     def latents(
         self, stored: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
@@ -140,44 +205,49 @@ class VAECodec(_Codec):
         """Latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1]."""
         draw = z / per_channel(self.scale, z) + per_channel(self.shift, z)
         with torch.no_grad(), self._arithmetic():
-            return self.vae.decode(draw.to(self.dtype)).sample.to(z.dtype)
+            return self.vae.decode(draw.to(self.vae.dtype)).sample.to(z.dtype)
 
     def describe(self) -> dict:
-        return {
-            "kind": "autoencoder_kl",
-            "source": self.source,
-            "weights": self.weights,
-            "channels": self.channels,
-            "downsample": self.downsample,
-            "scale": self.scale,
-            "shift": self.shift,
-        }
+        return {"kind": "autoencoder_kl", "source": self.source, "weights": self.weights, "channels": self.channels,
+                "downsample": self.downsample, "scale": self.scale, "shift": self.shift}
 
     def to(self, device: torch.device | str) -> "VAECodec":
-        self.vae, self.device = self.vae.to(device), torch.device(device)
+        self.vae.to(device)
         return self
 
     @contextlib.contextmanager
     def _arithmetic(self):
         before = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = before if self.precision is None else self.precision == "tf32"
         try:
             yield
         finally:
             torch.backends.cudnn.allow_tf32 = before
 
 
-Codec = IdentityCodec | VAECodec
+CODECS = Table("codec", type, {"identity": IdentityCodec, "autoencoder_kl": VAECodec})
 
 
-def decode_in_parts(codec: Codec, z: Tensor) -> Tensor:
-    """`codec.decode` of a few at a time: a decoder needs much memory for each image of a batch."""
-    return torch.cat([codec.decode(part) for part in z.split(DECODED_AT_ONCE)])
+def typed_codec(name: str, channels: int) -> dict:
+    """Returns the description of the codec that a user names.
+
+    Args:
+        name: "identity" or another name in CODECS, the path of the user's own, or the hub id or folder of a VAE.
+        channels: of the images, for "identity".
+
+    Raises:
+        ValueError: the module of the user's own cannot be imported.
+    """
+    if name in CODECS:
+        return {"kind": name, "channels": channels, "source": name}
+    if is_object_path(name):
+        return {"kind": import_module_of(name)}
+    return {"kind": "autoencoder_kl", "source": name}
 
 
 def open_codec(
     description: dict, made: str = "the weights were trained", precision: Precision = "tf32", *,
-    remedy: str = "Give the folder that it is in now by --vae",
+    remedy: str = "Give the folder that it is in now by --vae", **options,
 ) -> Codec:
     """What `describe()` returned -> the codec.
 
@@ -186,21 +256,26 @@ def open_codec(
         made: what was made with it, for the message of an error.
         precision: of a VAE's arithmetic.
         remedy: how the user says where the VAE is now, for the message of an error.
+        options: `slicing` and `tiling`, as `VAECodec` takes them.
 
     Raises:
-        ValueError: an unknown kind, or a VAE whose weights, scale, shift, ... are not those described.
+        ValueError: an unknown kind, or a codec whose weights, scale, shift, ... are not those described.
     """
-    kind = description.get("kind")
-    if kind == "identity":
-        return IdentityCodec(description["channels"])
-    if kind != "autoencoder_kl":
-        raise ValueError(f"codec kind must be 'identity' or 'autoencoder_kl', not {kind!r}")
-    codec = VAECodec(description["source"], precision, remedy=remedy)
+    kind = str(description.get("kind"))
+    entry = CODECS.find(kind)
+    if Codec not in entry.__mro__:
+        raise ValueError(f"codec {kind} does not inherit sit_atconv.data.codecs.Codec: see docs/extending.md")
+    codec = entry.open(description, precision=precision, remedy=remedy, **options)
     codec.check(description, made)
     return codec
 
 
-def scale_and_shift(config: Mapping, source: str = "its VAE") -> tuple[float | list[float], float | list[float]]:
+def decode_in_parts(codec: Codec, z: Tensor) -> Tensor:
+    """`codec.decode` of a few at a time: a decoder needs much memory for each image of a batch."""
+    return torch.cat([codec.decode(part) for part in z.split(DECODED_AT_ONCE)])
+
+
+def scale_and_shift(config: Mapping, source: str) -> tuple[float | list[float], float | list[float]]:
     """What turns a posterior's draw into latents, (draw - shift) * scale: numbers, or lists of one for each channel.
 
     Args:
@@ -287,15 +362,12 @@ def _check_config(source: str, config: Mapping) -> None:
         scale_and_shift({"latent_channels": 4, **config}, source)
 
 
-def _weights_sha256(vae) -> str:
+def _weights_sha256(vae: "AutoencoderKL") -> str:
     """Of architecture, names and values: the same for the same VAE, whatever file it came from."""
     architecture = ("act_fn", "norm_num_groups", "down_block_types", "layers_per_block", "mid_block_add_attention",
                     "sample_size")
-    digest = hashlib.sha256(json.dumps([vae.config.get(key) for key in architecture]).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(name.encode() + b"\0")
-        digest.update(tensor.contiguous().numpy())
-    return digest.hexdigest()
+    begin = json.dumps([vae.config.get(key) for key in architecture])
+    return sha256_of_state(vae.state_dict(), lambda name, tensor: f"{name}\0", begin)
 
 
 @contextlib.contextmanager

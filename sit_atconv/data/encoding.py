@@ -1,13 +1,12 @@
 """From a folder of images to a folder of latents: shared by several processes, and resumed after any kill."""
 
-import contextlib
 import dataclasses
 import itertools
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,13 +19,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sit_atconv.data.codecs import VAECodec
+from sit_atconv.data.codecs import Codec, open_codec, typed_codec
 from sit_atconv.data.images import RULES, ImageFolder
 from sit_atconv.data.latent_extension import arrange
 from sit_atconv.data.latent_folder import (
     INDEX,
     PREVIEW,
-    STORED_DTYPES,
     LatentFolder,
     LatentIndex,
     LatentSettings,
@@ -44,9 +42,9 @@ from sit_atconv.data.loading import leave_ctrl_c_to_the_parent
 from sit_atconv.data.pixels import CROP_RULE, to_float, to_uint8
 from sit_atconv.runtime.commands import is_main_process
 from sit_atconv.runtime.devices import keep_freed_memory, on_cpu, share_cores
-from sit_atconv.runtime.files import PARTIAL, check_room, exclusive, gigabytes
+from sit_atconv.runtime.files import PARTIAL, check_room, gigabytes
 from sit_atconv.runtime.plots import save_sample_grid
-from sit_atconv.runtime.processes import raise_together
+from sit_atconv.runtime.processes import held_by_main, share, together
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Job:
 
     options: EncodeOptions
     images: ImageFolder
-    codec: VAECodec
+    codec: Codec
     folder: LatentFolder
     state: PartialState
 
@@ -115,11 +113,15 @@ class Pictures(Dataset):
             return nothing, False, str(error) or f"cannot be read as an image: {type(error).__name__}", ""
 
 
-def encode_images(options: EncodeOptions) -> tuple[LatentIndex, float]:
+def encode_images(options: EncodeOptions, patch_sizes: Sequence[int] = ()) -> tuple[LatentIndex, float]:
     """Encodes what is missing of a folder of latents, on all processes together, and completes it with its index.
 
     Neither the number of processes nor a kill on the way changes a byte (but for the last bits of a VAE's arithmetic
     with another number of threads).
+
+    Args:
+        options: as asked for.
+        patch_sizes: of the models that are likely to be trained: it is said if none of them fits the latents.
 
     Returns:
         The index, and the images encoded a second: 0 where all was there.
@@ -134,7 +136,10 @@ def encode_images(options: EncodeOptions) -> tuple[LatentIndex, float]:
     images = ImageFolder(options.images, options.image_size, rules=known.rules if known else RULES,
                          keep_empty_classes=options.keep_empty_classes,
                          max_megapixels=options.max_megapixels)
-    codec = VAECodec(options.vae, options.precision, slicing=options.slicing, tiling=options.tiling)
+    codec = open_codec(typed_codec(options.vae, images.channels), "encoding begins", options.precision,
+                       slicing=options.slicing, tiling=options.tiling, remedy="Give the path of a downloaded "
+                       "AutoencoderKL folder (config.json and weights), or connect to the network once so that the hub "
+                       "id is cached")
     images, settings = arrange(images, latent_settings(options, images, codec), options.out, extend=options.extend)
     folder = LatentFolder(options.out, settings)
     may_skip = options.skip_unreadable or options.extend  # which leaves existing shards as they are
@@ -143,7 +148,7 @@ def encode_images(options: EncodeOptions) -> tuple[LatentIndex, float]:
     room = folder.settings.bytes_per_image * sum(len(folder.images(number)) for number in missing)
     check_room(folder.path, room)
     if is_main_process():
-        print("\n".join(describe_images(images, settings)), file=sys.stderr)
+        print("\n".join(describe_images(images, settings, patch_sizes)), file=sys.stderr)
     if index:
         return index, 0.0
 
@@ -152,7 +157,7 @@ def encode_images(options: EncodeOptions) -> tuple[LatentIndex, float]:
         share_cores(options.cpu_threads)
         keep_freed_memory()
     job = Job(options, images, codec.to(state.device), folder, state)
-    with _held(job):
+    with held_by_main(folder.path, state):
         if state.is_main_process:
             for partial in folder.path.glob(f"{PARTIAL}*"):  # of a process that was killed
                 partial.unlink()
@@ -191,9 +196,8 @@ def _outlasts(folder: LatentFolder, missing: list[int]) -> bool:
     return index.settings in folder.settings.parts and not to_make & {entry["file"] for entry in index.shards}
 
 
-def latent_settings(options: EncodeOptions, images: ImageFolder, codec: VAECodec) -> LatentSettings:
-    """ValueError: the VAE cannot encode images of this size."""
-    side = codec.latent_size(options.image_size)
+def latent_settings(options: EncodeOptions, images: ImageFolder, codec: Codec) -> LatentSettings:
+    """ValueError: the codec cannot encode images of this size."""
     settings = LatentSettings(
         num_images=len(images),
         files=images.files_sha256(),
@@ -205,7 +209,7 @@ def latent_settings(options: EncodeOptions, images: ImageFolder, codec: VAECodec
         tiling=options.tiling,
         mirrored=options.mirror,
         dtype=options.dtype,
-        moments_shape=[2 * codec.channels, side, side],
+        moments_shape=list(codec.stored_shape(options.image_size)),
         batch_size=options.batch_size,
         images_per_shard=options.batch_size,
         rules=images.rules,
@@ -226,50 +230,30 @@ def _check_out(options: EncodeOptions) -> None:
             raise ValueError(f"{options.out} holds something else ({path.name}): give another --out")
 
 
-@contextlib.contextmanager
-def _held(job: Job) -> Iterator[None]:
-    """Holds the folder, by the main process for all. Raises on all of them where another command holds it."""
-    with contextlib.ExitStack() as stack:
-        faults = []
-        if job.state.is_main_process:
-            try:
-                stack.enter_context(exclusive(job.folder.path))
-            except (ValueError, OSError) as error:
-                faults.append(str(error))
-        raise_together(faults)
-        yield
-
-
 def _encode_missing(job: Job, missing: list[int]) -> float:
     """Encodes this process's part. Returns the images a second of all; raises on all processes what one found."""
-    mine = missing[job.state.process_index :: job.state.num_processes]
+    mine = share(missing, job.state)
     batches = [batch for number in mine for batch in job.folder.batches(number)]
     loader = iter(DataLoader(Pictures(job.images), batch_sampler=batches, pin_memory=job.state.device.type == "cuda",
                              num_workers=_num_workers(job.options), worker_init_fn=leave_ctrl_c_to_the_parent))
     several = job.state.num_processes > 1
     progress = tqdm(total=sum(map(len, batches)), unit="image", disable=not job.state.is_main_process,
                     desc=f"encoding, process 1 of {job.state.num_processes}" if several else "encoding")
-    unreadable, faults, clock = [], [], time.perf_counter()
-    with progress:
+    unreadable, clock = [], time.perf_counter()
+    with together() as faults, progress:
         for number in mine:
             shard = _encode_shard(job, number, loader, progress)
             unreadable += [f"{job.images.folder / name} {why}" for name, why in shard.skipped.items()]
-            if shard.faults:
-                faults += shard.faults
+            faults += shard.faults
+            if faults:
                 break
-            if shard.skipped and not job.options.skip_unreadable:
-                continue
-            try:
+            if job.options.skip_unreadable or not shard.skipped:
                 enlarged = shard.enlarged if job.folder.settings.rules > 1 else None  # older folders keep their bytes
                 job.folder.write(number, shard.tensors, shard.names, shard.skipped, enlarged)
-            except OSError as error:
-                faults.append(str(error))
-                break
     rate = sum(len(job.folder.images(number)) for number in missing) / (time.perf_counter() - clock)
     if (unreadable := sorted(gather_object(unreadable))) and not job.options.skip_unreadable:
-        faults.append("\n".join([f"{len(unreadable)} images cannot be read: mend them and run the same command again, "
+        raise OSError("\n".join([f"{len(unreadable)} images cannot be read: mend them and run the same command again, "
                                  "or give --skip-unreadable to leave them out", *unreadable]))
-    raise_together(faults)
     return rate
 
 
@@ -286,7 +270,7 @@ def _encode_shard(job: Job, number: int, loader: Iterator, progress: tqdm) -> En
         read = torch.tensor([not reason for reason in why])
         for kind in parts:
             moments = job.codec.encode(x.flip(-1) if kind == "mirrored" else x)
-            parts[kind].append(moments.to(STORED_DTYPES[job.options.dtype]).cpu()[read])
+            parts[kind].append(moments.to(job.folder.settings.torch_dtype).cpu()[read])
         progress.update(len(why))
     tensors = {kind: torch.cat(moments).contiguous() for kind, moments in parts.items()}
     kept = [i for i, reason in zip(indices, reasons, strict=True) if not reason]
@@ -308,29 +292,27 @@ def _num_workers(options: EncodeOptions) -> int:
 
 def _complete(job: Job) -> None:
     """Reads all shards again, each process some, and writes preview and index. Raises where something is wrong."""
-    reports, faults = [], []
-    for number in range(job.folder.num_shards)[job.state.process_index :: job.state.num_processes]:
-        path = job.folder.shard(number)
-        try:
-            reports.append(inspect_shard(path, job.folder.settings, len(job.images.class_names)))
-            faults += reports[-1].faults
-        except (ValueError, OSError) as error:
-            faults.append(str(error))
-    raise_together([f"{fault}: delete that file and run the same command again" for fault in faults])
+    reports = []
+    with together() as faults:
+        for number in share(range(job.folder.num_shards), job.state):
+            try:
+                report = inspect_shard(job.folder.shard(number), job.folder.settings, len(job.images.class_names))
+            except (ValueError, OSError) as error:
+                report = ShardReport({}, [], {}, None, [str(error)])
+            faults += [f"{fault}: delete that file and run the same command again" for fault in report.faults]
+            reports.append(report)
     reports = sorted(gather_object(reports), key=lambda report: report.entry["file"])
     class_names, counts = list(job.images.class_names), sum_counts(reports)
     if not any(counts):
         raise ValueError(f"none of the {len(job.images)} images of {job.images.folder} can be read")
     if (empty := show_empty_classes(class_names, counts)) and not job.options.keep_empty_classes:
         raise ValueError(f"{empty}: mend or add images and run the same command again, or give --keep-empty-classes")
-    faults = []
-    if job.state.is_main_process:
-        try:
+    with together():
+        if job.state.is_main_process:
             _draw_preview(job, reports)
-            job.folder.write_index(job.codec.source, class_names, reports, job.options.keep_empty_classes)
-        except OSError as error:
-            faults.append(str(error))
-    raise_together(faults)
+            description = job.codec.describe()
+            job.folder.write_index(description.get("source", description["kind"]), class_names, reports,
+                                   job.options.keep_empty_classes)
 
 
 def _draw_preview(job: Job, reports: list[ShardReport], columns: int = 5) -> None:
@@ -346,7 +328,7 @@ def _draw_preview(job: Job, reports: list[ShardReport], columns: int = 5) -> Non
         for kind in job.folder.settings.kinds:
             moments = shard.tensors[kind][place][None].to(job.state.device)
             z = job.codec.latents(moments, torch.Generator(job.state.device).manual_seed(0))
-            rows[f"decoded {kind}"].append(to_uint8(job.codec.decode(z))[0].cpu())
+            rows[f"decoded {kind}"].append(to_uint8(job.codec.decode(z))[0].expand(3, -1, -1).cpu())
     pixels = torch.stack([image for row in rows.values() for image in row]).permute(0, 2, 3, 1).numpy()
     labels = [label for label, row in enumerate(rows.values()) for _ in row]
     save_sample_grid(pixels, labels, list(rows), job.folder.path / PREVIEW, "images, and what their latents decode to")

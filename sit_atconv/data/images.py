@@ -1,9 +1,4 @@
-"""Data sets of images: the embedded digits, and folders.
-
-Every data set is indexed by (image, mirrored), as `order.py` draws them, and yields what is stored of it and an int
-label: here pixels, uint8 (C, H, W), a quarter of what floats would be to hand on. It has `class_names`, `image_size`;
-`is_encoded` says whether it yields what `Codec.encode` returns, and `describe()` what a run must find again to resume.
-"""
+"""Data sources of images: the embedded digits, and folders."""
 
 import functools
 import hashlib
@@ -18,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from sit_atconv.data import MAX_MEGAPIXELS
+from sit_atconv.data import DEFAULT_VAE, MAX_MEGAPIXELS
+from sit_atconv.data.data_source import DataSource
 from sit_atconv.data.pixels import CROP_RULE, read_picture, to_uint8
 from sit_atconv.runtime.names import normal, show_some
 
@@ -120,18 +115,16 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     return images.reshape(-1, 8, 8), labels.astype(np.int64)
 
 
-class Digits(Dataset):
+class Digits(DataSource):
     """The embedded data set: 1,797 real 8x8 greyscale images of ten classes, no download."""
 
     class_names = tuple("0123456789")
     channels = 1
     image_size = 8
-    is_encoded = False
 
     def __init__(self):
         images, self.labels = load_digits()
         self.images = torch.from_numpy(images)[:, None]
-        self.class_counts = np.bincount(self.labels).tolist()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -145,7 +138,7 @@ class Digits(Dataset):
         return {"kind": "digits", "images": len(self)}
 
 
-class ImageFolder(Dataset):
+class ImageFolder(DataSource):
     """A folder of images and their labels.
 
     Labels are those of `dataset.json` where the folder holds one, as StyleGAN, EDM2 and REPA write it:
@@ -168,8 +161,7 @@ class ImageFolder(Dataset):
             classes of one name, or a `dataset.json` that does not fit the images; all of them named.
     """
 
-    channels = 3
-    is_encoded = False
+    codec = {"kind": "autoencoder_kl", "source": DEFAULT_VAE}  # noqa: RUF012
 
     def __init__(
         self,
@@ -191,7 +183,10 @@ class ImageFolder(Dataset):
         # Arrays, not lists: millions of small objects would be copied into every loading process, one after another.
         self.names = np.array([os.fsencode(name) for name in names])
         self.labels = np.array(labels, np.int64)
-        self.class_counts = np.bincount(self.labels, minlength=len(self.class_names)).tolist()
+
+    @classmethod
+    def open(cls, name: str, *, image_size: int | None, rules: int | None, mirror: bool, **options) -> "ImageFolder":
+        return cls(name, image_size or 256, rules=RULES if rules is None else rules, **options)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -102,7 +102,6 @@ class _Existing:
         # An image that was left out of its shard may be gone by now: it has no label, and needs none.
         selected.labels = np.array([self.labels[self.where[name]] if name in self.where else 0 for name in names])
         selected.class_names = tuple(self.class_names if class_names is None else class_names)
-        selected.class_counts = np.bincount(selected.labels, minlength=len(selected.class_names)).tolist()
         return selected
 
     def _read_shards(self, folder: LatentFolder) -> list[tuple[str | None, int | None]]:

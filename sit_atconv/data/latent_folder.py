@@ -33,13 +33,12 @@ import torch
 from torch import Tensor
 
 from sit_atconv.runtime.files import sha256_of, write_aside
-from sit_atconv.runtime.names import show_some
+from sit_atconv.runtime.names import name_classes
 from sit_atconv.runtime.settings import differences
 
 FORMATS = (1, 2)  # 2: with fields that readers before 2026-11-25 do not know
 INDEX = "index.json"
 PREVIEW = "preview.png"
-STORED_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
 LATER_SETTINGS = {"rules": 1, "extends": []}  # values of fields that a shard or an index does not have
 LATER_FIELDS = {"enlarged": None, "keep_empty_classes": False}
@@ -58,8 +57,8 @@ class LatentSettings:
         precision: of the codec's arithmetic.
         slicing, tiling: whether it took images one by one, and in tiles.
         mirrored: whether mirror images are there too.
-        dtype: in which the moments are stored.
-        moments_shape: [2C, h, w].
+        dtype: in which the moments are stored, by its name in torch.
+        moments_shape: what `Codec.stored_shape()` said.
         batch_size: images encoded together.
         images_per_shard: a multiple of that.
         rules: by which files become images and labels, as `ImageFolder` has them.
@@ -112,9 +111,18 @@ class LatentSettings:
         return ["moments", "mirrored"] if self.mirrored else ["moments"]
 
     @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the latent grid."""
+        return self.image_size // self.codec["downsample"]
+
+    @property
     def bytes_per_image(self) -> int:
         """In a shard, name and label included."""
-        return math.prod(self.moments_shape) * STORED_DTYPES[self.dtype].itemsize * len(self.kinds) + 128
+        return math.prod(self.moments_shape) * self.torch_dtype.itemsize * len(self.kinds) + 128
 
     def differences(self, then: dict) -> list[str]:
         """Returns what differs from the settings of a shard, as `runtime.settings.differences` puts it."""
@@ -321,11 +329,10 @@ def sum_counts(reports: list[ShardReport]) -> list[int]:
     return [sum(counts) for counts in zip(*(report.class_counts for report in reports), strict=True)]
 
 
-def show_empty_classes(class_names: Sequence[str], class_counts: Sequence[int], most: int = 20) -> str:
+def show_empty_classes(class_names: Sequence[str], class_counts: Sequence[int]) -> str:
     """Returns how many classes have no images, and which; "" if there are none."""
-    empty = [f"{label} ({class_names[label]!r})" for label, count in enumerate(class_counts) if not count]
-    kind = "class" if len(empty) == 1 else "classes"
-    return f"{len(empty)} {kind} without images: {show_some(empty, most)}" if empty else ""
+    empty = [label for label, count in enumerate(class_counts) if not count]
+    return name_classes(class_names, empty, " without images", most=20) if empty else ""
 
 
 def newest_settings(folder: Path) -> LatentSettings | None:
@@ -403,7 +410,7 @@ def inspect_shard(path: Path, settings: LatentSettings, num_classes: int) -> Sha
     labels, n = shard.tensors["labels"], len(shard.names)
     for kind in settings.kinds:
         values = shard.tensors.get(kind, torch.empty(0))
-        expected = (n, *settings.moments_shape), STORED_DTYPES[settings.dtype]
+        expected = (n, *settings.moments_shape), settings.torch_dtype
         if (values.shape, values.dtype) != expected:
             faults.append(f"{path} holds {kind} {tuple(values.shape)} {values.dtype}, and not {expected}")
             continue

@@ -1,16 +1,16 @@
-"""The data set of cached latents."""
+"""The data source of cached latents."""
 
 import itertools
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from sit_atconv.data.data_source import DataSource
 from sit_atconv.data.latent_folder import LatentFolder, locate, open_shard, read_index
 
 
-class CachedLatents(Dataset):
+class CachedLatents(DataSource):
     """What `encode.py` wrote, mapped into memory: yields posterior moments (2C, h, w) and an int label.
 
     Args:
@@ -46,14 +46,25 @@ class CachedLatents(Dataset):
         if faults:
             raise ValueError("\n".join(faults))
         self.class_names = tuple(self.index.class_names)
-        self.class_counts = list(self.index.class_counts)
         self.image_size = settings.image_size
-        self.codec = settings.codec | {"source": self.index.vae}  # as Codec.describe() has it
         self.ends = list(itertools.accumulate(entry["num_images"] for entry in self.index.shards))
         self.shards: dict[int, dict[str, Tensor]] = {}  # opened so far, without their names
 
+    @classmethod
+    def open(cls, name: str, *, mirror: bool, keep_empty_classes: bool, **options) -> "CachedLatents":
+        return cls(name, mirror, keep_empty_classes=keep_empty_classes)
+
     def __len__(self) -> int:
         return self.ends[-1]
+
+    @property
+    def class_counts(self) -> list[int]:
+        return list(self.index.class_counts)
+
+    @property
+    def codec(self) -> dict:
+        """Description of the codec that made the latents."""
+        return self.index.settings.codec | {"source": self.index.vae}
 
     @property
     def labels(self) -> np.ndarray:

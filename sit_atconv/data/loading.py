@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from sit_atconv.data.data_source import DataSource
 from sit_atconv.data.order import BatchOrder
 
 
@@ -51,7 +52,7 @@ class BatchReader(Dataset):
         skip_unreadable: whether images that cannot be read are left out; else they are errors.
     """
 
-    def __init__(self, data: Dataset, skip_unreadable: bool = False):
+    def __init__(self, data: DataSource, skip_unreadable: bool = False):
         self.data, self.skip_unreadable = data, skip_unreadable
 
     def __getitem__(self, items: Sequence[tuple[int, bool]]) -> Batch:
@@ -71,7 +72,7 @@ class BatchReader(Dataset):
                 samples.append((nothing, int(data.labels[index])))
                 readable.append(False)
                 name = data.name(index)
-                unreadable[name] = str(error).removeprefix(f"{data.folder / name} ")
+                unreadable[name] = str(error).partition(f"{name} ")[2] or str(error)  # without the folder
         inputs, y = default_collate(samples)
         return Batch(inputs, y, torch.tensor(readable), unreadable)
 
@@ -82,7 +83,7 @@ def leave_ctrl_c_to_the_parent(worker: int) -> None:
 
 
 def load_batches(
-    data: Dataset,
+    data: DataSource,
     order: BatchOrder,
     num_workers: int,
     device: torch.device,
@@ -117,4 +118,4 @@ def load_batches(
             yield batch.to(device)
     finally:
         if num_workers:  # left to the garbage collector they may outlive the process, which would wait for them
-            batches._shutdown_workers()
+            batches._shutdown_workers()  # nothing public ends them at once

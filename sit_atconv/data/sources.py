@@ -1,4 +1,4 @@
-"""What a model is trained on: the embedded digits, a folder of images, or cached latents."""
+"""What a model is trained on, as a run's configuration names it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,10 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sit_atconv.data import DEFAULT_VAE, MAX_MEGAPIXELS
-from sit_atconv.data.codecs import Codec, IdentityCodec, Precision, VAECodec, open_codec
-from sit_atconv.data.images import RULES, Digits, ImageFolder
+from sit_atconv.data import MAX_MEGAPIXELS
+from sit_atconv.data.codecs import Codec, Precision, open_codec, typed_codec
+from sit_atconv.data.data_source import DataSource
+from sit_atconv.data.images import Digits, ImageFolder
 from sit_atconv.data.latents import CachedLatents
+from sit_atconv.runtime.names import is_object_path, name_classes
+from sit_atconv.runtime.tables import Table, import_module_of
+
+SOURCES = Table("data source", type, {"digits": Digits})  # what `data.images` names; all else is a folder
 
 
 @dataclass(frozen=True)
@@ -17,11 +22,13 @@ class DataConfig:
     """What the model is trained on.
 
     Args:
-        images: "digits" (embedded, 8x8), or a folder of images: labels from its dataset.json or its subfolders.
+        images: "digits" (embedded, 8x8), or a folder of images: labels from its dataset.json or its subfolders; or a
+            `DataSource` of yours, my_module.MySource.
         latents: a folder that encode.py wrote, instead of images; its index knows size, classes and VAE.
         image_size: side in pixels after a centre crop. Not given, it is what the latents have, or 256.
-        codec: the hub id or folder of a diffusers AutoencoderKL, or "identity" for pixel space. Not given, it is
-            the VAE that made the latents, stabilityai/sd-vae-ft-ema for a folder of images, "identity" for digits.
+        codec: the hub id or folder of a diffusers AutoencoderKL, "identity" for pixel space, or a `Codec` of yours,
+            my_module.MyCodec. Not given, it is that of the latents, stabilityai/sd-vae-ft-ema for a folder of images,
+            "identity" for digits.
         codec_precision: of the VAE's arithmetic.
         mirror: take the mirror image every other time, at random.
         num_workers: processes that load images, for each training process.
@@ -51,8 +58,8 @@ class DataConfig:
         if not self.max_megapixels > 0:
             raise ValueError(f"data.max_megapixels must be positive, not {self.max_megapixels}")
 
-    def open(self, rules: int | None = None) -> tuple[Digits | ImageFolder | CachedLatents, Codec]:
-        """Returns the data set, and the codec whose latents the model sees.
+    def open(self, rules: int | None = None) -> tuple[DataSource, Codec]:
+        """Returns the data source, and the codec whose latents the model sees.
 
         Args:
             rules: the rules by which a run that exists reads a folder of images; classes that are empty there stay.
@@ -61,40 +68,40 @@ class DataConfig:
         Raises:
             ValueError: no images or latents there, no codec, or another one, or another size, than the latents have.
         """
-        keep_empty = self.keep_empty_classes or rules is not None
-        if self.latents is not None:
-            if self.images != "digits":
-                raise ValueError(f"data.images {self.images} and data.latents {self.latents}: give one of them")
-            if self.codec == "identity":
-                raise ValueError(f"data.codec identity is pixel space, and {self.latents} holds a VAE's latents")
-            with _naming("data.latents"):
-                latents = CachedLatents(self.latents, self.mirror, keep_empty_classes=keep_empty)
-            if self.image_size not in (None, latents.image_size):
-                raise ValueError(f"data.image_size is {self.image_size}, but {self.latents} was encoded at "
-                                 f"{latents.image_size}: encode the images at {self.image_size}, or leave it out")
-            description = latents.codec | {"source": self.codec or latents.codec["source"]}
-            return latents, open_codec(description, f"{self.latents} was encoded", self.codec_precision,
-                                       remedy=f"--data.codec says where the VAE of {self.latents} is now")
-        if self.images == "digits":
-            images, default = Digits(), "identity"
-        else:
-            with _naming("data.images"):
-                images = ImageFolder(self.images, self.image_size or 256, rules=RULES if rules is None else rules,
-                                     keep_empty_classes=keep_empty, max_megapixels=self.max_megapixels)
-            default = DEFAULT_VAE
-        if (codec := self.codec or default) == "identity":
-            return images, IdentityCodec(images.channels)
+        with _naming("data.images" if self.latents is None else "data.latents"):
+            data = self._source_class().open(
+                self.latents or self.images, image_size=self.image_size, mirror=self.mirror, rules=rules,
+                keep_empty_classes=self.keep_empty_classes or rules is not None, max_megapixels=self.max_megapixels)
+        made = f"{self.latents or self.images} was encoded" if data.is_encoded else "training begins"
+        if data.is_encoded and self.image_size not in (None, data.image_size):
+            raise ValueError(f"data.image_size is {self.image_size}, but {made} at {data.image_size}: encode the "
+                             f"images at {self.image_size}, or leave it out")
         with _naming("data.codec"):
-            return images, VAECodec(codec, self.codec_precision, remedy="Give the folder of a downloaded AutoencoderKL "
-                                    "by --data.codec, or a hub id that is cached")
+            described = typed_codec(self.codec, data.channels) if self.codec else data.codec
+            codec = open_codec(described, made, self.codec_precision, remedy="--data.codec takes the folder of a "
+                               "downloaded AutoencoderKL, or a hub id that is cached")
+            if data.is_encoded:
+                codec.check(data.codec, made)
+        return data, codec
 
-    def find_empty_classes(
-        self, data: Digits | ImageFolder | CachedLatents, held_out: np.ndarray, exists: bool
-    ) -> list[int]:
+    def _source_class(self) -> type[DataSource]:
+        if self.latents is not None:
+            if self.images != type(self).images:
+                raise ValueError(f"data.images {self.images} and data.latents {self.latents}: give one of them")
+            return CachedLatents
+        if not (self.images in SOURCES or is_object_path(self.images)):
+            return ImageFolder
+        found = SOURCES.find(import_module_of(self.images))
+        if DataSource not in found.__mro__:
+            raise ValueError(f"{self.images} does not inherit sit_atconv.data.sources.DataSource: see "
+                             "docs/extending.md")
+        return found
+
+    def find_empty_classes(self, data: DataSource, held_out: np.ndarray, exists: bool) -> list[int]:
         """Returns the labels of which there is no image to train on.
 
         Args:
-            data: the data set.
+            data: the data source.
             held_out: images that are never trained on.
             exists: whether the run exists: it resumes in any case.
 
@@ -104,12 +111,13 @@ class DataConfig:
         empty = untrained_classes(data, held_out)
         emptied = [label for label in empty if data.class_counts[label]]
         if emptied and not (exists or self.keep_empty_classes):
-            raise ValueError(f"data.held_out {self.held_out} takes all images of {name_classes(data, emptied)}: lower "
-                             "it, or accept untrained classes with --data.keep_empty_classes true")
+            raise ValueError(f"data.held_out {self.held_out} takes all images of "
+                             f"{name_classes(data.class_names, emptied)}: lower it, or accept untrained classes with "
+                             "--data.keep_empty_classes true")
         return empty
 
 
-def untrained_classes(data: Digits | ImageFolder | CachedLatents, left_out: np.ndarray) -> list[int]:
+def untrained_classes(data: DataSource, left_out: np.ndarray) -> list[int]:
     """Returns the labels of which no image is trained on, if the images `left_out` (indices) are not."""
     counts = np.array(data.class_counts)
     taken = np.bincount(data.labels[left_out], minlength=len(counts)) if len(left_out) else np.zeros_like(counts)
@@ -125,13 +133,6 @@ def _naming(option: str) -> Iterator[None]:
         raise ValueError(f"{option}: {error}") from error
 
 
-def name_classes(data: Digits | ImageFolder | CachedLatents, labels: list[int], most: int = 10) -> str:
-    """[0, 7] -> "2 classes: 0 (cat), 7 (dog)"."""
-    named = [f"{label} ({data.class_names[label]})" for label in labels[:most]]
-    more = [f"and {len(labels) - most} more"] if len(labels) > most else []
-    return f"{len(labels)} class{'es' if len(labels) > 1 else ''}: {', '.join([*named, *more])}"
-
-
-def describe_data(data: Digits | ImageFolder | CachedLatents, codec: Codec) -> dict:
+def describe_data(data: DataSource, codec: Codec) -> dict:
     """What a run must find again to resume exactly, wherever it lies by then."""
     return data.describe() | {"classes": len(data.class_names), "codec": codec.identity()}

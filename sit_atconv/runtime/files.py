@@ -7,8 +7,12 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARTIAL = ".partial-"  # what a file is called until it is whole
 
@@ -96,6 +100,8 @@ def exclusive(folder: Path) -> Iterator[None]:
         ValueError: another process holds it; the message says which.
         OSError: it cannot be written to.
     """
+    # filelock 4.3 was tried: it keeps the holder's name, and neither a kill nor a forked worker keeps its lock. But it
+    # needs Python 3.11, and raises as fcntl does on most file systems without locks, so that little would go here.
     import fcntl  # not on Windows, where everything else works
 
     path = folder / ".lock"
@@ -160,6 +166,25 @@ def sha256_of(*paths: Path) -> str:
         with open(path, "rb") as file:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_of_state(
+    state: "Mapping[str, Tensor]", label: "Callable[[str, Tensor], str]", begin: str = ""
+) -> str:
+    """Returns the digest of named tensors in the order of their names.
+
+    Args:
+        state: the tensors.
+        label: text that stands for a tensor's name, and for whatever else than its bytes shall count.
+        begin: text before all of them.
+    """
+    import torch
+
+    digest = hashlib.sha256(begin.encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(label(name, tensor).encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -1,7 +1,8 @@
-"""Names of classes and files: how they are compared and listed."""
+"""Names of classes, files and objects: how they are told apart, compared and listed."""
 
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def normal(name: str) -> str:
@@ -23,3 +24,14 @@ def labels_by_name(class_names: Sequence[str]) -> dict[str, list[int]]:
 def show_some(items: Sequence[str], most: int = 10) -> str:
     """Returns the first `most` items, and how many more there are."""
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def name_classes(class_names: Sequence[str], labels: Sequence[int], which: str = "", most: int = 10) -> str:
+    """[0, 7] -> "2 classes: 0 ('cat'), 7 ('dog')"; `which` qualifies the classes."""
+    named = [f"{label} ({class_names[label]!r})" for label in labels]
+    return f"{len(labels)} class{'' if len(labels) == 1 else 'es'}{which}: {show_some(named, most)}"
+
+
+def is_object_path(text: str) -> bool:
+    """True for the path of an object in a module, "my_module.MyCodec", if there is no such file or folder."""
+    return "." in text and all(map(str.isidentifier, text.split("."))) and not Path(text).exists()

@@ -84,7 +84,8 @@ def measure(
     options, device = case.options, case.device
     if options.compile:
         torch.compiler.reset()
-        torch._dynamo.config.recompile_limit = 64  # each form, with and without gradients, is one more
+        # Each form, with and without gradients, is one more. (The public argument of torch.compile came after 2.7.)
+        torch._dynamo.config.recompile_limit = 64
     timed = PREPARE[level](case)
     seconds = time_interleaved(
         {**timed.runs, **timed.extras},

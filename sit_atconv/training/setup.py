@@ -18,12 +18,13 @@ from sit_atconv.checkpoints.run_folder import newest_checkpoint, rewind_stats
 from sit_atconv.checkpoints.training_state import TrainingState, load_checkpoint, set_aside
 from sit_atconv.data.codecs import Codec
 from sit_atconv.data.loading import Batch, load_batches
-from sit_atconv.data.sources import name_classes, untrained_classes
+from sit_atconv.data.sources import untrained_classes
 from sit_atconv.flow.auxiliary import AuxiliaryLoss, HiddenTap
 from sit_atconv.models import SiT
 from sit_atconv.models.costs import multiply_adds
 from sit_atconv.runtime.commands import fail, leave_at_once, say_at_once, user_errors
 from sit_atconv.runtime.devices import on_cpu, prepare_device
+from sit_atconv.runtime.names import name_classes
 from sit_atconv.runtime.provenance import record_provenance
 from sit_atconv.runtime.settings import differences
 from sit_atconv.training.ema import Averages
@@ -118,7 +119,7 @@ class Session:
             self.say(f"warning: {name} {reason}: left out, and recorded in {self.unreadable.path}")
         known, self.empty_classes = self.empty_classes, classes_without(job, self.unreadable)
         if emptied := sorted({*self.empty_classes} - {*known}):
-            self.say(f"warning: no image is trained on of {name_classes(job.data, emptied)}")
+            self.say(f"warning: no image is trained on of {name_classes(job.data.class_names, emptied)}")
 
 
 def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
@@ -241,7 +242,7 @@ def introduce(
     )
     lines += job.start.lines
     if empty_classes:
-        lines.append(f"warning: no image is trained on of {name_classes(job.data, empty_classes)}")
+        lines.append(f"warning: no image is trained on of {name_classes(job.data.class_names, empty_classes)}")
     if unreadable.recorded:
         lines.append(f"{len(unreadable.recorded)} images were left out as unreadable so far: {unreadable.path}")
     if changes:

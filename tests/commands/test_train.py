@@ -398,7 +398,7 @@ def test_the_recipe_knows_empty_classes_and_a_null_label_that_was_never_trained(
     error = fails(load_command(TRAIN).main, argv)
     assert "data.images" in error and "--data.keep_empty_classes true" in error
     codes, output = launch(TRAIN, [*argv, "--data.keep_empty_classes", "true"])
-    assert codes == [0] and "warning: no image is trained on of 2 classes: 0 (0), 11 (11)" in output, output
+    assert codes == [0] and "warning: no image is trained on of 2 classes: 0 ('0'), 11 ('11')" in output, output
     recipe = recipe_of(tmp_path / "run", 1)
     assert recipe["empty_classes"] == [0, 11] and recipe["null_label_trained"] is False
     codes, output = launch(TRAIN, [*argv, "--train.steps", 2])  # a run that exists needs no option
@@ -454,7 +454,7 @@ def test_a_class_of_which_no_image_can_be_read_is_an_empty_one(launch, digit_fol
         path.write_bytes(path.read_bytes()[:60])
     argv = skip_options(images, tmp_path / "run", "--data.held_out", 0, "--train.batch_size", 120, "--train.steps", 1)
     codes, output = launch(TRAIN, argv)
-    assert codes == [0] and "warning: no image is trained on of 1 class: 3 (digit 3)" in output, output
+    assert codes == [0] and "warning: no image is trained on of 1 class: 3 ('digit 3')" in output, output
     assert recipe_of(tmp_path / "run", 1)["empty_classes"] == [3]
 
 

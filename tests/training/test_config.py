@@ -29,6 +29,14 @@ def test_defaults_are_sits(tmp_path):
     assert config.flow.class_dropout_prob == 0.1
 
 
+def test_a_shipped_config_is_named_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = parse(["--config", "imagenet512", "--preset", "SiT-B/2", "--train.precision", "bf16"])
+    assert named.data.image_size == 512 and str(named.out) == "runs/imagenet512-sit-b2"
+    assert named == parse(["--config=configs/imagenet512.yaml", "--preset", "SiT-B/2", "--train.precision", "bf16"])
+    assert parse(["--config", "{train: {steps: 3}}"]).train.steps == 3  # jsonargparse's way
+
+
 def test_preset_yields_to_yaml_and_both_to_the_command_line(tmp_path):
     config = parse(["--preset", "SiT-S/4"])
     assert (config.model["mixer"], config.model["depth"], config.model["patch_size"]) == ("attention", 12, 4)
@@ -223,10 +231,10 @@ def test_a_run_keeps_the_rules_that_its_data_were_read_by(folder_run, monkeypatc
     described.write_text(json.dumps({key: value for key, value in now.items() if key != "rules"}))
     assert config.data_rules() == 1  # older than rules
     opened, images = [], config.data.open()[0]
-    monkeypatch.setattr(sources, "ImageFolder", lambda *args, **options: opened.append(options) or images)
+    monkeypatch.setattr(sources.ImageFolder, "open", lambda name, **options: opened.append(options) or images)
     config.data.open(config.data_rules())
     config.data.open()
-    assert [(options["rules"], options["keep_empty_classes"]) for options in opened] == [(1, True), (RULES, False)]
+    assert [(options["rules"], options["keep_empty_classes"]) for options in opened] == [(1, True), (None, False)]
 
 
 def test_a_run_of_earlier_rules_has_its_classes_in_their_order(digit_folder, tmp_path):

@@ -1,0 +1,51 @@
+"""How to train on latents that were just encoded, as a command to copy."""
+
+import itertools
+import shlex
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from sit_atconv.data.latent_folder import LatentIndex
+from sit_atconv.data.order import hold_out
+from sit_atconv.models.presets import PATCHES
+from sit_atconv.runtime.installation import command, shipped_configs
+from sit_atconv.runtime.names import is_object_path
+from sit_atconv.training.config import TrainConfig
+
+SMALL_PRESET = "SiT-ATConv-S/2"  # for sizes without a configuration of their own
+
+
+def training_command(index: LatentIndex, labels: np.ndarray, out: Path) -> str:
+    """Returns a command that trains on these latents as it is printed: a shipped recipe, fitted to what there is.
+
+    Args:
+        index: of the latents.
+        labels: of all their images.
+        out: their folder.
+    """
+    settings, options = index.settings, {"data.latents": out}
+    config, shipped = f"imagenet{settings.image_size}", shipped_configs()
+    if config not in shipped:
+        config = "imagenet256"
+        options |= {"preset": SMALL_PRESET, "data.image_size": settings.image_size}
+    if all(settings.latent_size % patch for patch in PATCHES):
+        options["model.patch_size"] = 1
+    if not settings.mirrored:
+        options["data.mirror"] = "false"
+    if is_object_path(kind := settings.codec["kind"]):
+        options["data.codec"] = kind  # or training would not know the user's module
+    if len(index.class_names) == 1:  # unconditional
+        options |= {"model.has_null_label": "false", "flow.class_dropout_prob": 0, "preview.cfg": 1}
+    recipe = yaml.safe_load(shipped[config].read_text())
+    if (held_out := recipe["data"]["held_out"]) > index.num_images // 10:
+        options["data.held_out"] = held_out = index.num_images // 10
+    if len(np.unique(np.delete(labels, hold_out(len(labels), held_out)))) < len(np.unique(labels)):
+        options["data.held_out"] = held_out = 0  # it would take all images of a class
+    if recipe["train"].get("batch_size", TrainConfig.batch_size) > (rest := index.num_images - held_out):
+        options["train.batch_size"] = 1 << (rest.bit_length() - 1)  # a power of two suits several processes
+    names = (out.resolve().name + (f"-{number}" if number > 1 else "") for number in itertools.count(1))
+    options["out"] = next(path for path in (Path("runs", name) for name in names) if not path.exists())
+    given = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in options.items())
+    return f"{command('train')} --config {config} {given}"
