@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn as nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,6 +34,11 @@ def multiply_adds(
         grid_size: (H, W) in tokens.
         of_mixer: counts one token mixer, given its name; None counts each as it is in SiT.
     """
+    if isinstance(model, SiT) and type(model) is not SiT:  # a backbone of the user's, whose parts nobody knows
+        config, known = model.config, inspect.signature(type(model)).parameters
+        x = 1, config["in_channels"], *(config["patch_size"] * n for n in grid_size)
+        return _counted(f"backbone {type(model).__name__}", lambda: type(model)(**{k: config[k] for k in known}),
+                        lambda net: net(torch.empty(x), torch.empty(1), torch.zeros(1, dtype=torch.long)))
     config = {**DEFAULTS, **(model.config if isinstance(model, SiT) else model)}
     N, D = math.prod(grid_size), config["hidden_size"]
     patch = config["patch_size"] ** 2 * config["in_channels"]
@@ -60,11 +66,16 @@ def mixer_multiply_adds(name: str, config: Mapping, grid_size: tuple[int, int]) 
     mixer, N, D = MIXERS.find(name), math.prod(grid_size), config["hidden_size"]
     if mixer.multiply_adds is not None:
         return mixer.multiply_adds(config, grid_size)
-    try:  # with fake tensors: those of the public device "meta" have no autocast
+    return _counted(f"mixer {name}", lambda: mixer.build(D, config), lambda m: m(torch.empty(1, N, D), grid_size))
+
+
+def _counted(what: str, build: Callable[[], nn.Module], run: Callable[[nn.Module], object]) -> int:
+    """Has torch count the multiply-adds of a run, on fake tensors: those of the device "meta" have no autocast."""
+    try:
         with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            mixer.build(D, config)(torch.empty(1, N, D), grid_size)
+            run(build())
     except (NotImplementedError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"the multiply-adds of the mixer {name} cannot be counted on tensors without data ({reason}): "
-                         "give its entry multiply_adds") from error
+        raise ValueError(f"the multiply-adds of the {what} cannot be counted on tensors without data ({reason}): give "
+                         "its entry multiply_adds") from error
     return counter.get_total_flops() // 2

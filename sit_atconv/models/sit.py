@@ -16,6 +16,7 @@ from torch import Tensor
 from sit_atconv.models.constants import kept
 from sit_atconv.models.mixers import MIXERS, mixer_names
 from sit_atconv.models.presets import preset_config
+from sit_atconv.runtime.tables import Table
 
 # ---------------------------------------------------------------------------------------------------- embeddings
 
@@ -270,3 +271,8 @@ class SiT(ModelMixin, ConfigMixin):
     def _unpatchify(self, patches: Tensor, grid_size: tuple[int, int]) -> Tensor:
         (h, w), p = grid_size, self.config.patch_size
         return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
+
+
+# A user's own is a subclass of SiT with the constructor's arguments that data and codec fill in, FROM_DATA.
+BACKBONES = Table("backbone", type, {"SiT": SiT})
+FROM_DATA = {"num_classes", "in_channels", "input_size"}

@@ -23,7 +23,7 @@ from sit_atconv.data.sources import DataConfig
 from sit_atconv.flow import Objective
 from sit_atconv.flow.auxiliary import AuxiliaryLoss
 from sit_atconv.models.presets import preset_config
-from sit_atconv.models.sit import SiT
+from sit_atconv.models.sit import FROM_DATA, SiT
 from sit_atconv.runtime.commands import fail, is_main_process, user_errors
 from sit_atconv.runtime.devices import on_cpu
 from sit_atconv.runtime.files import write_aside
@@ -33,8 +33,6 @@ from sit_atconv.runtime.tables import import_module_of, import_modules
 from sit_atconv.sampling import Sampler
 from sit_atconv.training.ema import PROFILES
 
-# Options of the model that are no options of a run, since the data set and the codec know them.
-FROM_DATA = {"num_classes", "in_channels", "input_size"}
 # Groups whose options are the constructor's arguments of a class that the user chooses -> its base class and default,
 # and arguments that are no options: they come from elsewhere (`train.lr`, the device).
 CLASSES = {"flow": (Objective, "sit_atconv.flow.FlowMatching"), "auxiliary": (AuxiliaryLoss, None),
@@ -190,7 +188,8 @@ class Config:
     """A whole training run, resolved.
 
     Args:
-        model: SiT's options but for those that come from the data.
+        backbone: class path of the model; None for SiT.
+        model: the model's options but for those that come from the data.
         flow: the objective.
         auxiliary: the auxiliary loss, not built yet; None without one.
         optimizer: class of the optimizer, and arguments of its constructor.
@@ -201,6 +200,7 @@ class Config:
     preset: str | None
     init_from: str | None
     dry_run: bool
+    backbone: str | None
     model: dict
     data: DataConfig
     flow: Objective
@@ -321,7 +321,7 @@ def parse(argv: list[str] | None = None) -> Config:
         argv = ["--config", str(shipped_configs()["digits"]), *argv]
     argv = _import_modules(argv)
     with user_errors():
-        chosen = {group: _chosen_class(argv, group) for group in CLASSES}
+        chosen = {group: _chosen_class(argv, group) for group in ("backbone", *CLASSES)}
     parser = _make_parser(chosen)
     if {"--help", "-h"} & {*argv}:
         _make_parser(chosen, for_help=True).parse_args(["--help"])
@@ -345,6 +345,7 @@ def parse(argv: list[str] | None = None) -> Config:
             preset=preset,
             init_from=namespace.init_from,
             dry_run=namespace.dry_run,
+            backbone=chosen["backbone"],
             model=options["model"],
             data=values.data,
             flow=values.flow,
@@ -374,7 +375,7 @@ def _chosen_class(argv: list[str], group: str) -> str | None:
 
     The parser starts from it, so that an option that the class lacks is an error wherever it stands.
     """
-    path = CLASSES[group][1]
+    path = None if group == "backbone" else CLASSES[group][1]
     for i, argument in enumerate(argv):
         name, _, value = argument.partition("=")
         value = value or "".join(argv[i + 1 : i + 2])
@@ -391,7 +392,7 @@ def _chosen_class(argv: list[str], group: str) -> str | None:
 
 def _locate(group: str, path: str) -> type | None:
     """Returns the class of a path, or of the bare name of a class that is known already, such as SGD."""
-    known = [CLASSES[group][0]]
+    known = [SiT if group == "backbone" else CLASSES[group][0]]
     for kind in known:
         known += kind.__subclasses__()
     return pydoc.locate(path) if "." in path else next((kind for kind in known if kind.__name__ == path), None)
@@ -406,7 +407,7 @@ def _plain(parser: "Parser", namespace) -> dict:
 
 def _defaults() -> dict:
     """Returns the flat options of a run that is asked for nothing."""
-    parser = _make_parser({group: _chosen_class([], group) for group in CLASSES})
+    parser = _make_parser({group: _chosen_class([], group) for group in ("backbone", *CLASSES)})
     return flatten(_plain(parser, parser.get_defaults()))
 
 
@@ -456,7 +457,10 @@ def _make_parser(chosen: Mapping[str, str | None], for_help: bool = False) -> Pa
     if for_help:
         parser.add_argument("--import", metavar="MODULE",
                             help="import a module of yours that registers parts of its own; repeat for more")
-    parser.add_class_arguments(SiT, "model", instantiate=False, skip=FROM_DATA)
+    parser.add_argument("--backbone", type=str | None, help="class of the model, a subclass of SiT as module.NAME, "
+                        "whose options follow (default: SiT)")
+    backbone = _locate("backbone", chosen["backbone"] or "SiT")
+    parser.add_class_arguments(backbone, "model", instantiate=False, skip=FROM_DATA)
     parser.add_argument("--data", type=DataConfig, default=DataConfig())
     for group, (base, _) in CLASSES.items():
         options = dict(skip=NO_OPTIONS if group == "optimizer" else set(), fail_untyped=False)

@@ -22,7 +22,7 @@ from sit_atconv.checkpoints.warm_start import Start, start_from
 from sit_atconv.data.codecs import Codec
 from sit_atconv.data.order import BatchOrder, hold_out
 from sit_atconv.data.sources import describe_data
-from sit_atconv.models import SiT
+from sit_atconv.models.sit import BACKBONES, SiT
 from sit_atconv.runtime.commands import is_main_process
 from sit_atconv.runtime.devices import on_cpu, prepare_device
 from sit_atconv.runtime.files import check_room, exclusive
@@ -92,8 +92,10 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
     )
     empty_classes = config.data.find_empty_classes(data, held_out, exists=rules is not None)
     torch.manual_seed(train.seed)
-    net = SiT(**config.model, num_classes=len(data.class_names), in_channels=codec.channels,
-              input_size=codec.latent_size(data.image_size))
+    net = BACKBONES.find(config.backbone or "SiT")(
+        **config.model, num_classes=len(data.class_names), in_channels=codec.channels,
+        input_size=codec.latent_size(data.image_size),
+    )
     config.check_dropout(net.null_label)
     config.check_previews(net.null_label)
     check_auxiliary(config, net, data)

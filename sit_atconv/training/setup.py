@@ -110,7 +110,7 @@ class Session:
         config = job.config
         return Recipe(config.flow.path, config.prediction, self.codec.describe(), [*job.data.class_names], step,
                       null_label_trained=job.null_label_trained, empty_classes=self.empty_classes,
-                      objective=config.objective)
+                      objective=config.objective, backbone=config.backbone)
 
     def note_unreadable(self, job: Job) -> None:
         """Records the images that some process could not read, and says so."""
