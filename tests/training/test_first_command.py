@@ -10,6 +10,7 @@ import pytest
 from sit_atconv.data.latent_folder import read_index
 from sit_atconv.data.latents import CachedLatents
 from sit_atconv.data.order import hold_out
+from sit_atconv.training import preflight
 from sit_atconv.training.first_command import training_command
 from tests.conftest import ROOT, load_command
 
@@ -24,7 +25,7 @@ def fitted(latents: Path, **changes):
 def test_the_shipped_configuration_is_printed_where_it_fits(latents, config):
     index = dataclasses.replace(fitted(latents, image_size=int(config[-3:])), num_images=50_000)
     command = training_command(index, np.zeros(50_000, int), Path("my latents"))
-    assert command == (f"accelerate launch sit_atconv/train.py --config configs/{config}.yaml --data.latents "
+    assert command == (f"accelerate launch sit_atconv/train.py --config {config} --data.latents "
                        "'my latents' --out 'runs/my latents'")
 
 
@@ -34,7 +35,7 @@ def test_the_printed_command_runs(latents, monkeypatch, capsys):
     command = shlex.split(training_command(index, CachedLatents(latents).labels, latents))
     assert command[:3] == ["accelerate", "launch", "sit_atconv/train.py"] and (ROOT / command[2]).exists()
     train = load_command("sit_atconv/train.py")
-    monkeypatch.setattr(train, "dry_run", lambda net, config, plan: f"batch {plan.micro_batch}")
+    monkeypatch.setattr(preflight, "dry_run", lambda net, config, order: f"batch {order.micro_batch}")
     train.main([*command[3:], "--dry-run"])
     assert capsys.readouterr().out == "batch 64\n"
 
