@@ -17,11 +17,12 @@ from sit_atconv.checkpoints.recipe import versions
 from sit_atconv.data.codecs import decode_in_parts
 from sit_atconv.data.pixels import to_uint8
 from sit_atconv.flow import as_velocity, get_interpolant
-from sit_atconv.generation.job import DTYPES, SampleJob
+from sit_atconv.generation.job import SampleJob
 from sit_atconv.runtime.devices import on_cpu, prepare_device
+from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.runtime.files import exclusive
 from sit_atconv.runtime.plots import save_sample_grid
-from sit_atconv.sampling import Counted, SampleStream
+from sit_atconv.sampling import SOLVERS, Counted, Sampler, SampleStream
 
 WRITERS = 4  # threads that write images while the next are drawn
 
@@ -31,7 +32,7 @@ def generate_samples(job: SampleJob) -> dict:
 
     Sample i is a function of (seed, i) and the settings. So a folder that a kill left half full is completed by the
     same call, and neither the number of processes nor the batch size changes an image (but for the last bits of
-    arithmetic, and for dopri5, which chooses its steps for the batch).
+    arithmetic, and for an adaptive solver, which chooses its steps for the batch).
 
     Returns:
         The folder's manifest; {} on processes other than the main one.
@@ -40,7 +41,7 @@ def generate_samples(job: SampleJob) -> dict:
         ValueError: another process holds the folder, or samples that are not finite.
         OSError: the folder cannot be written to, or lacks samples in the end.
     """
-    options, folder = job.options, job.folder
+    options, folder, solver = job.options, job.folder, job.sampler.solver
     state = PartialState(cpu=on_cpu())
     prepare_device(state.device, tf32=options.dtype == "tf32")
     is_done, missing = broadcast_object_list([job.is_done, job.missing])  # of the main process: others may see less
@@ -62,8 +63,9 @@ def generate_samples(job: SampleJob) -> dict:
         folder.update_manifest({  # before the npz, in which a kill would lose the speed
             "ckpt": os.path.abspath(options.ckpt) if os.path.exists(options.ckpt) else options.ckpt,
             "step": job.weights.recipe.step,
-            "batches": "agree to the tolerance of dopri5" if job.sampler.solver == "dopri5" else
-            "agree to one grey level",
+            "sampler": [*Sampler.__dataclass_fields__, "dtype", "compile"],  # of the settings, those of sampling
+            "batches": "agree to " + (f"the tolerance of {solver}" if SOLVERS.find(solver).is_adaptive else
+                                      "one grey level"),
             **speed,
             "labels": job.all_labels,
         })
@@ -131,7 +133,7 @@ def sample_batch(job: SampleJob, model, weak, stream: SampleStream, device: torc
 def _ready(weights: Weights | None, job: SampleJob, device: torch.device):
     if weights is None:
         return None
-    dtype = DTYPES[job.options.dtype]
+    dtype = torch_dtype(job.options.dtype)
     torch.nn.Module.to(weights.model, device, dtype)  # diffusers' own warns of casting no module at all
     return torch.compile(weights.model) if job.options.compile else weights.model
 

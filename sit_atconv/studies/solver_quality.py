@@ -20,10 +20,10 @@ from sit_atconv.evaluation.metrics import frechet, jackknife_groups
 from sit_atconv.runtime.devices import on_cpu, prepare_device
 from sit_atconv.runtime.files import write_aside
 from sit_atconv.runtime.plots import save_solver_curves
-from sit_atconv.sampling import Counted, Sampler, SampleStream
+from sit_atconv.runtime.settings import differences
+from sit_atconv.sampling import SOLVERS, Counted, Sampler, SampleStream
 
 DEFAULT_CFG = 2.0  # where the null label was trained
-EVALUATIONS_A_STEP = {"heun": 2, "sde-heun": 2}  # one for all others; a last SDE step makes it one fewer
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,17 @@ class Options:
 
     ckpt: str
     out: str
-    cfg: float | None = None
-    reference: str = "digits"
-    extractor: str = "digits"
-    extractor_weights: str | None = None
-    num_samples: int = 1000
-    batch_size: int = 125
-    seed: int = 0
-    solvers: tuple[str, ...] = ("euler", "heun", "unipc", "dpm++", "sde-euler")
-    evaluations: tuple[int, ...] = (4, 6, 8, 12, 16, 24, 32, 48)
-    shifts: tuple[float, ...] = (0.5, 1.0, 2.0)
-    baseline: int = 250
+    cfg: float | None
+    reference: str
+    extractor: str
+    extractor_weights: str | None
+    num_samples: int
+    batch_size: int
+    seed: int
+    solvers: tuple[str, ...]
+    evaluations: tuple[int, ...]
+    shifts: tuple[float, ...]
+    baseline: int
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def plan(options: Options) -> list[Sampler]:
         for solver in options.solvers
         for shift in options.shifts
         for evaluations in options.evaluations
-        if (steps := evaluations // EVALUATIONS_A_STEP.get(solver, 1))
+        if (steps := evaluations // SOLVERS.find(solver).evaluations)
     ]
     return list(dict.fromkeys(samplers))
 
@@ -161,10 +161,8 @@ def _read(path: Path, settings: dict) -> list[Point]:
         points = [Point(**point) for point in held["points"]]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: delete it, or give another --out") from error
-    changed = [f"{key} {held['settings'].get(key)!r} -> {value!r}" for key, value in settings.items()
-               if key not in ("solvers", "evaluations", "shifts") and held["settings"].get(key) != value]
-    if changed:
-        raise ValueError(f"{path} holds another comparison ({', '.join(changed)}): give another --out")
+    if changed := differences(held["settings"], settings, ignored=("solvers", "evaluations", "shifts")):
+        raise ValueError(f"{path} holds another comparison ({'; '.join(changed)}): give another --out")
     return points
 
 

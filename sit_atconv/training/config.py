@@ -29,7 +29,7 @@ from sit_atconv.runtime.devices import on_cpu
 from sit_atconv.runtime.files import write_aside
 from sit_atconv.runtime.settings import changed, differences, flatten
 from sit_atconv.runtime.tables import import_module_of, import_modules
-from sit_atconv.sampling import Sampler
+from sit_atconv.sampling import SOLVERS, Sampler
 from sit_atconv.training.ema import PROFILES
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
@@ -170,7 +170,7 @@ class PreviewConfig:
     num_classes: int = 10
     per_class: int = 8
     cfg: float | None = None
-    solver: Literal["euler", "heun", "dopri5", "unipc", "dpm++"] = "euler"
+    solver: str = "euler"
     num_steps: int = 50
 
     @property
@@ -178,6 +178,9 @@ class PreviewConfig:
         return Sampler(cfg=self.cfg, solver=self.solver, steps=self.num_steps)
 
     def __post_init__(self):
+        if SOLVERS.find(import_module_of(self.solver)).is_sde:
+            others = [name for name, solver in SOLVERS.items() if not solver.is_sde]
+            raise ValueError(f"preview.solver must be of an ODE, such as {', '.join(others)}, not {self.solver}")
         for name in ("every", "num_classes", "per_class", "num_steps"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"preview.{name} must be at least 1, not {value}")
