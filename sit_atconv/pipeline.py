@@ -284,6 +284,8 @@ def export_pipeline(weights: Weights, folder: Path) -> None:
     recipe = weights.recipe
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already: give another folder, or delete it")
+    if recipe.objective or recipe.backbone:
+        raise ValueError("a pipeline knows no objective or backbone of a user's own: sample with sample/generate.py")
     codec = open_codec(recipe.codec)
     if type(codec) not in (IdentityCodec, VAECodec):
         raise ValueError(f"a pipeline of diffusers decodes with an AutoencoderKL, and these weights were trained with "

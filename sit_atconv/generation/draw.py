@@ -15,12 +15,13 @@ from sit_atconv.checkpoints.exported import Weights
 from sit_atconv.checkpoints.recipe import versions
 from sit_atconv.data.codecs import decode_in_parts
 from sit_atconv.data.pixels import to_uint8
-from sit_atconv.flow import as_velocity, get_interpolant
-from sit_atconv.generation.job import DTYPES, SampleJob
+from sit_atconv.flow import as_trained, as_velocity, get_interpolant
+from sit_atconv.generation.job import SampleJob
 from sit_atconv.runtime.devices import on_cpu, prepare_device
+from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.runtime.plots import save_sample_grid
 from sit_atconv.runtime.processes import held_by_main, share, together
-from sit_atconv.sampling import Counted, SampleStream
+from sit_atconv.sampling import SOLVERS, Counted, Sampler, SampleStream
 
 WRITERS = 4  # threads that write images while the next are drawn
 
@@ -30,7 +31,7 @@ def generate_samples(job: SampleJob) -> dict:
 
     Sample i is a function of (seed, i) and the settings. So a folder that a kill left half full is completed by the
     same call, and neither the number of processes nor the batch size changes an image (but for the last bits of
-    arithmetic, and for dopri5, which chooses its steps for the batch).
+    arithmetic, and for an adaptive solver, which chooses its steps for the batch).
 
     Returns:
         The folder's manifest; {} on processes other than the main one.
@@ -39,7 +40,7 @@ def generate_samples(job: SampleJob) -> dict:
         OSError: on all processes, another one holds the folder, it cannot be written to, samples are not finite, or
             the folder lacks samples in the end.
     """
-    options, folder = job.options, job.folder
+    options, folder, solver = job.options, job.folder, job.sampler.solver
     state = PartialState(cpu=on_cpu())
     prepare_device(state.device, tf32=options.dtype == "tf32")
     is_done, missing = broadcast_object_list([job.is_done, job.missing])  # of the main process: others may see less
@@ -60,8 +61,9 @@ def generate_samples(job: SampleJob) -> dict:
         folder.update_manifest({  # before the npz, in which a kill would lose the speed
             "ckpt": os.path.abspath(options.ckpt) if os.path.exists(options.ckpt) else options.ckpt,
             "step": job.weights.recipe.step,
-            "batches": "agree to the tolerance of dopri5" if job.sampler.solver == "dopri5" else
-            "agree to one grey level",
+            "sampler": [*Sampler.__dataclass_fields__, "dtype", "compile"],  # of the settings, those of sampling
+            "batches": "agree to " + (f"the tolerance of {solver}" if SOLVERS.find(solver).is_adaptive else
+                                      "one grey level"),
             **speed,
             "labels": job.all_labels,
         })
@@ -119,8 +121,9 @@ def draw(job: SampleJob, mine: list[int], state: PartialState) -> dict:
 def sample_batch(job: SampleJob, model, weak, stream: SampleStream, device: torch.device) -> Tensor:
     """The latents (B, C, h, w) of the stream's samples."""
     recipe = job.weights.recipe
+    model = as_trained(model, recipe)
     if weak is not None:
-        weak = as_velocity(weak, get_interpolant(recipe.interpolant), recipe.prediction)
+        weak = as_velocity(as_trained(weak, job.weak.recipe), get_interpolant(recipe.interpolant), recipe.prediction)
     noise, y = stream.randn(job.shape, device), job.labels(stream).to(device)
     return job.sampler(model, noise, y, path=recipe.interpolant, prediction=recipe.prediction, weak=weak,
                        randn=stream.randn_like)
@@ -129,7 +132,7 @@ def sample_batch(job: SampleJob, model, weak, stream: SampleStream, device: torc
 def _ready(weights: Weights | None, job: SampleJob, device: torch.device):
     if weights is None:
         return None
-    dtype = DTYPES[job.options.dtype]
+    dtype = torch_dtype(job.options.dtype)
     torch.nn.Module.to(weights.model, device, dtype)  # diffusers' own warns of casting no module at all
     return torch.compile(weights.model) if job.options.compile else weights.model
 

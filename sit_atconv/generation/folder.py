@@ -17,8 +17,10 @@ from tqdm import tqdm
 from sit_atconv.data.image_npz import write_npz
 from sit_atconv.data.pixels import to_pil
 from sit_atconv.runtime.files import PARTIAL, check_room, write_aside
+from sit_atconv.runtime.settings import differences
 
 READ_AT_ONCE = 64  # images, when they are gathered
+OF_NO_SAMPLE = ["num_samples"]  # the settings on which sample i does not depend
 
 
 class SamplesFolder:
@@ -58,21 +60,22 @@ class SamplesFolder:
         manifest = self.read_manifest()
         held = manifest.get("settings", settings)
         num_held, num_samples = held.get("num_samples", 0), settings.get("num_samples", 0)
-        changed = _differences(held, settings)
+        changed = differences(held, settings, ignored=OF_NO_SAMPLE)
         if not changed and num_held > num_samples:
             use = "use the first of them (eval/fid.py --num-samples)" if manifest.get("complete") else \
                 f"complete them with --num-samples {num_held}"
             raise ValueError(f"{self.folder} is of {num_held} samples, and {num_samples} are asked for: give another "
                              f"--out, or {use}")
         if changed:
-            raise ValueError(f"{self.folder} holds other samples ({', '.join(changed)}): give another --out")
+            raise ValueError(f"{self.folder} holds other samples ({'; '.join(changed)}): give another --out")
 
     def with_fewer(self, settings: dict) -> Path | None:
         """A neighbour of this folder that holds fewer samples of the same settings, or None."""
         for path in sorted(self.folder.parent.glob("*/manifest.json")):
             with contextlib.suppress(ValueError, KeyError):  # a damaged or foreign one helps nobody
                 held = SamplesFolder(path.parent).read_manifest()["settings"]
-                if not _differences(held, settings) and held["num_samples"] < settings["num_samples"]:
+                has_fewer = held["num_samples"] < settings["num_samples"]
+                if has_fewer and not differences(held, settings, ignored=OF_NO_SAMPLE):
                     return path.parent
         return None
 
@@ -167,12 +170,6 @@ class SamplesFolder:
 
     def _image(self, index: int) -> Path:
         return self.images / f"{index:06d}.png"
-
-
-def _differences(held: dict, settings: dict) -> list[str]:
-    """Settings that make other samples, as "name then -> now". (Sample i does not depend on how many there are.)"""
-    return [f"{key} {held.get(key)!r} -> {new!r}" for key, new in settings.items()
-            if held.get(key) != new and key != "num_samples"]
 
 
 def _by_index(folder: Path, suffix: str) -> dict[int, Path]:

@@ -10,6 +10,7 @@ import sys
 
 from sit_atconv.runtime.commands import (
     ArgumentParser,
+    add_import_option,
     at_least,
     finite,
     is_main_process,
@@ -17,13 +18,20 @@ from sit_atconv.runtime.commands import (
     run_command,
     user_errors,
 )
+from sit_atconv.runtime.dtypes import DTYPES
 from sit_atconv.runtime.installation import command
+from sit_atconv.runtime.tables import import_module_of
+from sit_atconv.sampling.guidance import GUIDANCE, SCHEDULES
+from sit_atconv.sampling.solvers import LAST_STEPS, SOLVERS, default_solver
 
 
 def main(argv: list[str] | None = None) -> None:
     options = vars(make_parser().parse_args(argv))
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     with user_errors():
+        for table in (SOLVERS, GUIDANCE):
+            if name := options[table.kind]:
+                table.find(import_module_of(name))
         from sit_atconv.checkpoints.weights import locate_weights
 
         source = {name: options[name] for name in ("ema", "model", "vae")}
@@ -78,13 +86,15 @@ def make_parser() -> ArgumentParser:
                         help="side, or height and width (default: as trained)")
 
     guidance = parser.add_argument_group("guidance")
+    guidance.add_argument("--guidance", default="cfg",
+                          help=f"{', '.join(GUIDANCE)}, or your own as MODULE.NAME (docs/extending.md)")
     guidance.add_argument("--cfg", type=finite, default=None,
                           help="guidance scale: v_null + cfg * (v_cond - v_null); 1 is off, 0 ignores the labels "
                           "(default: 4, or 1 without a trained null label)")
     guidance.add_argument("--interval", dest="cfg_interval", type=finite, nargs=2, default=(0.0, 1.0),
                           metavar=("LO", "HI"),
                           help="guide where LO <= t < HI (t = 0 is noise, 1 data); elsewhere half the work is saved")
-    guidance.add_argument("--cfg-schedule", choices=("constant", "linear", "cosine"), default="constant",
+    guidance.add_argument("--cfg-schedule", choices=SCHEDULES, default="constant",
                           help="a scale that rises with t, from 1, and is cfg on average")
     guidance.add_argument("--cfg-channels", type=at_least(1), default=None, metavar="N",
                           help="guide the first N channels only; DiT and SiT published 3")
@@ -92,13 +102,14 @@ def make_parser() -> ArgumentParser:
                           help="autoguidance: a weaker model of the same kind in the place of the null label")
 
     solver = parser.add_argument_group("solver")
+    solvers = [f"{name} ({solver.summary})" for name, solver in SOLVERS.items()]
+    adaptive = " or ".join(name for name, solver in SOLVERS.items() if solver.is_adaptive)
     solver.add_argument("--solver", default=None,
-                        choices=("euler", "heun", "dopri5", "unipc", "dpm++", "sde-euler", "sde-heun"),
-                        help="default: unipc on the linear path, which unipc and dpm++ need, and heun on others; both "
-                        "heun evaluate the model twice a step; dopri5 is adaptive, chooses its steps for the batch and "
-                        "ignores --steps; the sde add noise on the way")
+                        help=f"{', '.join(solvers)}, or your own as MODULE.NAME (docs/extending.md). Default: "
+                        f"{default_solver('linear')} on the linear path, {default_solver('gvp')} on others")
     solver.add_argument("--steps", type=at_least(1), default=25,
-                        help="intervals of the grid (SiT counts points: its 250 are 249 here, but for an SDE)")
+                        help="intervals of the grid (SiT counts points: its 250 are 249 here, but for an SDE); "
+                        f"{adaptive} ignores them")
     solver.add_argument("--shift", type=positive, default=1.0, help="above 1, more of them near noise; 1 is uniform")
     solver.add_argument("--times", type=finite, nargs="+", default=None, metavar="T",
                         help="all times from 0 to 1, instead of --steps and --shift")
@@ -106,21 +117,22 @@ def make_parser() -> ArgumentParser:
                         choices=("constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"),
                         help="how much noise an sde solver adds, as a function of t")
     solver.add_argument("--diffusion-norm", type=positive, default=1.0, help="its factor")
-    solver.add_argument("--last-step", choices=("none", "mean", "tweedie", "euler"), default="mean",
+    solver.add_argument("--last-step", choices=LAST_STEPS, default="mean",
                         help="an SDE's last step, without noise")
     solver.add_argument("--last-step-size", type=positive, default=0.04, help="how long that is in time")
 
     how = parser.add_argument_group("how")
-    how.add_argument("--dtype", choices=("fp32", "tf32", "bf16", "fp16"), default="fp32",
+    how.add_argument("--dtype", choices=DTYPES, default="fp32",
                      help="of the model's arithmetic")
     how.add_argument("--batch-size", type=at_least(1), default=64,
-                     help="images at a time; changes none, except with dopri5")
+                     help=f"images at a time; changes none, except with {adaptive}")
     how.add_argument("--compile", action="store_true",
                      help="compile the model with torch.compile: a minute or more at the start, faster afterwards")
     how.add_argument("--latents", action="store_true", help="write latents too, before they are decoded")
     how.add_argument("--no-npz", dest="npz", action="store_false",
                      help="leave samples.npz out, which is as large as all pixels (eval/fid.py reads the PNGs too)")
     how.add_argument("--out", default=None, help="folder of the samples (default: RUN/samples/SETTINGS)")
+    add_import_option(how)
     return parser
 
 

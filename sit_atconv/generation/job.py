@@ -1,6 +1,5 @@
 """What `sample/generate.py` is asked for, and all of it checked before anything is drawn."""
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -18,13 +17,11 @@ from sit_atconv.checkpoints.recipe import Recipe
 from sit_atconv.checkpoints.weights import load_weights
 from sit_atconv.data.codecs import Codec, open_codec
 from sit_atconv.data.pixels import UINT8_RULE
+from sit_atconv.flow import as_trained
 from sit_atconv.generation.folder import SamplesFolder
 from sit_atconv.generation.labels import read_labels, typed_label
 from sit_atconv.runtime.files import sha256_of
-from sit_atconv.sampling import Sampler, SampleStream
-from sit_atconv.sampling.sampler import SDE
-
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from sit_atconv.sampling import SOLVERS, Sampler, SampleStream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +104,7 @@ def prepare(options: GenerateOptions) -> SampleJob:
     """
     weights = load_weights(options.ckpt, options.ema, model=options.model, vae=options.vae)
     recipe, config = weights.recipe, weights.model.config
+    as_trained(weights.model, recipe)  # its objective can be found
     weak = _load_weak(options.weak, weights, options.vae)
     sampler = options.sampler.settled(recipe.interpolant, weights.null_label, weak is not None)
     sampler.check(recipe.interpolant, recipe.prediction, weights.null_label, weak is not None)
@@ -117,7 +115,7 @@ def prepare(options: GenerateOptions) -> SampleJob:
     height, width = _latent_size(options.size, codec, config)
     shape, image_shape = (codec.channels, height, width), (height * codec.downsample, width * codec.downsample, 3)
     settings = {
-        **dataclasses.asdict(sampler),
+        **sampler.settings(),
         "labels": labels,
         "num_samples": options.num_samples,
         "seed": options.seed,
@@ -141,7 +139,7 @@ def prepare(options: GenerateOptions) -> SampleJob:
     folder.check_room(options.num_samples, image_shape, options.npz, 4 * math.prod(shape) if options.latents else 0)
     missing = folder.missing(options.num_samples, options.latents)
     notes = [*weights.notes, *_notes_on_labels(given, recipe)]
-    if options.sampler.cfg is None and weights.null_label is None and weak is None:
+    if options.sampler.cfg is None and sampler.cfg == 1:
         why = "has no null label" if weights.model.null_label is None else "was trained without label dropout"
         notes.append(f"samples are not guided (--cfg 1): the model {why}")
     if options.out is None and not folder.folder.exists() and (fewer := folder.with_fewer(settings)):
@@ -222,15 +220,17 @@ def _folder_name(
     """Names every setting, so that two never share a folder."""
     sde = [sampler.diffusion_form, f"{sampler.diffusion_norm:g}", sampler.last_step, f"{sampler.last_step_size:g}"]
     grid = "_".join(f"{t:g}" for t in sampler.times) if sampler.times else str(sampler.steps)
+    solver = SOLVERS.find(sampler.solver)
     parts = [
         f"step{step:07d}" + _average(options.ema),
+        *([sampler.guidance] if "guidance" in settings else []),
         f"cfg{sampler.cfg:g}" + (f"on{sampler.cfg_channels}" if sampler.cfg_channels else ""),
         *([sampler.cfg_schedule] if sampler.cfg_schedule != "constant" else []),
         *(["{:g}to{:g}".format(*sampler.cfg_interval)] if sampler.cfg_interval != (0.0, 1.0) else []),
         *([f"weak{settings['weak'][:8]}"] if settings["weak"] else []),
-        sampler.solver + (grid if sampler.solver != "dopri5" else ""),
+        sampler.solver + ("" if solver.is_adaptive else grid),
         *([f"shift{sampler.shift:g}"] if sampler.shift != 1 else []),
-        *(sde if sampler.solver.startswith(SDE) else []),
+        *(sde if solver.is_sde else []),
         settings["labels"],
         f"seed{options.seed}",
         f"n{options.num_samples}",

@@ -1,10 +1,19 @@
-"""Classifier-free guidance (arXiv 2207.12598) as a wrapper: a class-conditional model becomes a velocity(x, t)."""
+"""Guidance as a wrapper: a class-conditional model becomes a velocity. GUIDANCE is the table of all kinds.
+
+Commands read the table for their options, so torch is not imported here.
+"""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from sit_atconv.runtime.tables import Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DEFAULT_CFG = 4.0  # where there is something to guide with
 SCHEDULES = {  # how far above 1 the scale is at time t, as a multiple of cfg - 1; each is 1 on average
@@ -72,6 +81,29 @@ def check_guidance(
                          "trained without one: use cfg = 1, or a weak model")
 
 
+def branches(model, x: Tensor, t: Tensor, y: Tensor, weak=None) -> tuple[Tensor, Tensor]:
+    """Returns the velocities (B, C, H, W) with labels and without, in one batched forward.
+
+    Another model, `weak`, takes the null branch's place, for autoguidance (arXiv 2406.02507).
+    """
+    import torch
+
+    t = _batch_time(x, t)
+    if weak is not None:
+        return model(x, t, y), weak(x, t, y)
+    labels = torch.cat([y, torch.full_like(y, model.null_label)])
+    return model(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
+
+
+def _batch_time(x: Tensor, t: Tensor) -> Tensor:
+    """Returns a time, 0-d or (B,), as models take it: (B,) float32 on x's device."""
+    import torch
+
+    if t.ndim == 0:  # filled in on the device: a copy from the CPU would wait for it
+        t = torch.full((len(x),), t.item(), device=x.device, dtype=torch.float32)
+    return t.to(x.device, torch.float32)
+
+
 def guided(
     model,
     y: Tensor,
@@ -81,7 +113,7 @@ def guided(
     interval: tuple[float, float] = (0.0, 1.0),
     weak=None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """velocity(x, t) = v_null + cfg * (v_cond - v_null), both branches in one batched forward.
+    """Returns velocity(x, t) = v_null + cfg * (v_cond - v_null), by classifier-free guidance (arXiv 2207.12598).
 
     Args:
         model: (x, t, y) -> velocity (B, C, H, W), with an attribute `null_label`.
@@ -90,8 +122,7 @@ def guided(
         channels: guide the first so many channels only, as DiT and SiT published (3); None guides all.
         interval: guidance is on where lo <= t < hi (arXiv 2404.07724), up to and including the end where hi is 1;
             elsewhere the conditional branch alone is computed.
-        weak: another model (x, t, y) -> velocity that takes the null branch's place, for autoguidance
-            (arXiv 2406.02507).
+        weak: another model (x, t, y) -> velocity that takes the null branch's place.
 
     Returns:
         velocity(x, t), t a 0-d tensor (kept on the CPU, its comparisons cost no synchronisation) or (B,).
@@ -99,6 +130,8 @@ def guided(
     Raises:
         ValueError: as `check_guidance`.
     """
+    import torch
+
     check_guidance(cfg, model.null_label, weak is not None, interval)
     lo, hi = interval
     scale_at = cfg if callable(cfg) else lambda t: cfg
@@ -106,25 +139,14 @@ def guided(
     def inside(t: float) -> bool:
         return lo <= t and (t < hi or hi >= 1)
 
-    def null_branch(x: Tensor, t: Tensor) -> Tensor:
-        return weak(x, t, y) if weak is not None else model(x, t, torch.full_like(y, model.null_label))
-
-    def both_branches(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        if weak is not None:
-            return model(x, t, y), weak(x, t, y)
-        labels = torch.cat([y, torch.full_like(y, model.null_label)])
-        return model(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
-
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         scales = [scale_at(s) if inside(s) else 1.0 for s in t.reshape(-1).tolist()]
-        if t.ndim == 0:  # filled in on the device: a copy from the CPU would wait for it
-            t = torch.full((len(x),), t.item(), device=x.device, dtype=torch.float32)
-        t = t.to(x.device, torch.float32)
+        t = _batch_time(x, t)
         if all(scale == 1 for scale in scales):
             return model(x, t, y)
         if all(scale == 0 for scale in scales) and channels is None:
-            return null_branch(x, t)
-        cond, null = both_branches(x, t)
+            return weak(x, t, y) if weak is not None else model(x, t, torch.full_like(y, model.null_label))
+        cond, null = branches(model, x, t, y, weak)
         scale = scales[0]
         if len(scales) > 1:
             scale = torch.tensor(scales, device=x.device, dtype=x.dtype).view(-1, *[1] * (x.ndim - 1))
@@ -132,3 +154,29 @@ def guided(
         return v if channels is None else torch.cat([v[:, :channels], cond[:, channels:]], dim=1)
 
     return velocity
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """A kind of guidance.
+
+    Args:
+        build: (model, y, sampler, weak) -> velocity(x, t, step, num_steps). Called for each batch, so what it returns
+            may keep a state. Model, labels and weak (None, mostly) are as in `guided`, `sampler` is the `Sampler` with
+            all settings. Steps count from 0; a solver may evaluate several times in one; of an adaptive one they are
+            None.
+        needs_null_label: whether a scale other than 1 is an error without a trained null label or a weak model.
+    """
+
+    build: Callable[..., Callable]
+    needs_null_label: bool = False
+
+
+def classifier_free(model, y: Tensor, sampler, weak=None) -> Callable:
+    """Builds what `guided` is with the settings of a sampler."""
+    velocity = guided(model, y, cfg=guidance_schedule(sampler.cfg_schedule, sampler.cfg), weak=weak,
+                      channels=sampler.cfg_channels, interval=sampler.cfg_interval)
+    return lambda x, t, step, num_steps: velocity(x, t)
+
+
+GUIDANCE = Table("guidance", Guidance, {"cfg": Guidance(classifier_free, needs_null_label=True)})

@@ -1,27 +1,21 @@
 """How noise becomes data, in one value: guidance, solver and grid together, as a command or a config names them."""
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sit_atconv.flow import as_velocity, get_interpolant
 from sit_atconv.flow.interpolants import DIFFUSION_FORMS
-from sit_atconv.sampling.guidance import check_guidance, default_cfg, guidance_schedule, guided
-from sit_atconv.sampling.ode import BEGIN, LINEAR_ONLY, SOLVERS, sample_ode
-from sit_atconv.sampling.sde import LAST_STEPS, SDE_SOLVERS, sample_sde, sde_times
+from sit_atconv.sampling.guidance import GUIDANCE, check_guidance, default_cfg, guidance_schedule
+from sit_atconv.sampling.ode import sample_ode
+from sit_atconv.sampling.sde import sample_sde, sde_times
+from sit_atconv.sampling.solvers import LAST_STEPS, SOLVERS, Solver, default_solver
 from sit_atconv.sampling.times import as_times, time_grid
 
-SDE = "sde-"  # before the name of an SDE solver
-SOLVER_NAMES = (*SOLVERS, *(SDE + name for name in SDE_SOLVERS))
-AT_BOTH_ENDS = ("heun", "dopri5")  # of the ODE solvers, those that evaluate the velocity at the last time too
 MARGIN = 1e-3  # how far from 0 and 1 a grid may begin and end: where formulas are not finite there
-
-
-def default_solver(path: str) -> str:
-    """The solver that needs the fewest evaluations on a path: docs/sampling.md has the comparison."""
-    return "unipc" if path == "linear" else "heun"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +23,12 @@ class Sampler:
     """Called with a model, it samples.
 
     Args:
+        guidance: a name in GUIDANCE.
         cfg: guidance scale; 1 is off, 0 the null branch alone; None is that of `default_cfg`.
         cfg_schedule: "constant", or rising with t ("linear", "cosine") to the same scale on average.
         cfg_channels: guide the first so many channels only; None guides all.
         cfg_interval: guidance is on where lo <= t < hi.
-        solver: a name in SOLVER_NAMES: those of SOLVERS, and of SDE_SOLVERS with "sde-" before; None is that of
-            `default_solver`.
+        solver: a name in SOLVERS; None is that of `default_solver`.
         steps: intervals of the grid.
         shift: of the grid; above 1 it has more steps near noise (`time_grid`).
         times: an explicit grid in place of steps and shift.
@@ -44,6 +38,7 @@ class Sampler:
         last_step_size: how long it is.
     """
 
+    guidance: str = "cfg"
     cfg: float | None = None
     cfg_schedule: str = "constant"
     cfg_channels: int | None = None
@@ -65,33 +60,39 @@ class Sampler:
             null_label: the model's; None where it has none, or none that was trained.
             weak: whether a weak model takes its place.
         """
-        solver, default = self.solver or default_solver(path), Sampler()
-        cfg = self.cfg
-        if cfg is None:  # a schedule, interval or channels ask for guidance too
-            is_asked = (self.cfg_schedule, self.cfg_channels, self.cfg_interval) != ("constant", None, (0.0, 1.0))
+        name, default = self.solver or default_solver(path), Sampler()
+        solver, cfg = SOLVERS.find(name), self.cfg
+        if cfg is None:  # another guidance, a schedule, interval or channels ask for guidance too
+            asking = ("guidance", "cfg_schedule", "cfg_channels", "cfg_interval")
+            is_asked = any(getattr(self, option) != getattr(default, option) for option in asking)
             cfg = default_cfg(null_label, weak, is_asked)
-        unused = [] if solver.startswith(SDE) else ["diffusion_form", "diffusion_norm", "last_step", "last_step_size"]
-        unused += ["steps", "shift"] if self.times or solver == "dopri5" else []
-        return replace(self, cfg=cfg, solver=solver, **{name: getattr(default, name) for name in unused})
+        unused = [] if solver.is_sde else ["diffusion_form", "diffusion_norm", "last_step", "last_step_size"]
+        unused += ["steps", "shift"] if self.times or solver.is_adaptive else []
+        return replace(self, cfg=cfg, solver=name, **{option: getattr(default, option) for option in unused})
+
+    def settings(self) -> dict:
+        """Returns what a manifest records: the guidance only if it is another than older manifests know."""
+        return {name: value for name, value in asdict(self).items() if name != "guidance" or value != Sampler.guidance}
 
     def check(self, path: str, prediction: str, null_label: int | None, weak: bool = False) -> None:
         """Raises ValueError where these settings do not suit each other, the path, the prediction or the model."""
         settled, (t0, t1) = self.settled(path, null_label, weak), self._finite_on(path, prediction)
-        solver = settled.solver
-        for name, value, known in (("solver", solver, SOLVER_NAMES), ("last_step", self.last_step, LAST_STEPS),
+        solver = SOLVERS.find(settled.solver)
+        for name, value, known in (("last_step", self.last_step, LAST_STEPS),
                                    ("diffusion_form", self.diffusion_form.lower(), DIFFUSION_FORMS)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-        if solver in LINEAR_ONLY and path != "linear":
-            others = [name for name in SOLVER_NAMES if name not in LINEAR_ONLY]
-            raise ValueError(f"solver {solver} is right on the linear path alone, and this model was trained on "
-                             f"{path}: use one of {', '.join(others)}")
-        check_guidance(guidance_schedule(self.cfg_schedule, settled.cfg), null_label, weak, self.cfg_interval)
-        with_last_step = solver.startswith(SDE) and self.last_step != "none"
+        if not solver.suits(path):
+            others = [name for name, other in SOLVERS.items() if other.suits(path)]
+            raise ValueError(f"solver {settled.solver} is right on the linear path alone, and this model was trained "
+                             f"on {path}: use one of {', '.join(others)}")
+        needs_null = GUIDANCE.find(self.guidance).needs_null_label and not weak
+        check_guidance(guidance_schedule(self.cfg_schedule, settled.cfg), null_label, not needs_null, self.cfg_interval)
+        with_last_step = solver.is_sde and self.last_step != "none"
         if with_last_step and not self.times and not 1 - t1 <= self.last_step_size < 1 - t0:
             raise ValueError(f"last_step_size must lie between {1 - t1:g} and {1 - t0:g}, not {self.last_step_size}")
         times = self.grid(path, prediction)
-        evaluated = times if solver in AT_BOTH_ENDS or (solver.startswith(SDE) and not with_last_step) else times[:-1]
+        evaluated = times if solver.at_last_time and not with_last_step else times[:-1]
         for t in (evaluated[0], evaluated[-1]):
             if not t0 <= t <= t1:
                 raise ValueError(f"times must lie in [{t0:g}, {t1:g}], where the formulas of {prediction} on the "
@@ -103,14 +104,18 @@ class Sampler:
         """The times at which the solver stops, float64. Raises ValueError where they do not increase."""
         if self.times:
             return as_times(self.times)
-        solver, (t0, t1) = self.settled(path).solver, self._finite_on(path, prediction)
-        if solver.startswith(SDE):
+        solver, (t0, t1) = self._solver(path), self._finite_on(path, prediction)
+        t0 = max(t0, solver.begin)
+        if solver.is_sde:
             return sde_times(self.steps, (t0, t1), self.last_step, self.last_step_size, self.shift)
-        return time_grid(self.steps, max(t0, BEGIN.get(solver, 0.0)), t1, self.shift)
+        return time_grid(self.steps, t0, t1, self.shift)
+
+    def _solver(self, path: str) -> Solver:
+        return SOLVERS.find(self.settled(path).solver)
 
     def _finite_on(self, path: str, prediction: str) -> tuple[float, float]:
-        is_sde = self.settled(path).solver.startswith(SDE)
-        return get_interpolant(path).interval(prediction, diffusion_form=self.diffusion_form if is_sde else None)
+        form = self.diffusion_form if self._solver(path).is_sde else None
+        return get_interpolant(path).interval(prediction, diffusion_form=form)
 
     def __call__(
         self,
@@ -135,19 +140,36 @@ class Sampler:
         Raises:
             ValueError: as `check`, as far as the solvers notice.
         """
-        interpolant = get_interpolant(path)
-        cfg = self.settled(path, model.null_label, weak is not None).cfg
-        velocity = guided(
-            as_velocity(model, interpolant, prediction), y, cfg=guidance_schedule(self.cfg_schedule, cfg),
-            channels=self.cfg_channels, interval=self.cfg_interval, weak=weak,
-        )
-        solver, times = self.settled(path).solver, self.grid(path, prediction)
-        if not solver.startswith(SDE):
+        interpolant, times, solver = get_interpolant(path), self.grid(path, prediction), self._solver(path)
+        settled = self.settled(path, model.null_label, weak is not None)
+        guide = GUIDANCE.find(self.guidance).build(as_velocity(model, interpolant, prediction), y, settled, weak)
+        velocity = in_steps(guide, solver, len(times) - 1)
+        if not solver.is_sde:
             return sample_ode(velocity, noise, solver=solver, times=times)
         return sample_sde(
-            velocity, noise, interpolant, solver=solver.removeprefix(SDE), times=times, randn=randn,
+            velocity, noise, interpolant, solver=solver, times=times, randn=randn,
             diffusion_form=self.diffusion_form, diffusion_norm=self.diffusion_norm, last_step=self.last_step,
         )
+
+
+def in_steps(guide: Callable, solver: Solver, num_steps: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Returns a velocity(x, t) that tells what `Guidance.build` returned which step of how many an evaluation is in.
+
+    The steps are counted by evaluations, so that a loop need not announce them. ValueError, when called: there are more
+    than the solver's entry says.
+    """
+    evaluations = itertools.count()
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        if solver.is_adaptive:
+            return guide(x, t, None, None)
+        step = next(evaluations) // solver.evaluations
+        if step >= num_steps:
+            raise ValueError(f"the solver takes more than {solver.evaluations} evaluations a step, which its entry "
+                             "Solver(loop, evaluations=...) must say")
+        return guide(x, t, step, num_steps)
+
+    return velocity
 
 
 class Counted:

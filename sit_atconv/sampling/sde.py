@@ -1,55 +1,21 @@
-"""SDE solvers (SiT, arXiv 2401.08740, sections 2.4 and 3.4): noise is added on the way, and the score pulls it back.
-
-    dx = (v + w(t) * score) dt + sqrt(2 w(t)) dW
-
-has the marginals of dx = v dt for every w. One evaluation of the velocity gives drift and score together.
-"""
+"""The SDE with the marginals of the flow's ODE, from noise to data: dx = (v + w(t) * score) dt + sqrt(2 w(t)) dW."""
 
 from collections.abc import Callable, Iterable
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from sit_atconv.flow import Interpolant
-from sit_atconv.sampling.ode import Velocity
+from sit_atconv.sampling.solvers import LAST_STEPS, SOLVERS, Solver, find_solver
 from sit_atconv.sampling.times import as_times, time_grid
-
-Coefficient = Callable[[Tensor, Tensor], Tensor]  # of (x, t)
-
-
-def euler_maruyama(
-    drift: Velocity, diffusion: Coefficient, x: Tensor, times: Tensor, randn: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Weak order 1, one evaluation a step."""
-    for t, t_next in pairwise(times):
-        dt = t_next - t
-        x = x + dt * drift(x, t) + torch.sqrt(2 * dt * diffusion(x, t)).to(x.dtype) * randn(x)
-    return x
-
-
-def stochastic_heun(
-    drift: Velocity, diffusion: Coefficient, x: Tensor, times: Tensor, randn: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """SiT's: the noise of a step first, then the trapezoidal rule; two evaluations a step."""
-    for t, t_next in pairwise(times):
-        dt = t_next - t
-        x = x + torch.sqrt(2 * dt * diffusion(x, t)).to(x.dtype) * randn(x)
-        d = drift(x, t)
-        x = x + dt * (d + drift(x + dt * d, t_next)) / 2
-    return x
-
-
-SDE_SOLVERS = {"euler": euler_maruyama, "heun": stochastic_heun}
-LAST_STEPS = ("none", "mean", "tweedie", "euler")
 
 
 def sample_sde(
-    velocity: Velocity,
+    velocity: Callable[[Tensor, Tensor], Tensor],
     noise: Tensor,
     interpolant: Interpolant,
     *,
-    solver: str = "euler",
+    solver: str | Solver | Callable[..., Tensor] = "euler",
     num_steps: int = 250,
     times: Iterable[float] | Tensor | None = None,
     diffusion_form: str = "sigma",
@@ -65,7 +31,8 @@ def sample_sde(
             prediction (`as_velocity`) it is infinite at t = 0: give `times` that begin later.
         noise: x at the first time (B, ...).
         interpolant: the path, which turns velocity into score.
-        solver: a name in SDE_SOLVERS.
+        solver: the name of an SDE's in SOLVERS, with or without its "sde-", a `Solver`, or a loop (drift, diffusion,
+            x, times, randn) -> x.
         num_steps: steps in all: the last one and uniform ones before it.
         times: increasing times that override `num_steps`; the last interval is that of the last step.
         diffusion_form: w(t), a name in DIFFUSION_FORMS (`Interpolant.diffusion`).
@@ -82,26 +49,26 @@ def sample_sde(
         ValueError: unknown names, fewer than one step, or times that do not increase.
     """
     last_step = (last_step or "none").lower()
-    if solver not in SDE_SOLVERS:
-        raise ValueError(f"solver must be one of {sorted(SDE_SOLVERS)}, not {solver!r}")
+    solver = find_solver(f"sde-{solver}" if f"sde-{solver}" in SOLVERS else solver, is_sde=True)
     if last_step not in LAST_STEPS:
         raise ValueError(f"last_step must be one of {LAST_STEPS}, not {last_step!r}")
     if diffusion_norm < 0:
         raise ValueError(f"diffusion_norm must not be negative: {diffusion_norm}")
     if times is None:
-        times = sde_times(num_steps, interpolant.interval(diffusion_form=diffusion_form), last_step, last_step_size)
+        t0, t1 = interpolant.interval(diffusion_form=diffusion_form)
+        times = sde_times(num_steps, (max(t0, solver.begin), t1), last_step, last_step_size)
     times = as_times(times)
 
     def diffusion(x: Tensor, t: Tensor) -> Tensor:
         return interpolant.diffusion(x, t, diffusion_form, diffusion_norm)
 
-    def drift(x: Tensor, t: Tensor) -> Tensor:
+    def drift(x: Tensor, t: Tensor) -> Tensor:  # one evaluation of the velocity gives the score too
         v = velocity(x, t)
         return v + diffusion(x, t) * interpolant.score_from_velocity(v, x, t)
 
     if last_step == "none":
-        return SDE_SOLVERS[solver](drift, diffusion, noise, times, randn)
-    x = SDE_SOLVERS[solver](drift, diffusion, noise, times[:-1], randn)
+        return solver.loop(drift, diffusion, noise, times, randn)
+    x = solver.loop(drift, diffusion, noise, times[:-1], randn)
     t, dt = times[-2], times[-1] - times[-2]
     if last_step == "mean":
         return x + dt * drift(x, t)

@@ -17,13 +17,14 @@ from sit_atconv.evaluation.features import extract_features
 from sit_atconv.evaluation.gaussians import Gaussian, fit_gaussian
 from sit_atconv.evaluation.image_sets import open_image_set
 from sit_atconv.evaluation.metric_functions import frechet, jackknife_groups
+from sit_atconv.flow import as_trained
 from sit_atconv.runtime.devices import on_cpu, prepare_device
 from sit_atconv.runtime.files import write_aside
 from sit_atconv.runtime.plots import save_solver_curves
-from sit_atconv.sampling import Counted, Sampler, SampleStream
+from sit_atconv.runtime.settings import differences
+from sit_atconv.sampling import SOLVERS, Counted, Sampler, SampleStream
 
 DEFAULT_CFG = 2.0  # where the null label was trained
-EVALUATIONS_A_STEP = {"heun": 2, "sde-heun": 2}  # one for all others; a last SDE step makes it one fewer
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,17 @@ class Options:
 
     ckpt: str
     out: str
-    cfg: float | None = None
-    reference: str = "digits"
-    extractor: str = "digits"
-    extractor_weights: str | None = None
-    num_samples: int = 1000
-    batch_size: int = 125
-    seed: int = 0
-    solvers: tuple[str, ...] = ("euler", "heun", "unipc", "dpm++", "sde-euler")
-    evaluations: tuple[int, ...] = (4, 6, 8, 12, 16, 24, 32, 48)
-    shifts: tuple[float, ...] = (0.5, 1.0, 2.0)
-    baseline: int = 250
+    cfg: float | None
+    reference: str
+    extractor: str
+    extractor_weights: str | None
+    num_samples: int
+    batch_size: int
+    seed: int
+    solvers: tuple[str, ...]
+    evaluations: tuple[int, ...]
+    shifts: tuple[float, ...]
+    baseline: int
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def plan(options: Options) -> list[Sampler]:
         for solver in options.solvers
         for shift in options.shifts
         for evaluations in options.evaluations
-        if (steps := evaluations // EVALUATIONS_A_STEP.get(solver, 1))
+        if (steps := evaluations // SOLVERS.find(solver).evaluations)
     ]
     return list(dict.fromkeys(samplers))
 
@@ -138,7 +139,7 @@ def measure(
         y = stream.labels(config.num_classes, "balanced", recipe.empty_classes).to(device)
         labels += y.tolist()
         clock = time.perf_counter()
-        z = sampler(model, noise, y, path=recipe.interpolant, prediction=recipe.prediction, randn=stream.randn_like)
+        z = sampler(as_trained(model, recipe), noise, y, path=recipe.interpolant, prediction=recipe.prediction, randn=stream.randn_like)
         images = to_uint8(decode_in_parts(codec, z)).cpu()
         seconds += time.perf_counter() - clock
         features.append(network(images.expand(-1, 3, -1, -1).to(device))["features"])
@@ -161,10 +162,8 @@ def _read(path: Path, settings: dict) -> list[Point]:
         points = [Point(**point) for point in held["points"]]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: delete it, or give another --out") from error
-    changed = [f"{key} {held['settings'].get(key)!r} -> {value!r}" for key, value in settings.items()
-               if key not in ("solvers", "evaluations", "shifts") and held["settings"].get(key) != value]
-    if changed:
-        raise ValueError(f"{path} holds another comparison ({', '.join(changed)}): give another --out")
+    if changed := differences(held["settings"], settings, ignored=("solvers", "evaluations", "shifts")):
+        raise ValueError(f"{path} holds another comparison ({'; '.join(changed)}): give another --out")
     return points
 
 

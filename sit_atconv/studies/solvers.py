@@ -7,6 +7,7 @@ Compares with many Euler steps from the same noise; writes a table, a chart and 
 
 from sit_atconv.runtime.commands import (
     ArgumentParser,
+    add_import_option,
     at_least,
     finite,
     is_main_process,
@@ -15,6 +16,8 @@ from sit_atconv.runtime.commands import (
     user_errors,
 )
 from sit_atconv.runtime.installation import command
+from sit_atconv.runtime.tables import import_module_of
+from sit_atconv.sampling.solvers import SOLVERS
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,6 +26,9 @@ def main(argv: list[str] | None = None) -> None:
     if not is_main_process():  # one process computes
         return
     with user_errors():
+        for name in options["solvers"]:
+            if SOLVERS.find(import_module_of(name)).is_adaptive:
+                raise ValueError(f"--solvers {name} cannot be compared: it chooses how often it evaluates the model")
         from sit_atconv.checkpoints.weights import locate_weights
 
         locate_weights(options["ckpt"])  # answers before torch is imported
@@ -59,13 +65,15 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--num-samples", type=at_least(100), default=1000, help="of each solver, with balanced labels")
     parser.add_argument("--batch-size", type=at_least(1), default=125, help="images at a time")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise, the same for all")
+    fixed = [name for name, solver in SOLVERS.items() if not solver.is_adaptive]
     parser.add_argument("--solvers", nargs="+", default=("euler", "heun", "unipc", "dpm++", "sde-euler"),
-                        choices=("euler", "heun", "unipc", "dpm++", "sde-euler", "sde-heun"), help="to compare")
+                        metavar="SOLVER", help=f"to compare: {', '.join(fixed)}, or your own as MODULE.NAME")
     parser.add_argument("--evaluations", type=at_least(1), nargs="+", default=(4, 6, 8, 12, 16, 24, 32, 48),
                         metavar="N", help="of the model, for each image")
     parser.add_argument("--shifts", type=positive, nargs="+", default=(0.5, 1.0, 2.0), metavar="S",
                         help="of the grid; above 1 it has more steps near noise")
     parser.add_argument("--baseline", type=at_least(1), default=250, metavar="STEPS", help="of Euler, to compare with")
+    add_import_option(parser)
     return parser
 
 

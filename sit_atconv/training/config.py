@@ -30,7 +30,7 @@ from sit_atconv.runtime.files import write_aside
 from sit_atconv.runtime.installation import command, find_config, shipped_configs
 from sit_atconv.runtime.settings import changed, differences, flatten
 from sit_atconv.runtime.tables import import_module_of, import_modules
-from sit_atconv.sampling import Sampler
+from sit_atconv.sampling import SOLVERS, Sampler
 from sit_atconv.training.ema import PROFILES
 
 # Groups whose options are the constructor's arguments of a class that the user chooses -> its base class and default,
@@ -168,7 +168,7 @@ class PreviewConfig:
     num_classes: int = 10
     per_class: int = 8
     cfg: float | None = None
-    solver: Literal["euler", "heun", "dopri5", "unipc", "dpm++"] = "euler"
+    solver: str = "euler"
     num_steps: int = 50
 
     @property
@@ -176,6 +176,9 @@ class PreviewConfig:
         return Sampler(cfg=self.cfg, solver=self.solver, steps=self.num_steps)
 
     def __post_init__(self):
+        if SOLVERS.find(import_module_of(self.solver)).is_sde:
+            others = [name for name, solver in SOLVERS.items() if not solver.is_sde]
+            raise ValueError(f"preview.solver must be of an ODE, such as {', '.join(others)}, not {self.solver}")
         for name in ("every", "num_classes", "per_class", "num_steps"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"preview.{name} must be at least 1, not {value}")

@@ -8,6 +8,7 @@ import torch
 from sit_atconv.checkpoints.recipe import Recipe
 from sit_atconv.data.codecs import Codec
 from sit_atconv.data.pixels import to_uint8
+from sit_atconv.flow import as_trained
 from sit_atconv.runtime.plots import save_sample_grid
 from sit_atconv.sampling import SampleStream
 
@@ -26,7 +27,7 @@ def draw_preview(model, codec: Codec, recipe: Recipe, preview: "PreviewConfig", 
     noise = SampleStream(0, range(len(y))).randn((codec.channels, *[model.config.input_size] * 2))
     images = []
     for z, labels in zip(noise.split(AT_ONCE), y.split(AT_ONCE), strict=True):
-        z = sampler(model, z.to(model.device), labels.to(model.device), path=recipe.interpolant,
+        z = sampler(as_trained(model, recipe), z.to(model.device), labels.to(model.device), path=recipe.interpolant,
                     prediction=recipe.prediction)
         images.append(to_uint8(codec.decode(z)).cpu())
     pixels = torch.cat(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()

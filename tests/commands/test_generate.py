@@ -17,12 +17,9 @@ from PIL import Image
 from sit_atconv.checkpoints.exported import save_weights
 from sit_atconv.checkpoints.recipe import Recipe
 from sit_atconv.flow.interpolants import DIFFUSION_FORMS
-from sit_atconv.generation.job import DTYPES
+from sit_atconv.generation.generate import make_parser
 from sit_atconv.models import SiT
 from sit_atconv.runtime.files import exclusive
-from sit_atconv.sampling.guidance import SCHEDULES
-from sit_atconv.sampling.sampler import SOLVER_NAMES
-from sit_atconv.sampling.sde import LAST_STEPS
 from tests.conftest import ROOT, load_command, python
 from tests.models.test_sit import randomised
 
@@ -52,6 +49,7 @@ def test_what_it_writes(samples, tiny_run):
     assert manifest["complete"] and len(manifest["labels"]) == 20 and manifest["step"] == 4
     assert manifest["settings"]["cfg"] == 2 and manifest["settings"]["seed"] == 0
     assert {"weights", "uint8_rule", "solver", "steps", "dtype", "labels", "codec"} <= set(manifest["settings"])
+    assert "guidance" not in manifest["settings"]  # as manifests from before it was an option
     assert manifest["evaluations"] == 6 and manifest["forwards"] == 12  # Heun 3, both branches
     session, = manifest["sessions"]
     assert session["missing"] == 20 and {"sit_atconv", "torch", "diffusers"} <= set(session["versions"])
@@ -219,6 +217,63 @@ def test_size_interval_schedule_weak_model_and_times(launch, tiny_run, tmp_path)
     assert manifest["settings"]["weak"] == manifest["settings"]["weights"]
 
 
+OWN_MODULE = '''
+import torch
+from sit_atconv.sampling import GUIDANCE, SOLVERS, Guidance, Solver, guided
+
+
+def midpoint(velocity, x, times):
+    for t, t_next in zip(times[:-1], times[1:]):
+        dt = t_next - t
+        x = x + dt * velocity(x + dt / 2 * velocity(x, t), t + dt / 2)
+    return x
+
+
+class ZeroInit:
+    """CFG-Zero* (arXiv 2503.18886) without its scale: no velocity in the first step."""
+
+    def __init__(self, model, y, sampler, weak):
+        self.velocity = guided(model, y, cfg=sampler.cfg, weak=weak)
+
+    def __call__(self, x, t, step, num_steps):
+        return torch.zeros_like(x) if step == 0 else self.velocity(x, t)
+
+
+MIDPOINT = SOLVERS.register("midpoint", Solver(midpoint, evaluations=2))
+ZERO_INIT = GUIDANCE.register("zero-init", Guidance(ZeroInit, needs_null_label=True))
+'''
+
+
+def test_a_solver_and_a_guidance_of_the_users_own(launch, fails, tiny_run, tmp_path):
+    """By names that their module registers, or by path; killed on the way, the same command completes the samples."""
+    (tmp_path / "own_sampling.py").write_text(OWN_MODULE)
+    argv = ["--ckpt", tiny_run, "--cfg", 2, "--steps", 3, "--num-samples", 6, "--batch-size", 4]
+    by_name = [*argv, "--solver", "midpoint", "--guidance", "zero-init", "--import", "own_sampling"]
+    by_name += ["--out", tmp_path / "a"]
+    by_path = [*argv, "--solver", "own_sampling.MIDPOINT", "--guidance", "own_sampling.ZERO_INIT"]
+    codes, output = launch(GENERATE, by_name, die="before the second renaming", folder=tmp_path)
+    assert codes == [-9], output
+    for command in (by_name, by_path):
+        codes, output = launch(GENERATE, command, folder=tmp_path)
+        assert codes == [0], output
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert (manifest["settings"]["solver"], manifest["settings"]["guidance"]) == ("midpoint", "zero-init")
+    assert (manifest["evaluations"], manifest["forwards"]) == (4, 8)  # two of three steps, both branches
+    assert {"guidance", "solver", "steps", "dtype"} <= {*manifest["sampler"]} and "seed" not in manifest["sampler"]
+    assert manifest["complete"] and manifest["batches"] == "agree to one grey level"
+    folder, = tiny_run.glob("samples/*own_sampling*")
+    assert folder.name == "step0000004-own_sampling.ZERO_INIT-cfg2-own_sampling.MIDPOINT3-random-seed0-n6"
+    a, b = (np.load(path / "samples.npz")["arr_0"].astype(int) for path in (tmp_path / "a", folder))
+    assert np.abs(a - b).max() <= 1
+    main = load_command(GENERATE).main
+    assert "guidance zero-init -> None" in fails(main, [*argv, "--out", tmp_path / "a"])
+    for name, error in (("midpiont", "solver must be one of euler"), ("nowhere.X", "--import nowhere cannot be"),
+                        ("json.dumps", "solver json.dumps is no Solver")):
+        assert error in fails(main, [*argv, "--solver", name])
+    assert "guidance must be one of cfg, or your own as module.NAME, not 'apg'" in fails(
+        main, [*argv, "--guidance", "apg"])
+
+
 def test_published_weights(launch, tmp_path, vae, fails):
     """A file in SiT's form goes straight in, and its samples lie beside it."""
     model = SiT.from_preset("SiT-ATConv-Tiny/2", num_classes=5, input_size=8)
@@ -361,10 +416,8 @@ def test_other_weights_of_the_same_tensors_are_others(fails, tmp_path, capsys):
 
 
 def test_the_help_names_what_the_library_knows():
-    choices = {action.dest: tuple(action.choices) for action in load_command(GENERATE).make_parser()._actions
-               if action.choices}
-    assert choices == {"solver": SOLVER_NAMES, "cfg_schedule": tuple(SCHEDULES), "diffusion_form": DIFFUSION_FORMS,
-                       "last_step": LAST_STEPS, "dtype": tuple(DTYPES)}
+    choices = {action.dest: action.choices for action in make_parser()._actions}
+    assert choices["diffusion_form"] == DIFFUSION_FORMS
 
 
 def test_other_settings_never_overwrite(fails, samples, tiny_run):

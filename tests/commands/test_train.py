@@ -134,6 +134,41 @@ def test_chosen_parts_resume_exactly(launch, tmp_path, part, processes):
         assert all(line["brightness"] > 0 for line in stats_of(run))
 
 
+OWN_OBJECTIVE = """
+from dataclasses import dataclass
+from sit_atconv.flow import FlowMatching
+
+class Halved:
+    def __init__(self, model):
+        self.model, self.null_label = model, model.null_label
+    def __call__(self, x, t, y):
+        return self.model(x, t, y) / 2
+
+@dataclass(frozen=True)
+class Doubled(FlowMatching):
+    \"\"\"The model learns twice the velocity.\"\"\"
+    def loss(self, model, data, y, draw, null_label):
+        return super().loss(Halved(type("M", (), {"null_label": None, "__call__": lambda self, *a: model(*a)})()),
+                            data, y, draw, null_label)
+    def velocity(self, model):
+        return Halved(model)
+"""
+
+
+def test_an_objective_with_a_velocity_of_its_own_is_needed_to_sample(launch, tmp_path):
+    (tmp_path / "own_objective.py").write_text(OWN_OBJECTIVE)
+    codes, output = launch(TRAIN, [*SMALL, "--train.steps", 2, "--flow", "own_objective.Doubled", "--out", "run"],
+                           folder=tmp_path)
+    assert codes == [0], output
+    recipe = recipe_of(tmp_path / "run", 2)
+    assert recipe["objective"]["class_path"] == "own_objective.Doubled" and recipe["prediction"] == "velocity"
+    argv = ["--ckpt", "run", "--num-samples", 2, "--steps", 2, "--out"]
+    codes, output = launch("sample/generate.py", [*argv, "not"], folder=tmp_path)
+    assert codes == [1] and "objective own_objective.Doubled is not known here: give --import own_obj" in output, output
+    codes, output = launch("sample/generate.py", [*argv, "samples", "--import", "own_objective"], folder=tmp_path)
+    assert codes == [0], output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", list(itertools.product((1, 2), (1, 3))))
 def test_killed_anywhere_over_the_work(launch, tmp_path, kind):

@@ -61,6 +61,9 @@ def test_a_folder_of_anything_else_is_refused(folder, tmp_path):
     folder.check(SETTINGS)
     with pytest.raises(ValueError, match=r"holds other samples \(seed 0 -> 1\): give another --out"):
         folder.check({"seed": 1})
+    folder.begin({**SETTINGS, "guidance": "own.x"}, {}, 0)  # which a command does not name where it is the default
+    with pytest.raises(ValueError, match=r"holds other samples \(guidance own\.x -> None\)"):
+        folder.check(SETTINGS)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     with pytest.raises(ValueError, match=r"is not empty and has no manifest\.json"):

@@ -6,7 +6,7 @@ import torch
 
 from sit_atconv.flow import get_interpolant
 from sit_atconv.sampling import SOLVERS, sample_ode, time_grid
-from sit_atconv.sampling.ode import dopri5
+from sit_atconv.sampling.solvers import Solver, dopri5, euler
 from tests.conftest import relative_error
 
 MEAN, DEVIATION = 0.7, 0.4
@@ -114,15 +114,22 @@ def test_explicit_times_override_the_number_of_steps():
     assert seen == [0.0, 0.5, 0.6]
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", [name for name, solver in SOLVERS.items() if not solver.is_sde])
 def test_result_is_like_the_noise(solver):
     noise = torch.randn(2, 3, 4)
     assert sample_ode(lambda x, t: -x, noise, solver=solver, num_steps=3).dtype == torch.float32
 
 
+@pytest.mark.parametrize("solver", [euler, Solver(euler, begin=0.5)])
+def test_a_loop_or_an_entry_is_a_solver_too(solver):
+    times = [0.0, 0.5, 1.0] if solver is euler else [0.5, 0.75, 1.0]
+    expected = sample_ode(lambda x, t: x * t, torch.ones(2), times=times)
+    assert torch.equal(sample_ode(lambda x, t: x * t, torch.ones(2), solver=solver, num_steps=2), expected)
+
+
 def test_errors_name_the_value():
-    wrong = [({"solver": "rk9"}, "'rk9'"), ({"num_steps": 0}, "not 0"), ({"times": [0, 1, 1]}, "1.0, 1.0"),
-             ({"times": [0.3]}, r"\[0\.3")]
+    wrong = [({"solver": "rk9"}, "'rk9'"), ({"solver": "sde-heun"}, "sde-heun is for sample_sde"),
+             ({"num_steps": 0}, "not 0"), ({"times": [0, 1, 1]}, "1.0, 1.0"), ({"times": [0.3]}, r"\[0\.3")]
     for options, message in wrong:
         with pytest.raises(ValueError, match=message):
             sample_ode(lambda x, t: x, torch.zeros(1), **options)

@@ -2,12 +2,41 @@ import pytest
 import torch
 
 from sit_atconv.flow import as_velocity, get_interpolant
-from sit_atconv.sampling import Counted, Sampler, SampleStream, guided, sample_ode, sample_sde, time_grid
+from sit_atconv.sampling import (
+    SOLVERS,
+    Counted,
+    Guidance,
+    Sampler,
+    SampleStream,
+    Solver,
+    guided,
+    sample_ode,
+    sample_sde,
+    time_grid,
+)
 from tests.models.test_sit import randomised
 
 Y = torch.tensor([1, 2, 3])
 NOISE = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 EVALUATIONS = {"euler": 6, "heun": 12, "unipc": 6, "dpm++": 6, "sde-euler": 6, "sde-heun": 11}
+
+
+class Noting:
+    """Guidance that keeps, for each batch, the steps in which it is asked for a velocity."""
+
+    batches = []  # noqa: RUF012
+
+    def __init__(self, model, y, sampler, weak):
+        self.velocity, self.steps = guided(model, y, cfg=sampler.cfg, weak=weak), []
+        self.batches.append(self.steps)
+
+    def __call__(self, x, t, step, num_steps):
+        self.steps.append((step, num_steps))
+        return self.velocity(x, t)
+
+
+NOTING = Guidance(Noting)
+UNTRUE = Solver(SOLVERS["heun"].loop, evaluations=1, at_last_time=True)
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +52,25 @@ def test_evaluations_are_counted(model, solver, evaluations):
     counted = Counted(model)
     Sampler(cfg=1.0, solver=solver, steps=6)(counted, NOISE, Y)
     assert (counted.evaluations, counted.samples) == (evaluations, evaluations * 3)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_own_guidance_sees_the_step_and_keeps_a_state_for_each_batch(model, solver):
+    Noting.batches.clear()
+    samplers = [Sampler(cfg=2.0, solver=solver, steps=4, guidance=name) for name in ("cfg", f"{__name__}.NOTING")]
+    streams = [SampleStream(0, range(3)) for _ in range(3)]
+    x = [samplers[i > 0](model, NOISE, Y, randn=stream.randn_like) for i, stream in enumerate(streams)]
+    assert torch.equal(x[0], x[1]) and torch.equal(x[0], x[2]) and len(Noting.batches) == 2
+    a_step = SOLVERS[solver].evaluations
+    steps = [(i, 4) for i in range(4) for _ in range(a_step or 0)][: EVALUATIONS.get(solver)]
+    if solver == "sde-heun":
+        del steps[-1]  # the last step is one evaluation
+    assert all(batch == steps if a_step else set(batch) == {(None, None)} for batch in Noting.batches)
+
+
+def test_a_solver_that_evaluates_more_often_than_it_says_is_refused(model):
+    with pytest.raises(ValueError, match=r"more than 1 evaluations a step, which its entry Solver\(loop, evaluations="):
+        Sampler(cfg=1.0, solver=f"{__name__}.UNTRUE", steps=4)(model, NOISE, Y)
 
 
 def test_settings_reach_guidance_and_solver(model):
@@ -78,6 +126,7 @@ def test_a_weak_model_guides(model):
     (dict(solver="sde-euler", last_step_size=1.0), {}, r"last_step_size must lie between 0\.001 and 1, not 1\.0"),
     (dict(solver="sde-euler", last_step_size=5e-4), {}, r"not 0\.0005"),
     (dict(solver="rk9"), {}, "solver must be one of euler, .*, not 'rk9'"),
+    (dict(guidance="pull"), {}, "guidance must be one of cfg, or your own .*, not 'pull'"),
     (dict(last_step="best"), {}, "last_step must be one of none, .*, not 'best'"),
     (dict(diffusion_form="cubic"), {}, "diffusion_form must be one of constant, .*, not 'cubic'"),
     (dict(steps=0), {}, "num_steps must be at least 1, not 0"),
@@ -92,6 +141,7 @@ def test_what_suits_is_none():
     Sampler(solver="euler", times=(0.0, 0.5, 1.0)).check("vp", "velocity", 10)  # evaluates at 0 and 0.5
     Sampler(diffusion_form="SBDM").check("gvp", "score", 10)
     Sampler(solver="sde-euler").check("vp", "noise", None, weak=True)
+    Sampler(guidance=f"{__name__}.NOTING", cfg=3.0).check("linear", "velocity", None)  # it says what it needs
 
 
 def test_settled_settings_are_equal_where_samples_are():
@@ -100,6 +150,7 @@ def test_settled_settings_are_equal_where_samples_are():
     assert Sampler(times=(0.0, 1.0), steps=7, shift=2.0).settled("vp") == Sampler(times=(0.0, 1.0)).settled("vp")
     assert Sampler(solver="dopri5", steps=7).settled("gvp") == Sampler(solver="dopri5").settled("gvp")
     assert Sampler(solver="sde-euler", last_step="none").settled("vp").last_step == "none"
+    assert "guidance" not in Sampler().settings() and Sampler(guidance="own.x").settings()["guidance"] == "own.x"
 
 
 def test_grids():

@@ -8,11 +8,13 @@ import torch
 
 from sit_atconv.flow import get_interpolant
 from sit_atconv.flow.interpolants import DIFFUSION_FORMS
-from sit_atconv.sampling import SDE_SOLVERS, SampleStream, sample_sde
+from sit_atconv.sampling import SampleStream, sample_sde
+from sit_atconv.sampling.solvers import SOLVERS, euler_maruyama
 
 MEAN = torch.tensor([0.7, -0.3])
 DEVIATION = torch.tensor([0.5, 0.2])
 SAMPLES = 20_000
+SDE_SOLVERS = [name for name, solver in SOLVERS.items() if solver.is_sde]
 QUICK = ("sbdm", "increasing-decreasing")  # the other forms are slow tests
 
 
@@ -144,9 +146,16 @@ def test_noise_comes_from_the_stream_and_never_twice(solver):
     assert torch.equal(alone[1][:, 0], increments[:, 5]) and torch.equal(alone[2][0], x[5])
 
 
+def test_a_loop_is_a_solver_too_and_the_prefix_of_a_name_may_go():
+    x = [sample_sde(lambda x, t: -x, torch.ones(2, 3), get_interpolant("linear"), solver=solver, num_steps=4,
+                    randn=torch.ones_like) for solver in ("euler", "sde-euler", euler_maruyama, SOLVERS["sde-euler"])]
+    assert all(torch.equal(x[0], other) for other in x)
+
+
 def test_errors_name_the_value():
-    wrong = [({"solver": "rk4"}, "'rk4'"), ({"last_step": "best"}, "'best'"), ({"diffusion_form": "cubic"}, "'cubic'"),
-             ({"num_steps": 0}, "not 0"), ({"diffusion_norm": -1.0}, r"negative: -1\.0"),
+    wrong = [({"solver": "rk4"}, "'rk4'"), ({"solver": "dopri5"}, "dopri5 is for sample_ode"),
+             ({"num_steps": 0}, "not 0"), ({"last_step": "best"}, "'best'"), ({"diffusion_form": "cubic"}, "'cubic'"),
+             ({"diffusion_norm": -1.0}, r"negative: -1\.0"),
              ({"last_step_size": 1.0}, r"not 1\.0"), ({"times": [0.5]}, r"\[0\.5")]
     for options, message in wrong:
         with pytest.raises(ValueError, match=message):

@@ -6,6 +6,12 @@ import pytest
 from PIL import Image
 
 from sit_atconv.studies.solver_quality import Options, Point, compare_solvers, is_enough, plan, table
+from sit_atconv.studies.solvers import make_parser
+
+
+def options(**given) -> Options:
+    """Those of the command by default, and these."""
+    return Options(**vars(make_parser().parse_args(["--ckpt", "run", "--out", "out"])) | given)
 
 
 def point(distance, error=0.1, solver="euler", shift=1.0, steps=8, evaluations=8):
@@ -18,7 +24,7 @@ def test_enough_is_within_two_standard_errors_of_the_baseline():
 
 
 def test_solvers_are_given_equal_numbers_of_evaluations():
-    samplers = list(plan(Options("run", "out", solvers=("euler", "heun"), evaluations=(1, 8), shifts=(1.0, 2.0))))
+    samplers = list(plan(options(solvers=("euler", "heun"), evaluations=(1, 8), shifts=(1.0, 2.0))))
     assert [(s.solver, s.steps, s.shift) for s in samplers] == [
         ("euler", 250, 1.0), ("euler", 1, 1.0), ("euler", 8, 1.0), ("euler", 1, 2.0), ("euler", 8, 2.0),
         ("heun", 4, 1.0), ("heun", 4, 2.0)]
@@ -33,14 +39,14 @@ def test_the_table_marks_what_is_enough():
 
 
 def test_a_comparison_goes_on_where_it_was(tiny_run, tmp_path):
-    options = dict(ckpt=str(tiny_run), out=str(tmp_path / "out"), num_samples=100, baseline=6, shifts=(1.0,))
-    first = compare_solvers(Options(solvers=("heun",), evaluations=(4,), **options))
+    same = dict(ckpt=str(tiny_run), out=str(tmp_path / "out"), num_samples=100, baseline=6, shifts=(1.0,))
+    first = compare_solvers(options(solvers=("heun",), evaluations=(4,), **same))
     assert [(p["solver"], p["steps"], p["evaluations"]) for p in first["points"]] == [("euler", 6, 6), ("heun", 2, 4)]
     assert all(p["distance"] > 0 and p["error"] > 0 and p["images_per_second"] > 0 for p in first["points"])
-    second = compare_solvers(Options(solvers=("heun", "sde-euler"), evaluations=(4,), **options))
+    second = compare_solvers(options(solvers=("heun", "sde-euler"), evaluations=(4,), **same))
     assert second["points"][:2] == first["points"] and second["points"][2]["evaluations"] == 4
     assert json.loads((tmp_path / "out" / "solvers.json").read_text()) == second
     assert "| sde-euler | 1 |" in (tmp_path / "out" / "solvers.md").read_text()
     assert min(Image.open(tmp_path / "out" / "solvers.png").size) > 200
     with pytest.raises(ValueError, match=r"holds another comparison \(cfg 2\.0 -> 3\.0\): give another --out"):
-        compare_solvers(Options(cfg=3.0, **options))
+        compare_solvers(options(cfg=3.0, **same))

@@ -1,0 +1,54 @@
+"""The table of solvers says what their loops do, and commands read it without torch."""
+
+import subprocess
+
+import pytest
+import torch
+
+from sit_atconv.sampling import SOLVERS, Solver, default_solver, time_grid
+from sit_atconv.sampling.solvers import find_solver
+from tests.conftest import python
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_an_entry_says_when_its_loop_evaluates(name):
+    solver, times, asked = SOLVERS[name], time_grid(5, 0.1, 0.9), []
+
+    def velocity(x, t):
+        asked.append(t.item())
+        return -x
+
+    of_sde = (lambda x, t: t, torch.ones(2, 3), times, torch.zeros_like)
+    solver.loop(velocity, *(of_sde if solver.is_sde else of_sde[1:3]))
+    assert solver.is_adaptive or len(asked) == 5 * solver.evaluations
+    assert (max(asked) >= times[-1]) == solver.at_last_time and min(asked) == pytest.approx(0.1)
+
+
+def test_an_entry_in_words():
+    assert [SOLVERS[name].summary for name in ("euler", "sde-heun", "dopri5", "dpm++")] == [
+        "1 evaluation a step", "2 evaluations a step, adds noise", "chooses its own steps, for the batch",
+        "1 evaluation a step, linear path only"]
+    assert [default_solver(path) for path in ("linear", "gvp", "vp")] == ["unipc", "heun", "heun"]
+
+
+def test_a_solver_is_found_by_name_path_entry_or_loop():
+    assert find_solver("heun") is SOLVERS["heun"] is find_solver(SOLVERS["heun"])
+    assert find_solver(f"{__name__}.OWN", is_sde=True) is OWN
+    assert find_solver(OWN.loop, is_sde=True) == OWN
+    for name in ("sde-heun", OWN):
+        with pytest.raises(ValueError, match="is for sample_sde"):
+            find_solver(name)
+    with pytest.raises(ValueError, match=r"must be one of euler, heun, .*, or your own as module\.NAME, not 'rk9'"):
+        find_solver("rk9")
+
+
+def test_commands_read_the_tables_without_torch():
+    code = ("import sys, sit_atconv.sampling, sit_atconv.generation.generate as g, sit_atconv.studies.solvers as s\n"
+            "g.make_parser(), s.make_parser()\n"
+            "print(*{'torch', 'numpy', 'diffusers'} & set(sys.modules))\n"
+            "from sit_atconv.sampling import guided; print(guided.__name__ in dir(sit_atconv.sampling))")
+    done = subprocess.run(python("-c", code), capture_output=True, text=True)
+    assert done.stdout.split("\n")[:2] == ["", "True"], done.stderr
+
+
+OWN = Solver(lambda drift, diffusion, x, times, randn: x, is_sde=True)
