@@ -139,7 +139,8 @@ def measure(
         y = stream.labels(config.num_classes, "balanced", recipe.empty_classes).to(device)
         labels += y.tolist()
         clock = time.perf_counter()
-        z = sampler(as_trained(model, recipe), noise, y, path=recipe.interpolant, prediction=recipe.prediction, randn=stream.randn_like)
+        z = sampler(as_trained(model, recipe), noise, y, path=recipe.interpolant, prediction=recipe.prediction,
+                    randn=stream.randn_like)
         images = to_uint8(decode_in_parts(codec, z)).cpu()
         seconds += time.perf_counter() - clock
         features.append(network(images.expand(-1, 3, -1, -1).to(device))["features"])
