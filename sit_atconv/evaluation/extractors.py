@@ -1,7 +1,6 @@
 """Feature extractors by name: Inception, DINOv2, the digits', and whatever was registered with torch-fidelity."""
 
 import contextlib
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from sit_atconv.encoders.digit_features import WEIGHTS, DigitFeatures
 from sit_atconv.encoders.dinov2 import PUBLISHED_WIDTH, DINOv2
-from sit_atconv.runtime.files import sha256_of
+from sit_atconv.runtime.files import sha256_of, sha256_of_state
 
 INCEPTION_SHA256 = "6726825d"  # how the digest of torch-fidelity's Inception begins, and its file's name ends
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
@@ -210,8 +209,4 @@ def _read(path: Path, url: str, load: Callable[[Path], object] = _unpickle) -> d
 def _state_sha256(network: nn.Module) -> str | None:
     """Of the names, types, shapes and bytes of its parameters and buffers; None where it has none."""
     state = network.state_dict()
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest() if state else None
+    return sha256_of_state(state, lambda name, x: f"{name} {x.dtype} {tuple(x.shape)}") if state else None

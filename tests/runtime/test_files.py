@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from sit_atconv.runtime.files import check_room, exclusive, sha256_of, write_aside
+from sit_atconv.runtime.files import check_room, exclusive, sha256_of, sha256_of_state, write_aside
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
@@ -74,3 +75,12 @@ def test_sha256_of_several_files_is_that_of_their_content(tmp_path):
     (tmp_path / "a").write_bytes(b"x" * 5_000_000)
     (tmp_path / "b").write_bytes(b"y")
     assert sha256_of(tmp_path / "a", tmp_path / "b") == hashlib.sha256(b"x" * 5_000_000 + b"y").hexdigest()
+
+
+def test_digests_of_named_tensors_are_those_on_disk():
+    """Of the weights of VAEs and of extractors without a file, by the code before they had one function."""
+    state = {"b.weight": torch.arange(6.0).reshape(2, 3).T, "a": torch.tensor(7), "c": torch.ones(3).bfloat16()}
+    of_vae = sha256_of_state({"b.weight": state["b.weight"]}, lambda name, tensor: f"{name}\0", "[1]")
+    of_extractor = sha256_of_state(state, lambda name, tensor: f"{name} {tensor.dtype} {tuple(tensor.shape)}")
+    assert of_vae == "8fe8846a2a4eec14943caef2d4a9679dbb33112706c046192bdba52cbf2c146b"
+    assert of_extractor == "38d64c58fd9eb3338e168798804127941a85865af8b1ba92643ad3b4c43ea571"
