@@ -12,7 +12,7 @@ from tqdm import tqdm
 from sit_atconv.evaluation.features import FeatureShards
 from sit_atconv.evaluation.gaussians import Gaussian, Moments
 from sit_atconv.evaluation.image_sets import digest_of, evenly_spaced
-from sit_atconv.runtime.processes import raise_together
+from sit_atconv.runtime.processes import share, together
 
 
 @dataclass(frozen=True)
@@ -62,20 +62,16 @@ def extract_together(shards: FeatureShards, state: PartialState) -> ExtractedFea
     Raises:
         OSError: on all processes, what any of them met; or they do not see each other's files.
     """
-    mine = range(len(shards))[state.process_index :: state.num_processes]
+    mine, made = share(range(len(shards)), state), []
     num_images = sum(stop - start for start, stop in map(shards.bounds, mine))
-    made, faults = [], []
-    with tqdm(total=num_images, unit="image", desc=Path(shards.images.name).name,
-              disable=not state.is_main_process) as progress:
-        try:
-            shards.make_ready()
-            for number in mine:
-                made.append((number, shards.make(number, progress)))
-        except (ValueError, OSError) as error:
-            faults.append(str(error))
-    raise_together(faults)
+    with together(), tqdm(total=num_images, unit="image", desc=Path(shards.images.name).name,
+                          disable=not state.is_main_process) as progress:
+        shards.make_ready()
+        for number in mine:
+            made.append((number, shards.make(number, progress)))
     contents = [content for _, content in sorted(gather_object(made))]
-    unseen = state.is_main_process and not all(map(shards.has, contents))
-    raise_together([f"{shards.folder} lacks what other processes wrote: give --features a folder that all of them "
-                    "see"] if unseen else [])
+    with together():
+        if state.is_main_process and not all(map(shards.has, contents)):
+            raise OSError(f"{shards.folder} lacks what other processes wrote: give --features a folder that all of "
+                          "them see")
     return ExtractedFeatures(shards, contents)

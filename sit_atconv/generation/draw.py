@@ -1,6 +1,5 @@
 """From a checked job to a folder of samples: on several processes, after any kill."""
 
-import contextlib
 import os
 import time
 from collections import Counter
@@ -19,8 +18,8 @@ from sit_atconv.data.pixels import to_uint8
 from sit_atconv.flow import as_velocity, get_interpolant
 from sit_atconv.generation.job import DTYPES, SampleJob
 from sit_atconv.runtime.devices import on_cpu, prepare_device
-from sit_atconv.runtime.files import exclusive
 from sit_atconv.runtime.plots import save_sample_grid
+from sit_atconv.runtime.processes import held_by_main, share, together
 from sit_atconv.sampling import Counted, SampleStream
 
 WRITERS = 4  # threads that write images while the next are drawn
@@ -37,8 +36,8 @@ def generate_samples(job: SampleJob) -> dict:
         The folder's manifest; {} on processes other than the main one.
 
     Raises:
-        ValueError: another process holds the folder, or samples that are not finite.
-        OSError: the folder cannot be written to, or lacks samples in the end.
+        OSError: on all processes, another one holds the folder, it cannot be written to, samples are not finite, or
+            the folder lacks samples in the end.
     """
     options, folder = job.options, job.folder
     state = PartialState(cpu=on_cpu())
@@ -47,13 +46,12 @@ def generate_samples(job: SampleJob) -> dict:
     if is_done:
         return folder.read_manifest() if state.is_main_process else {}
     where = {"device": state.device.type, "processes": state.num_processes, "versions": versions()}
-    with contextlib.ExitStack() as to_release:
-        if state.is_main_process:
-            to_release.enter_context(exclusive(folder.folder))
-            folder.begin(job.settings, where, len(missing), options.latents)
-        state.wait_for_everyone()
-        speed = draw(job, missing[state.process_index :: state.num_processes], state)
-        state.wait_for_everyone()
+    with held_by_main(folder.folder, state):
+        with together():
+            if state.is_main_process:
+                folder.begin(job.settings, where, len(missing), options.latents)
+        with together():
+            speed = draw(job, share(missing, state), state)
         if not state.is_main_process:
             return {}
         if left := folder.missing(options.num_samples, options.latents):

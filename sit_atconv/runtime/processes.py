@@ -29,11 +29,6 @@ def together() -> Iterator[list[str]]:
         yield faults
     except (ValueError, OSError) as error:
         faults.append(str(error))
-    raise_together(faults)
-
-
-def raise_together(faults: list[str]) -> None:
-    """Raises OSError on every process with what any of them found, so that none waits for another that has left."""
     if faults := sorted(set(gather_object(faults))):
         raise OSError("\n".join(faults))
 
