@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from sit_atconv.data import DEFAULT_VAE
-from sit_atconv.runtime.commands import ArgumentParser, at_least, finite, run_command, script_path, user_errors
+from sit_atconv.runtime.commands import ArgumentParser, at_least, finite, run_command, user_errors
+from sit_atconv.runtime.installation import command
 from sit_atconv.runtime.names import labels_by_name
 
 OF_FILES = {"interpolant": "--path", "prediction": "--prediction", "class_names": "--class-names",
@@ -103,7 +104,7 @@ def convert(weights, source: str, out: Path, form: str) -> str:
         if Path(vae).is_absolute() and not Path(vae).is_dir():
             lines.append(f"its VAE is not at {vae} any more: give --vae where the file is read")
         else:
-            lines.append(f"read it back: python -m sit_atconv.convert {quoted} {shlex.quote(str(_free_name(out)))}")
+            lines.append(f"read it back: {command('convert')} {quoted} {shlex.quote(str(_free_name(out)))}")
         if form == "repa":
             lines.insert(1, "its code builds the model with projectors, which are not in it: load with strict=False")
         return "\n".join(lines)
@@ -111,11 +112,11 @@ def convert(weights, source: str, out: Path, form: str) -> str:
         from sit_atconv.pipeline import export_pipeline
 
         export_pipeline(weights, out)
-        return f"{out}: pipeline with the {what}\nsample: python {script_path('sample/generate.py')} --ckpt {quoted}"
+        return f"{out}: pipeline with the {what}\nsample: {command('generate')} --ckpt {quoted}"
     from sit_atconv.checkpoints.exported import export_weights
 
     export_weights(weights, out)
-    return f"{out}: {what}\nsample: python {script_path('sample/generate.py')} --ckpt {quoted}"
+    return f"{out}: {what}\nsample: {command('generate')} --ckpt {quoted}"
 
 
 def _free_name(out: Path) -> Path:
@@ -126,8 +127,8 @@ def _free_name(out: Path) -> Path:
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="python -m sit_atconv.convert",
-        usage="python -m sit_atconv.convert SOURCE OUT [--model SiT-XL/2] [--to ours|sit|repa|pipeline] [options]",
+        prog=command("convert"),
+        usage="%(prog)s SOURCE OUT [--model SiT-XL/2] [--to ours|sit|repa|pipeline] [options]",
         description="Turns the weights published for SiT, REPA and ATConv's ports of both into a folder of ours, which "
         "needs no flags to sample from, and ours into those forms.",
     )

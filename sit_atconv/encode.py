@@ -22,6 +22,7 @@ from sit_atconv.runtime.commands import (
     user_errors,
 )
 from sit_atconv.runtime.dtypes import DTYPES
+from sit_atconv.runtime.installation import command
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,8 +41,9 @@ def main(argv: list[str] | None = None) -> None:
         from sit_atconv.data.encoding import EncodeOptions, encode_images
         from sit_atconv.data.latent_summary import describe_latents
         from sit_atconv.data.latents import CachedLatents
+        from sit_atconv.models.presets import PATCHES
         from sit_atconv.runtime.files import gigabytes
-        from sit_atconv.training.first_command import PATCHES, training_command
+        from sit_atconv.training.first_command import training_command
 
         try:
             index, rate = encode_images(EncodeOptions(**options), PATCHES)
@@ -84,7 +86,8 @@ def check(latents: Path) -> None:
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        usage="accelerate launch sit_atconv/encode.py --images DIR --out LATENTS [--vae ID_OR_FOLDER] "
+        prog=command("encode"),
+        usage="%(prog)s --images DIR --out LATENTS [--vae ID_OR_FOLDER] "
         "[--image-size 256] [options]",
         description="Encodes a folder of images into latents that training reads with --data.latents. The same "
         "command again goes on where it was stopped.",

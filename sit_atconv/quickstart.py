@@ -9,40 +9,32 @@ same command goes on where it was.
 import resource
 import shlex
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 from sit_atconv.evaluation.records import read_evaluation
 from sit_atconv.runtime.commands import ArgumentParser, fail, run_command
-
-ROOT = Path(__file__).parents[1]
-LAUNCHERS = {
-    "accelerate launch": [sys.executable, "-m", "accelerate.commands.launch"],
-    "python": [sys.executable],
-}
+from sit_atconv.runtime.installation import command, command_argv
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(
-        usage="python -m sit_atconv.quickstart [--out FOLDER]",
+        prog=command("quickstart"),
+        usage="%(prog)s [--out FOLDER]",
         description="Trains on the embedded digits, generates, evaluates and compares speed, in minutes on a CPU.",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="where everything goes")
     out = parser.parse_args(argv).out
-    if not (ROOT / "sample" / "generate.py").exists():
-        fail(f"the commands are not in {ROOT}: install the project from its source folder with pip install -e .")
 
     run, samples, scores, speed = out / "run", out / "samples", out / "scores.json", out / "speed"
-    parts = {
-        "train": f"accelerate launch sit_atconv/train.py --out {shlex.quote(str(run))}",
-        "generate": f"python sample/generate.py --ckpt {shlex.quote(str(run))} --cfg 2 --num-samples 1000 "
-        f"--labels balanced --solver heun --steps 12 --batch-size 125 --out {shlex.quote(str(samples))}",
-        "evaluate": f"python eval/fid.py --samples {shlex.quote(str(samples))} --reference digits --extractor digits "
-        f"--features {shlex.quote(str(out / 'features'))} --out {shlex.quote(str(scores))}",
-        "speed": f"python eval/speed.py --preset S/2 --forms attention atconv --out {shlex.quote(str(speed))}",
+    seconds = {
+        "train": run_as_typed("train", "--out", run),
+        "generate": run_as_typed("generate", "--ckpt", run, "--cfg", 2, "--num-samples", 1000, "--labels", "balanced",
+                                 "--solver", "heun", "--steps", 12, "--batch-size", 125, "--out", samples),
+        "evaluate": run_as_typed("fid", "--samples", samples, "--reference", "digits", "--extractor", "digits",
+                                 "--features", out / "features", "--out", scores),
+        "speed": run_as_typed("speed", "--preset", "S/2", "--forms", "attention", "atconv", "--out", speed),
     }
-    seconds = {name: run_as_typed(command) for name, command in parts.items()}
 
     found = {name: str(score) for name, score in read_evaluation(scores).scores.items()}
     print(f"\n{'part':10} {'wall s':>7} {'CPU s':>7}")
@@ -57,13 +49,12 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
-def run_as_typed(command: str) -> tuple[float, float]:
+def run_as_typed(name: str, *options: object) -> tuple[float, float]:
     """Prints and runs a command; leaves with it where it fails. Returns its wall and CPU seconds."""
-    print(f"\n$ {command}", flush=True)
-    launcher = next(name for name in LAUNCHERS if command.startswith(name))
-    script, *arguments = shlex.split(command.removeprefix(launcher))
+    arguments = [str(option) for option in options]
+    print(f"\n$ {command(name)} {shlex.join(arguments)}", flush=True)
     wall, cpu = time.perf_counter(), _cpu_seconds()
-    status = subprocess.run([*LAUNCHERS[launcher], str(ROOT / script), *arguments]).returncode
+    status = subprocess.run([*command_argv(name), *arguments]).returncode
     if status:
         fail(f"that command failed with exit code {status}; mend what it says and run the quickstart again", status)
     return time.perf_counter() - wall, _cpu_seconds() - cpu

@@ -11,7 +11,7 @@ import contextlib
 import shlex
 import signal
 
-from sit_atconv.runtime.commands import fail, leave_on_ctrl_c, script_path, user_errors
+from sit_atconv.runtime.commands import fail, leave_on_ctrl_c, user_errors
 
 if __name__ == "__main__":
     leave_on_ctrl_c()  # before imports that take seconds
@@ -24,6 +24,7 @@ from sit_atconv.checkpoints.run_folder import append_stats, checkpoint_step, rea
 from sit_atconv.checkpoints.training_state import save_checkpoint
 from sit_atconv.data.order import step_seed
 from sit_atconv.data.pixels import to_float
+from sit_atconv.runtime.installation import command
 from sit_atconv.runtime.plots import save_loss_curves
 from sit_atconv.training.config import parse
 from sit_atconv.training.guards import poisoned
@@ -36,7 +37,7 @@ from sit_atconv.training.setup import Session, set_up
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(argv)
-    sampling = f"python {script_path('sample/generate.py')} --ckpt {shlex.quote(str(config.out))}"
+    sampling = f"{command('generate')} --ckpt {shlex.quote(str(config.out))}"
     with contextlib.ExitStack() as to_release:  # the run's folder, and the processes that load its data
         with user_errors():
             job = prepare(config, sampling, to_release)

@@ -57,7 +57,7 @@ def launch(tmp_path_factory):
     Runs a command's main() as torchrun would, in processes forked from one that has imported everything. `die` names
     one of DEATHS, or is the number of the write to the folder --out, or `work`, in which it dies; `kill_at` is the
     count of the progress bar at which all of them, or `kill_rank` alone, get their kill -9, or `kill_with`. They have
-    `seconds`.
+    `seconds`. They work in `folder`, if it is given.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sit_atconv.train", "sit_atconv.generation.draw", "sit_atconv.data.encoding",
@@ -68,14 +68,15 @@ def launch(tmp_path_factory):
     def run(
         command: str, argv: list, processes: int = 1, die: str | int | None = None, kill_at: int | None = None,
         kill_with: int = signal.SIGKILL, kill_rank: int | None = None, seconds: int = 120, work: Path | None = None,
+        folder: Path | None = None,
     ) -> tuple[list[int], str]:
         log = logs / f"{next(numbers)}.txt"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         workers = [
-            context.Process(target=_worker, args=(command, list(map(str, argv)), rank, processes, port, log, die, work))
-            for rank in range(processes)
+            context.Process(target=_worker, args=(command, [*map(str, argv)], rank, processes, port, log, die, work,
+                                                  folder)) for rank in range(processes)
         ]
         for worker in workers:
             worker.start()
@@ -95,7 +96,8 @@ def launch(tmp_path_factory):
     return run
 
 
-def _worker(command, argv, rank, processes, port, log, die, work):
+def _worker(command, argv, rank, processes, port, log, die, work, folder):
+    os.chdir(folder or ".")
     output = open(log, "a", buffering=1)  # noqa: SIM115
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)

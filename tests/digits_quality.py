@@ -14,7 +14,7 @@ from sit_atconv.evaluation.extractors import open_extractor
 from sit_atconv.evaluation.features import extract_features
 from sit_atconv.evaluation.gaussians import fit_gaussian
 from sit_atconv.evaluation.image_sets import ImageSet
-from sit_atconv.evaluation.metrics import frechet_distance
+from sit_atconv.evaluation.metric_functions import frechet_distance
 
 
 @dataclass(frozen=True)

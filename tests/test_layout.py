@@ -9,18 +9,69 @@ import pytest
 import sit_atconv
 from tests.conftest import ROOT, python
 
-COMMANDS = {f"sit_atconv.{name}" for name in ("train", "encode", "convert", "quickstart")}
+MAY_IMPORT = {  # a package -> the others that it may import, beside `runtime`, which everything may
+    "runtime": set(),
+    "ops": set(),
+    "models": {"ops"},
+    "flow": {"encoders"},
+    "sampling": {"flow"},
+    "encoders": set(),
+    "data": {"encoders"},
+    "checkpoints": {"models", "data"},
+    "generation": {"models", "flow", "sampling", "checkpoints", "data"},
+    "evaluation": {"data", "encoders"},
+    "training": {"models", "flow", "sampling", "data", "checkpoints"},
+    "speed": {"ops", "models", "flow", "sampling", "data"},
+    "studies": {"evaluation", "training", "speed", "flow", "sampling", "data", "checkpoints"},
+}
+ROOT_MODULES = {"train", "encode", "convert", "quickstart", "pipeline"}  # may import anything; nothing imports commands
+COMMANDS = {f"sit_atconv.{name}" for name in ROOT_MODULES - {"pipeline"}}
 HEAVY = {"torch", "diffusers", "accelerate", "timm", "torch_fidelity", "torchvision", "matplotlib", "sklearn"}
 MODULES = sorted(m.name for m in pkgutil.walk_packages(sit_atconv.__path__, "sit_atconv."))
 
 
 def imports_of(path):
+    """The modules of a file's imports, those inside functions too; names imported from a package may be modules."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
             yield node.module
+            yield from (name for alias in node.names if (name := f"{node.module}.{alias.name}") in MODULES)
+
+
+def test_packages_import_what_they_may():
+    packages = {path.parent.name for path in (ROOT / "sit_atconv").glob("*/__init__.py")}
+    assert packages == MAY_IMPORT.keys()
+    assert {path.stem for path in (ROOT / "sit_atconv").glob("*.py")} == ROOT_MODULES | {"__init__"}
+    for package, allowed in MAY_IMPORT.items():
+        for path in (ROOT / "sit_atconv" / package).rglob("*.py"):
+            used = {name.split(".")[1] for name in imports_of(path) if name.startswith("sit_atconv.")}
+            assert used <= allowed | {package, "runtime", "__version__"}, path
+    for path in (ROOT / "sit_atconv" / "ops").rglob("*.py"):
+        assert {name.split(".")[0] for name in imports_of(path)} <= {"torch", "sit_atconv", "os", "warnings", "triton"}
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    graph = {}
+    for path in (ROOT / "sit_atconv").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        graph[name] = {found for found in imports_of(path) if found in MODULES} - {name}
+    cycles, seen = [], {}  # name -> whether it is on the way that is being followed
+
+    def follow(name, way):
+        if seen.get(name):
+            cycles.append(" -> ".join([*way[way.index(name):], name]))
+        elif name not in seen:
+            seen[name] = True
+            for other in sorted(graph.get(name, ())):
+                follow(other, [*way, name])
+            seen[name] = False
+
+    for name in sorted(graph):
+        follow(name, [])
+    assert cycles == []
 
 
 def test_the_operator_needs_neither_cuda_nor_triton():

@@ -79,26 +79,31 @@ def export_weights(weights: Weights, folder: Path) -> None:
     write_folder_aside(folder, lambda partial: save_weights(weights.model, weights.recipe, partial))
 
 
-def load_model(folder: Path) -> "SiT":
+def load_model(folder: Path, backbone: str | None = None) -> "SiT":
     """The model of a folder of config.json and weights, in float32 on the CPU.
 
+    Args:
+        folder: of the weights.
+        backbone: class path of a model other than `SiT`, as `Recipe` has it.
+
     Raises:
-        ValueError: it is of another class, incomplete or damaged.
+        ValueError: it is of another class, incomplete or damaged, or the module of its class is not imported.
     """
     import torch
 
-    from sit_atconv.models import SiT
+    from sit_atconv.models.sit import BACKBONES
 
+    model_class = BACKBONES.find(backbone or "SiT")
     with damage_named(folder):
         kind = json.loads((folder / "config.json").read_text()).get("_class_name", "SiT")
-    if kind != "SiT":
+    if kind != model_class.__name__:
         raise ValueError(f"{folder} holds an {kind}, and no SiT: give a folder of one")
     pickled = not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin"))
     if pickled and any(folder.glob("*-of-*.bin")):
         raise ValueError(f"the weights in {folder} are shards of .bin, which diffusers writes and does not read: save "
                          "them as .safetensors (safe_serialization)")
     with damage_named(folder):
-        model, report = SiT.from_pretrained(
+        model, report = model_class.from_pretrained(
             folder, torch_dtype=torch.float32, variant=weights_variant(folder), output_loading_info=True,
             use_safetensors=False if pickled else None)
     if wrong := {name: keys for name, keys in report.items() if keys}:
@@ -134,7 +139,7 @@ def load_exported(folder: Path) -> Weights:
         recipe = Recipe(**content)
     if recipe.null_label_trained is None and _run_drops_no_labels(folder):
         recipe = dataclasses.replace(recipe, null_label_trained=False)
-    model = load_model(folder)
+    model = load_model(folder, recipe.backbone)
     if len(recipe.class_names) != model.config.num_classes:
         raise ValueError(f"the recipe.json in {folder} names {len(recipe.class_names)} classes, and its config.json "
                          f"knows {model.config.num_classes}: export the weights again")

@@ -16,7 +16,9 @@ from sit_atconv.checkpoints.recipe import Recipe
 from sit_atconv.checkpoints.tensors import LABELS, POSITIONS, fitting_preset, list_differences, shown_options
 from sit_atconv.data import DEFAULT_VAE
 from sit_atconv.data.codecs import IdentityCodec, VAECodec
-from sit_atconv.models.sit import PRESETS, SiT, preset_config
+from sit_atconv.models.mixers import MIXERS, mixer_names
+from sit_atconv.models.presets import PRESETS, preset_config
+from sit_atconv.models.sit import SiT
 from sit_atconv.runtime.files import check_room, write_aside
 
 EMA_DECAY = 0.9999  # of SiT, REPA and ATConv's ports of both; no file of theirs says it
@@ -292,14 +294,15 @@ def save_published(weights: Weights, path: Path, form: str) -> str:
     """
     theirs, config, recipe, tensors = FORMS[form], weights.model.config, weights.recipe, weights.model.state_dict()
     shown = shown_options(tensors)
-    heads = {} if shown["mixer"] == "atconv" else {"num_heads": config.num_heads}
+    silent = {option for name in mixer_names(config.mixer, config.depth) for option in MIXERS.find(name).silent}
+    heads = {"num_heads": config.num_heads} if "num_heads" in silent else {}
     preset = fitting_preset(shown | heads)
     if not preset:
         raise ValueError(f"{theirs.owner}'s form names a preset, and none has {_spoken(shown)}"
                          + (f" with {config.num_heads} heads" if heads else ""))
     wanted = {"learn_sigma": False} if not theirs.learn_sigma else {}
-    if shown["mixer"] != "attention":
-        wanted |= {"kernel_act": theirs.kernel_act, "kernel_pool": "raster"}
+    published = {"kernel_act": theirs.kernel_act, "kernel_pool": "raster"}
+    wanted |= {name: value for name, value in published.items() if name in silent}
     for name, value in wanted.items():
         if config[name] != value:
             raise ValueError(f"{theirs.owner}'s form has {name} {value} alone, and this model has {config[name]}")

@@ -25,6 +25,7 @@ class Recipe:
         ema_known: False where nobody says whether these weights are averaged; `ema_decay` is None then.
         versions: of what wrote them.
         objective: class path and options of an objective other than `FlowMatching`; None for that one.
+        backbone: class path of a model other than `SiT`; None for that one.
     """
 
     interpolant: str
@@ -38,6 +39,7 @@ class Recipe:
     ema_known: bool = True
     versions: dict[str, str] = field(default_factory=lambda: versions())
     objective: dict | None = None
+    backbone: str | None = None
 
     def null_label_of(self, model) -> int | None:
         """The label that guidance takes for no class; None where there is none, or none that was trained."""
@@ -52,9 +54,8 @@ class Recipe:
 
     def save(self, folder: Path) -> None:
         """Writes recipe.json. Fields of later versions are left out at their default, so that earlier ones read it."""
-        content = dataclasses.asdict(self)
-        if self.objective is None:
-            del content["objective"]
+        later = {"objective", "backbone"}
+        content = {name: value for name, value in dataclasses.asdict(self).items() if name not in later or value}
         (folder / "recipe.json").write_text(json.dumps(content, indent=1))
 
 

@@ -1,12 +1,14 @@
 """What the names and shapes of tensors show of the model they belong to."""
 
-import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from torch import Tensor
 
-from sit_atconv.models.sit import PRESETS, mixer_names
+from sit_atconv.models.mixers import MIXERS, PATTERNS, mixer_names, recognise_mixer
+from sit_atconv.models.presets import PRESETS
 
 PATCHES = "x_embedder.proj.weight"
 LABELS = "y_embedder.embedding_table.weight"
@@ -16,22 +18,58 @@ HIDDEN = "blocks.0.mlp.fc1.weight"
 LISTED = 3  # of the tensors that do not fit
 
 
-def mixer_kinds(tensors: Mapping[str, Tensor]) -> dict[int, str]:
-    """Block -> its mixer, for the user, of those blocks that show one."""
-    kinds = {}
+@dataclass(frozen=True)
+class Kind:
+    """The mixer of a block, as far as weights show it.
+
+    Args:
+        name: in `MIXERS`.
+        spoken: as messages call it: "3x3 ATConv".
+        options: the options of `SiT` that its tensors show.
+    """
+
+    name: str
+    spoken: str
+    options: dict = field(compare=False)
+
+    def __str__(self) -> str:
+        return self.spoken
+
+
+def mixer_kinds(tensors: Mapping[str, Tensor], config: Mapping = MappingProxyType({})) -> dict[int, Kind]:
+    """Returns the mixer of each block, as far as config or tensors tell it.
+
+    Args:
+        tensors: weights of a SiT.
+        config: the options of their model, as far as known. Without its mixers, the names of tensors tell them.
+
+    Raises:
+        ValueError: tensors are of no mixer in the table.
+    """
+    mixers: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        found = re.fullmatch(r"blocks\.(\d+)\.attn\.(qkv|kernel_gen)\.weight", name)
-        if found and found[2] == "qkv":
-            normed = f"blocks.{found[1]}.attn.q_norm.weight" in tensors
-            kinds[int(found[1])] = "attention with qk_norm" if normed else "attention"
-        elif found:
-            k = math.isqrt(math.isqrt(tensor.numel()))  # of k^2 taps to k^2 taps
-            kinds[int(found[1])] = f"{k}x{k} ATConv"
-    return dict(sorted(kinds.items()))
+        if found := re.fullmatch(r"blocks\.(\d+)\.attn\.(.+)", name):
+            mixers.setdefault(int(found[1]), {})[found[2]] = tensor
+    if "mixer" in config:
+        names = dict(enumerate(mixer_names(config["mixer"], config["depth"])))
+    else:
+        names = {i: recognise_mixer(mixer) for i, mixer in sorted(mixers.items())}
+    kinds = {}
+    for i, name in names.items():
+        mixer = mixers.get(i, {})
+        if name is None:
+            known = {parameter for entry in MIXERS.values() for parameter in entry.parameters}
+            unknown = [f"blocks.{i}.attn.{parameter}" for parameter in (mixer.keys() - known or mixer)]
+            raise ValueError(f"a token mixer that is not known here ({', '.join(sorted(unknown)[:LISTED])}): give "
+                             "--import MODULE, a module that registers it")
+        entry = MIXERS.find(name)
+        options = entry.shown(mixer)
+        kinds[i] = Kind(name, entry.spoken(options) if entry.spoken else name, options)
+    return kinds
 
 
 def shown_options(tensors: Mapping[str, Tensor]) -> dict:
-    """The options of `SiT` that tensors show: all but heads, activation, pooling, classes and input size.
+    """The options of `SiT` that tensors show: all but classes, input size and what mixers keep silent.
 
     Raises:
         ValueError: they are not those of a SiT; the message names the first that is missing.
@@ -46,9 +84,11 @@ def shown_options(tensors: Mapping[str, Tensor]) -> dict:
         raise ValueError(f"no weights of a SiT: its blocks are not 0 ... {depth - 1}, but go up to {max(blocks)}")
     hidden_size, in_channels, patch_size, _ = tensors[PATCHES].shape
     kinds = mixer_kinds(tensors)
-    mixers = ["atconv" if "ATConv" in kinds.get(i, "") else "attention" for i in range(depth)]
-    named = (name for name in ("attention", "atconv", "hybrid") if mixer_names(name, depth) == mixers)
-    options = {
+    if missing := sorted(blocks - kinds.keys()):
+        raise ValueError(f"no weights of a SiT: blocks.{missing[0]}.attn is missing")
+    mixers = [kinds[i].name for i in range(depth)]
+    named = (name for name in (*MIXERS, *PATTERNS) if mixer_names(name, depth) == mixers)
+    return {
         "hidden_size": hidden_size,
         "depth": depth,
         "patch_size": patch_size,
@@ -57,11 +97,8 @@ def shown_options(tensors: Mapping[str, Tensor]) -> dict:
         "mlp_ratio": len(tensors[HIDDEN]) / hidden_size,
         "learn_sigma": len(tensors[OUTPUT[0]]) == 2 * patch_size**2 * in_channels,
         "use_pos_embed": POSITIONS in tensors,
-        "qk_norm": any("qk_norm" in kind for kind in kinds.values()),
+        **{name: value for kind in kinds.values() for name, value in kind.options.items()},
     }
-    if "atconv" in mixers:
-        options["kernel_size"] = int(kinds[mixers.index("atconv")].split("x")[0])
-    return options
 
 
 def fitting_preset(options: dict) -> str | None:

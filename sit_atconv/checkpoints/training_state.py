@@ -56,6 +56,18 @@ class TrainingState:
         return {f"ema-{decay}" if i else "ema": (decay, model) for i, (decay, model) in named}
 
 
+def checkpoint_bytes(net: "torch.nn.Module", num_averages: int) -> int:
+    """Returns the size of a checkpoint: the model, its averages and AdamW's two moments."""
+    trained = sum(p.nbytes for p in net.parameters() if p.requires_grad)
+    return (1 + num_averages) * sum(p.nbytes for p in net.parameters()) + 2 * trained
+
+
+def checkpoints_at_once(steps: int, every: int, keep: int, keep_every: int | None) -> int:
+    """Returns how many are on the disk at most: the one being written, the newest before it and those kept."""
+    made = [*range(every, steps, every), steps]
+    return len(made) - sum(not keep_every or step % keep_every > 0 for step in made[: -keep - 1])
+
+
 # -------------------------------------------------------------------------------------------------------- saving
 
 def save_checkpoint(

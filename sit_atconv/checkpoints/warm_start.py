@@ -9,8 +9,9 @@ from sit_atconv.checkpoints.class_names import changed_names, labels_there
 from sit_atconv.checkpoints.exported import load_model
 from sit_atconv.checkpoints.published import REPA_OPTIONS, read_published
 from sit_atconv.checkpoints.published_models import null_label_trained, said_flow, said_names
-from sit_atconv.checkpoints.tensors import LABELS, LISTED, OUTPUT, POSITIONS, list_differences, mixer_kinds
+from sit_atconv.checkpoints.tensors import LABELS, LISTED, OUTPUT, POSITIONS, Kind, list_differences, mixer_kinds
 from sit_atconv.checkpoints.weights import is_without_recipe, load_weights, locate_weights
+from sit_atconv.models.mixers import MIXERS
 from sit_atconv.models.sit import SiT, sincos_pos_embed
 
 LEARNED = 4e-3  # a position table further than this from sines and cosines was trained, not just rounded to bf16
@@ -94,7 +95,7 @@ def start_from(
     here = net.state_dict()  # shares its memory with the model
     specials = [
         _position_table(net, source.tensors),
-        _mixers(here, source.tensors),
+        _mixers(net, here, source),
         _label_table(net, here, source, class_names),
         _output_layer(net, here, source.tensors),
     ]
@@ -169,17 +170,17 @@ def _position_table(net: SiT, there: dict[str, Tensor]) -> Special:
     return Special({POSITIONS}, {POSITIONS: table}, ["position embedding copied: theirs is learned (frozen here)"])
 
 
-def _mixers(here: dict[str, Tensor], there: dict[str, Tensor]) -> Special:
+def _mixers(net: SiT, here: dict[str, Tensor], source: Source) -> Special:
     """Blocks with another mixer keep none of it: projections of the same name and shape mean something else there."""
-    kinds, kinds_there = mixer_kinds(here), mixer_kinds(there)
-    fresh: dict[tuple[str, str], list[int]] = {}
+    kinds, kinds_there = mixer_kinds(here, net.config), mixer_kinds(source.tensors, source.config)
+    fresh: dict[tuple[Kind, Kind], list[int]] = {}
     for i, kind in kinds.items():
         if kinds_there.get(i, kind) != kind:
             fresh.setdefault((kinds_there[i], kind), []).append(i)
     if not fresh:
         return Special()
     prefixes = tuple(f"blocks.{i}.attn." for blocks in fresh.values() for i in blocks)
-    names = {name for name in itertools.chain(here, there) if name.startswith(prefixes)}
+    names = {name for name in itertools.chain(here, source.tensors) if name.startswith(prefixes)}
     groups = [f"{_blocks(blocks, len(kinds))} ({a} there, {b} here)" for (a, b), blocks in fresh.items()]
     return Special(names, lines=[f"mixers of {' and of '.join(groups)} start afresh"])
 
@@ -265,12 +266,12 @@ def _check_same(there: dict[str, Tensor], here: dict[str, Tensor], ckpt: str) ->
 
 def _silent_options(net: SiT, here: dict[str, Tensor], source: Source) -> list[str]:
     """Options that no tensor's shape shows, where mixers that they concern are kept."""
-    there = mixer_kinds(source.tensors)
-    kept = " ".join(kind for i, kind in mixer_kinds(here).items() if there[i] == kind)
+    there = mixer_kinds(source.tensors, source.config)
+    kept = {kind.name for i, kind in mixer_kinds(here, net.config).items() if there[i] == kind}
+    silent = sorted({option for name in kept for option in MIXERS.find(name).silent})
     return [
         f"model.{name} is {source.config[name]} there, {net.config[name]} here: mixers that are kept know the former"
-        for name, kind in (("kernel_act", "ATConv"), ("kernel_pool", "ATConv"), ("num_heads", "attention"))
-        if kind in kept and source.config.get(name, net.config[name]) != net.config[name]
+        for name in silent if source.config.get(name, net.config[name]) != net.config[name]
     ]
 
 

@@ -62,6 +62,11 @@ class BatchOrder:
     def steps_per_epoch(self) -> int:
         return self.num_images // self.batch_size
 
+    @property
+    def micro_batch(self) -> int:
+        """Images that a process sees at a time."""
+        return self.batch_size // (self.accumulation * self.num_processes)
+
     def starting_at(self, step: int) -> "BatchOrder":
         """The same order from a step on, at no cost."""
         order = copy.copy(self)
@@ -70,9 +75,8 @@ class BatchOrder:
 
     def rows(self, micro_batch: int) -> slice:
         """Which of a step's `batch_size` samples this process takes in one micro-batch."""
-        size = self.batch_size // (self.accumulation * self.num_processes)
-        first = (micro_batch * self.num_processes + self.rank) * size
-        return slice(first, first + size)
+        first = (micro_batch * self.num_processes + self.rank) * self.micro_batch
+        return slice(first, first + self.micro_batch)
 
     def batch(self, step: int) -> list[int]:
         """The images of a whole step."""

@@ -14,8 +14,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, NullLocator
 
 from sit_atconv.evaluation.comparison import SAMPLER, Comparison, Run, distinct_names, said, shared_protocol, short
-from sit_atconv.evaluation.records import METRICS, flat, metric_of
-from sit_atconv.runtime.plots import save_figure, set_log
+from sit_atconv.evaluation.metrics import kind_of, metric_of
+from sit_atconv.runtime.plots import save_figure, set_log, spread
+from sit_atconv.runtime.settings import flatten
 
 TRENDS = {  # chart -> what varies along its lines, and what to call it
     "steps": (f"{SAMPLER}.steps", "steps of the sampler"),
@@ -25,6 +26,7 @@ TRENDS = {  # chart -> what varies along its lines, and what to call it
 TITLE = ("samples.num", "samples.labels", f"{SAMPLER}.solver", f"{SAMPLER}.steps", f"{SAMPLER}.cfg")  # what it says
 
 
+@rc_context({"text.parse_math": False})  # a name may hold a $
 def draw(comparison: Comparison, out: Path) -> tuple[list[Path], list[str]]:
     """Draws OUT/METRIC-steps.png, -cfg.png, -training.png and pareto.png, each if it has something to show.
 
@@ -34,19 +36,15 @@ def draw(comparison: Comparison, out: Path) -> tuple[list[Path], list[str]]:
     Returns:
         The charts, and what is not in them or was not drawn, and why.
     """
-    with rc_context({"text.parse_math": False}):  # a name may hold a $
-        return _draw(comparison, out)
-
-
-def _draw(comparison: Comparison, out: Path) -> tuple[list[Path], list[str]]:
     metric, charts, notes = metric_of(comparison.metric), [], []
+    better = metric and ("higher" if metric.higher_is_better else "lower")
+    ylabel = f"{comparison.metric} ({better} is better)" if metric else comparison.metric
     runs = [run for run in comparison.runs if comparison.is_measured_alike(run)]
     if others := [run.name for run in comparison.runs if run not in runs]:
         notes.append(f"not in the charts, for another score, reference or extractor: {', '.join(others)}")
-    ylabel = f"{comparison.metric} ({'higher' if METRICS[metric].higher_is_better else 'lower'} is better)"
 
     for name, (along, xlabel) in TRENDS.items():
-        path, lines = out / f"{metric.lower()}-{name}.png", trend(runs, along)
+        path, lines = out / f"{kind_of(comparison.metric).lower()}-{name}.png", trend(runs, along)
         if lines:
             save_trend(lines, comparison.metric, path, xlabel, ylabel)
             charts.append(path)
@@ -55,9 +53,12 @@ def _draw(comparison: Comparison, out: Path) -> tuple[list[Path], list[str]]:
             notes.append(f"no {path.name}: no two runs differ in the {xlabel} alone")
 
     path, timed = out / "pareto.png", [run for run in runs if run.speed]
-    if len(timed) < 2:
+    if len(timed) < 2 or not metric:
         path.unlink(missing_ok=True)
-        return charts, [*notes, f"no {path.name}: fewer than two runs say their images per second"]
+        reason = "fewer than two runs say their images per second" if metric else (
+            f"whether more or less of {comparison.metric} is better is not known: give --import MODULE, where its "
+            "metric is registered")
+        return charts, [*notes, f"no {path.name}: {reason}"]
     place = Counter(run.place for run in timed).most_common(1)[0][0]
     notes += [f"warning: {run.name} was sampled on {run.place or 'an unknown device'}, most runs on {place}: its speed "
               f"is not comparable, and it is not on the front of {path.name}" for run in timed if run.place != place]
@@ -78,7 +79,7 @@ def trend(runs: Sequence[Run], along: str) -> list[tuple[str, str, list[tuple[fl
     lines = {}
     for run in runs:
         subject = run.evaluation.subject
-        facts = {"model": str(run.model), "step": subject.get("step"), **flat(run.evaluation.protocol),
+        facts = {"model": str(run.model), "step": subject.get("step"), **flatten(run.evaluation.protocol),
                  "seed": subject.get("seed"), "weights": subject.get("weights") or str(run.model)}
         x = facts.pop(along, None)
         identity = {**facts, "weights" if along == "step" else "model": None}
@@ -188,7 +189,7 @@ def save_pareto(runs: Sequence[Run], metric: str, place: str | None, path: Path,
     set_log(axes, "x", subs=(1, 2, 5))
     axes.set_xlabel("images per second (higher is better)")
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # as they are
-    higher = METRICS[metric_of(metric)].higher_is_better
+    higher = metric_of(metric).higher_is_better
     front = pareto_front([point for run, point in zip(runs, points, strict=True) if run.place == place], higher)
     corners = [(axes.get_xlim()[0], front[0][1]), *front, (front[-1][0], axes.get_ylim()[0 if higher else 1])]
     axes.plot(*zip(*corners, strict=True), drawstyle="steps-pre", color="0.6", linewidth=1.2, zorder=2)
@@ -210,17 +211,3 @@ def save_pareto(runs: Sequence[Run], metric: str, place: str | None, path: Path,
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.suptitle(_title(runs), fontsize=9)
     save_figure(figure, path)
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Moves heights until neighbours are at least `gap` apart; their order stays.
-
-    Half way between pushing those above up and those below down: either keeps the gaps, and so does their mean.
-    """
-    order = sorted(range(len(heights)), key=lambda i: heights[i])
-    up, down = list(heights), list(heights)
-    for below, above in itertools.pairwise(order):
-        up[above] = max(up[above], up[below] + gap)
-    for above, below in itertools.pairwise(order[::-1]):
-        down[below] = min(down[below], down[above] - gap)
-    return [(a + b) / 2 for a, b in zip(up, down, strict=True)]

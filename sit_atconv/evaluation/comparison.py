@@ -13,19 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sit_atconv.evaluation.metrics import METRICS, find_metric, kind_of, kinds_of_scores
 from sit_atconv.evaluation.records import (
-    METRICS,
     Evaluation,
-    Score,
     difference,
-    flat,
     is_measured_alike,
-    metric_of,
     protocol_differences,
     read_evaluation,
 )
-from sit_atconv.runtime.commands import script_path
-from sit_atconv.runtime.files import write_aside
+from sit_atconv.evaluation.scores import Score
+from sit_atconv.runtime.installation import command
+from sit_atconv.runtime.settings import flatten
 
 SAMPLER = "samples.sampler"
 NOTE = """\
@@ -80,50 +78,6 @@ class Comparison:
         return difference(run.evaluation, self.baseline.evaluation, self.metric)
 
 
-@dataclass(frozen=True)
-class Report:
-    """The Markdown, and what else to say: how protocols differ, which charts there are not, where everything lies."""
-
-    table: str
-    messages: list[str]
-
-
-def compare(
-    sources: Sequence[Path], out: Path, names: Sequence[str] | None = None, baseline: str = "1", metric: str = "FID"
-) -> Report:
-    """Writes OUT/compare.md, OUT/compare.csv and the charts that have something to show.
-
-    Args:
-        sources: files that eval/fid.py wrote, folders of samples with scores-*.json, and anything beside them that is
-            to be passed over.
-        out: where everything goes.
-        names: of the evaluations; None takes what distinguishes their paths.
-        baseline: number, from 1, or name of the run that the others are compared with.
-        metric: "FID" and so on, or a score's whole name.
-
-    Raises:
-        ValueError: a source that holds no evaluation, names that do not fit, an unknown baseline or metric.
-        OSError: OUT cannot be written to.
-    """
-    messages = []
-    comparison = read_comparison(sources, names, baseline, metric, messages)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"{out} cannot be written to ({error.strerror or error}): give another --out") from error
-    from sit_atconv.evaluation.charts import draw  # matplotlib takes its time, and all that can be wrong is known now
-
-    table = to_markdown(comparison)
-    write_aside(out / "compare.md", table)
-    write_aside(out / "compare.csv", to_csv(comparison))
-    charts, notes = draw(comparison, out)
-    baseline = comparison.baseline
-    warnings = [f"warning: {run.name} differs from {baseline.name}: {words}" for run in comparison.runs
-                if (words := in_words(baseline.evaluation, run.evaluation))]
-    written = ", ".join(map(str, (out / "compare.md", out / "compare.csv", *charts)))
-    return Report(table, [*messages, *warnings, *notes, f"written: {written}"])
-
-
 def read_comparison(
     sources: Sequence[Path], names: Sequence[str] | None, baseline: str, metric: str, messages: list[str]
 ) -> Comparison:
@@ -147,11 +101,16 @@ def read_comparison(
                          f"one of the names {', '.join(names)}")
     chosen = meant[0]
     scores = chosen.evaluation.scores
-    found = [name for name in scores if name == metric] or [name for name in scores if metric_of(name) == metric]
+    found = [metric] if metric in scores else [name for name in scores if kind_of(name) in _kinds(metric)]
     if not found:
         raise ValueError(f"the baseline {chosen.name} has no {metric}: give --metric one of "
                          f"{', '.join(scores)}, or another --baseline")
     return Comparison(runs, chosen, found[0])
+
+
+def _kinds(metric: str) -> tuple[str, ...]:
+    """Returns the kinds of scores that --metric means: those of a metric as eval/fid.py takes it, or one kind."""
+    return find_metric(metric).scores if metric in METRICS or "." in metric else (metric,)
 
 
 def find_evaluations(sources: Sequence[Path], messages: list[str]) -> list[Path]:
@@ -173,6 +132,8 @@ def find_evaluations(sources: Sequence[Path], messages: list[str]) -> list[Path]
             found.setdefault(file.resolve(), Path(os.path.abspath(file)))
         if not files:
             others.append(source)
+    if not found and len(others) == 1 and not any(path.is_file() for path in (others[0], *others[0].rglob("*"))):
+        raise ValueError(f"{others[0]} holds neither scores-*.json nor samples: give a folder of samples")
     if not found and len(others) == 1:
         raise ValueError(f"{others[0]} holds no scores-*.json: evaluate it first, {_evaluate(others[0])}")
     if not found:
@@ -213,7 +174,7 @@ def _counted(sources: Sequence[Path]) -> str:
 
 
 def _evaluate(samples: Path) -> str:
-    return f"python {script_path('eval/fid.py')} --samples {shlex.quote(str(samples))} --reference REFERENCE"
+    return f"{command('fid')} --samples {shlex.quote(str(samples))} --reference REFERENCE"
 
 
 def paths_to_name(files: Sequence[Path]) -> list[Path]:
@@ -251,7 +212,8 @@ def _without_common(names: Sequence[str]) -> Sequence[str]:
 def in_words(a: Evaluation, b: Evaluation) -> str:
     """How the protocol of b differs from that of a: "labels random → balanced; num 50000 → 10000"."""
     found = protocol_differences(a, b)
-    known = ["known" if any(name.startswith(f"{SAMPLER}.") for name in flat(e.protocol)) else "unknown" for e in (a, b)]
+    known = ["known" if any(name.startswith(f"{SAMPLER}.") for name in flatten(e.protocol)) else "unknown"
+             for e in (a, b)]
     if known[0] != known[1]:
         found = {name: pair for name, pair in found.items() if not name.startswith(SAMPLER)} | {SAMPLER: known}
     return "; ".join(f"{short(name)} {said(old)} → {said(new)}" for name, (old, new) in found.items())
@@ -274,7 +236,7 @@ def said(value: object) -> str:
 
 def shared_protocol(runs: Sequence[Run]) -> dict[str, object]:
     """Dotted name -> value, of what all have and agree in."""
-    first, *others = (flat(run.evaluation.protocol) for run in runs)
+    first, *others = (flatten(run.evaluation.protocol) for run in runs)
     return {name: value for name, value in first.items()
             if value is not None and all(other.get(name) == value for other in others)}
 
@@ -283,7 +245,7 @@ def rows(comparison: Comparison) -> list[dict[str, Score | float | str | None]]:
     """The table: for each run its columns."""
     runs, baseline = comparison.runs, comparison.baseline
     names = dict.fromkeys(name for run in runs for name in run.evaluation.scores)
-    names = sorted(names, key=lambda name: [*METRICS, metric_of(name)].index(metric_of(name)))
+    names = sorted(names, key=lambda name: [*kinds_of_scores(), kind_of(name)].index(kind_of(name)))
     show_place = len({run.place for run in runs}) > 1
     return [
         {

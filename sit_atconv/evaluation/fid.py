@@ -7,21 +7,31 @@
 One JSON object goes to stdout, the scores to stderr. Interrupted, the same command goes on where it was.
 """
 
-import importlib
 import json
 import sys
 from pathlib import Path
 
 from sit_atconv.data import MAX_MEGAPIXELS
-from sit_atconv.runtime.commands import ArgumentParser, at_least, fail, positive, run_command, user_errors
+from sit_atconv.evaluation.metrics import METRICS, find_metric
+from sit_atconv.runtime.commands import (
+    ArgumentParser,
+    add_import_option,
+    at_least,
+    fail,
+    positive,
+    run_command,
+    user_errors,
+)
+from sit_atconv.runtime.installation import command
 
 
 def main(argv: list[str] | None = None) -> None:
     options = vars(make_parser().parse_args(argv))
-    out, statistics, modules = (options.pop(name) for name in ("out", "make_reference", "modules"))
+    out, statistics = (options.pop(name) for name in ("out", "make_reference"))
     check_paths(options, out, statistics)
     with user_errors():
-        import_all(modules)
+        for name in options["metrics"]:
+            find_metric(name)
         from sit_atconv.evaluation import evaluate as scoring
         from sit_atconv.evaluation.protocol import write_record
 
@@ -62,19 +72,10 @@ def check_paths(options: dict, out: str | None, statistics: str | None) -> None:
             fail(f"{path} is what is to be read: give {name} another file")
 
 
-def import_all(modules: list[str]) -> None:
-    """Also those that lie in the working directory."""
-    sys.path.append("")
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            fail(f"--import {module} cannot be imported ({error}): give a module that Python finds from here")
-
-
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        usage="python eval/fid.py --samples SAMPLES --reference REFERENCE [--extractor inception] [options]",
+        prog=command("fid"),
+        usage="%(prog)s --samples SAMPLES --reference REFERENCE [--extractor inception] [options]",
         description="Compares samples with a reference: FID, sFID, Inception Score, precision and recall as the ADM "
         "evaluator measures them, and KID, by torch-fidelity, with standard errors. Prints one JSON object and writes "
         "it down, with all that could change the scores. Interrupted, the same command goes on where it was.",
@@ -94,13 +95,14 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--extractor", default="inception",
                         help="inception; dinov2; digits (for 8x8 images, shipped); or one registered with "
                         "torch-fidelity (vgg16, clip-vit-b-32, ..., or by a module of --import)")
-    parser.add_argument("--import", dest="modules", nargs="+", default=[], metavar="MODULE",
-                        help="Python modules to import first, which register extractors")
     parser.add_argument("--weights", "--inception-weights", default=None, metavar="FILE",
                         help="of the extractor, as torch-fidelity and Meta publish them (default: a download)")
-    parser.add_argument("--metrics", nargs="+", choices=("fid", "sfid", "is", "kid", "prc"), default=(),
-                        metavar="METRIC", help="fid, sfid, is, kid, prc (precision and recall); by default all that "
-                        "extractor and reference allow")
+    named = [f"{name} ({' and '.join(metric.scores)})" if len(metric.scores) > 1 else name
+             for name, metric in METRICS.items()]
+    parser.add_argument("--metrics", nargs="+", default=(), metavar="METRIC",
+                        help=f"{', '.join(named)}, or your own, registered by a module of --import or as module.NAME; "
+                        "by default all that extractor and reference allow")
+    add_import_option(parser)
     parser.add_argument("--batch-size", type=at_least(1), default=64, help="images at a time")
     parser.add_argument("--features", default="runs/features", metavar="FOLDER",
                         help="where features are kept for the next time; several commands may share it, and it may be "

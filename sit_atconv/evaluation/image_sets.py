@@ -30,6 +30,10 @@ OTHERS = {  # what is in a folder that is no set of images, whatever pictures it
     "diffusion_pytorch_model.safetensors": f"a checkpoint or an exported model: {DRAW}",
     "*/diffusion_pytorch_model.safetensors": f"a checkpoint or an exported model: {DRAW}",
 }
+SAMPLER = [  # the sampler's among the settings of a manifest, where it does not list them itself
+    "cfg", "cfg_schedule", "cfg_channels", "cfg_interval", "solver", "steps", "shift", "times", "diffusion_form",
+    "diffusion_norm", "last_step", "last_step_size", "dtype", "compile",
+]
 WEIGHTS = {".pt", ".pth", ".ckpt", ".bin", ".safetensors"}
 
 
@@ -220,6 +224,7 @@ def _open_generated(source: str, folder: Path) -> ImageSet:
         num_samples = int(manifest["settings"]["num_samples"]) if manifest.get("complete") else None
         labels = [operator.index(label) for label in manifest.get("labels", ())]
         sessions = [dict(session) for session in manifest.get("sessions", ())]
+        sampler = list(map(str, manifest.get("sampler", SAMPLER)))
         if num_samples is not None and len(labels) not in (0, num_samples):
             raise ValueError(f"{len(labels)} labels for {num_samples} samples")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -232,7 +237,8 @@ def _open_generated(source: str, folder: Path) -> ImageSet:
     if len(images) != num_samples:
         raise ValueError(f"{folder} holds {len(images)} images, and its manifest says {num_samples}: run the same "
                          "sample/generate.py again")
-    return ImageSet(source, images, labels=labels or None, manifest={**manifest, "sessions": sessions})
+    manifest |= {"sessions": sessions, "sampler": sampler}
+    return ImageSet(source, images, labels=labels or None, manifest=manifest)
 
 
 def _paths(folder: Path) -> list[str]:

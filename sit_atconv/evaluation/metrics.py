@@ -1,156 +1,156 @@
-"""FID, sFID, Inception Score, KID, precision and recall from features, by torch-fidelity's functions, with errors.
+"""The table of metrics: what each computes, from which features, and how its scores are named and compared.
 
-Each takes features (N, D) or logits (N, K) of N samples. Errors are for the draw of the samples, the reference held
-fixed: by a jackknife over `GROUPS` groups of samples, which follows the true spread where a bootstrap does not (it adds
-FID's bias once more).
+Adding a metric is one entry here, or one that a module of the user's registers; commands, checks, records, tables and
+charts read it. This file imports no torch; the functions of ours are in metric_functions.py.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-from torch_fidelity.metric_kid import kernel_poly, mmd2
-from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
-from tqdm import tqdm
+from sit_atconv.evaluation.scores import Score
+from sit_atconv.runtime.tables import Table, import_module_of
 
-from sit_atconv.evaluation.gaussians import Gaussian, Moments
-from sit_atconv.evaluation.records import Score, jackknife_error
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-GROUPS = 20
-NEIGHBOURS = 3          # ADM's k, on the features of FID
-IS_SPLIT = 5000         # ADM takes chunks of 5,000 in the order of the file; torch-fidelity as many, but equal ones
-KID_SUBSET, KID_SUBSETS = 1000, 100
-SEED = 2020             # torch-fidelity's, of KID's subsets
-BLOCK = 1000            # images compared at a time for precision and recall: bounds memory
-METHOD = {              # what a protocol says of these
-    "groups": GROUPS, "neighbours": NEIGHBOURS, "is_chunks": f"ceil(N / {IS_SPLIT}) in the order of the files",
-    "kid_subset": KID_SUBSET, "kid_subsets": KID_SUBSETS, "seed": SEED,
-}
+    from sit_atconv.evaluation.gaussians import Gaussian
+
+FULL = 50_000  # samples of the FID that papers report
+ANYTHING = ("samples.num", "reference", "compared")  # what a score may depend on, for all that is known
 
 
-def jackknife_groups(num: int, labels: Sequence[int] | None = None) -> Tensor:
-    """Group of each sample, (num,), of equal size: by index, or within each class where labels are balanced.
-
-    (Labels that were drawn at random are part of the draw, and so not balanced out.)
-    """
-    group = torch.arange(num) % GROUPS
-    if labels is None or not are_balanced(labels):
-        return group
-    order = torch.tensor(labels).sort(stable=True).indices
-    return torch.empty_like(group).scatter_(0, order, group)
-
-
-def are_balanced(labels: Sequence[int]) -> bool:
-    """Whether every class that occurs does so equally often, to within one, and twice at least."""
-    counts = np.unique(np.asarray(labels), return_counts=True)[1]
-    return bool(counts.max() - counts.min() <= 1 and counts.min() > 1 and len(counts) > 1)
-
-
-def frechet_distance(generated: Gaussian, real: Gaussian) -> float:
-    """Between two Gaussians (arXiv 1706.08500, eq. 6), by torch-fidelity."""
-    statistics = [{"mu": gaussian.mu, "sigma": gaussian.sigma} for gaussian in (generated, real)]
-    return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
-
-
-def frechet(generated: Tensor, real: Gaussian, group: Tensor | None = None, progress: bool = False) -> Score:
-    """Frechet distance and its error; no error below two samples a group.
+@dataclass(frozen=True)
+class MetricInput:
+    """What a metric is computed from.
 
     Args:
-        generated: features (N, D).
-        real: of the reference, as `fit_gaussian` fits it to features.
-        group: of each sample, (N,), by `jackknife_groups`; None is by index.
-        progress: whether to show a bar.
+        generated: the extractor's output for the N samples, float32 (N, D).
+        real: what they are compared with, as `Metric.reference` says: a `Gaussian`, float32 (M, D), or None.
+        group: group of each sample, (N,), for standard errors by the jackknife.
+        device: for what takes long; `generated` and `real` are on the CPU.
     """
-    group = jackknife_groups(len(generated)) if group is None else group
-    origin = generated[:BLOCK].double().mean(0)
-    parts = []
-    for g in range(GROUPS):
-        parts.append(Moments(origin))
-        parts[-1].add(generated[group == g])
-    whole = sum(parts, Moments(origin))
-    value = frechet_distance(whole.gaussian(), real)
-    if len(generated) < 2 * GROUPS:
-        return Score(value)
-    root = _root(real.sigma)
-    parts = tqdm(parts, "error of the Frechet distance", unit="group", disable=not progress, leave=False)
-    without = [_frechet_by_root((whole - part).gaussian(), real, root) for part in parts]
-    return Score(value, jackknife_error(without), without)
+
+    generated: "Tensor"
+    real: "Gaussian | Tensor | None"
+    group: "Tensor"
+    device: "torch.device"
 
 
-def _root(sigma: np.ndarray) -> np.ndarray:
-    """The symmetric square root of a covariance."""
-    values, vectors = np.linalg.eigh(sigma)
-    return vectors * np.sqrt(values.clip(0)) @ vectors.T
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A metric, which gives one score or several.
 
-
-def _frechet_by_root(generated: Gaussian, real: Gaussian, root: np.ndarray) -> float:
-    """`frechet_distance` with the root of `real.sigma` at hand: three times as fast, by a symmetric problem."""
-    shared = np.sqrt(np.linalg.eigvalsh(root @ generated.sigma @ root).clip(0)).sum()
-    return float(((generated.mu - real.mu) ** 2).sum() + np.trace(generated.sigma) + np.trace(real.sigma) - 2 * shared)
-
-
-def chunks(num: int) -> list[np.ndarray]:
-    """Returns the indices of the samples in each of the equal chunks that the Inception Score is averaged over."""
-    return np.array_split(np.arange(num), math.ceil(num / IS_SPLIT))
-
-
-def inception_score(logits: Tensor) -> Score:
-    """Over ceil(N / 5,000) equal chunks in the order of the samples: ADM's, where 5,000 divides N.
-
-    With the error of the mean of two chunks or more.
+    Args:
+        scores: names of its scores, identifiers: ("precision", "recall").
+        compute: takes a `MetricInput`; returns a `Score` or a number, or a tuple of one for each name.
+        higher_is_better: or lower.
+        features: the extractor's output that it takes: "features", "logits" or "spatial".
+        reference: what it compares samples with: "statistics", the Gaussian of the reference; "images", features of up
+            to 10,000 of its images; None, nothing.
+        at_least: number of images that it needs, of samples and of a reference that consists of images.
+        depends_on: parts of the protocol that change it, beside extractor, constants and image size.
+        scores_elsewhere: names of its scores with another extractor than Inception; () for the same names.
+        names_num_samples: True puts a number of samples other than 50,000 into the names, for a strong bias.
     """
-    splits = len(chunks(len(logits)))
-    score = isc_features_to_metric(logits, splits, shuffle=False)
-    error = score[KEY_METRIC_ISC_STD] / math.sqrt(splits - 1) if splits > 1 else None
-    return Score(score[KEY_METRIC_ISC_MEAN], error)
+
+    scores: tuple[str, ...]
+    compute: Callable[[MetricInput], Score | float | tuple[Score | float, ...]]
+    higher_is_better: bool
+    features: str = "features"
+    reference: str | None = None
+    at_least: int = 2
+    depends_on: tuple[str, ...] = ANYTHING
+    scores_elsewhere: tuple[str, ...] = ()
+    names_num_samples: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "scores_elsewhere", self.scores_elsewhere or self.scores)
+        if odd := [name for name in (*self.scores, *self.scores_elsewhere) if not name.isidentifier()]:
+            raise ValueError(f"the name of a score is an identifier, not {odd[0]!r}")
+        if self.reference not in (None, "statistics", "images"):
+            raise ValueError(f"the reference of a metric is 'statistics', 'images' or None, not {self.reference!r}")
+
+    def measure(self, inputs: MetricInput) -> tuple[Score, ...]:
+        """Returns a score for each of `scores`. ValueError: `compute` returned others, or one is not finite."""
+        computed = self.compute(inputs)
+        computed = computed if isinstance(computed, tuple) else (computed,)
+        scores = tuple(each if isinstance(each, Score) else Score(float(each)) for each in computed)
+        if len(scores) != len(self.scores) or not all(math.isfinite(score.value) for score in scores):
+            raise ValueError(f"{', '.join(self.scores)} cannot be {', '.join(map(str, scores))}: give a finite number "
+                             "for each name")
+        return scores
+
+    def score_names(self, extractor: str, num_samples: int) -> list[str]:
+        """Returns what its scores deserve to be called: "FID", "FID-1000", "FD-dinov2".
+
+        Frechet distances are biased by the number of samples, so it stands in the name where it is not 50,000; and no
+        number of another extractor has the name of Inception's.
+        """
+        names = self.scores if extractor == "inception" else [f"{name}-{extractor}" for name in self.scores_elsewhere]
+        return [f"{name}-{num_samples}" if self.names_num_samples and num_samples != FULL else name for name in names]
 
 
-def kid(generated: Tensor, real: Tensor, group: Tensor | None = None, progress: bool = False) -> Score:
-    """Kernel distance (arXiv 1801.01401) over torch-fidelity's subsets, and its error.
+def _functions():
+    from sit_atconv.evaluation import metric_functions  # imports torch, which --help does not need
 
-    The usual "std" of KID is the spread over subsets, whose size decides it. The error here is that of the mean: each
-    group of samples is left out of all subsets, from whose kernel matrices its rows are taken away. No error where a
-    subset has fewer than two samples a group.
+    return metric_functions
+
+
+METRICS = Table("metric", Metric, {  # in the order of records and tables
+    "fid": Metric(
+        scores=("FID",), scores_elsewhere=("FD",), names_num_samples=True, higher_is_better=False,
+        compute=lambda inputs: _functions().frechet(inputs.generated, inputs.real, inputs.group, progress=True),
+        reference="statistics", depends_on=("samples.num", "reference"),
+    ),
+    "sfid": Metric(
+        scores=("sFID",), names_num_samples=True, higher_is_better=False,
+        compute=lambda inputs: _functions().frechet(inputs.generated, inputs.real, inputs.group, progress=True),
+        features="spatial", reference="statistics", depends_on=("samples.num", "reference"),
+    ),
+    "is": Metric(
+        scores=("IS",), scores_elsewhere=("score",), higher_is_better=True,
+        compute=lambda inputs: _functions().inception_score(inputs.generated),
+        features="logits", at_least=1, depends_on=("samples.num",),
+    ),
+    "prc": Metric(
+        scores=("precision", "recall"), higher_is_better=True,
+        compute=lambda inputs: _functions().precision_recall(
+            inputs.generated, inputs.real, inputs.device, progress=True),
+        reference="images", at_least=4, depends_on=("samples.num", "compared"),
+    ),
+    "kid": Metric(
+        scores=("KID",), scores_elsewhere=("KD",), higher_is_better=False,
+        compute=lambda inputs: _functions().kid(inputs.generated, inputs.real, inputs.group, progress=True),
+        reference="images", depends_on=("compared",),
+    ),
+})
+
+
+def find_metric(name: str) -> Metric:
+    """Returns the metric that a user typed; one given by its path, `my_module.mine`, is imported and registered.
+
+    ValueError: there is none of that name.
     """
-    size = min(KID_SUBSET, len(generated), len(real))
-    has_error = size >= 2 * GROUPS
-    group = jackknife_groups(len(generated)) if group is None else group
-    generated, real, group = generated.numpy(), real.numpy(), group.numpy()
-    random = np.random.RandomState(SEED)
-    values, without = [], []
-    for _ in tqdm(range(KID_SUBSETS), "KID", unit="subset", disable=not progress, leave=False):
-        ours = random.choice(len(generated), size, replace=False)
-        theirs = random.choice(len(real), size, replace=False)
-        x, y = generated[ours], real[theirs]
-        k_xx, k_xy, k_yy = kernel_poly(x, x), kernel_poly(x, y), kernel_poly(y, y)
-        values.append(mmd2(k_xx, k_xy, k_yy))
-        if has_error:
-            without.append(_mmd2_without_groups(k_xx, k_xy, k_yy, group[ours]))
-    if not has_error:
-        return Score(float(np.mean(values)))
-    without = np.mean(without, axis=0).tolist()
-    return Score(float(np.mean(values)), jackknife_error(without), without)
+    metric = METRICS.find(import_module_of(name))
+    return metric if metric in METRICS.values() else METRICS.register(name.rpartition(".")[2], metric)
 
 
-def _mmd2_without_groups(k_xx: np.ndarray, k_xy: np.ndarray, k_yy: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """The unbiased MMD^2 without each group of x, (GROUPS,)."""
-    n, m = k_xy.shape
-    member = np.eye(GROUPS)[group]                                      # (n, GROUPS)
-    sums = member.T @ k_xx @ member                                     # of kernels within and between groups
-    diagonal, cross, sizes = member.T @ np.diagonal(k_xx), member.T @ k_xy.sum(1, dtype=np.float64), member.sum(0)
-    left = n - sizes
-    xx = (sums.sum() - 2 * sums.sum(1) + np.diagonal(sums)) - (diagonal.sum() - diagonal)
-    xy = cross.sum() - cross
-    yy = k_yy.sum(dtype=np.float64) - np.trace(k_yy, dtype=np.float64)
-    return xx / (left * (left - 1)) - 2 * xy / (left * m) + yy / (m * (m - 1))
+def metric_of(score: str) -> Metric | None:
+    """Returns the metric that a score's name is of, "FID-digits-1000" too; None: of one that is not imported here."""
+    return next((metric for metric in METRICS.values() if kind_of(score) in metric.scores), None)
 
 
-def precision_recall(generated: Tensor, real: Tensor, device: torch.device | str = "cpu") -> tuple[Score, Score]:
-    """Precision, of the samples, and recall, of the reference (arXiv 1904.06991), with k = 3."""
-    found = prc_features_to_metric(generated.to(device), real.to(device), prc_neighborhood=NEIGHBOURS,
-                                   prc_batch_size=BLOCK, save_cpu_ram=True, verbose=False)
-    return Score(found[KEY_METRIC_PRECISION]), Score(found[KEY_METRIC_RECALL])
+def kind_of(score: str) -> str:
+    """Returns the name of a score without extractor and number: "FID" of "FID-1000" and of "FD-digits-1000"."""
+    first = score.split("-")[0]
+    kinds = {there: here for metric in METRICS.values()
+             for here, there in zip(metric.scores, metric.scores_elsewhere, strict=True)}
+    return kinds.get(first, first)
+
+
+def kinds_of_scores() -> list[str]:
+    """Returns the kinds of scores of all metrics, in the order of tables."""
+    return [kind for metric in METRICS.values() for kind in metric.scores]

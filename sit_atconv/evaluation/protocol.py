@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import json
 import os
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +12,12 @@ import torch_fidelity
 from accelerate import PartialState
 
 from sit_atconv import __version__
-from sit_atconv.evaluation import metrics
 from sit_atconv.evaluation.extraction import ExtractedFeatures
 from sit_atconv.evaluation.extractors import Extractor
 from sit_atconv.evaluation.image_sets import ImageSet, digest_of, folder_of
+from sit_atconv.evaluation.metric_functions import METHOD, are_balanced
 from sit_atconv.evaluation.records import Evaluation, read_evaluation
 from sit_atconv.evaluation.references import COMPARED, Reference
-from sit_atconv.sampling import Sampler
-
-SAMPLER = (*(field.name for field in fields(Sampler)), "dtype", "compile")  # of the settings in a manifest
 
 
 def protocol(
@@ -29,6 +25,7 @@ def protocol(
 ) -> dict:
     """How it was measured: all that must agree where two evaluations are compared."""
     settings, images = samples.manifest.get("settings", {}), reference.images
+    sampler = {name: settings[name] for name in samples.manifest.get("sampler", ()) if name in settings}
     is_fitted = not reference.gaussians
     return {
         "samples": {
@@ -37,7 +34,7 @@ def protocol(
             "labels": settings.get("labels", _labels(samples)),
             "uint8_rule": settings.get("uint8_rule"),
             "codec": settings.get("codec"),
-            "sampler": {name: settings[name] for name in SAMPLER if name in settings} or None,
+            "sampler": sampler or None,
         },
         "reference": {
             "kind": "images" if is_fitted else "statistics",
@@ -47,7 +44,7 @@ def protocol(
         },
         **({"compared": {"num": min(len(images), COMPARED), "content": theirs.content}} if is_compared else {}),
         "extractor": extractor.describe(),
-        "metrics": metrics.METHOD,
+        "metrics": METHOD,
         "versions": {"torch_fidelity": torch_fidelity.__version__},
     }
 
@@ -55,7 +52,7 @@ def protocol(
 def _labels(samples: ImageSet) -> str | None:
     if samples.labels is None:
         return None
-    if metrics.are_balanced(samples.labels):
+    if are_balanced(samples.labels):
         return "balanced"
     return "as in the file" if isinstance(samples.images, np.ndarray) else "as in the folder"
 

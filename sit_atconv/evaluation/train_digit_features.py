@@ -29,7 +29,8 @@ def main() -> None:
 
     torch.manual_seed(SEED)
     pixels, labels = map(torch.from_numpy, load_digits())
-    train, held_out = split(len(pixels))
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(SEED))
+    held_out, train = order[:HELD_OUT], order[HELD_OUT:]
     images = to_float(pixels)[:, None]
     classifier = DigitClassifier()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.05)
@@ -45,21 +46,11 @@ def main() -> None:
 
     with torch.inference_mode():
         correct = classifier(images[held_out])[1].argmax(1) == labels[held_out]
-    report = {
-        "command": "python -m sit_atconv.evaluation.train_digit_features",
-        "seed": SEED,
-        "held_out_accuracy": round(correct.float().mean().item(), 4),
-        "held_out_images": HELD_OUT,
-        "torch": torch.__version__,
-    }
+    report = {"command": "python -m sit_atconv.evaluation.train_digit_features", "seed": SEED,
+              "held_out_accuracy": round(correct.float().mean().item(), 4), "held_out_images": HELD_OUT,
+              "torch": torch.__version__}
     save_file(classifier.state_dict(), out, metadata={key: str(value) for key, value in report.items()})
     print(json.dumps(report | {"file": str(out), "bytes": out.stat().st_size}))
-
-
-def split(num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the training and the held-out images."""
-    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(SEED))
-    return order[HELD_OUT:], order[:HELD_OUT]
 
 
 if __name__ == "__main__":

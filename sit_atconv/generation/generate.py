@@ -17,6 +17,7 @@ from sit_atconv.runtime.commands import (
     run_command,
     user_errors,
 )
+from sit_atconv.runtime.installation import command
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        usage="python sample/generate.py --ckpt RUN [--cfg 4.0] [--classes 3 7] [--num-samples N] [options]",
+        prog=command("generate"),
+        usage="%(prog)s --ckpt RUN [--cfg 4.0] [--classes 3 7] [--num-samples N] [options]",
         description="Samples images from a trained model: PNGs, one npz, a labelled picture and a manifest.",
     )
     weights = parser.add_argument_group("weights")

@@ -1,9 +1,9 @@
-"""The token mixer ATConv, and SiT with any mixture of ATConv and attention."""
+"""The token mixer ATConv, and SiT with any mixture of ATConv, attention and other token mixers."""
 
 _HOMES = {
     "ATConv": "sit_atconv.models.atconv",
     "SiT": "sit_atconv.models.sit",
-    "PRESETS": "sit_atconv.models.sit",
+    "PRESETS": "sit_atconv.models.presets",
 }
 
 

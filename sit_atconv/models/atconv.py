@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from sit_atconv.models.tables import kept
+from sit_atconv.models.constants import kept
 from sit_atconv.ops import dynamic_depthwise_conv2d
 
 ACTIVATIONS = {"gelu_tanh": lambda: nn.GELU(approximate="tanh"), "silu": nn.SiLU}

@@ -4,9 +4,17 @@ Counted are linears, convolutions and attention's two products.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 
-from sit_atconv.models.sit import SiT, mixer_names
+import torch
+import torch.nn as nn
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from sit_atconv.models.mixers import MIXERS, mixer_names
+from sit_atconv.models.sit import SiT
 
 TIME_FEATURES = 256  # cosines and sines that describe a time
 DEFAULTS = {
@@ -26,8 +34,13 @@ def multiply_adds(
         grid_size: (H, W) in tokens.
         of_mixer: counts one token mixer, given its name; None counts each as it is in SiT.
     """
+    if isinstance(model, SiT) and type(model) is not SiT:  # a backbone of the user's, whose parts nobody knows
+        config, known = model.config, inspect.signature(type(model)).parameters
+        x = 1, config["in_channels"], *(config["patch_size"] * n for n in grid_size)
+        return _counted(f"backbone {type(model).__name__}", lambda: type(model)(**{k: config[k] for k in known}),
+                        lambda net: net(torch.empty(x), torch.empty(1), torch.zeros(1, dtype=torch.long)))
     config = {**DEFAULTS, **(model.config if isinstance(model, SiT) else model)}
-    N, D = grid_size[0] * grid_size[1], config["hidden_size"]
+    N, D = math.prod(grid_size), config["hidden_size"]
     patch = config["patch_size"] ** 2 * config["in_channels"]
     names = mixer_names(config["mixer"], config["depth"])
     of_mixer = of_mixer or (lambda name: mixer_multiply_adds(name, config, grid_size))
@@ -39,16 +52,30 @@ def multiply_adds(
 
 
 def block_multiply_adds(config: Mapping, grid_size: tuple[int, int]) -> int:
-    """Returns those of one block without its token mixer."""
-    N, D = grid_size[0] * grid_size[1], config["hidden_size"]
+    """Returns those of one block without its token mixer. `config` is whole."""
+    N, D = math.prod(grid_size), config["hidden_size"]
     return 2 * N * D * int(D * config["mlp_ratio"]) + 6 * D * D
 
 
 def mixer_multiply_adds(name: str, config: Mapping, grid_size: tuple[int, int]) -> int:
-    """Returns those of one token mixer."""
-    N, D, taps = grid_size[0] * grid_size[1], config["hidden_size"], config["kernel_size"] ** 2
-    projection = N * D * D
-    if name == "attention":
-        return 4 * projection + 2 * N * N * D
-    pooling, kernel_proj, kernel_gen, convolution = taps * N * D, taps * D * D, D * taps * taps, taps * N * D
-    return 2 * projection + pooling + kernel_proj + kernel_gen + convolution
+    """Returns those of one token mixer, by its entry or, where that has none, by torch. `config` is whole.
+
+    Raises:
+        ValueError: torch cannot count them without data.
+    """
+    mixer, N, D = MIXERS.find(name), math.prod(grid_size), config["hidden_size"]
+    if mixer.multiply_adds is not None:
+        return mixer.multiply_adds(config, grid_size)
+    return _counted(f"mixer {name}", lambda: mixer.build(D, config), lambda m: m(torch.empty(1, N, D), grid_size))
+
+
+def _counted(what: str, build: Callable[[], nn.Module], run: Callable[[nn.Module], object]) -> int:
+    """Has torch count the multiply-adds of a run, on fake tensors: those of the device "meta" have no autocast."""
+    try:
+        with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            run(build())
+    except (NotImplementedError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the multiply-adds of the {what} cannot be counted on tensors without data ({reason}): give "
+                         "its entry multiply_adds") from error
+    return counter.get_total_flops() // 2

@@ -3,23 +3,20 @@
 Parameter names and initialisation are those published, so that published weights load as they are.
 """
 
-import difflib
 import math
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from timm.layers import Mlp, PatchEmbed
 from torch import Tensor
 
-from sit_atconv.models.atconv import ATConv
-from sit_atconv.models.tables import kept
-
-MIXERS = ("atconv", "attention")
-
+from sit_atconv.models.constants import kept
+from sit_atconv.models.mixers import MIXERS, mixer_names
+from sit_atconv.models.presets import preset_config
+from sit_atconv.runtime.tables import Table
 
 # ---------------------------------------------------------------------------------------------------- embeddings
 
@@ -73,25 +70,6 @@ def pos_embed_on(hidden_size: int, grid_size: tuple[int, int], device: torch.dev
 
 
 # --------------------------------------------------------------------------------------------------------- block
-
-class Attention(nn.Module):
-    """Multi-head self-attention behind the mixers' contract: (B, N, C) and the grid, which it ignores, to (B, N, C)."""
-
-    def __init__(self, dim: int, num_heads: int, qk_norm: bool = False):
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"hidden_size {dim} is not divisible by num_heads {num_heads}")
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
-        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)       # (B, heads, N, head_dim)
-        return self.proj(rearrange(y, "b h n d -> b n (h d)"))
-
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (B, N, D) scaled and shifted for each sample by (B, D): x * (1 + scale) + shift, in one pass over x."""
@@ -154,11 +132,13 @@ class SiT(ModelMixin, ConfigMixin):
         mlp_ratio: hidden width of the MLPs over D.
         num_classes: number of classes; labels are 0 ... num_classes - 1.
         learn_sigma: doubles the output channels; the second half is computed and dropped, as published.
-        mixer: "atconv", "attention", "hybrid" (blocks 1, 3, 5, ... are ATConv) or a list of `depth` names.
+        mixer: "atconv", "attention", another name in `mixers.MIXERS`, the path of an entry of yours, "my_module.NAME",
+            in a module that is imported, "hybrid" (blocks 1, 3, 5, ... are ATConv) or a list of `depth` mixers.
         kernel_size: ATConv's kernel, odd.
         kernel_act: ATConv's activation, "gelu_tanh" or "silu".
         kernel_pool: ATConv's pooling, "raster" or "grid".
-        use_pos_embed: sin-cos position embedding; None is the published rule: as soon as one block is attention.
+        use_pos_embed: sin-cos position embedding; None is the published rule: as soon as one block is attention,
+            or another mixer that needs positions.
         qk_norm: layer norm on queries and keys.
         has_null_label: whether there is a null label for guidance, `null_label` = num_classes.
 
@@ -191,14 +171,9 @@ class SiT(ModelMixin, ConfigMixin):
         super().__init__()
         names = mixer_names(mixer, depth)
         if use_pos_embed is None:
-            use_pos_embed = "attention" in names
+            use_pos_embed = any(MIXERS.find(name).needs_positions for name in names)
         if use_pos_embed and hidden_size % 4:
             raise ValueError(f"a position embedding needs a hidden_size divisible by 4, not {hidden_size}")
-
-        def make_mixer(name: str) -> nn.Module:
-            if name == "attention":
-                return Attention(hidden_size, num_heads, qk_norm)
-            return ATConv(hidden_size, kernel_size, kernel_act, kernel_pool)
 
         out_channels = in_channels * (2 if learn_sigma else 1)
         self.x_embedder = PatchEmbed(None, patch_size, in_channels, hidden_size, strict_img_size=False)
@@ -209,7 +184,9 @@ class SiT(ModelMixin, ConfigMixin):
             self.pos_embed = nn.Parameter(sincos_pos_embed(hidden_size, self.grid_size), requires_grad=False)
         else:
             self.register_parameter("pos_embed", None)
-        self.blocks = nn.ModuleList(Block(hidden_size, mlp_ratio, make_mixer(name)) for name in names)
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, mlp_ratio, MIXERS.find(name).build(hidden_size, self.config)) for name in names
+        )
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
         self.gradient_checkpointing = False  # diffusers' switch, set by enable_gradient_checkpointing()
         self.initialize_weights()
@@ -233,7 +210,8 @@ class SiT(ModelMixin, ConfigMixin):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as the linear map that it is
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
@@ -295,41 +273,6 @@ class SiT(ModelMixin, ConfigMixin):
         return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
 
 
-def mixer_names(mixer: str | list[str], depth: int) -> list[str]:
-    """The token mixer of each of `depth` blocks, by name."""
-    if mixer == "hybrid":
-        return ["atconv" if i % 2 else "attention" for i in range(depth)]
-    names = [mixer] * depth if isinstance(mixer, str) else list(mixer)
-    unknown = sorted(set(names) - set(MIXERS))
-    if unknown:
-        raise ValueError(f"mixer must be 'hybrid', or one of {MIXERS} or a list of these, not {unknown[0]!r}")
-    if len(names) != depth:
-        raise ValueError(f"mixer names {len(names)} blocks, but depth is {depth}")
-    return names
-
-
-# ------------------------------------------------------------------------------------------------------- presets
-
-SIZES = {
-    "Tiny": dict(depth=4, hidden_size=128, num_heads=4),  # for digits, tests and examples
-    "S": dict(depth=12, hidden_size=384, num_heads=6),
-    "B": dict(depth=12, hidden_size=768, num_heads=12),
-    "L": dict(depth=24, hidden_size=1024, num_heads=16),
-    "XL": dict(depth=28, hidden_size=1152, num_heads=16),
-}
-VARIANTS = {"SiT-{}": "attention", "SiT-ATConv-{}": "atconv", "SiT-ATConv-{}-Hybrid": "hybrid"}
-
-PRESETS: dict[str, dict] = {
-    variant.format(f"{size}/{patch}"): {**shape, "patch_size": patch, "mixer": mixer}
-    for variant, mixer in VARIANTS.items()
-    for size, shape in SIZES.items()
-    for patch in (2, 4, 8)
-}
-
-
-def preset_config(name: str) -> dict:
-    """The constructor's arguments that a preset fills in. Raises ValueError for an unknown name."""
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.3) or list(PRESETS)
-        raise ValueError(f"there is no preset {name!r}; near it: {', '.join(near)}")
-    return PRESETS[name]
+# A user's own is a subclass of SiT with the constructor's arguments that data and codec fill in, FROM_DATA.
+BACKBONES = Table("backbone", type, {"SiT": SiT})
+FROM_DATA = {"num_classes", "in_channels", "input_size"}

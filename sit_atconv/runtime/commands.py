@@ -5,7 +5,6 @@ import contextlib
 import json
 import math
 import os
-import shlex
 import signal
 import sys
 import time
@@ -56,12 +55,6 @@ def user_errors(everywhere: bool = False):
         fail(error, everywhere=everywhere)
     except KeyboardInterrupt:
         fail("interrupted", code=130)
-
-
-def script_path(name: str) -> str:
-    """Returns how to type the path of one of our scripts in the working directory: "sample/generate.py"."""
-    path = Path(__file__).parents[2] / name
-    return shlex.quote(os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path))
 
 
 def say_at_once(text: str) -> None:

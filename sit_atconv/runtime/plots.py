@@ -1,6 +1,7 @@
 """Pictures for people: labelled grids of samples and loss curves. Needs matplotlib."""
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -155,6 +156,20 @@ def set_log(axes: Axes, name: str, subs: Sequence[float] = (1, 2, 4)) -> None:
     axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Moves heights until neighbours are at least `gap` apart; their order stays.
+
+    Half way between pushing those above up and those below down: either keeps the gaps, and so does their mean.
+    """
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    up, down = list(heights), list(heights)
+    for below, above in itertools.pairwise(order):
+        up[above] = max(up[above], up[below] + gap)
+    for above, below in itertools.pairwise(order[::-1]):
+        down[below] = min(down[below], down[above] - gap)
+    return [(a + b) / 2 for a, b in zip(up, down, strict=True)]
 
 
 def save_figure(figure: Figure, path: Path) -> None:

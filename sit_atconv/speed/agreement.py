@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sit_atconv.models.sit import SiT
 from sit_atconv.ops.reference import dynamic_depthwise_conv2d_reference
-from sit_atconv.speed.forms import FORMS
+from sit_atconv.speed.forms import find_form
 
 BOUNDS = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}  # of relative errors; rounding stays below 1/2.5 of these
 BLOCKS = 2  # of a model are compared, with all that is around them: blocks are alike, and a hybrid's alternate
@@ -17,15 +17,15 @@ QUERIES = 64  # of attention are written out
 
 @dataclass(frozen=True)
 class Check:
-    """What was compared, and `error` = ||a - b|| / ||b||, the largest of several tensors."""
+    """What was compared, and `error` = ||a - b|| / ||b||, the largest of several tensors; None if nothing was."""
 
     what: str
-    error: float
+    error: float | None
 
 
 def require_agreement(check: Check, dtype: str, where: str) -> None:
     """ValueError: the error is above the dtype's bound, or not a number."""
-    if not check.error <= BOUNDS[dtype]:
+    if check.error is not None and not check.error <= BOUNDS[dtype]:
         raise ValueError(f"no speeds, because {check.what} do not agree at {where}: their relative error is "
                          f"{check.error:.2g}, and may be {BOUNDS[dtype]:g}")
 
@@ -40,7 +40,9 @@ def take_form(model: SiT, form: str, *inputs: Tensor, gradients: bool = False) -
     """Gives every block of a model of the form's preset the form's mixer, and checks the first blocks by its twins.
 
     Compared are the outputs of a model of these blocks and, where they are wanted, the gradients of its parameters.
+    Without a twin nothing is: the check has no error then.
     """
+    take, twin = find_form(form).take, find_form(form).twin
     blocks, mixers = model.blocks, [block.attn for block in model.blocks]
     parameters = [p for p in model.parameters() if p.requires_grad]
 
@@ -55,8 +57,11 @@ def take_form(model: SiT, form: str, *inputs: Tensor, gradients: bool = False) -
             return [y]
         return [y, *torch.autograd.grad(y, parameters, inputs[0], allow_unused=True, materialize_grads=True)]
 
-    expected, found = evaluate(FORMS[form].twin), evaluate(FORMS[form].mixer)
-    twins = dict.fromkeys(type(FORMS[form].twin(mixer)).__name__ for mixer in mixers[:BLOCKS])
+    expected = evaluate(twin) if twin else None
+    found = evaluate(take)  # last, so that its mixers stay
+    if expected is None:
+        return Check(f"{form}, of which there is no second computation", None)
+    twins = dict.fromkeys(type(twin(mixer)).__name__ for mixer in mixers[:BLOCKS])
     return check(f"{form} and {' + '.join(twins)} with its weights", found, expected)
 
 

@@ -17,11 +17,12 @@ from sit_atconv.ops import fastest_implementation
 from sit_atconv.runtime.devices import keep_freed_memory, open_device, synchronize
 from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.runtime.environment import describe_environment
+from sit_atconv.runtime.memory import peak_bytes
 from sit_atconv.speed.costs import form_multiply_adds, operator_cost
 from sit_atconv.speed.levels import PREPARE, Case, check_dtype, open_decoder
 from sit_atconv.speed.options import SpeedOptions
 from sit_atconv.speed.results import Comparison, Measurement
-from sit_atconv.speed.timing import Rounds, peak_bytes, time_interleaved
+from sit_atconv.speed.timing import Rounds, time_interleaved
 
 MEMORY = ("train", "sampling")  # levels whose peak is measured
 
@@ -83,7 +84,8 @@ def measure(
     options, device = case.options, case.device
     if options.compile:
         torch.compiler.reset()
-        torch._dynamo.config.recompile_limit = 64  # each form, with and without gradients, is one more
+        # Each form, with and without gradients, is one more. (The public argument of torch.compile came after 2.7.)
+        torch._dynamo.config.recompile_limit = 64
     timed = PREPARE[level](case)
     seconds = time_interleaved(
         {**timed.runs, **timed.extras},

@@ -1,5 +1,6 @@
 """The speed comparison as a chart: measured time against what the multiply-adds alone would make of it."""
 
+import itertools
 import math
 from pathlib import Path
 from textwrap import wrap
@@ -9,17 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from sit_atconv.speed.forms import FORMS
+from sit_atconv.runtime.plots import spread
+from sit_atconv.speed.forms import find_form
 from sit_atconv.speed.results import Comparison, Measurement, growth
 
-COLORS = {
-    "attention": "#3f4a54",
-    "timm": "#a3abb3",
-    "published": "#d1722c",
-    "atconv": "#1f6fb4",
-    "hybrid": "#8a5fb5",
-    "floor": "#3c9a6b",
-}
+SPARE_COLORS = ("#b23a67", "#8a8d2f", "#2b9b98", "#7d5a3c")  # of forms that have none
 TITLES = {  # of the panels; what is not named is part of what is
     ("op", "forward"): "operator, forward",
     ("op", "backward"): "operator, backward",
@@ -40,7 +35,8 @@ def save_chart(comparison: Comparison, path: Path) -> None:
     A line for each form with its quartiles, and dashed what it would be if time were proportional to multiply-adds.
     With one resolution a panel holds a row for each form instead.
     """
-    options, panels = comparison.options, {}
+    options, panels, spare = comparison.options, {}, itertools.cycle(SPARE_COLORS)
+    colors = {form: find_form(form).color or next(spare) for form in options.forms}
     for level in options.levels:
         for m in comparison.measurements:
             if m.level == level and (level, m.quantity) in TITLES:
@@ -53,7 +49,7 @@ def save_chart(comparison: Comparison, path: Path) -> None:
     for axes, ((level, quantity, dtype), points) in zip(all_axes, panels.items(), strict=False):
         decoding = {m.resolution: m.ms_per_image.median for m in comparison.measurements
                     if (m.level, m.quantity, m.dtype) == (level, "decode", dtype)}
-        (_draw_lines if lines else _draw_rows)(axes, points, predict(points, options.baseline, decoding))
+        (_draw_lines if lines else _draw_rows)(axes, points, predict(points, options.baseline, decoding), colors)
         title = TITLES[level, quantity]
         if level == "sampling":
             title += f" ({options.steps} Euler steps, cfg {options.cfg:g}, {'' if decoding else 'not '}decoded)"
@@ -65,7 +61,7 @@ def save_chart(comparison: Comparison, path: Path) -> None:
         axes.set_visible(False)
 
     figure.suptitle(f"{comparison.title}: time per image", fontsize=13, fontweight="bold")
-    start = FORMS[options.baseline].title + ("'s first point" if lines else "")
+    start = find_form(options.baseline).title + ("'s first point" if lines else "")
     handles = [
         Line2D([], [], color="0.25", marker="o", markersize=5, linewidth=1.8,
                label="measured: median, bar from quartile to quartile"),
@@ -101,18 +97,19 @@ def _unit(points: list[Measurement]) -> tuple[str, float]:
     return ("s", 1000.0) if max(m.ms_per_image.median for m in points) > 2000 else ("ms", 1.0)
 
 
-def _draw_lines(axes: Axes, points: list[Measurement], predicted: dict[tuple[str, int], float]) -> None:
+def _draw_lines(axes: Axes, points: list[Measurement], predicted: dict[tuple[str, int], float],
+                colors: dict[str, str]) -> None:
     unit, ms = _unit(points)
     sides = sorted({m.resolution for m in points})
     ends = {}  # form -> its last time
     for form in dict.fromkeys(m.form for m in points):
         line = sorted((m for m in points if m.form == form), key=lambda m: m.resolution)
         q1, times, q3 = ([getattr(m.ms_per_image, name) / ms for m in line] for name in ("q1", "median", "q3"))
-        axes.plot(sides, times, color=COLORS[form], marker="o", markersize=4.5, linewidth=1.8,
-                  zorder=4 if form == "atconv" else 3)
-        axes.vlines(sides, q1, q3, color=COLORS[form], linewidth=4, alpha=0.5, zorder=3)
+        axes.plot(sides, times, color=colors[form], marker="o", markersize=4.5, linewidth=1.8,
+                  zorder=4 if find_form(form).bold else 3)
+        axes.vlines(sides, q1, q3, color=colors[form], linewidth=4, alpha=0.5, zorder=3)
         if (form, sides[0]) in predicted:
-            axes.plot(sides, [predicted[form, side] / ms for side in sides], color=COLORS[form], linewidth=1.1,
+            axes.plot(sides, [predicted[form, side] / ms for side in sides], color=colors[form], linewidth=1.1,
                       linestyle=DASHES, alpha=0.8, zorder=2)
         ends[form] = times[-1], growth(line)
 
@@ -131,18 +128,19 @@ def _draw_lines(axes: Axes, points: list[Measurement], predicted: dict[tuple[str
     places = spread([math.log(time) for time, _ in ends.values()], 0.062 * math.log(high / low))
     for (form, (time, power)), place in zip(ends.items(), places, strict=True):
         axes.annotate(
-            f"{FORMS[form].title}  ~N$^{{{power:.2f}}}$",
+            f"{find_form(form).title}  ~N$^{{{power:.2f}}}$",
             (sides[-1], time), (sides[-1] * span**0.07, math.exp(place)), va="center", fontsize=8.5,
-            color=COLORS[form], fontweight="bold" if form == "atconv" else "normal",
-            arrowprops={"arrowstyle": "-", "color": COLORS[form], "linewidth": 0.7, "alpha": 0.6, "relpos": (0, 0.5),
+            color=colors[form], fontweight="bold" if find_form(form).bold else "normal",
+            arrowprops={"arrowstyle": "-", "color": colors[form], "linewidth": 0.7, "alpha": 0.6, "relpos": (0, 0.5),
                         "shrinkA": 1, "shrinkB": 4},
         )
 
 
-def _draw_rows(axes: Axes, points: list[Measurement], predicted: dict[tuple[str, int], float]) -> None:
+def _draw_rows(axes: Axes, points: list[Measurement], predicted: dict[tuple[str, int], float],
+               colors: dict[str, str]) -> None:
     unit, ms = _unit(points)
     for place, m in enumerate(points):
-        time, color = m.ms_per_image, COLORS[m.form]
+        time, color = m.ms_per_image, colors[m.form]
         axes.hlines(place, time.q1 / ms, time.q3 / ms, color=color, linewidth=4, alpha=0.5, zorder=3)
         axes.plot(time.median / ms, place, marker="o", markersize=7, color=color, zorder=4)
         if (m.form, m.resolution) in predicted:
@@ -152,23 +150,6 @@ def _draw_rows(axes: Axes, points: list[Measurement], predicted: dict[tuple[str,
         axes.annotate(f"{time.median / ms:.3g} {unit}{faster}", (time.median / ms, place), (0, 9),
                       textcoords="offset points", ha="center", fontsize=8.5, color=color)
     axes.set_xlim(0, 1.4 * max([*predicted.values(), *(m.ms_per_image.q3 for m in points)]) / ms)
-    axes.set_yticks(range(len(points)), [FORMS[m.form].title for m in points])
+    axes.set_yticks(range(len(points)), [find_form(m.form).title for m in points])
     axes.set_ylim(len(points) - 0.5, -0.75)
     axes.set_xlabel(f"{unit} per image at {points[0].resolution} px (lower is better)")
-
-
-def spread(values: list[float], gap: float) -> list[float]:
-    """Moves values apart until neighbours are at least `gap` from each other, in their order and about their middle."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    groups = []  # of values that touch, to be placed `gap` apart around their mean
-    for i in order:
-        groups.append([values[i]])
-        while len(groups) > 1 and _place(groups[-1], gap)[0] - _place(groups[-2], gap)[-1] < gap:
-            groups[-2:] = [groups[-2] + groups[-1]]
-    places = dict(zip(order, (place for group in groups for place in _place(group, gap)), strict=True))
-    return [places[i] for i in range(len(values))]
-
-
-def _place(group: list[float], gap: float) -> list[float]:
-    first = sum(group) / len(group) - gap * (len(group) - 1) / 2
-    return [first + i * gap for i in range(len(group))]

@@ -1,6 +1,8 @@
 """How much arithmetic and memory traffic the compared forms need, counted from shapes alone."""
 
 from sit_atconv.models.costs import DEFAULTS, block_multiply_adds, mixer_multiply_adds, multiply_adds
+from sit_atconv.models.mixers import mixer_names
+from sit_atconv.speed.forms import find_form
 
 
 def form_multiply_adds(level: str, form: str, config: dict, grid_size: tuple[int, int]) -> int:
@@ -8,25 +10,20 @@ def form_multiply_adds(level: str, form: str, config: dict, grid_size: tuple[int
 
     Args:
         level: "mixer", "block" (with its adaLN) or "model".
-        form: a name in `forms.FORMS`; "hybrid" at the level "model" only.
+        form: a name that `find_form` knows; one with several mixers at the level "model" only.
         config: arguments of SiT's constructor; what is missing has its default.
         grid_size: (H, W) in tokens.
     """
     config = {**DEFAULTS, **config}
+    count = find_form(form).multiply_adds
 
     def of_mixer(name: str) -> int:
-        N, D, taps = grid_size[0] * grid_size[1], config["hidden_size"], config["kernel_size"] ** 2
-        count = mixer_multiply_adds(name, config, grid_size)
-        if name == "atconv" and form == "floor":
-            return 2 * N * D * D
-        if name == "atconv" and form == "published":  # the kernel's projection of all tokens, and pooling by additions
-            return count + (N - taps) * D * D - taps * N * D
-        return count
+        return count(config, grid_size) if count else mixer_multiply_adds(name, config, grid_size)
 
     if level == "model":
         return multiply_adds(config, grid_size, of_mixer)
-    mixer = of_mixer({"timm": "attention", "published": "atconv", "floor": "atconv"}.get(form, form))
-    return mixer + (block_multiply_adds(config, grid_size) if level == "block" else 0)
+    mixer, = set(mixer_names(config["mixer"], config["depth"]))
+    return of_mixer(mixer) + (block_multiply_adds(config, grid_size) if level == "block" else 0)
 
 
 def operator_cost(form: str, config: dict, grid_size: tuple[int, int]) -> dict[str, tuple[int, int]]:
@@ -41,14 +38,16 @@ def operator_cost(form: str, config: dict, grid_size: tuple[int, int]) -> dict[s
     config = {**DEFAULTS, **config}
     N, D, taps = grid_size[0] * grid_size[1], config["hidden_size"], config["kernel_size"] ** 2
     tokens, kernels = N * D, taps * D
-    if form == "attention":  # q k^T and its product with v; each has two gradients of its own size
-        return {"forward": (2 * N * tokens, 4 * tokens), "backward": (4 * N * tokens, 7 * tokens)}
-    if form == "floor":
-        return {"forward": (0, 2 * tokens)}
-    macs = taps * tokens
-    return {
-        "forward": (macs, 2 * tokens + kernels),           # reads x and kernels, writes y
-        "grad_x": (macs, 2 * tokens + kernels),            # reads dy and kernels, writes dx
-        "grad_kernels": (macs, 2 * tokens + kernels),      # reads dy and x, writes dkernels
-        "backward": (2 * macs, 3 * tokens + 2 * kernels),  # reads dy, x and kernels, writes dx and dkernels
+    convolution = {
+        "forward": (taps * tokens, 2 * tokens + kernels),           # reads x and kernels, writes y
+        "grad_x": (taps * tokens, 2 * tokens + kernels),            # reads dy and kernels, writes dx
+        "grad_kernels": (taps * tokens, 2 * tokens + kernels),      # reads dy and x, writes dkernels
+        "backward": (2 * taps * tokens, 3 * tokens + 2 * kernels),  # reads dy, x and kernels, writes dx and dkernels
     }
+    return {
+        # q k^T and its product with v; each has two gradients of its own size
+        "attention": {"forward": (2 * N * tokens, 4 * tokens), "backward": (4 * N * tokens, 7 * tokens)},
+        "published": convolution,
+        "atconv": convolution,
+        "floor": {"forward": (0, 2 * tokens)},
+    }[form]

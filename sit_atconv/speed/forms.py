@@ -1,6 +1,6 @@
 """What ATConv is compared with, by name; none is slowed down, and attention stands beside timm's.
 
-Each form computes what its preset computes, with the preset's weights; only the token mixers are replaced.
+A form is a SiT of the preset's size with some token mixer, computed in some way; all else is the same in all forms.
 
 | form | token mixer |
 |---|---|
@@ -10,107 +10,31 @@ Each form computes what its preset computes, with the preset's weights; only the
 | `atconv` | ATConv as it is here |
 | `hybrid` | `attention` and `atconv` in alternate blocks |
 | `floor` | ATConv's two projections and nothing between: what no token mixer of this kind can beat |
+| any other in `models/mixers.py` | as it is |
+
+Imports nothing heavy, so that `--help` can list the forms.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from einops import rearrange
-from timm.models.vision_transformer import Attention as TimmsOwn
-from torch import Tensor
-
-from sit_atconv.models.atconv import ATConv, square_grid
-from sit_atconv.models.sit import Attention
+LEVELS = ("op", "mixer", "block", "model", "train", "sampling")  # what is timed
 
 
-class PublishedATConv(nn.Module):
-    """An `ATConv` computed as published, with the weights and to the values of the one given.
-
-    Pooling comes after the projection of all N tokens (and before the activation, which does not commute with it),
-    and the convolution sees channels before pixels, so that tokens are transposed there and back.
-    """
-
-    def __init__(self, mixer: ATConv):
-        super().__init__()
-        if mixer.pool != "raster":
-            raise ValueError(f"the published ATConv pools in raster order, not {mixer.pool!r}")
-        self.kernel_size = mixer.kernel_size
-        self.kernel_proj, self.kernel_act, self.kernel_gen = mixer.kernel_proj, mixer.kernel_act, mixer.kernel_gen
-        self.difference_control = mixer.difference_control
-        self.x_proj, self.proj = mixer.x_proj, mixer.proj
-
-    def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
-        """(B, N, C) -> (B, N, C)"""
-        kernels = self.generate_kernels(x)                                                     # (B, C, k, k)
-        y = published_conv2d(self.x_proj(x), kernels, grid_size or square_grid(x.shape[1]))    # (B, N, C)
-        return self.proj(y)                                                                    # (B, N, C)
-
-    def generate_kernels(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, C) -> one kernel for each sample and channel (B, C, k, k)."""
-        k = self.kernel_size
-        p = F.adaptive_avg_pool1d(self.kernel_proj(x).transpose(1, 2), k * k)                  # (B, C, k*k)
-        K = self.kernel_gen(self.kernel_act(p))                                                # (B, C, k*k)
-        K = K - torch.sigmoid(self.difference_control)[:, None] * K.mean(-1, keepdim=True)     # (B, C, k*k)
-        return K.unflatten(-1, (k, k))
-
-
-def published_conv2d(x: Tensor, kernels: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """`dynamic_depthwise_conv2d` as published: one grouped NCHW convolution of B*C channels."""
-    (B, N, C), (H, W), k = x.shape, grid_size, kernels.shape[-1]
-    image = x.transpose(1, 2).reshape(1, B * C, H, W)
-    y = F.conv2d(image, kernels.reshape(B * C, 1, k, k), padding=k // 2, groups=B * C)
-    return y.reshape(B, C, N).transpose(1, 2)
-
-
-class FloorMixer(nn.Module):
-    """The two projections of an `ATConv` with kernel generation and convolution left out."""
-
-    def __init__(self, mixer: ATConv):
-        super().__init__()
-        self.x_proj, self.proj = mixer.x_proj, mixer.proj
-
-    def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
-        return self.proj(self.x_proj(x))
-
-
-class TimmAttention(TimmsOwn):
-    """timm's attention with the weights of one of ours, behind the mixers' contract."""
-
-    def __init__(self, mixer: Attention):
-        super().__init__(mixer.proj.in_features, mixer.num_heads, qkv_bias=True)
-        self.qkv, self.q_norm, self.k_norm, self.proj = mixer.qkv, mixer.q_norm, mixer.k_norm, mixer.proj
-
-    def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
-        return super().forward(x)
-
-
-def attend(qkv: Tensor, num_heads: int) -> Tensor:
-    """All that `Attention` does between its projections: (B, N, 3C), as the first one leaves it, to (B, N, C)."""
-    q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=num_heads)
-    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
-
-
-def as_it_is(mixer: nn.Module) -> nn.Module:
+def as_it_is(mixer):
     return mixer
 
 
-def elsewhere(mixer: nn.Module) -> nn.Module:
-    """Somebody else's computation of what the mixer computes."""
-    return PublishedATConv(mixer) if isinstance(mixer, ATConv) else TimmAttention(mixer)
+def computation(name: str) -> Callable:
+    """Returns a function of speed/computations.py, which is imported when it is called."""
 
+    def compute(mixer):
+        from sit_atconv.speed import computations
 
-def passing_on(mixer: ATConv) -> ATConv:
-    """An ATConv of the same two projections whose kernels pass every token on: the floor, the long way round."""
-    twin = ATConv(mixer.proj.in_features, mixer.kernel_size).to(mixer.proj.weight)
-    twin.x_proj, twin.proj = mixer.x_proj, mixer.proj
-    with torch.no_grad():
-        twin.kernel_gen.weight.zero_()
-        twin.kernel_gen.bias.zero_()[mixer.kernel_size**2 // 2] = 1
-        twin.difference_control.fill_(-100)  # no inhibition
-    return twin
+        return getattr(computations, name)(mixer)
+
+    return compute
 
 
 @dataclass(frozen=True)
@@ -119,31 +43,59 @@ class Form:
 
     Args:
         title: for people.
-        preset: whose weights it has; {} is size and patch.
-        mixer: a token mixer of the preset -> what is timed in its place, with its weights.
-        twin: a token mixer of the preset -> another computation of the same values, which `mixer` is checked against.
+        mixer: SiT's option of that name.
+        levels: those at which it is timed.
+        color: of its line in the chart; None takes a spare one.
+        take: a token mixer -> what is timed in its place, with its weights.
+        twin: a token mixer -> another computation of the values that `take` must give; None: there is none.
+        multiply_adds: (config, grid_size) -> those of what `take` returns, of one sample; None: those of the mixer.
+        bold: whether the chart stresses it.
     """
 
     title: str
-    preset: str
-    mixer: Callable[[nn.Module], nn.Module]
-    twin: Callable[[nn.Module], nn.Module]
+    mixer: str
+    levels: tuple[str, ...]
+    color: str | None = None
+    take: Callable = as_it_is
+    twin: Callable | None = None
+    multiply_adds: Callable[[Mapping, tuple[int, int]], int] | None = None
+    bold: bool = False
+
+
+def _published_multiply_adds(config: Mapping, grid_size: tuple[int, int]) -> int:
+    """Three projections of all tokens; pooling is by additions."""
+    N, D, taps = math.prod(grid_size), config["hidden_size"], config["kernel_size"] ** 2
+    return 3 * N * D * D + taps * taps * D + taps * N * D
+
+
+def _floor_multiply_adds(config: Mapping, grid_size: tuple[int, int]) -> int:
+    return 2 * math.prod(grid_size) * config["hidden_size"] ** 2
 
 
 FORMS = {
-    "attention": Form("attention", "SiT-{}", as_it_is, elsewhere),
-    "timm": Form("timm's attention", "SiT-{}", TimmAttention, as_it_is),
-    "published": Form("ATConv as published", "SiT-ATConv-{}", PublishedATConv, as_it_is),
-    "atconv": Form("ATConv", "SiT-ATConv-{}", as_it_is, elsewhere),
-    "hybrid": Form("hybrid", "SiT-ATConv-{}-Hybrid", as_it_is, elsewhere),
-    "floor": Form("floor (projections only)", "SiT-ATConv-{}", FloorMixer, passing_on),
+    "attention": Form("attention", "attention", LEVELS, "#3f4a54", twin=computation("elsewhere")),
+    "timm": Form("timm's attention", "attention", ("mixer",), "#a3abb3", computation("TimmAttention"), as_it_is),
+    "published": Form("ATConv as published", "atconv", LEVELS, "#d1722c", computation("PublishedATConv"), as_it_is,
+                      _published_multiply_adds),
+    "atconv": Form("ATConv", "atconv", LEVELS, "#1f6fb4", twin=computation("elsewhere"), bold=True),
+    "hybrid": Form("hybrid", "hybrid", ("model", "train", "sampling"), "#8a5fb5", twin=computation("elsewhere")),
+    "floor": Form("floor (projections only)", "atconv", LEVELS, "#3c9a6b", computation("FloorMixer"),
+                  computation("passing_on"), _floor_multiply_adds),
 }
 
-LEVELS = {  # what is timed -> the forms that it has
-    "op": ("attention", "published", "atconv", "floor"),
-    "mixer": ("attention", "timm", "published", "atconv", "floor"),
-    "block": ("attention", "published", "atconv", "floor"),
-    "model": ("attention", "published", "atconv", "hybrid", "floor"),
-    "train": ("attention", "published", "atconv", "hybrid", "floor"),
-    "sampling": ("attention", "published", "atconv", "hybrid", "floor"),
-}
+
+def find_form(name: str) -> Form:
+    """Returns the form of that name, or the one that a token mixer in the table makes, or in an imported module.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if name in FORMS:
+        return FORMS[name]
+    from sit_atconv.models.mixers import MIXERS
+
+    if name not in MIXERS and "." not in name:
+        raise ValueError(f"forms must be among {', '.join(FORMS)}, or token mixers of yours, as module.NAME or as a "
+                         f"module given by --import registers them, not {name}")
+    MIXERS.find(name)
+    return Form(name, name, LEVELS[1:])

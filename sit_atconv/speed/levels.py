@@ -11,12 +11,14 @@ from torch import Tensor
 
 from sit_atconv.data.codecs import VAECodec
 from sit_atconv.flow import FlowMatching
+from sit_atconv.models.costs import DEFAULTS
+from sit_atconv.models.mixers import MIXERS, mixer_names
 from sit_atconv.models.sit import SiT
 from sit_atconv.ops import dynamic_depthwise_conv2d
 from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.sampling import guided, sample_ode
 from sit_atconv.speed.agreement import Check, check, check_attention, check_conv, require_agreement, take_form
-from sit_atconv.speed.forms import attend, published_conv2d
+from sit_atconv.speed.computations import attend, published_conv2d
 from sit_atconv.speed.options import PRECISIONS, SpeedOptions
 from sit_atconv.speed.timing import Rotation
 
@@ -114,34 +116,35 @@ class Timed:
 
 
 def prepare_op(case: Case) -> Timed:
-    config, grid_size, B = case.options.model_config("atconv", case.resolution), case.grid_size, case.batch_size
+    config = {**DEFAULTS, **case.options.model_config(case.options.baseline, case.resolution)}
+    grid_size, B = case.grid_size, case.batch_size
     N, D, k, heads = math.prod(grid_size), config["hidden_size"], config["kernel_size"], config["num_heads"]
-    functions = {  # of tensors to contiguous tokens
-        "attention": lambda qkv: attend(qkv, heads).contiguous(),
-        "published": lambda x, kernels: published_conv2d(x, kernels, grid_size).contiguous(),
-        "atconv": lambda x, kernels: dynamic_depthwise_conv2d(x, kernels, grid_size).contiguous(),
-        "floor": torch.clone,
-    }
     rotation = Rotation(case.device, B * N * D * torch_dtype(case.dtype).itemsize)
     runs, sets = {}, range(rotation.num_sets)
     with rotation.preparing():
         x, dy = ([case.randn(B, N, D) for _ in sets] for _ in range(2))
         kernels = [case.randn(B, k * k, D).transpose(1, 2).unflatten(2, (k, k)) for _ in sets]  # as ATConv makes them
-        qkv = [case.randn(B, N, 3 * D) for _ in sets] if "attention" in case.options.forms else []
-    inputs = {"attention": list(zip(qkv)), "floor": list(zip(x)),
-              "published": [(a, b.contiguous()) for a, b in zip(x, kernels, strict=True)]}  # as its generator does
+    both, checked = {"backward": [0, 1], "grad_x": [0], "grad_kernels": [1]}, partial(check_conv, grid_size=grid_size)
+    operators = {  # form -> function to contiguous tokens, its inputs, gradients by the numbers of inputs, check
+        "attention": (lambda qkv: attend(qkv, heads).contiguous(), lambda: [(case.randn(B, N, 3 * D),) for _ in sets],
+                      {"backward": [0]}, partial(check_attention, num_heads=heads)),
+        "published": (lambda x, kernels: published_conv2d(x, kernels, grid_size).contiguous(),
+                      lambda: [(a, b.contiguous()) for a, b in zip(x, kernels, strict=True)],  # as its generator does
+                      both, checked),
+        "atconv": (lambda x, kernels: dynamic_depthwise_conv2d(x, kernels, grid_size).contiguous(),
+                   lambda: list(zip(x, kernels, strict=True)), both, checked),
+        "floor": (torch.clone, lambda: list(zip(x)), {}, None),
+    }
     for form in case.options.forms_of("op"):
-        function, tensors = functions[form], inputs.get(form, list(zip(x, kernels, strict=True)))
-        if form == "attention":
-            case.require(check_attention(form, function, qkv[0][:2], heads))
-        elif form != "floor":
-            case.require(check_conv(form, function, x[0][:2], kernels[0][:2], grid_size))
-        runs[form, "forward"] = rotation.run([partial(function, *of_set) for of_set in tensors])
-        gradients = {"attention": {"backward": [0]}, "floor": {}}.get(
-            form, {"backward": [0, 1], "grad_x": [0], "grad_kernels": [1]})
+        function, make_inputs, gradients, check_form = operators[form]
+        with rotation.preparing():
+            inputs = make_inputs()
+        if check_form is not None:
+            case.require(check_form(form, function, *(tensor[:2] for tensor in inputs[0])))
+        runs[form, "forward"] = rotation.run([partial(function, *of_set) for of_set in inputs])
         for quantity, wanted in gradients.items():
             with rotation.preparing():
-                calls = [gradient(function, *pair, wanted) for pair in zip(tensors, dy, strict=True)]
+                calls = [gradient(function, *pair, wanted) for pair in zip(inputs, dy, strict=True)]
             runs[form, quantity] = rotation.run(calls)
     # Far beyond any cache, and long enough for the clock.
     source = torch.zeros(2**31 if case.device.type == "cuda" else 2**28, dtype=torch.uint8, device=case.device)
@@ -169,12 +172,12 @@ def prepare_block(case: Case) -> Timed:
 
 def _forward_and_backward(case: Case, modules: dict[str, nn.Module], *rest) -> Timed:
     """Of modules that take tokens and the rest to tokens."""
-    D = case.options.model_config("atconv", case.resolution)["hidden_size"]
+    D = case.options.model_config(case.options.baseline, case.resolution)["hidden_size"]
     x, dy = (case.randn(case.batch_size, math.prod(case.grid_size), D) for _ in range(2))
     leaf, runs = x.detach().requires_grad_(), {}
     for form, module in modules.items():
         run = case.compiled(form, module, lambda run: run(leaf, *rest))
-        wanted = [leaf, *module.parameters()]
+        wanted = [leaf, *(p for p in module.parameters() if p.requires_grad)]
 
         def forward_and_backward(run=run, wanted=wanted):
             return torch.autograd.grad(run(leaf, *rest), wanted, dy)
@@ -245,7 +248,7 @@ def prepare_train(case: Case) -> Timed:
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
-                torch._foreach_lerp_(averaged, parameters, [weight] * len(averaged))  # as training/averages.py does
+                torch._foreach_lerp_(averaged, parameters, [weight] * len(averaged))  # as training/ema.py does
 
         runs[form, "step"] = step
     return Timed(runs, models, optimizers)
@@ -272,13 +275,17 @@ def random_model(config: dict, dtype: str, device: torch.device) -> SiT:
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
         model = SiT(**config)
+    for block, name in zip(model.blocks, mixer_names(model.config.mixer, model.config.depth), strict=True):
+        if list(block.attn.buffers()):  # constants, which are not drawn
+            with device:
+                block.attn = MIXERS.find(name).build(model.config.hidden_size, model.config).to(torch_dtype(dtype))
 
     def draw(tensor: Tensor) -> Tensor:
         values = torch.randn(tensor.shape, generator=generator, device=device)
-        return values.mul_(0.3 if tensor.ndim == 1 else (len(tensor) / tensor.numel()) ** 0.5).to(torch_dtype(dtype))
+        return values.mul_(0.3 if tensor.ndim < 2 else (len(tensor) / tensor.numel()) ** 0.5).to(torch_dtype(dtype))
 
-    weights = {name: draw(tensor) for name, tensor in model.state_dict().items()}
-    model.load_state_dict(weights, assign=True)
+    weights = {name: draw(tensor) for name, tensor in model.named_parameters()}
+    model.load_state_dict({**model.state_dict(), **weights}, assign=True)
     return model.eval()
 
 

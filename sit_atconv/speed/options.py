@@ -3,13 +3,12 @@
 import math
 from dataclasses import dataclass
 
-from sit_atconv.models.costs import DEFAULTS
-from sit_atconv.models.sit import PRESETS, preset_config
+from sit_atconv.models.presets import PATCHES, PRESETS, SIZES, preset_config
 from sit_atconv.runtime.dtypes import DTYPES
-from sit_atconv.speed.forms import FORMS, LEVELS
+from sit_atconv.speed.forms import FORMS, LEVELS, find_form
 
 PRECISIONS = tuple(name for name in DTYPES if name != "tf32")
-ATTENTION = FORMS["attention"].preset
+PRESET = "SiT-{}"  # of the size and patch that are given; forms differ from it in their mixers
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,14 @@ class SpeedOptions:
             raise ValueError(f"warmup must not be negative, and at least 1 to compile in, not {self.warmup}")
         if not math.isfinite(self.cfg):
             raise ValueError(f"cfg must be a finite number, not {self.cfg}")
-        for name, known in (("forms", FORMS), ("levels", LEVELS), ("resolutions", None), ("dtypes", PRECISIONS)):
+        for name, known in (("forms", None), ("levels", LEVELS), ("resolutions", None), ("dtypes", PRECISIONS)):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} must be one or more different values, not {list(values)}")
             if known and (unknown := set(values) - set(known)):
                 raise ValueError(f"{name} must be among {', '.join(known)}, not {', '.join(sorted(unknown))}")
+        for form in self.forms:
+            find_form(form)
         for level in self.levels:
             if self.baseline not in (forms := self.forms_of(level)):
                 raise ValueError(f"the baseline {self.baseline!r} is not among the forms of the level {level!r} that "
@@ -59,9 +60,9 @@ class SpeedOptions:
         if len(self.batch_sizes) not in (1, len(self.resolutions)) or min(self.batch_sizes) < 1:
             raise ValueError(f"batch_sizes must be one number of at least 1, or one for each of the "
                              f"{len(self.resolutions)} resolutions, not {list(self.batch_sizes)}")
-        if ATTENTION.format(self.preset) not in PRESETS:
-            known = [name.removeprefix("SiT-") for name, config in PRESETS.items() if config["mixer"] == "attention"]
-            raise ValueError(f"there is no preset {self.preset!r}; give size and patch, one of {', '.join(known)}")
+        if PRESET.format(self.preset) not in PRESETS:
+            known = ", ".join(f"{size}/{patch}" for size in SIZES for patch in PATCHES)
+            raise ValueError(f"there is no preset {self.preset!r}; give size and patch, one of {known}")
         if self.decoder == "sd-vae" and (self.downsample, self.channels) != (8, 4):
             raise ValueError(f"the SD-VAE decodes 4 channels of 1/8 the resolution, not {self.channels} of "
                              f"1/{self.downsample}: set downsample and channels, or give decoder none")
@@ -76,16 +77,18 @@ class SpeedOptions:
 
     @property
     def patch_size(self) -> int:
-        return preset_config(ATTENTION.format(self.preset))["patch_size"]
+        return preset_config(PRESET.format(self.preset))["patch_size"]
 
     def batch_size(self, resolution: int) -> int:
         return self.batch_sizes[self.resolutions.index(resolution) % len(self.batch_sizes)]
 
     def forms_of(self, level: str) -> tuple[str, ...]:
-        return tuple(form for form in LEVELS[level] if form in self.forms)
+        """Those that the level has, ours first."""
+        forms = sorted(self.forms, key=[*FORMS, *self.forms].index)
+        return tuple(form for form in forms if level in find_form(form).levels)
 
     def model_config(self, form: str, resolution: int) -> dict:
-        """The constructor's arguments of the form's model at this resolution."""
-        config = preset_config(FORMS[form].preset.format(self.preset))
+        """The arguments of SiT's constructor of the form's model at this resolution."""
+        config = {**preset_config(PRESET.format(self.preset)), "mixer": find_form(form).mixer}
         overrides = {"input_size": resolution // self.downsample, "in_channels": self.channels}
-        return {**DEFAULTS, **config, **overrides, **({} if self.depth is None else {"depth": self.depth})}
+        return {**config, **overrides, **({} if self.depth is None else {"depth": self.depth})}

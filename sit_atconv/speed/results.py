@@ -26,7 +26,8 @@ DEFINITIONS = {
     "the bandwidth of a large copy in the same round",
     "peak_memory_bytes": "weights, optimizer state and the largest sum of other tensors alive at once: on CUDA from "
     "max_memory_allocated, on a CPU from the allocations that torch's profiler records; null where not measured",
-    "agreement": "each form against another computation of the same values; error is ||a - b|| / ||b||",
+    "agreement": "each form against another computation of the same values; error is ||a - b|| / ||b||, null where "
+    "there is no other",
     "median, q1, q3, rounds": "over the rounds, in the order in which they ran",
 }
 

@@ -9,11 +9,13 @@ LEFT = ("dtype", "form", "what")  # columns of words
 def table(comparison: Comparison) -> str:
     """Medians, in brackets the quartiles; then what each figure means."""
     options, checks = comparison.options, comparison.agreement
+    errors = [check["error"] for check in checks if check["error"] is not None]
     lines = [
         f"# Speed of {comparison.title}",
         "",
-        f"{comparison.where}. {len(checks)} checks that the forms compute what they should passed; the largest "
-        f"relative error was {max((check['error'] for check in checks), default=0):.1g}.",
+        f"{comparison.where}. {len(errors)} checks that the forms compute what they should passed; the largest "
+        f"relative error was {max(errors, default=0):.1g}.",
+        *(f"Not checked: {what}." for what in dict.fromkeys(c["what"] for c in checks if c["error"] is None)),
     ]
     for level in options.levels:
         rows = [m for m in comparison.measurements if m.level == level]

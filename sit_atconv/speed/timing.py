@@ -1,23 +1,16 @@
-"""How things are timed: interleaved rounds, CUDA graphs, peak memory."""
+"""How things are timed: interleaved rounds and CUDA graphs."""
 
 import contextlib
 import itertools
-import json
-import os
 import statistics
-import tempfile
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 MAX_SETS = 256
 REPLAYS = 20  # so many graphs are launched at once, or the launch of the first would show
 
-
-# ---------------------------------------------------------------------------------------------------------- time
 
 @dataclass(frozen=True)
 class Rounds:
@@ -117,37 +110,3 @@ class Rotation:
                 graph.replay()
 
         return replay
-
-
-# -------------------------------------------------------------------------------------------------------- memory
-
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """The largest sum of tensors that `run` has alive at once, beyond those alive before; None where it is not known.
-
-    On a CPU these are the blocks of torch's allocator; scratch memory inside the kernels' libraries stays unseen.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    if device.type == "cpu":
-        return _peak_of_trace(run)
-    return None
-
-
-def _peak_of_trace(run: Callable[[], object]) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library reports a missing GPU as an error
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        trace.export_chrome_trace(str(path))
-        events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        alive += event["args"]["Bytes"]  # negative where a block is freed
-        peak = max(peak, alive)
-    return peak

@@ -16,7 +16,7 @@ from sit_atconv.evaluation.extractors import Extractor, open_extractor
 from sit_atconv.evaluation.features import extract_features
 from sit_atconv.evaluation.gaussians import Gaussian, fit_gaussian
 from sit_atconv.evaluation.image_sets import open_image_set
-from sit_atconv.evaluation.metrics import frechet, jackknife_groups
+from sit_atconv.evaluation.metric_functions import frechet, jackknife_groups
 from sit_atconv.runtime.devices import on_cpu, prepare_device
 from sit_atconv.runtime.files import write_aside
 from sit_atconv.runtime.plots import save_solver_curves

@@ -14,6 +14,7 @@ from sit_atconv.runtime.commands import (
     run_command,
     user_errors,
 )
+from sit_atconv.runtime.installation import command
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,7 +43,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        usage="python eval/solvers.py --ckpt RUN --out FOLDER [--cfg 2] [--solvers heun unipc] [options]",
+        prog=command("solvers"),
+        usage="%(prog)s --ckpt RUN --out FOLDER [--cfg 2] [--solvers heun unipc] [options]",
         description="Frechet distance against evaluations of the model, for every solver and grid, and the images per "
         "second of each. The same command again goes on where it was.",
     )

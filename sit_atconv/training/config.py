@@ -22,18 +22,17 @@ from sit_atconv.checkpoints.run_folder import list_checkpoints
 from sit_atconv.data.sources import DataConfig
 from sit_atconv.flow import Objective
 from sit_atconv.flow.auxiliary import AuxiliaryLoss
-from sit_atconv.models.sit import SiT, preset_config
+from sit_atconv.models.presets import preset_config
+from sit_atconv.models.sit import FROM_DATA, SiT
 from sit_atconv.runtime.commands import fail, is_main_process, user_errors
 from sit_atconv.runtime.devices import on_cpu
 from sit_atconv.runtime.files import write_aside
+from sit_atconv.runtime.installation import command, find_config, shipped_configs
 from sit_atconv.runtime.settings import changed, differences, flatten
 from sit_atconv.runtime.tables import import_module_of, import_modules
 from sit_atconv.sampling import Sampler
 from sit_atconv.training.ema import PROFILES
 
-DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
-# Options of the model that are no options of a run, since the data set and the codec know them.
-FROM_DATA = {"num_classes", "in_channels", "input_size"}
 # Groups whose options are the constructor's arguments of a class that the user chooses -> its base class and default,
 # and arguments that are no options: they come from elsewhere (`train.lr`, the device).
 CLASSES = {"flow": (Objective, "sit_atconv.flow.FlowMatching"), "auxiliary": (AuxiliaryLoss, None),
@@ -189,7 +188,8 @@ class Config:
     """A whole training run, resolved.
 
     Args:
-        model: SiT's options but for those that come from the data.
+        backbone: class path of the model; None for SiT.
+        model: the model's options but for those that come from the data.
         flow: the objective.
         auxiliary: the auxiliary loss, not built yet; None without one.
         optimizer: class of the optimizer, and arguments of its constructor.
@@ -200,6 +200,7 @@ class Config:
     preset: str | None
     init_from: str | None
     dry_run: bool
+    backbone: str | None
     model: dict
     data: DataConfig
     flow: Objective
@@ -298,6 +299,18 @@ class Parser(jsonargparse.ArgumentParser):
         fail(message, code=2)
 
 
+class ConfigAction(jsonargparse.ActionConfigFile):
+    """`--config`, which also takes the name of a shipped config."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        if ":" not in value:  # jsonargparse also takes YAML in place of a file's name
+            try:
+                value = str(find_config(value))
+            except ValueError as error:
+                parser.error(f"--config: {error}")
+        super().__call__(parser, namespace, value, option_string)
+
+
 def parse(argv: list[str] | None = None) -> Config:
     """Command line (and the YAML it names) -> configuration. Without --config it is the embedded digits'.
 
@@ -305,10 +318,10 @@ def parse(argv: list[str] | None = None) -> Config:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not any(argument.split("=")[0] == "--config" for argument in argv):
-        argv = ["--config", str(DIGITS), *argv]
+        argv = ["--config", str(shipped_configs()["digits"]), *argv]
     argv = _import_modules(argv)
     with user_errors():
-        chosen = {group: _chosen_class(argv, group) for group in CLASSES}
+        chosen = {group: _chosen_class(argv, group) for group in ("backbone", *CLASSES)}
     parser = _make_parser(chosen)
     if {"--help", "-h"} & {*argv}:
         _make_parser(chosen, for_help=True).parse_args(["--help"])
@@ -332,6 +345,7 @@ def parse(argv: list[str] | None = None) -> Config:
             preset=preset,
             init_from=namespace.init_from,
             dry_run=namespace.dry_run,
+            backbone=chosen["backbone"],
             model=options["model"],
             data=values.data,
             flow=values.flow,
@@ -361,19 +375,27 @@ def _chosen_class(argv: list[str], group: str) -> str | None:
 
     The parser starts from it, so that an option that the class lacks is an error wherever it stands.
     """
-    path = CLASSES[group][1]
+    path = None if group == "backbone" else CLASSES[group][1]
     for i, argument in enumerate(argv):
         name, _, value = argument.partition("=")
         value = value or "".join(argv[i + 1 : i + 2])
         if name == f"--{group}":
             path = value
-        elif name == "--config" and Path(value).is_file():
-            with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError, AttributeError):  # which the parser names
-                options = yaml.safe_load(Path(value).read_text()).get(group) or {}
+        elif name == "--config":
+            with contextlib.suppress(OSError, ValueError, yaml.YAMLError, AttributeError):  # which the parser names
+                options = yaml.safe_load(find_config(value).read_text()).get(group) or {}
                 path = options if isinstance(options, str) else options.get("class_path", path)
-    if path and "." in path and pydoc.locate(path) is None:
+    if path and _locate(group, path) is None:
         raise ValueError(f"--{group} {path} cannot be found: give a class as module.NAME")
     return path
+
+
+def _locate(group: str, path: str) -> type | None:
+    """Returns the class of a path, or of the bare name of a class that is known already, such as SGD."""
+    known = [SiT if group == "backbone" else CLASSES[group][0]]
+    for kind in known:
+        known += kind.__subclasses__()
+    return pydoc.locate(path) if "." in path else next((kind for kind in known if kind.__name__ == path), None)
 
 
 def _plain(parser: "Parser", namespace) -> dict:
@@ -385,7 +407,7 @@ def _plain(parser: "Parser", namespace) -> dict:
 
 def _defaults() -> dict:
     """Returns the flat options of a run that is asked for nothing."""
-    parser = _make_parser({group: _chosen_class([], group) for group in CLASSES})
+    parser = _make_parser({group: _chosen_class([], group) for group in ("backbone", *CLASSES)})
     return flatten(_plain(parser, parser.get_defaults()))
 
 
@@ -417,12 +439,14 @@ def resolve_precision(precision: str) -> str:
 def _make_parser(chosen: Mapping[str, str | None], for_help: bool = False) -> Parser:
     """Makes the parser for the classes `chosen` of CLASSES; `for_help` one whose help shows their options."""
     parser = Parser(
-        prog="train.py",
-        usage="accelerate launch sit_atconv/train.py [--config FILE] [--group.option VALUE ...]",
+        prog=command("train"),
+        usage="%(prog)s [--config FILE] [--group.option VALUE ...]",
         description="Trains SiT with ATConv or attention by flow matching. Without --config it trains the embedded "
         "digits. The same command again resumes the run in --out from its newest checkpoint.",
     )
-    parser.add_argument("--config", action="config", help="YAML of any options below; what follows overrides it")
+    parser.add_argument("--config", action=ConfigAction, metavar="FILE",
+                        help="YAML of any options below, or the name of a shipped one ("
+                        f"{', '.join(shipped_configs())}); what follows overrides it")
     parser.add_argument("--dry-run", action="store_true",
                         help="print the model's size, the memory, time and disk the run will need, and leave")
     parser.add_argument("--out", type=str | None, help="folder of the run (default: runs/CONFIG-PRESET)")
@@ -433,12 +457,15 @@ def _make_parser(chosen: Mapping[str, str | None], for_help: bool = False) -> Pa
     if for_help:
         parser.add_argument("--import", metavar="MODULE",
                             help="import a module of yours that registers parts of its own; repeat for more")
-    parser.add_class_arguments(SiT, "model", instantiate=False, skip=FROM_DATA)
+    parser.add_argument("--backbone", type=str | None, help="class of the model, a subclass of SiT as module.NAME, "
+                        "whose options follow (default: SiT)")
+    backbone = _locate("backbone", chosen["backbone"] or "SiT")
+    parser.add_class_arguments(backbone, "model", instantiate=False, skip=FROM_DATA)
     parser.add_argument("--data", type=DataConfig, default=DataConfig())
     for group, (base, _) in CLASSES.items():
         options = dict(skip=NO_OPTIONS if group == "optimizer" else set(), fail_untyped=False)
         if for_help and chosen[group]:
-            parser.add_class_arguments(pydoc.locate(chosen[group]), group, instantiate=False, **options)
+            parser.add_class_arguments(_locate(group, chosen[group]), group, instantiate=False, **options)
         else:
             parser.add_subclass_arguments(base, group, default=chosen[group] and {"class_path": chosen[group]},
                                           instantiate=group != "optimizer", **options)

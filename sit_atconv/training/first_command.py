@@ -9,13 +9,11 @@ import yaml
 
 from sit_atconv.data.latent_folder import LatentIndex
 from sit_atconv.data.order import hold_out
-from sit_atconv.models.sit import PRESETS
-from sit_atconv.runtime.commands import script_path
+from sit_atconv.models.presets import PATCHES
+from sit_atconv.runtime.installation import command, shipped_configs
 from sit_atconv.runtime.names import is_object_path
 from sit_atconv.training.config import TrainConfig
 
-ROOT = Path(__file__).parents[2]
-PATCHES = sorted({preset["patch_size"] for preset in PRESETS.values()})
 SMALL_PRESET = "SiT-ATConv-S/2"  # for sizes without a configuration of their own
 
 
@@ -28,9 +26,9 @@ def training_command(index: LatentIndex, labels: np.ndarray, out: Path) -> str:
         out: their folder.
     """
     settings, options = index.settings, {"data.latents": out}
-    config = f"configs/imagenet{settings.image_size}.yaml"
-    if not (ROOT / config).exists():
-        config = "configs/imagenet256.yaml"
+    config, shipped = f"imagenet{settings.image_size}", shipped_configs()
+    if config not in shipped:
+        config = "imagenet256"
         options |= {"preset": SMALL_PRESET, "data.image_size": settings.image_size}
     if all(settings.latent_size % patch for patch in PATCHES):
         options["model.patch_size"] = 1
@@ -40,7 +38,7 @@ def training_command(index: LatentIndex, labels: np.ndarray, out: Path) -> str:
         options["data.codec"] = kind  # or training would not know the user's module
     if len(index.class_names) == 1:  # unconditional
         options |= {"model.has_null_label": "false", "flow.class_dropout_prob": 0, "preview.cfg": 1}
-    recipe = yaml.safe_load((ROOT / config).read_text())
+    recipe = yaml.safe_load(shipped[config].read_text())
     if (held_out := recipe["data"]["held_out"]) > index.num_images // 10:
         options["data.held_out"] = held_out = index.num_images // 10
     if len(np.unique(np.delete(labels, hold_out(len(labels), held_out)))) < len(np.unique(labels)):
@@ -50,4 +48,4 @@ def training_command(index: LatentIndex, labels: np.ndarray, out: Path) -> str:
     names = (out.resolve().name + (f"-{number}" if number > 1 else "") for number in itertools.count(1))
     options["out"] = next(path for path in (Path("runs", name) for name in names) if not path.exists())
     given = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in options.items())
-    return f"accelerate launch {script_path('sit_atconv/train.py')} --config {script_path(config)} {given}"
+    return f"{command('train')} --config {config} {given}"

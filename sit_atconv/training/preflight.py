@@ -11,17 +11,23 @@ import numpy as np
 import torch
 
 from sit_atconv.checkpoints.run_folder import checkpoint_step, list_checkpoints
-from sit_atconv.checkpoints.training_state import Resumable, find_resumable, set_aside
+from sit_atconv.checkpoints.training_state import (
+    Resumable,
+    checkpoint_bytes,
+    checkpoints_at_once,
+    find_resumable,
+    set_aside,
+)
 from sit_atconv.checkpoints.warm_start import Start, start_from
 from sit_atconv.data.codecs import Codec
 from sit_atconv.data.order import BatchOrder, hold_out
 from sit_atconv.data.sources import describe_data
-from sit_atconv.models import SiT
+from sit_atconv.models.sit import BACKBONES, SiT
 from sit_atconv.runtime.commands import is_main_process
 from sit_atconv.runtime.devices import on_cpu, prepare_device
 from sit_atconv.runtime.files import check_room, exclusive
 from sit_atconv.training.config import Config
-from sit_atconv.training.estimate import Plan, checkpoint_bytes, checkpoints_at_once, estimate, report, time_step
+from sit_atconv.training.estimate import report
 from sit_atconv.training.meter import check_tracker
 
 
@@ -86,16 +92,17 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
     )
     empty_classes = config.data.find_empty_classes(data, held_out, exists=rules is not None)
     torch.manual_seed(train.seed)
-    net = SiT(**config.model, num_classes=len(data.class_names), in_channels=codec.channels,
-              input_size=codec.latent_size(data.image_size))
+    net = BACKBONES.find(config.backbone or "SiT")(
+        **config.model, num_classes=len(data.class_names), in_channels=codec.channels,
+        input_size=codec.latent_size(data.image_size),
+    )
     config.check_dropout(net.null_label)
     config.check_previews(net.null_label)
     check_auxiliary(config, net, data)
     check_tracker(train.tracker)
-    plan = Plan.of(train, order)
     if config.dry_run:
         if is_main_process():
-            print(dry_run(net, config, plan))
+            print(dry_run(net, config, order))
         return None
 
     # What the run's folder holds already
@@ -103,7 +110,8 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
     config.check_resumable(description)
     saved, start = list_checkpoints(run), Start([], False)
     if not saved or checkpoint_step(saved[-1]) < train.steps:
-        check_room(run, max(1, checkpoints_at_once(plan) - len(saved)) * checkpoint_bytes(net, plan.num_averages))
+        count = checkpoints_at_once(train.steps, train.checkpoint_every, train.keep_checkpoints, train.keep_every)
+        check_room(run, max(1, count - len(saved)) * checkpoint_bytes(net, len(train.ema_decays)))
     if config.init_from and not saved:
         start = start_from(net, config.init_from, config.flow.path, config.flow.prediction, codec.describe(),
                            class_names=[*data.class_names])
@@ -145,11 +153,8 @@ def had_trained_null_label(checkpoint: Path, if_unknown: bool | None) -> bool | 
     return if_unknown if trained is None else trained
 
 
-def dry_run(net: SiT, config: Config, plan: Plan) -> str:
+def dry_run(net: SiT, config: Config, order: BatchOrder) -> str:
     """Returns what the run will need, some of it measured on this process's device."""
     device = torch.device("cpu") if on_cpu() else torch.accelerator.current_accelerator()
     prepare_device(device, config.train.cpu_threads, config.train.tf32)
-    found = estimate(net, plan)
-    if config.train.activation_checkpointing:
-        net.enable_gradient_checkpointing()
-    return report(found, time_step(net.to(device), config.flow, plan, found.memory, device))
+    return report(net, config, order, device)

@@ -110,7 +110,7 @@ class Session:
         config = job.config
         return Recipe(config.flow.path, config.prediction, self.codec.describe(), [*job.data.class_names], step,
                       null_label_trained=job.null_label_trained, empty_classes=self.empty_classes,
-                      objective=config.objective)
+                      objective=config.objective, backbone=config.backbone)
 
     def note_unreadable(self, job: Job) -> None:
         """Records the images that some process could not read, and says so."""
@@ -202,9 +202,8 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
         job.data, job.order.starting_at(found.step), config.data.num_workers, device, leave_signals_to_the_trainer,
         skip_unreadable=config.data.skip_unreadable,
     )))
-    micro_batch = train.batch_size // (train.accumulation * job.order.num_processes)
     with user_errors(everywhere=True):
-        held_out_loss = HeldOut(job.data, job.held_out.tolist(), codec, config.flow, batch_size=micro_batch,
+        held_out_loss = HeldOut(job.data, job.held_out.tolist(), codec, config.flow, batch_size=job.order.micro_batch,
                                 device=device, rank=job.order.rank, num_processes=job.order.num_processes,
                                 skip_unreadable=config.data.skip_unreadable)
     meter = Meter(device, 3 * 2 * multiply_adds(net, net.grid_size) / 1e9,
@@ -214,7 +213,7 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
         held_out_loss, meter, tracker, unreadable, watch, stop, agreement, empty_classes, found.checkpoint,
     )
     unreadable.note(held_out_loss.unreadable)
-    settle_gradient_exchange(session, (micro_batch, *job.latent_shape))
+    settle_gradient_exchange(session, (job.order.micro_batch, *job.latent_shape))
     return session
 
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from sit_atconv.checkpoints.published_models import load_published, save_published
 from sit_atconv.checkpoints.weights import load_weights
-from sit_atconv.models.sit import SiT, preset_config
+from sit_atconv.models.presets import preset_config
+from sit_atconv.models.sit import SiT
 from sit_atconv.runtime.files import sha256_of
 from sit_atconv.sampling import sample_ode
 from tests.checkpoints.test_published import CONVOLUTIONS

@@ -1,6 +1,7 @@
 """Checkpoints come back as they were, damaged ones are found, and a kill leaves the one before."""
 
 import dataclasses
+import itertools
 import shutil
 from unittest.mock import Mock
 
@@ -11,6 +12,8 @@ from sit_atconv.checkpoints.run_folder import checkpoint_step, list_checkpoints,
 from sit_atconv.checkpoints.training_state import (
     Resumable,
     TrainingState,
+    checkpoint_bytes,
+    checkpoints_at_once,
     find_resumable,
     load_checkpoint,
     save_checkpoint,
@@ -154,3 +157,21 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, state):
     other = SiT(**{**state.model.config, "hidden_size": 64})
     with pytest.raises(ValueError, match="step-0000003 does not fit this model"):
         load_checkpoint(checkpoint, dataclasses.replace(state, model=other))
+
+
+def test_a_checkpoint_is_as_large_as_its_files(tmp_path, state):
+    alone = dataclasses.replace(state, averages={0.9: state.model})
+    folder = save_checkpoint(tmp_path, alone, recipe(1), keep=1)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert checkpoint_bytes(state.model, 1) == pytest.approx(size, rel=0.05)
+
+
+@pytest.mark.parametrize("steps", [90, 100, 250, 1000])
+@pytest.mark.parametrize(("keep", "keep_every"), itertools.product([1, 3], [None, 100, 200]))
+def test_checkpoints_at_once_are_those_of_a_run(steps, keep, keep_every):
+    kept, most = [], 0
+    for step in [*range(100, steps, 100), steps]:
+        most = max(most, len(kept) + 1)
+        kept.append(step)
+        kept = [s for s in kept if s in kept[-keep:] or (keep_every and s % keep_every == 0)]
+    assert checkpoints_at_once(steps, 100, keep, keep_every) == most

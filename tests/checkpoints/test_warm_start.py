@@ -9,6 +9,7 @@ from sit_atconv.checkpoints.recipe import Recipe
 from sit_atconv.checkpoints.training_state import TrainingState, save_checkpoint
 from sit_atconv.checkpoints.warm_start import _blocks, start_from
 from sit_atconv.models import SiT
+from sit_atconv.models.mixers import MIXERS, Mixer
 from sit_atconv.models.sit import sincos_pos_embed
 from tests.checkpoints.test_published import CONVOLUTIONS, as_repa
 from tests.models.test_sit import TINY, randomised
@@ -249,6 +250,21 @@ def test_other_mixers_start_afresh_as_a_whole(start, there, here, fresh_blocks, 
     assert_kept(net, theirs, set(before) - left)
     assert len(lines) == 2 and lines[1].startswith(line) and lines[1].endswith(" start afresh"), lines
     assert f": {len(before) - len(left)} of {len(before)} tensors kept" in lines[0]
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_a_mixer_of_the_users_own_starts_afresh_or_is_kept(start, monkeypatch, published):
+    """Its tensors have the names and shapes of attention's, so that a file of them shows attention."""
+    build = MIXERS["attention"].build
+    monkeypatch.setitem(MIXERS._entries, "linear", Mixer(build, parameters=MIXERS["attention"].parameters))
+    theirs, net = randomised(mixer="linear"), fresh(mixer="attention", use_pos_embed=False)
+    lines, changed, _ = start(theirs, net, published)
+    assert (mixer_names(net, 0, 1) <= changed) == published
+    assert published or lines[1] == "mixers of all 2 blocks (linear there, attention here) start afresh"
+    if not published:
+        lines, changed, before = start(theirs, again := fresh(mixer="linear"))
+        assert len(lines) == 1
+        assert_kept(again, theirs, set(before))
 
 
 @pytest.mark.parametrize(

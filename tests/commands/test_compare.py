@@ -5,7 +5,8 @@ import subprocess
 
 import pytest
 
-from sit_atconv.evaluation.records import Evaluation, Score
+from sit_atconv.evaluation.records import Evaluation
+from sit_atconv.evaluation.scores import Score
 from tests.conftest import ROOT, load_command, python
 
 COMPARE = "eval/compare.py"
@@ -46,6 +47,9 @@ def test_errors(fails, runs, tmp_path):
     assert "nowhere does not exist" in fails(main, [tmp_path / "nowhere"])
     assert "1 names for 2 evaluations" in fails(main, [*runs, "--names", "a"])
     assert "no run 'c' to be the baseline" in fails(main, [*runs, "--names", "a", "b", "--baseline", "c"])
-    assert "ours has no KID" in fails(main, [*runs, "--metric", "KID"])
+    assert "ours has no KID: give --metric one of FID, or" in fails(main, [*runs, "--metric", "KID"])
+    assert "ours has no fvd: give --metric one of FID, or" in fails(main, [*runs, "--metric", "fvd"])
+    (tmp_path / "empty" / "folder").mkdir(parents=True)
+    assert "empty holds neither scores-*.json nor samples" in fails(main, [tmp_path / "empty"])
     (tmp_path / "file").write_text("")
     assert "give another --out" in fails(main, [*runs, "--out", tmp_path / "file"])

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sit_atconv.models.mixers import MIXERS
 from sit_atconv.speed.forms import FORMS, LEVELS
-from tests.conftest import load_command
+from tests.models.test_mixers import POOLING
 
 SCRIPT = Path(__file__).parents[2] / "eval" / "speed.py"
 QUICK = ["--preset", "Tiny/2", "--resolutions", "32", "--rounds", "2", "--device", "cpu",
@@ -44,6 +45,36 @@ def test_json_on_stdout_and_all_files_in_the_folder(main, tmp_path, capsys):
         assert picture.width > 600
 
 
+def test_token_mixers_of_a_users_module_are_forms(main, tmp_path, capsys, monkeypatch):
+    """One is registered by --import, one is named by its path; neither has a second computation."""
+    (tmp_path / "my_mixers.py").write_text(POOLING)
+    (tmp_path / "my_table.py").write_text(POOLING + "MIXERS.register('pooling', POOLING)\n")
+    monkeypatch.setattr(MIXERS, "_entries", dict(MIXERS))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    try:
+        main([*QUICK, "--import", "my_table", "--forms", "atconv", "pooling", "my_mixers.POOLING", "--baseline",
+              "pooling", "--levels", "mixer", "block", "model", "train", "sampling", "--depth", "2"])
+    finally:
+        for module in ("my_mixers", "my_table"):
+            sys.modules.pop(module, None)
+    result = json.loads(capsys.readouterr().out)
+    assert result["options"]["forms"] == ["atconv", "pooling", "my_mixers.POOLING"]
+    table = (tmp_path / "runs/speed/speed.md").read_text()
+    found = {(m["level"], m["quantity"], m["form"]): m for m in result["measurements"]}
+    assert len(found) == 7 * 3
+    for form in ("pooling", "my_mixers.POOLING"):
+        assert found["mixer", "forward", form]["multiply_adds"] == 4 * 128**2  # of 2x2 tokens: the projection
+        for level in ("block", "model", "train", "sampling"):
+            counts = {m["form"]: m["multiply_adds"] for key, m in found.items() if key[0] == level}
+            assert counts[form] < counts["atconv"]
+        errors = [check["error"] for check in result["agreement"] if check["what"].startswith(form)]
+        assert errors == [None] * 4  # the levels model and sampling have the same models
+        assert f"Not checked: {form}, of which there is no second computation." in table
+    assert {check["what"] for check in result["agreement"] if check["error"] is not None} == {
+        "atconv and PublishedATConv with its weights"}
+    assert (tmp_path / "runs/speed/speed.png").exists()
+
+
 def test_what_was_found_before_a_kill_is_there(main, tmp_path, monkeypatch):
     """Of two resolutions the second never ends."""
     import sit_atconv.speed.benchmark as benchmark
@@ -64,12 +95,6 @@ def test_what_was_found_before_a_kill_is_there(main, tmp_path, monkeypatch):
     assert "| atconv |" in (folder / "speed.md").read_text()
 
 
-def test_the_command_offers_every_form_and_level():
-    command = load_command("eval/speed.py")
-    assert list(command.FORMS) == list(FORMS)
-    assert list(command.LEVELS) == list(LEVELS)
-
-
 def test_other_processes_leave_quietly(main, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     main(QUICK)
@@ -83,6 +108,9 @@ def test_other_processes_leave_quietly(main, tmp_path, capsys, monkeypatch):
         (["--resolutions", "250"], 1, "error: resolution 250 is not a multiple of 16"),
         (["--preset", "XXL/2"], 1, "error: there is no preset 'XXL/2'"),
         (["--dtypes", "fp8"], 2, "invalid choice: 'fp8'"),
+        (["--forms", "attention", "mamba"], 1, "forms must be among attention, timm, "),
+        (["--forms", "no_such_module.MIXER"], 1, "--import no_such_module cannot be imported"),
+        (["--import", "no_such_module"], 2, "--import no_such_module cannot be imported"),
         (["--rounds", "0"], 2, "'0' is not a whole number"),
         (["--cfg", "much"], 2, "'much' is not a finite number"),
         (["--out", "taken"], 1, "taken"),
@@ -110,5 +138,5 @@ def test_help_answers_before_torch_is_imported(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0
-    assert "--resolutions" in done.stdout
+    assert "--resolutions" in done.stdout and all(name in done.stdout for name in (*FORMS, *LEVELS))
     assert done.stderr == "False\n"

@@ -89,6 +89,51 @@ def test_four_steps_are_two_and_a_kill_and_two(launch, whole, tmp_path, kind):
                                                            "final_layer.linear.weight"])
 
 
+OWN_LOSS = """
+import torch.nn as nn
+from sit_atconv.flow.auxiliary import AuxiliaryLoss
+
+class Brightness(AuxiliaryLoss):
+    needs_pixels, block = True, 1
+    def __init__(self, weight: float = 0.5):
+        super().__init__()
+        self.weight = weight
+    def build(self, net):
+        self.head = nn.Linear(net.config.hidden_size, 1)
+    def forward(self, hidden, data, pixels):
+        error = self.head(hidden).mean((1, 2)).float() - pixels.mean((1, 2, 3))
+        return {"brightness": self.weight * error.square()}
+"""
+PARTS = {
+    "an auxiliary loss": ["--auxiliary", "own_loss.Brightness", "--auxiliary.weight", "0.7"],
+    "Muon": ["--optimizer", "sit_atconv.training.optimizers.MuonAdamW"],
+}
+
+
+@pytest.mark.parametrize(("part", "processes"), [
+    ("an auxiliary loss", 1), ("Muon", 1), pytest.param("an auxiliary loss", 2, marks=pytest.mark.slow)])
+def test_chosen_parts_resume_exactly(launch, tmp_path, part, processes):
+    (tmp_path / "own_loss.py").write_text(OWN_LOSS)
+    argv = [*EXACT, *PARTS[part]]
+    codes, output = launch(TRAIN, [*argv, "--out", tmp_path / "whole"], processes, folder=tmp_path)
+    assert codes == [0] * processes, output
+    run = tmp_path / "run"
+    codes, output = launch(TRAIN, [*argv, "--out", run], processes, die="after the first checkpoint", folder=tmp_path)
+    assert codes == [-9] * processes, output
+    codes, output = launch(TRAIN, [*argv, "--out", run], processes, folder=tmp_path)
+    assert codes == [0] * processes and "step 2 of 4" in output, output
+    assert_same_run(tmp_path / "whole", run)
+    names = state_of(run, 4)
+    exported = [name for name in names if name.startswith(("model", "ema"))]
+    if part == "Muon":
+        assert any("momentum_buffer" in name for name in names) and any("exp_avg" in name for name in names)
+    else:
+        assert "auxiliary.safetensors/head.weight" in names and not [name for name in exported if "head" in name]
+        first, last = (state_of(run, step)["auxiliary.safetensors/head.weight"] for step in (2, 4))
+        assert not torch.equal(first, last)
+        assert all(line["brightness"] > 0 for line in stats_of(run))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", list(itertools.product((1, 2), (1, 3))))
 def test_killed_anywhere_over_the_work(launch, tmp_path, kind):
@@ -353,7 +398,7 @@ def test_the_recipe_knows_empty_classes_and_a_null_label_that_was_never_trained(
     error = fails(load_command(TRAIN).main, argv)
     assert "data.images" in error and "--data.keep_empty_classes true" in error
     codes, output = launch(TRAIN, [*argv, "--data.keep_empty_classes", "true"])
-    assert codes == [0] and "warning: no image is trained on of 2 classes: 0 (0), 11 (11)" in output, output
+    assert codes == [0] and "warning: no image is trained on of 2 classes: 0 ('0'), 11 ('11')" in output, output
     recipe = recipe_of(tmp_path / "run", 1)
     assert recipe["empty_classes"] == [0, 11] and recipe["null_label_trained"] is False
     codes, output = launch(TRAIN, [*argv, "--train.steps", 2])  # a run that exists needs no option
@@ -409,7 +454,7 @@ def test_a_class_of_which_no_image_can_be_read_is_an_empty_one(launch, digit_fol
         path.write_bytes(path.read_bytes()[:60])
     argv = skip_options(images, tmp_path / "run", "--data.held_out", 0, "--train.batch_size", 120, "--train.steps", 1)
     codes, output = launch(TRAIN, argv)
-    assert codes == [0] and "warning: no image is trained on of 1 class: 3 (digit 3)" in output, output
+    assert codes == [0] and "warning: no image is trained on of 1 class: 3 ('digit 3')" in output, output
     assert recipe_of(tmp_path / "run", 1)["empty_classes"] == [3]
 
 

@@ -10,11 +10,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
-from sit_atconv.evaluation.charts import pareto_front, spread, trend
+from sit_atconv.evaluation.charts import pareto_front, trend
+from sit_atconv.evaluation.compare import compare
 from sit_atconv.evaluation.comparison import (
     Comparison,
     Run,
-    compare,
     distinct_names,
     in_words,
     paths_to_name,
@@ -23,8 +23,9 @@ from sit_atconv.evaluation.comparison import (
     to_csv,
     to_markdown,
 )
-from sit_atconv.evaluation.records import Evaluation, Score, jackknife_error
-from sit_atconv.runtime.commands import script_path
+from sit_atconv.evaluation.records import Evaluation
+from sit_atconv.evaluation.scores import Score, jackknife_error
+from sit_atconv.runtime.installation import command
 
 FOLDER = "step0400000-cfg{cfg:g}-{solver}{steps}-balanced-seed0-n{num}"
 
@@ -115,10 +116,13 @@ def test_each_file_is_read_once_and_a_folder_may_hold_several(save):
 def test_what_cannot_be_compared_is_named(save, tmp_path):
     folders = save(record(), record(cfg=2.0))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "0.png").touch()
     (tmp_path / "list.json").write_text("[]")
     for sources, options, message in (
         ([tmp_path / "nowhere"], {}, "nowhere does not exist: give a JSON"),
-        ([tmp_path / "empty"], {}, "empty holds no scores-.*: evaluate it first"),
+        ([tmp_path / "empty"], {}, r"empty holds neither scores-\*\.json nor samples: give a folder"),
+        ([tmp_path / "samples"], {}, "samples holds no scores-.*: evaluate it first"),
         ([tmp_path / "list.json"], {}, "list.json is no evaluation"),
         ([tmp_path / "list.json", tmp_path / "empty", tmp_path / "empty"], {},
          r"none of these is an evaluation \(1 JSON file, 2 folders without scores-\*.json\): evaluate samples first"),
@@ -269,14 +273,6 @@ def test_the_front_is_what_no_other_beats():
     assert pareto_front([(1, 5.0), (2, 6.0), (2, 3.0), (3, 2.0)], higher=True) == [(2, 6.0), (3, 2.0)]
 
 
-def test_labels_are_spread_in_their_order():
-    heights = [0.5, 0.1, 0.5, 0.52, 0.9]
-    placed = spread(heights, 0.1)
-    assert sorted(range(5), key=lambda i: placed[i]) == [1, 0, 2, 3, 4] and placed[1] == 0.1 and placed[4] == 0.9
-    assert min(b - a for a, b in itertools.pairwise(sorted(placed))) >= 0.1 - 1e-9
-    assert sum(placed[i] for i in (0, 2, 3)) == pytest.approx(1.52, abs=0.02)
-
-
 @pytest.fixture
 def charts(save, tmp_path, monkeypatch):
     """charts(record, ..., metric=...) -> {file name: drawn figure}, what is said."""
@@ -402,7 +398,7 @@ def test_what_holds_no_record_is_passed_over_and_counted(save, tmp_path):
     report = compare(sorted(samples.iterdir()), tmp_path / "out")
     assert [line for line in report.messages if line.startswith("passed over")] == [
         "passed over: 2 folders without scores-*.json, 2 JSON files, 1 file, 1 NPZ file, 2 PNG files (to evaluate "
-        f"{samples / 'other'}: python {script_path('eval/fid.py')} --samples {samples / 'other'} --reference "
+        f"{samples / 'other'}: {command('fid')} --samples {samples / 'other'} --reference "
         "REFERENCE)"]
     assert "| cfg1.5 (baseline) |" in report.table and "| cfg2 |" in report.table
 

@@ -12,8 +12,10 @@ from torch_fidelity import register_feature_extractor
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from sit_atconv.data.images import load_digits
-from sit_atconv.evaluation import features, metrics
-from sit_atconv.evaluation.evaluate import EvaluateOptions, ReferenceOptions, evaluate, is_lossy, make_reference
+from sit_atconv.evaluation import features
+from sit_atconv.evaluation import metric_functions as metrics
+from sit_atconv.evaluation.checks import is_lossy
+from sit_atconv.evaluation.evaluate import EvaluateOptions, ReferenceOptions, evaluate, make_reference
 from sit_atconv.evaluation.gaussians import fit_gaussian
 from sit_atconv.evaluation.image_sets import ImageSet, evenly_spaced
 from sit_atconv.evaluation.protocol import write_record
@@ -99,8 +101,8 @@ def test_shards_of_both_sets_are_one_pass(options, pixels, monkeypatch):
 
 
 def test_only_some_reference_images_are_compared_where_there_are_many(options, monkeypatch):
-    for module in ("scoring", "evaluation_record"):
-        monkeypatch.setattr(f"sit_atconv.{module}.COMPARED", 300)
+    for module in ("evaluate", "protocol"):
+        monkeypatch.setattr(f"sit_atconv.evaluation.{module}.COMPARED", 300)
     found = evaluate(replace(options, metrics=["prc", "fid"]))
     assert found.protocol["compared"]["num"] == 300
     assert values(found)["recall-digits"] * 300 == pytest.approx(round(values(found)["recall-digits"] * 300), abs=1e-4)
@@ -144,6 +146,13 @@ def test_a_manifest_is_the_protocol(options, tmp_path):
     assert found.scores["FD-digits-300"].error != evaluate(replace(options, metrics=["fid"])).scores[
         "FD-digits-300"].error  # groups within the classes
     assert write_record(found).parent == folder
+    listed = {"sampler": ["solver", "steps", "cfg", "absent"]}  # as new manifests say themselves
+    (folder / "manifest.json").write_text(json.dumps(manifest | listed))
+    assert evaluate(replace(options, samples=str(folder), metrics=["fid"])).protocol == found.protocol
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "sampler": ["seed"]}))
+    of_others = evaluate(replace(options, samples=str(folder), metrics=["fid"])).protocol
+    assert of_others["samples"]["sampler"] == {"seed": 7}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     of_npz = evaluate(replace(options, samples=str(folder / "samples.npz"), metrics=["fid"]))
     assert of_npz.protocol == found.protocol and write_record(of_npz) == write_record(found)
 
@@ -249,7 +258,7 @@ def test_nothing_is_warned_of_without_reason(options, capsys):
     (np.random.RandomState(0).randint(0, 99, 300), False), (np.arange(300), False),  # few or one of each class
 ])
 def test_samples_in_the_order_of_their_labels(options, npz, pixels, monkeypatch, labels, is_warned_of):
-    monkeypatch.setattr("sit_atconv.evaluation.metrics.IS_SPLIT", 100)
+    monkeypatch.setattr("sit_atconv.evaluation.metric_functions.IS_SPLIT", 100)
     found = evaluate(replace(options, samples=npz(DIGITS[:300], arr_1=labels), metrics=["is"])).warnings
     assert ["order of their labels" in warning for warning in found] == [True] * is_warned_of
 
@@ -281,7 +290,7 @@ def test_class_folders_are_labels(options, npz, class_folders, monkeypatch):
     of_folder = evaluate(replace(options, samples=str(folder), metrics=metrics))
     assert of_folder.scores == of_array.scores and not protocol_differences(of_folder, of_array)
     assert of_folder.protocol["samples"]["labels"] == "balanced" and of_folder.warnings == []
-    monkeypatch.setattr("sit_atconv.evaluation.metrics.IS_SPLIT", 100)
+    monkeypatch.setattr("sit_atconv.evaluation.metric_functions.IS_SPLIT", 100)
     assert "class folders" in evaluate(replace(options, samples=str(folder), metrics=metrics)).warnings[0]
 
 

@@ -1,11 +1,8 @@
 import json
 from urllib.error import URLError
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import save_file
 from torch_fidelity import register_feature_extractor
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
@@ -14,6 +11,7 @@ from sit_atconv.evaluation import extractors
 from sit_atconv.evaluation.extractors import Extractor, open_extractor
 from sit_atconv.runtime.files import sha256_of
 from tests.conftest import relative_error
+from tests.encoders.test_dinov2 import as_timm, cls_token, make_dinov2
 from tests.pixel_features import Pixels
 
 
@@ -274,83 +272,8 @@ def test_without_network_the_remedy_is_named(monkeypatch, tmp_path, name, file):
 
 # ----------------------------------------------------------------------------------------------------- DINOv2
 
-def make_dinov2(width=128, depth=2, side=37):
-    """Random weights under Meta's names, large enough that every one of them shows."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape, std=0.05):
-        return std * torch.randn(shape, generator=generator)
-
-    weights = {
-        "cls_token": draw(1, 1, width), "pos_embed": draw(1, 1 + side**2, width, std=0.5),
-        "mask_token": draw(1, width), "patch_embed.proj.weight": draw(width, 3, 14, 14),
-        "patch_embed.proj.bias": draw(width), "norm.weight": 1 + draw(width), "norm.bias": draw(width),
-    }
-    for i in range(depth):
-        for layer, out, into in [("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4)]:
-            weights[f"blocks.{i}.{layer}.weight"] = draw(out * width, into * width)
-            weights[f"blocks.{i}.{layer}.bias"] = draw(out * width)
-        for j in (1, 2):
-            weights[f"blocks.{i}.norm{j}.weight"] = 1 + draw(width)
-            weights[f"blocks.{i}.norm{j}.bias"] = draw(width)
-            weights[f"blocks.{i}.ls{j}.gamma"] = 1 + draw(width)
-    return weights
-
-
-def as_timm(weights):
-    return {name: tensor for name, tensor in weights.items() if name != "mask_token"}
-
-
-def bicubic(size, new_size, scale):
-    """(new_size, size): each row holds the four taps of a cubic with a = -0.75 around (i + 0.5) * scale - 0.5."""
-    matrix = torch.zeros(new_size, size, dtype=torch.float64)
-    for i in range(new_size):
-        x = (i + 0.5) * scale - 0.5
-        for tap in range(int(np.floor(x)) - 1, int(np.floor(x)) + 3):
-            d, a = abs(x - tap), -0.75
-            near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
-            matrix[i, min(max(tap, 0), size - 1)] += near if d <= 1 else far
-    return matrix
-
-
-def cls_token(weights, images):
-    """DINOv2 written out in float64: the normalised CLS token (B, C) of uint8 (B, 3, H, W)."""
-    w = {name: tensor.double() for name, tensor in weights.items()}
-    pixels = np.stack([  # Pillow resizes as torch does with antialiasing; mode F does not round
-        [np.asarray(Image.fromarray(plane.astype(np.float32)).resize((224, 224), Image.Resampling.BICUBIC))
-         for plane in image] for image in images.numpy()])
-    mean, std = (torch.tensor(v).double().view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    x = (torch.from_numpy(pixels).double() / 255 - mean) / std
-    patches = x.unfold(2, 14, 14).unfold(3, 14, 14)                                  # (B, 3, 16, 16, 14, 14)
-    x = torch.einsum("bcijhw,dchw->bijd", patches, w["patch_embed.proj.weight"]) + w["patch_embed.proj.bias"]
-    side, width = round((w["pos_embed"].shape[1] - 1) ** 0.5), x.shape[-1]
-    matrix = bicubic(side, 16, side / 16.1)
-    positions = w["pos_embed"][0, 1:].view(side, side, width)
-    x = (x + torch.einsum("ip,jq,pqd->ijd", matrix, matrix, positions)).flatten(1, 2)
-    x = torch.cat([(w["cls_token"] + w["pos_embed"][:, :1]).expand(len(x), -1, -1), x], 1)    # (B, 257, C)
-
-    def norm(x, name):
-        x = x - x.mean(-1, keepdim=True)
-        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-    def linear(x, name):
-        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-    for i in range(len([name for name in w if name.endswith("ls1.gamma")])):
-        q, k, v = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").chunk(3, -1)
-        heads = []
-        for h in range(0, width, 64):
-            scores = q[..., h : h + 64] @ k[..., h : h + 64].mT / 8
-            heads.append(scores.softmax(-1) @ v[..., h : h + 64])
-        x = x + w[f"blocks.{i}.ls1.gamma"] * linear(torch.cat(heads, -1), f"blocks.{i}.attn.proj")
-        hidden = F.gelu(linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1"))
-        x = x + w[f"blocks.{i}.ls2.gamma"] * linear(hidden, f"blocks.{i}.mlp.fc2")
-    return norm(x, "norm")[:, 0]
-
-
 def test_dinov2_from_metas_file_and_from_timms(tmp_path, images):
-    weights = make_dinov2()
-    torch.save(weights, tmp_path / "meta.pth")
+    torch.save(weights := make_dinov2(), tmp_path / "meta.pth")
     save_file(as_timm(weights), tmp_path / "timm.safetensors")
     results = []
     for file in ("meta.pth", "timm.safetensors"):
@@ -360,15 +283,7 @@ def test_dinov2_from_metas_file_and_from_timms(tmp_path, images):
         outputs = opened(images)
         assert list(outputs) == ["features"] and outputs["features"].dtype == torch.float32
         results.append(outputs["features"])
-    assert torch.equal(*results)
-    assert relative_error(results[0], cls_token(weights, images)) < 1e-5
-
-
-def test_dinov2_enlarges_small_images_too(tmp_path, images):
-    torch.save(weights := make_dinov2(depth=1), tmp_path / "meta.pth")
-    small = images[:, :, :8, :8]
-    assert relative_error(open_extractor("dinov2", str(tmp_path / "meta.pth"))(small)["features"],
-                          cls_token(weights, small)) < 1e-5
+    assert torch.equal(*results) and relative_error(results[0], cls_token(weights, images)) < 1e-5
 
 
 def test_only_the_published_width_bears_the_published_name(tmp_path):
@@ -376,25 +291,9 @@ def test_only_the_published_width_bears_the_published_name(tmp_path):
     assert open_extractor("dinov2", str(tmp_path / "timm.safetensors")).name == "dinov2"
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"register_tokens": torch.zeros(1, 4, 128)}, r"its register_tokens is \(1, 4, 128\), not absent"),
-        ({"reg_token": torch.zeros(1, 4, 128), "pos_embed": torch.zeros(1, 1369, 128)}, "its reg_token is"),
-        ({"blocks.0.mlp.fc1.weight": None, "blocks.0.mlp.w12.weight": torch.zeros(512, 128)}, "fc1.weight is absent"),
-        ({"blocks.0.mlp.fc1.weight": torch.zeros(680, 128)}, r"fc1.weight is \(680, 128\)"),
-        ({"blocks.0.mlp.fc1.weight": torch.zeros(400, 100)}, "C a multiple of 64"),
-        ({"pos_embed": torch.zeros(1, 1300, 128)}, r"its pos_embed is \(1, 1300, 128\), not \(1, 257, 128\)"),
-        ({"pos_embed": None}, r"its pos_embed is absent, not \(1, 257, 128\)"),
-        ({"patch_embed.proj.weight": torch.zeros(128, 3, 16, 16)}, r"is \(128, 3, 16, 16\), not \(128, 3, 14, 14\)"),
-        ({"blocks.0.ls1.gamma": None}, r"its blocks\.0\.ls1\.gamma is absent"),
-        ({"head.weight": torch.zeros(10, 128)}, r"its head\.weight is \(10, 128\), not absent"),
-    ],
-)
-def test_other_transformers_are_named(tmp_path, change, message):
-    weights = {name: tensor for name, tensor in (make_dinov2(depth=1) | change).items() if tensor is not None}
-    torch.save(weights, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=rf"other\.pth cannot be used: .*{message}.*without registers; download"):
+def test_another_transformer_is_named_with_its_file(tmp_path):
+    torch.save(make_dinov2(depth=1) | {"head.weight": torch.zeros(10, 128)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth cannot be used: its head.weight .*without registers; download"):
         open_extractor("dinov2", str(tmp_path / "other.pth"))
 
 

@@ -6,36 +6,18 @@ import pytest
 
 from sit_atconv.evaluation.records import (
     Evaluation,
-    Score,
     difference,
-    flat,
-    jackknife_error,
-    metric_of,
+    is_measured_alike,
     protocol_differences,
     read_evaluation,
-    score_name,
 )
+from sit_atconv.evaluation.scores import Score, jackknife_error
 
 
 def evaluation(values=(2.0, 2.2, 1.8), seed=0, num=1000, **protocol):
     samples = {"num": num, "labels": "random", "image_size": [8, 8]} | protocol
     score = Score(sum(values) / len(values), jackknife_error(values), list(values))
     return Evaluation({"FID-1000": score}, {"samples": samples, "reference": {"num": 7}}, {"seed": seed}, {})
-
-
-@pytest.mark.parametrize(
-    ("metric", "extractor", "num", "name"),
-    [
-        ("FID", "inception", 50_000, "FID"), ("FID", "inception", 10_000, "FID-10000"),
-        ("sFID", "inception", 10_000, "sFID-10000"), ("IS", "inception", 10_000, "IS"),
-        ("FID", "dinov2", 50_000, "FD-dinov2"), ("FID", "digits", 1000, "FD-digits-1000"),
-        ("KID", "digits", 1000, "KD-digits"), ("precision", "digits", 1000, "precision-digits"),
-        ("IS", "digits", 50_000, "score-digits"),
-    ],
-)
-def test_names(metric, extractor, num, name):
-    assert score_name(metric, extractor, num) == name
-    assert metric_of(name) == metric
 
 
 def test_scores_are_printed_to_two_digits_of_their_error():
@@ -61,7 +43,7 @@ def test_what_is_written_is_read_again(tmp_path):
     lambda held: held["scores"]["FID-1000"].update(error="x"),
     lambda held: held["scores"]["FID-1000"].update(without_group=None),
     lambda held: held["scores"]["FID-1000"].update(without_group=["x"]),
-    lambda held: held["scores"].update(FVD={"value": 3.0}),
+    lambda held: held["scores"].update({"../FVD": {"value": 3.0}}),
     lambda held: held.update(subject=None),
     lambda held: held.update(protocol=[]),
     lambda held: held["subject"].update(ckpt=3),
@@ -74,6 +56,19 @@ def test_records_edited_by_hand_are_refused(tmp_path, edit):
     (tmp_path / "x.json").write_text(json.dumps(held))
     with pytest.raises(ValueError, match=r"x\.json is no evaluation"):
         read_evaluation(tmp_path / "x.json")
+
+
+def test_scores_of_metrics_that_are_not_known_here_are_read(tmp_path):
+    """They may depend on anything."""
+    held = json.loads(evaluation().to_json())
+    held["scores"]["FVD-digits"] = {"value": 3.0}
+    (tmp_path / "x.json").write_text(json.dumps(held))
+    found = read_evaluation(tmp_path / "x.json")
+    assert found.scores["FVD-digits"] == Score(3.0) and is_measured_alike(found, found, "FVD-digits")
+    for part in ("samples", "reference", "compared"):
+        a, b = ({**held["protocol"], part: {"num": num}} for num in (1, 2))
+        assert not is_measured_alike(Evaluation(found.scores, a, {}, {}), Evaluation(found.scores, b, {}, {}),
+                                     "FVD-digits")
 
 
 def test_scores_of_another_call_are_kept():
@@ -96,10 +91,6 @@ def test_differences_of_protocols_are_named():
     a, b = evaluation(sampler={"steps": 25}), evaluation(num=500, sampler={"steps": 50})
     assert protocol_differences(a, b) == {"samples.num": (1000, 500), "samples.sampler.steps": (25, 50)}
     assert protocol_differences(evaluation(), a) == {"samples.sampler.steps": (None, 25)}
-
-
-def test_what_lies_within_is_named_with_dots():
-    assert flat({"a": 1, "b": {"c": [2], "d": {"e": None}}}) == {"a": 1, "b.c": [2], "b.d.e": None}
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error():

@@ -3,7 +3,7 @@ import torch
 from diffusers import ModelMixin
 
 from sit_atconv.models import PRESETS, ATConv, SiT, sit
-from sit_atconv.models.sit import Attention
+from sit_atconv.models.attention import Attention
 from sit_atconv.sampling import guided
 from tests.conftest import relative_error
 

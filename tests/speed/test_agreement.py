@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from sit_atconv.models.atconv import ATConv
-from sit_atconv.models.sit import Attention
+from sit_atconv.models.attention import Attention
 from sit_atconv.ops.reference import dynamic_depthwise_conv2d_reference
 from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.speed.agreement import BOUNDS, Check, check, check_attention, check_conv, require_agreement, take_form
-from sit_atconv.speed.forms import FORMS, FloorMixer, PublishedATConv, TimmAttention, attend, published_conv2d
+from sit_atconv.speed.computations import FloorMixer, PublishedATConv, TimmAttention, attend, published_conv2d
+from sit_atconv.speed.forms import FORMS
 from sit_atconv.speed.levels import random_model
 from sit_atconv.speed.options import SpeedOptions
 
@@ -53,7 +54,7 @@ def wrong_edges(x, kernels, grid_size):
 def test_another_convolution_is_seen(monkeypatch, form, conv, dtype):
     if form == "floor":  # its twin passes on the centre, and what stands beside it
         monkeypatch.setattr(FloorMixer, "forward", lambda self, x, grid_size: self.proj(self.x_proj(x).roll(1, 1)))
-    monkeypatch.setattr("sit_atconv.speed.forms.published_conv2d", conv)
+    monkeypatch.setattr("sit_atconv.speed.computations.published_conv2d", conv)
     assert taken(form, dtype) > BOUNDS[dtype]
 
 

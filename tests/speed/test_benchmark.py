@@ -7,7 +7,8 @@ import torch
 
 from sit_atconv.speed import benchmark
 from sit_atconv.speed.benchmark import compare, measure, resident_bytes
-from sit_atconv.speed.forms import LEVELS, PublishedATConv, published_conv2d
+from sit_atconv.speed.computations import PublishedATConv, published_conv2d
+from sit_atconv.speed.forms import LEVELS
 from sit_atconv.speed.levels import Case
 from sit_atconv.speed.options import SpeedOptions
 from sit_atconv.speed.results import DEFINITIONS
@@ -37,7 +38,7 @@ def test_times_rates_and_ratios_follow_from_the_clock():
 
     options = dataclasses.replace(TINY, rounds=2, warmup=1, resolutions=(32,), batch_sizes=(4,))
     found = by_key(measure(Case(options, 32, "fp32", CPU), "model", clock=times().__next__))
-    places = {form: k for k, form in enumerate(LEVELS["model"])}
+    places = {form: k for k, form in enumerate(TINY.forms_of("model"))}
     assert list(found) == [(form, "forward") for form in places]
     seconds = {form: ((5 + k) ** 2, (10 + k) ** 2) for form, k in places.items()}
     for (form, _), m in found.items():

@@ -9,9 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from sit_atconv.models import SiT
 from sit_atconv.models.atconv import ATConv
 from sit_atconv.models.costs import multiply_adds
-from sit_atconv.models.sit import preset_config
+from sit_atconv.models.presets import preset_config
+from sit_atconv.speed.computations import attend, published_conv2d
 from sit_atconv.speed.costs import form_multiply_adds, operator_cost
-from sit_atconv.speed.forms import FORMS, LEVELS, attend, published_conv2d
+from sit_atconv.speed.forms import FORMS
 
 BASE = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=3, num_heads=4, num_classes=5)
 CONFIGS = {
@@ -44,21 +45,17 @@ def counted(function, *inputs) -> int:
 def model_of(form, config):
     model = SiT(**config)
     for block in model.blocks:
-        block.attn = FORMS[form].mixer(block.attn)
+        block.attn = FORMS[form].take(block.attn)
         if isinstance(block.attn, ATConv):
             block.attn = Counted(block.attn)
     return model
-
-
-def mixer_of(form):
-    return preset_config(FORMS[form].preset.format("Tiny/2"))["mixer"]
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("form", FORMS)
 def test_multiply_adds_of_mixer_block_and_model(form, changes):
     grid_size = (3, 5)
-    config = {**BASE, "mixer": mixer_of(form), **changes}
+    config = {**BASE, "mixer": FORMS[form].mixer, **changes}
     model, (H, W), p = model_of(form, config), grid_size, config["patch_size"]
     x, c = torch.randn(2, H * W, 32), torch.randn(2, 32)
     runs = {
@@ -66,7 +63,7 @@ def test_multiply_adds_of_mixer_block_and_model(form, changes):
         "block": (model.blocks[0], x, c, grid_size),
         "model": (model, torch.randn(2, 3, H * p, W * p), torch.rand(2), torch.zeros(2, dtype=torch.int64)),
     }
-    for level in [level for level in runs if form in LEVELS[level] or level == "model"]:
+    for level in [level for level in runs if level in FORMS[form].levels or level == "model"]:
         assert 2 * form_multiply_adds(level, form, config, grid_size) == counted(*runs[level]), level
 
 
@@ -117,5 +114,5 @@ def test_numbers_of_the_operator_are_its_inputs_and_outputs():
 
 @pytest.mark.parametrize("form, giga", [("attention", 118.6), ("published", 105.0), ("atconv", 95.9)])
 def test_published_multiply_adds(form, giga):
-    config = preset_config(FORMS[form].preset.format("XL/2"))
+    config = {**preset_config("SiT-XL/2"), "mixer": FORMS[form].mixer}
     assert round(form_multiply_adds("model", form, config, (16, 16)) / 1e9, 1) == giga

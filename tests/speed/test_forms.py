@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from sit_atconv.models import ATConv
-from sit_atconv.models.sit import Attention
+from sit_atconv.models.attention import Attention
 from sit_atconv.ops.reference import dynamic_depthwise_conv2d_reference
-from sit_atconv.speed.forms import FloorMixer, PublishedATConv, TimmAttention, attend, published_conv2d
+from sit_atconv.speed.computations import FloorMixer, PublishedATConv, TimmAttention, attend, published_conv2d
 from tests.conftest import relative_error
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sit_atconv.models import SiT
+from sit_atconv.models.mixers import MIXERS, Mixer
 from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.speed import levels
 from sit_atconv.speed.forms import LEVELS
@@ -30,7 +31,7 @@ def test_a_case_has_its_grid_and_batch():
 def test_every_form_of_a_level_is_checked_and_runs_every_quantity(level):
     here = case()
     timed = PREPARE[level](here)
-    forms = LEVELS[level]
+    forms = TINY.forms_of(level)
     quantities = {"mixer": ["forward", "forward+backward"], "block": ["forward", "forward+backward"],
                   "model": ["forward"], "train": ["step"], "sampling": ["sampling"]}
     if level == "op":
@@ -98,6 +99,23 @@ def test_weights_are_random_everywhere_and_alike_at_every_call(form):
     x, t, y = torch.randn(2, 4, 4, 4), torch.rand(2), torch.zeros(2, dtype=torch.int64)
     assert model(x, t, y).std() > 0.01
     assert torch.equal(model(x, t, y), again(x, t, y))
+
+
+def test_constants_of_a_mixer_are_not_drawn(monkeypatch):
+    class Reversing(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+            self.register_buffer("order", torch.arange(16).flip(0))
+
+        def forward(self, x, grid_size):
+            return self.scale * x[:, self.order]
+
+    monkeypatch.setitem(MIXERS._entries, "reversing", Mixer(build=lambda dim, config: Reversing()))
+    model = random_model({**TINY.model_config("reversing", 64), "depth": 1}, "bf16", CPU)
+    mixer, x = model.blocks[0].attn, torch.arange(16.0)[None, :, None]
+    assert mixer.scale.dtype == torch.bfloat16 and mixer.scale != 1
+    assert torch.equal(mixer(x, (4, 4)), mixer.scale * x.flip(1))
 
 
 def test_compiled_forms_must_agree_with_themselves(monkeypatch):

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
 from sit_atconv.runtime.environment import describe_environment
-from sit_atconv.speed.chart import TITLES, predict, save_chart, spread
+from sit_atconv.speed.chart import TITLES, predict, save_chart
 from sit_atconv.speed.forms import FORMS
 from sit_atconv.speed.options import SpeedOptions
 from sit_atconv.speed.results import Comparison, Measurement, growth
@@ -82,16 +82,6 @@ def test_the_prediction_is_proportional_to_multiply_adds_but_for_decoding():
     points = [point("atconv", 8, 9.0, 10), point("attention", 16, 1e3, 80), point("attention", 8, 2 * 50.0, 20, 2)]
     expected = {("atconv", 8): 30.0, ("attention", 8): 50.0, ("attention", 16): 4 * 40.0 + 30.0}
     assert predict(points, "attention", {8: 10.0, 16: 30.0}) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("values, placed", [
-    ([3.0, 1.0, 2.0], [3.0, 1.0, 2.0]),
-    ([1.0, 1.0], [0.5, 1.5]),
-    ([0.0, 0.2, 5.0, 0.1], [-0.9, 1.1, 5.0, 0.1]),
-    ([0.0, 0.9, 1.8], [-0.1, 0.9, 1.9]),
-])
-def test_labels_are_spread_about_their_middle(values, placed):
-    assert spread(values, 1.0) == pytest.approx(placed)
 
 
 def drawn(comparison, monkeypatch):

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from sit_atconv.speed.timing import Rotation, Rounds, peak_bytes, time_interleaved
+from sit_atconv.speed.timing import Rotation, Rounds, time_interleaved
 
 CPU = torch.device("cpu")
 
@@ -32,16 +32,6 @@ def test_quartiles_sums_and_ratios_are_taken_round_by_round():
     assert Rounds.of([3.0]) == Rounds(3.0, 3.0, 3.0, (3.0,))
     with pytest.raises(ValueError):
         a.over(Rounds.of([1.0]))
-
-
-def test_peak_memory_counts_what_is_alive_at_once():
-    def run():
-        for _ in range(3):
-            held = torch.empty(2**20, dtype=torch.uint8), torch.empty(2**19, dtype=torch.uint8)
-            del held
-        return torch.empty(2**18, dtype=torch.uint8)
-
-    assert peak_bytes(run, CPU) == 2**20 + 2**19
 
 
 def test_on_a_cpu_two_sets_take_turns():

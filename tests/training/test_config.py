@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import sys
 
 import pytest
+import yaml
 
 from sit_atconv.data import sources
 from sit_atconv.data.images import RULES
@@ -27,6 +29,14 @@ def test_defaults_are_sits(tmp_path):
     assert config.flow.class_dropout_prob == 0.1
 
 
+def test_a_shipped_config_is_named_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = parse(["--config", "imagenet512", "--preset", "SiT-B/2", "--train.precision", "bf16"])
+    assert named.data.image_size == 512 and str(named.out) == "runs/imagenet512-sit-b2"
+    assert named == parse(["--config=configs/imagenet512.yaml", "--preset", "SiT-B/2", "--train.precision", "bf16"])
+    assert parse(["--config", "{train: {steps: 3}}"]).train.steps == 3  # jsonargparse's way
+
+
 def test_preset_yields_to_yaml_and_both_to_the_command_line(tmp_path):
     config = parse(["--preset", "SiT-S/4"])
     assert (config.model["mixer"], config.model["depth"], config.model["patch_size"]) == ("attention", 12, 4)
@@ -44,6 +54,77 @@ def test_a_saved_configuration_is_the_same_again(tmp_path):
     assert again.changes(tmp_path) == []
     other = parse(["--config", str(tmp_path / "config.yaml"), "--train.seed", "4", "--train.steps", "9"])
     assert other.changes(tmp_path) == ["train.seed 0 -> 4"]
+
+
+OWN = """
+from dataclasses import dataclass
+from sit_atconv.flow import FlowMatching, Objective
+
+@dataclass(frozen=True)
+class Scaled(FlowMatching):
+    \"\"\"Args:
+        scale: factor of the loss.
+    \"\"\"
+    scale: float = 2.0
+
+@dataclass(frozen=True)
+class Other(Objective):
+    class_dropout_prob: float = 0.0
+    def draw(self, shape, generator): ...
+    def loss(self, model, data, y, draw, null_label): ...
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A user's module of objectives in the working directory."""
+    (tmp_path / "own_objectives.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    sys.modules.pop("own_objectives", None)
+
+
+@pytest.mark.parametrize("argv", [["--flow", "own_objectives.Scaled", "--flow.scale", "3", "--flow.path", "gvp"],
+                                  ["--flow.scale", "3", "--flow.path", "gvp", "--flow", "own_objectives.Scaled"]])
+def test_an_objective_of_the_users_and_its_options_in_any_order(own, argv, tmp_path):
+    config = parse([*argv, "--out", str(tmp_path)])
+    assert (config.flow.scale, config.flow.path, config.flow.class_dropout_prob) == (3.0, "gvp", 0.2)
+    assert config.objective is None and config.prediction == "velocity"  # path and prediction say how to sample
+    config.save(tmp_path)
+    again = parse(["--config", str(tmp_path / "config.yaml")])
+    assert again.options == config.options and type(again.flow) is type(config.flow)
+
+
+@pytest.mark.parametrize("argv", [["--flow", "own_objectives.Other", "--flow.path", "gvp"],
+                                  ["--flow.path", "gvp", "--flow", "own_objectives.Other"],
+                                  ["--optimizer.lr", "1"], ["--flow.strength", "1"]])
+def test_an_option_that_the_chosen_class_lacks_is_an_error(own, argv, capsys):
+    with pytest.raises(SystemExit):
+        parse(argv)
+    name = next(argument for argument in argv if "." in argument and argument.startswith("--"))[2:]
+    assert f"error: {name} is no option of" in capsys.readouterr().err
+
+
+def test_help_shows_the_options_of_the_chosen_classes(own, capsys):
+    for argv, shown in ((["--flow", "own_objectives.Scaled"], "--flow.scale"), ([], "--flow.time_shift"),
+                        (["--optimizer", "SGD"], "--optimizer.momentum"), ([], "--optimizer.betas")):
+        with pytest.raises(SystemExit) as left:
+            parse([*argv, "--help"])
+        assert left.value.code == 0 and shown in capsys.readouterr().out
+
+
+def test_a_config_older_than_an_option_had_its_default(tmp_path):
+    config = parse(["--out", str(tmp_path)])
+    config.save(tmp_path)
+    old = {name: value for name, value in config.options.items() if name not in ("optimizer", "auxiliary")}
+    del old["train"]["ema_profile"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    assert parse(["--out", str(tmp_path)]).changes(tmp_path) == []
+    assert parse(["--optimizer.eps", "1e-6"]).changes(tmp_path) == ["optimizer.init_args.eps None -> 1e-06"]
+    with_path = {**old, "flow": {"class_path": "sit_atconv.flow.FlowMatching", "init_args": old["flow"]}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(with_path))
+    assert parse(["--out", str(tmp_path)]).changes(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,112 @@
+"""The table of token mixers: one entry says all that the rest of the package knows of a mixer.
+
+A mixer is a module that maps tokens x (B, N, C) on a grid (H, W), N = H * W in row-major order, to tokens (B, N, C).
+A user's own is registered, `MIXERS.register("pooling", Mixer(...))`, or named by its path, "my_module.POOLING".
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch.nn as nn
+from torch import Tensor
+
+from sit_atconv.models.atconv import ATConv
+from sit_atconv.models.attention import Attention
+from sit_atconv.runtime.tables import Table
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """A token mixer.
+
+    Args:
+        build: (hidden_size, config) -> module with `forward(x, grid_size) -> x`; `config` has the arguments of SiT's
+            constructor by name.
+        parameters: names of all tensors that its state dict may have. The first one, which every variant has, betrays
+            it in the weights of a block. If empty, only a config tells that a block has this mixer.
+        shown: state dict of one mixer -> the arguments of SiT's constructor that it shows.
+        silent: the arguments that it uses and no tensor shows.
+        spoken: what `shown` returned -> the mixer as messages call it; None is its name.
+        needs_positions: whether it cannot tell tokens apart, so that SiT adds a position embedding by default.
+        multiply_adds: (config, grid_size) -> those of one sample, in linears, convolutions and attention's two
+            products; None has torch count them.
+    """
+
+    build: Callable[[int, Mapping], nn.Module]
+    parameters: tuple[str, ...] = ()
+    shown: Callable[[Mapping[str, Tensor]], dict] = lambda tensors: {}
+    silent: tuple[str, ...] = ()
+    spoken: Callable[[dict], str] | None = None
+    needs_positions: bool = False
+    multiply_adds: Callable[[Mapping, tuple[int, int]], int] | None = None
+
+
+def _atconv_multiply_adds(config: Mapping, grid_size: tuple[int, int]) -> int:
+    N, D, taps = math.prod(grid_size), config["hidden_size"], config["kernel_size"] ** 2
+    projections, pooling, convolution = 2 * N * D * D, taps * N * D, taps * N * D
+    kernel_proj, kernel_gen = taps * D * D, taps * taps * D
+    return projections + pooling + kernel_proj + kernel_gen + convolution
+
+
+def _attention_multiply_adds(config: Mapping, grid_size: tuple[int, int]) -> int:
+    N, D = math.prod(grid_size), config["hidden_size"]
+    return 4 * N * D * D + 2 * N * N * D  # qkv and output; q k^T and its product with v
+
+
+MIXERS = Table("mixer", Mixer, {
+    "atconv": Mixer(
+        build=lambda dim, config: ATConv(dim, config["kernel_size"], config["kernel_act"], config["kernel_pool"]),
+        parameters=("kernel_gen.weight", "kernel_gen.bias", "kernel_proj.weight", "kernel_proj.bias", "x_proj.weight",
+                    "x_proj.bias", "proj.weight", "proj.bias", "difference_control"),
+        shown=lambda tensors: {"kernel_size": math.isqrt(math.isqrt(tensors["kernel_gen.weight"].numel()))},
+        silent=("kernel_act", "kernel_pool"),
+        spoken=lambda shown: "{kernel_size}x{kernel_size} ATConv".format(**shown),
+        multiply_adds=_atconv_multiply_adds,
+    ),
+    "attention": Mixer(
+        build=lambda dim, config: Attention(dim, config["num_heads"], config["qk_norm"]),
+        parameters=("qkv.weight", "qkv.bias", "q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias",
+                    "proj.weight", "proj.bias"),
+        shown=lambda tensors: {"qk_norm": "q_norm.weight" in tensors},
+        silent=("num_heads",),
+        spoken=lambda shown: "attention" + (" with qk_norm" if shown["qk_norm"] else ""),
+        needs_positions=True,
+        multiply_adds=_attention_multiply_adds,
+    ),
+})
+PATTERNS = {"hybrid": ("attention", "atconv")}  # mixers that take turns, from block 0 on
+
+
+def mixer_names(mixer: str | list[str], depth: int) -> list[str]:
+    """Returns the token mixer of each of `depth` blocks, by name.
+
+    Args:
+        mixer: a name in MIXERS or PATTERNS, the path of an entry in an imported module, or a list of `depth` of these
+            but for patterns.
+
+    Raises:
+        ValueError: a mixer is not known, or the list is of another length.
+    """
+    if isinstance(mixer, str):
+        names = list(itertools.islice(itertools.cycle(PATTERNS.get(mixer, (mixer,))), depth))
+    else:
+        names = list(mixer)
+    for name in dict.fromkeys(names):
+        if name not in MIXERS and "." not in name:
+            known = ", ".join([*PATTERNS, *MIXERS])
+            raise ValueError(f"mixer must be one of {known}, your own as module.NAME, or a list of these, not {name!r} "
+                             "(give --import MODULE if a module of yours registers it)")
+        MIXERS.find(name)
+    if len(names) != depth:
+        raise ValueError(f"mixer names {len(names)} blocks, but depth is {depth}")
+    return names
+
+
+def recognise_mixer(tensors: Mapping[str, Tensor]) -> str | None:
+    """Returns the name of the mixer whose state dict this may be, or None."""
+    for name, mixer in MIXERS.items():
+        if mixer.parameters and mixer.parameters[0] in tensors and tensors.keys() <= set(mixer.parameters):
+            return name
+    return None
