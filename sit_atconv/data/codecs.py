@@ -96,6 +96,12 @@ class Codec(Protocol):
             raise ValueError(f"image size {image_size} is not divisible by the codec's downsampling {self.downsample}")
         return image_size // self.downsample
 
+    @property
+    def name(self) -> str:
+        """Where the codec is, or its kind."""
+        description = self.describe()
+        return description.get("source", description["kind"])
+
     def identity(self) -> dict:
         """Returns the description without the codec's place."""
         return {key: value for key, value in self.describe().items() if key != "source"}
@@ -110,8 +116,7 @@ class Codec(Protocol):
         here = self.identity()
         then = {key: description.get(key, value) for key, value in here.items()}  # older ones say less
         if changes := differences(then, here):
-            raise ValueError(f"{made} with another codec than {self.describe().get('source', here['kind'])} "
-                             f"({'; '.join(changes)}): give that one")
+            raise ValueError(f"{made} with another codec than {self.name} ({'; '.join(changes)}): give the former")
 
 
 class IdentityCodec(Codec):

@@ -308,9 +308,7 @@ def _complete(job: Job) -> None:
     with together():
         if job.state.is_main_process:
             _draw_preview(job, reports)
-            description = job.codec.describe()
-            job.folder.write_index(description.get("source", description["kind"]), class_names, reports,
-                                   job.options.keep_empty_classes)
+            job.folder.write_index(job.codec.name, class_names, reports, job.options.keep_empty_classes)
 
 
 def _draw_preview(job: Job, reports: list[ShardReport], columns: int = 5) -> None:
