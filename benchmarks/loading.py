@@ -6,7 +6,6 @@
 JSON goes to stdout: samples a second (median, all rounds), seconds to the first batch, the workers' private memory.
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -14,15 +13,15 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing import active_children
 from pathlib import Path
 from statistics import median
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm, trange
 
+from sit_atconv.data.data_source import DataSource
 from sit_atconv.data.images import ImageFolder
 from sit_atconv.data.latent_folder import LatentFolder, LatentSettings, inspect_shard
 from sit_atconv.data.latents import CachedLatents
@@ -32,26 +31,8 @@ from sit_atconv.runtime.commands import ArgumentParser, at_least, positive, run_
 from sit_atconv.runtime.files import check_room
 
 
-@dataclass(frozen=True)
-class LoadingSpeed:
-    """What was measured of one source.
-
-    Args:
-        samples: of the whole data set.
-        samples_per_second: median over the rounds; `rounds` holds them all.
-        startup_seconds: from opening the source to its first batch, workers started.
-        private_mib: the most that RssAnon of all workers together came to; None where the system does not tell.
-    """
-
-    samples: int
-    samples_per_second: float
-    rounds: list[float]
-    startup_seconds: float
-    private_mib: float | None
-
-
 def measure_loading(
-    sources: dict[str, Callable[[], Dataset]],
+    sources: dict[str, Callable[[], DataSource]],
     *,
     batch_size: int = 256,
     num_workers: int = 2,
@@ -59,45 +40,45 @@ def measure_loading(
     seconds: float = 3.0,
     mirror: bool = True,
     before_round: Callable[[], object] = lambda: None,
-    progress: bool = False,
-) -> dict[str, LoadingSpeed]:
+) -> dict[str, dict]:
     """Reads each source in training's order, by turns: every round reads each for some seconds.
 
     Args:
-        sources: what opens each of them.
-        batch_size: samples of a batch.
+        sources: name -> what opens it.
         num_workers: processes that read; 0 reads in this one, whose memory is told then.
-        rounds, seconds: how often each is read, and how long.
-        mirror: every other time the mirror image, as `BatchOrder` draws it.
         before_round: is called before each is read, untimed.
-        progress: draw a bar on stderr.
+
+    Returns:
+        For each source `samples` of the whole, `samples_per_second` (median over `rounds`, which has them all),
+        `startup_seconds` from opening it to its first batch, and `private_mib`, the most RssAnon of all workers
+        together, None where the system does not tell.
 
     Raises:
         ValueError: a source that cannot be opened, or is smaller than a batch.
     """
-    loaders, sizes, startups, pids, rates = {}, {}, {}, {}, {name: [] for name in sources}
+    loaders, pids, found = {}, {}, {}
     for name, open_source in sources.items():
         clock, others = time.perf_counter(), {*active_children()}
         data = open_source()
         order = BatchOrder(len(data), batch_size, seed=0, mirror=mirror)
-        loaders[name], sizes[name] = iter(DataLoader(data, batch_sampler=order, num_workers=num_workers,
-                                                     worker_init_fn=leave_ctrl_c_to_the_parent)), len(data)
+        loaders[name] = iter(DataLoader(data, batch_sampler=order, num_workers=num_workers,
+                                        worker_init_fn=leave_ctrl_c_to_the_parent))
         next(loaders[name])
-        startups[name] = time.perf_counter() - clock
+        found[name] = {"samples": len(data), "samples_per_second": 0.0, "rounds": [],
+                       "startup_seconds": time.perf_counter() - clock, "private_mib": None}
         pids[name] = [worker.pid for worker in {*active_children()} - others] if num_workers else ["self"]
-    memory = dict.fromkeys(sources, 0.0)
-    for name in tqdm(list(sources) * rounds, unit="round", disable=not progress):
+    for name in tqdm(list(sources) * rounds, unit="round"):
         for _ in range(2 * num_workers):  # read while the other source was being timed
             next(loaders[name])
         before_round()
-        clock, count = time.perf_counter(), 0
+        clock, count, speed = time.perf_counter(), 0, found[name]
         while time.perf_counter() - clock < seconds:
             next(loaders[name])
             count += batch_size
-        rates[name].append(count / (time.perf_counter() - clock))
-        memory[name] = max(memory[name], sum(map(private_mib, pids[name])))
-    return {name: LoadingSpeed(sizes[name], median(rates[name]), rates[name], startups[name], memory[name] or None)
-            for name in sources}
+        speed["rounds"].append(count / (time.perf_counter() - clock))
+        speed["samples_per_second"] = median(speed["rounds"])
+        speed["private_mib"] = max(speed["private_mib"] or 0.0, sum(map(private_mib, pids[name]))) or None
+    return found
 
 
 def forget_files(folder: Path) -> None:
@@ -154,9 +135,8 @@ def main(argv: list[str] | None = None) -> None:
         folders = [Path(folder) for folder in (options.latents, options.random_gb and scratch) if folder]
         cold = {"before_round": lambda: [forget_files(folder) for folder in folders]} if options.cold else {}
         found = measure_loading(sources, batch_size=options.batch_size, num_workers=options.num_workers,
-                                rounds=options.rounds, seconds=options.seconds, mirror=options.mirror, progress=True,
-                                **cold)
-    print(json.dumps({name: dataclasses.asdict(speed) for name, speed in found.items()}, indent=1))
+                                rounds=options.rounds, seconds=options.seconds, mirror=options.mirror, **cold)
+    print(json.dumps(found, indent=1))
 
 
 def make_parser() -> ArgumentParser:

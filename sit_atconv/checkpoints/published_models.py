@@ -15,7 +15,7 @@ from sit_atconv.checkpoints.published import REPA_OPTIONS, Published, read_publi
 from sit_atconv.checkpoints.recipe import Recipe
 from sit_atconv.checkpoints.tensors import LABELS, POSITIONS, fitting_preset, list_differences, shown_options
 from sit_atconv.data import DEFAULT_VAE
-from sit_atconv.data.codecs import IdentityCodec, VAECodec
+from sit_atconv.data.codecs import open_codec, typed_codec
 from sit_atconv.models.mixers import MIXERS, mixer_names
 from sit_atconv.models.presets import PRESETS, preset_config
 from sit_atconv.models.sit import SiT
@@ -109,21 +109,19 @@ def load_published(
         prediction = "velocity"
         assumed["--prediction"] = "velocity prediction"
     codec_there = _said_codec(args)
-    if vae is None and codec_there:
-        vae = codec_there.get("source", "identity")
-    if vae is None and (vae := VAES.get(str(args.get("vae")))) is None:
+    if vae is None and not codec_there and (vae := VAES.get(str(args.get("vae")))) is None:
         vae = DEFAULT_VAE
         assumed["--vae"] = f"VAE {vae}"
     if assumed:
         notes.append(f"{path} does not say how it was trained: taken as {', '.join(assumed.values())}; say otherwise "
                      f"with python -m sit_atconv.convert {', '.join(assumed)}")
 
-    codec = IdentityCodec(options["in_channels"]) if vae == "identity" else VAECodec(
-        vae, remedy="Give the VAE it was trained with by --vae, a folder or a hub id that is cached")
-    if codec_there:
-        codec.check(codec_there, f"{path} was trained")
+    codec = open_codec(
+        typed_codec(vae, options["in_channels"]) if vae else codec_there, f"{path} was trained",
+        remedy="Give the VAE it was trained with by --vae, a folder or a hub id that is cached")
+    codec.check(codec_there, f"{path} was trained")
     if codec.channels != options["in_channels"]:
-        raise ValueError(f"{path} takes {options['in_channels']} channels, and the VAE {codec.source} gives "
+        raise ValueError(f"{path} takes {options['in_channels']} channels, and the VAE {codec.name} gives "
                          f"{codec.channels}: give the --vae it was trained with")
     if path.is_file():
         if "input_size" not in options and isinstance(args.get("image_size"), int):

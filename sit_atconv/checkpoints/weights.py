@@ -8,6 +8,7 @@ from sit_atconv.checkpoints.exported import Weights, is_pipeline, load_exported
 from sit_atconv.checkpoints.recipe import Recipe
 from sit_atconv.checkpoints.run_folder import newest_checkpoint
 from sit_atconv.runtime.files import hub_options
+from sit_atconv.runtime.names import is_object_path
 
 
 def locate_weights(ckpt: str, ema: bool | float = True, *, model: str | None = None, vae: str | None = None) -> Path:
@@ -92,7 +93,7 @@ def is_without_recipe(path: Path) -> bool:
 
 def _check_vae(vae: str | None) -> None:
     """Raises ValueError where neither a folder nor a hub id is given; before anything is loaded."""
-    if vae not in (None, "identity") and not Path(vae).exists():
+    if vae not in (None, "identity") and not is_object_path(vae) and not Path(vae).exists():
         try:
             hub_options(vae)
         except ValueError as error:
@@ -100,18 +101,12 @@ def _check_vae(vae: str | None) -> None:
 
 
 def _with_vae(recipe: Recipe, vae: str, ckpt: str) -> Recipe:
-    """The recipe with its VAE at another place. Raises ValueError where it is not the one trained with."""
-    from sit_atconv.data.codecs import VAECodec
+    """Returns the recipe with its VAE at another place. ValueError: it is not the codec trained with."""
+    from sit_atconv.data.codecs import open_codec, typed_codec
 
-    pixels = recipe.codec["kind"] == "identity"
-    if pixels or vae == "identity":
-        if pixels and vae == "identity":
-            return recipe
-        there = "on pixels, without a VAE" if pixels else f"on the latents of the VAE {recipe.codec['source']}"
-        raise ValueError(f"{ckpt} was trained {there}, which --vae {vae} contradicts: give that, or nothing")
-    codec = VAECodec(vae)
+    codec = open_codec(typed_codec(vae, recipe.codec["channels"]), f"--vae {vae} is given")
     codec.check(recipe.codec, f"{ckpt} was trained")
-    return dataclasses.replace(recipe, codec=recipe.codec | {"source": codec.source})
+    return dataclasses.replace(recipe, codec=recipe.codec | codec.describe())
 
 
 def _of_decay(folders: list[Path], ema: bool | float, ckpt: str) -> Path:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # diffusers is imported where a VAE is loaded
 DECODED_AT_ONCE = 16
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 LISTED = 3  # of the tensors that a VAE lacks
+WHERE_FROM = "Give the path of a downloaded AutoencoderKL folder (config.json and weights), or connect to the " \
+    "network once so that the hub id is cached"
 
 
 class Codec(Protocol):
@@ -94,6 +96,12 @@ class Codec(Protocol):
             raise ValueError(f"image size {image_size} is not divisible by the codec's downsampling {self.downsample}")
         return image_size // self.downsample
 
+    @property
+    def name(self) -> str:
+        """Where the codec is, or its kind."""
+        description = self.describe()
+        return description.get("source", description["kind"])
+
     def identity(self) -> dict:
         """Returns the description without the codec's place."""
         return {key: value for key, value in self.describe().items() if key != "source"}
@@ -108,8 +116,7 @@ class Codec(Protocol):
         here = self.identity()
         then = {key: description.get(key, value) for key, value in here.items()}  # older ones say less
         if changes := differences(then, here):
-            raise ValueError(f"{made} with another codec than {self.describe().get('source', here['kind'])} "
-                             f"({'; '.join(changes)}): give that one")
+            raise ValueError(f"{made} with another codec than {self.name} ({'; '.join(changes)}): give the former")
 
 
 class IdentityCodec(Codec):
@@ -152,8 +159,7 @@ class VAECodec(Codec):
 
     def __init__(
         self, source: str, precision: Precision = "tf32", *, slicing: bool = False, tiling: bool = False,
-        remedy: str = "Give the path of a downloaded AutoencoderKL folder (config.json and weights), or connect to the "
-        "network once so that the hub id is cached",
+        remedy: str = WHERE_FROM,
     ):
         source = os.path.abspath(source) if Path(source).exists() else source
         vae = _load_vae(source, remedy)
@@ -329,9 +335,12 @@ def _load_vae(source: str, remedy: str) -> "AutoencoderKL":
 
 @contextlib.contextmanager
 def _not_loaded(source: str, remedy: str):
-    """Turns whatever diffusers raises (a dozen types) into a ValueError that names the place and the remedy."""
+    """Turns what diffusers logs, warns and raises (a dozen types) into a ValueError with the place and the remedy."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        with _quiet("diffusers"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     except Exception as error:
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
@@ -339,6 +348,8 @@ def _not_loaded(source: str, remedy: str):
             reason = f"there is no folder {source}, and it is not in the hub's cache, the only place to look while a " \
                 f"folder {Path(source).parent} is here: to download it, run in another directory"
         raise ValueError(f"no VAE could be loaded from {source!r} ({reason}). {remedy}") from error
+    finally:
+        logging.disable(disabled)
 
 
 def _check_folder(folder: Path) -> None:
@@ -368,17 +379,3 @@ def _weights_sha256(vae: "AutoencoderKL") -> str:
                     "sample_size")
     begin = json.dumps([vae.config.get(key) for key in architecture])
     return sha256_of_state(vae.state_dict(), lambda name, tensor: f"{name}\0", begin)
-
-
-@contextlib.contextmanager
-def _quiet(name: str):
-    """Keeps a library's own log lines and warnings off the terminal while we turn its failure into our message."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sit_atconv.data.codecs import Codec, open_codec, typed_codec
+from sit_atconv.data.codecs import WHERE_FROM, Codec, open_codec, typed_codec
 from sit_atconv.data.images import RULES, ImageFolder
 from sit_atconv.data.latent_extension import arrange
 from sit_atconv.data.latent_folder import (
@@ -137,9 +137,7 @@ def encode_images(options: EncodeOptions, patch_sizes: Sequence[int] = ()) -> tu
                          keep_empty_classes=options.keep_empty_classes,
                          max_megapixels=options.max_megapixels)
     codec = open_codec(typed_codec(options.vae, images.channels), "encoding begins", options.precision,
-                       slicing=options.slicing, tiling=options.tiling, remedy="Give the path of a downloaded "
-                       "AutoencoderKL folder (config.json and weights), or connect to the network once so that the hub "
-                       "id is cached")
+                       slicing=options.slicing, tiling=options.tiling, remedy=WHERE_FROM)
     images, settings = arrange(images, latent_settings(options, images, codec), options.out, extend=options.extend)
     folder = LatentFolder(options.out, settings)
     may_skip = options.skip_unreadable or options.extend  # which leaves existing shards as they are
@@ -310,9 +308,7 @@ def _complete(job: Job) -> None:
     with together():
         if job.state.is_main_process:
             _draw_preview(job, reports)
-            description = job.codec.describe()
-            job.folder.write_index(description.get("source", description["kind"]), class_names, reports,
-                                   job.options.keep_empty_classes)
+            job.folder.write_index(job.codec.name, class_names, reports, job.options.keep_empty_classes)
 
 
 def _draw_preview(job: Job, reports: list[ShardReport], columns: int = 5) -> None:

@@ -99,35 +99,25 @@ def _interrupt(number: int, frame) -> None:
     raise KeyboardInterrupt
 
 
-def finite(text: str) -> float:
-    """The type of an option that is a number, but not nan or inf."""
-    try:
-        if math.isfinite(value := float(text)):
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+def _number(kind: type, holds: Callable[[float], bool], what: str) -> Callable[[str], float]:
+    """Returns the type of an option: what `kind` reads, if it `holds`; else the error says that it is not `what`."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if holds(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+
+    return parse
 
 
-def positive(text: str) -> float:
-    """The type of an option that is a number above 0."""
-    if (value := finite(text)) > 0:
-        return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+finite = _number(float, math.isfinite, "a finite number")
+positive = _number(float, lambda value: 0 < value < math.inf, "above 0")
 
 
 def at_least(smallest: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number from `smallest` on."""
-
-    def parse(text: str) -> int:
-        try:
-            if (value := int(text)) >= smallest:
-                return value
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {smallest}")
-
-    return parse
+    """Returns the type of an option that is a whole number from `smallest` on."""
+    return _number(int, lambda value: value >= smallest, f"a whole number of at least {smallest}")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -31,24 +31,13 @@ def write_aside(
     Raises:
         OSError: the disk is full, ...; the message names the file.
     """
-    partial = path.with_name(PARTIAL + writer + path.name)
-    try:
+    with _renamed(path, writer, durable) as partial:
         if callable(content):
             content(partial)
         else:
             partial.write_bytes(content.encode() if isinstance(content, str) else content)
         if durable:
             flush(partial)
-        os.replace(partial, path)
-        if durable:
-            flush(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        if isinstance(error, OSError):
-            raise OSError(f"{path} cannot be written ({error.strerror or error}): mend that and run the same command "
-                          "again") from error
-        raise
 
 
 def write_folder_aside(folder: Path, content: Callable[[Path], object]) -> None:
@@ -61,18 +50,30 @@ def write_folder_aside(folder: Path, content: Callable[[Path], object]) -> None:
     Raises:
         OSError: the disk is full, something is in the way, ...; the message names the folder.
     """
-    partial = folder.with_name(PARTIAL + folder.name)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with _renamed(folder) as partial:
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         content(partial)
         for path in partial.rglob("*.safetensors"):
             path.chmod(0o666 & ~_umask())  # safetensors leaves it to its owner alone
-        os.replace(partial, folder)
+
+
+@contextlib.contextmanager
+def _renamed(path: Path, writer: str = "", durable: bool = False) -> Iterator[Path]:
+    """Yields the name to write to, which becomes `path` afterwards; where anything fails nothing is left behind."""
+    partial = path.with_name(PARTIAL + writer + path.name)
+    try:
+        yield partial
+        os.replace(partial, path)
+        if durable:
+            flush(path.parent)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         if isinstance(error, OSError):
-            raise OSError(f"{folder} cannot be written ({error.strerror or error}): mend that and run the same command "
+            raise OSError(f"{path} cannot be written ({error.strerror or error}): mend that and run the same command "
                           "again") from error
         raise
 

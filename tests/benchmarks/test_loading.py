@@ -18,9 +18,9 @@ def test_sources_are_measured_by_turns(latents, digit_folder):
     found = loading.measure_loading(sources, batch_size=20, num_workers=1, rounds=3, seconds=0.05)
     assert found.keys() == sources.keys()
     for speed in found.values():
-        assert speed.samples == 120 and len(speed.rounds) == 3
-        assert speed.samples_per_second == sorted(speed.rounds)[1] > 0
-        assert speed.private_mib is None or 1 < speed.private_mib < 4096
+        assert speed["samples"] == 120 and len(speed["rounds"]) == 3
+        assert speed["samples_per_second"] == sorted(speed["rounds"])[1] > 0
+        assert speed["private_mib"] is None or 1 < speed["private_mib"] < 4096
 
 
 def test_random_latents_are_a_whole_folder(tmp_path):

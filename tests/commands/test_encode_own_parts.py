@@ -87,6 +87,9 @@ def test_a_codec_encodes_trains_and_samples(my_parts, encode, images, launch, tm
     assert json.loads((run / "data.json").read_text())["codec"] == index.settings.codec
     recipe = load_weights(str(run)).recipe
     assert open_codec(recipe.codec).describe() == recipe.codec == index.settings.codec
+    assert load_weights(str(run), vae="my_parts.Halved").recipe == recipe
+    with pytest.raises(ValueError, match=r"trained with another codec than identity \(kind my_parts\.Halved ->"):
+        load_weights(str(run), vae="identity")
     load_command("sample/generate.py").main(["--ckpt", str(run), "--num-samples", "2", "--steps", "1", "--out",
                                              str(tmp_path / "samples")])
     manifest = json.loads((tmp_path / "samples" / "manifest.json").read_text())
