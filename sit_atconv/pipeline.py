@@ -7,8 +7,6 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-from accelerate import cpu_offload
-from accelerate.hooks import remove_hook_from_module
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
@@ -102,12 +100,6 @@ class SiTPipeline(DiffusionPipeline):
             pretrained_model_name, revision=revision, cache_dir=cache_dir, force_download=force_download,
             local_files_only=here or bool(local_files_only), token=token, allow_patterns=["*.json", "*.safetensors"],
         )
-
-    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None):
-        """As diffusers', but an ATConv comes as a whole: it reads the weight of a layer that it does not call."""
-        super().enable_sequential_cpu_offload(gpu_id, device)
-        remove_hook_from_module(self.transformer, recurse=True)
-        cpu_offload(self.transformer, self._offload_device, offload_buffers=True, preload_module_classes=["ATConv"])
 
     @torch.no_grad()
     def __call__(

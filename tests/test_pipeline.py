@@ -332,7 +332,8 @@ def test_offloading(exported, monkeypatch):
     pipeline.vae = None
     expected = pipeline(3, latents=NOISE[:1], num_inference_steps=2, output_type="latent").images
     to_cpu = torch.device("cpu")  # accelerate stumbles over the cpu:0 that diffusers makes of it
-    monkeypatch.setattr(pipeline_module, "cpu_offload", lambda m, _, **o: accelerate.cpu_offload(m, to_cpu, **o))
+    offload = accelerate.cpu_offload
+    monkeypatch.setattr(accelerate, "cpu_offload", lambda m, _, **options: offload(m, to_cpu, **options))
     pipeline.enable_sequential_cpu_offload(device="cpu")
     assert {p.device.type for p in pipeline.transformer.parameters()} == {"meta"}
     images = pipeline(3, latents=NOISE[:1], num_inference_steps=2, output_type="latent").images

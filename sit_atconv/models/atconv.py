@@ -60,13 +60,12 @@ class ATConv(nn.Module):
     def generate_kernels(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Tokens (B, N, C) -> one kernel for each sample and channel (B, C, k, k)."""
         k = self.kernel_size
-        p = pool_tokens(x, grid_size, k, self.pool)              # (B, k*k, C)
-        K = self.kernel_act(self.kernel_proj(p))                 # (B, k*k, C)
-        W_g, b_g = self.kernel_gen.weight, self.kernel_gen.bias  # one map of the taps for all channels
-        K = torch.baddbmm(b_g[:, None], W_g.expand(K.shape[0], -1, -1), K)            # (B, k*k, C)
-        inhibition = torch.sigmoid(self.difference_control)                           # (C,)
-        K = torch.addcmul(K, inhibition, K.mean(1, keepdim=True), value=-1)           # lateral, among the taps
-        return K.transpose(1, 2).unflatten(2, (k, k))            # (B, C, k, k)
+        p = pool_tokens(x, grid_size, k, self.pool)                         # (B, k*k, C)
+        K = self.kernel_act(self.kernel_proj(p))                            # (B, k*k, C)
+        K = self.kernel_gen(K.transpose(1, 2))                              # (B, C, k*k), one map of the taps for all C
+        inhibition = torch.sigmoid(self.difference_control)[:, None]        # (C, 1)
+        K = torch.addcmul(K, inhibition, K.mean(2, keepdim=True), value=-1)  # lateral, among the taps
+        return K.unflatten(2, (k, k))                                       # (B, C, k, k)
 
 
 def pool_tokens(x: Tensor, grid_size: tuple[int, int], k: int, pool: str) -> Tensor:

@@ -30,12 +30,12 @@ class TimestepEmbedder(nn.Module):
             nn.Linear(2 * num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
-    def forward(self, t: Tensor) -> Tensor:
-        """(B,) -> (B, D)"""
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B,) -> (B, D), of features in `dtype`"""
         exponents = torch.arange(self.num_frequencies, device=t.device, dtype=torch.float32) / self.num_frequencies
         angles = t[:, None].float() * torch.exp(-math.log(10000.0) * exponents)     # (B, F)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)                  # (B, 2F)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))                      # (B, D)
+        return self.mlp(features.to(dtype))                                         # (B, D)
 
 
 class LabelEmbedder(nn.Module):
@@ -242,7 +242,7 @@ class SiT(ModelMixin, ConfigMixin):
         tokens = self.x_embedder(x.to(dtype)).to(dtype)                     # (B, N, D)
         if self.pos_embed is not None:
             tokens = tokens + self._positions(grid_size)                    # (B, N, D)
-        c = self.t_embedder(t) + self.y_embedder(y)                         # (B, D)
+        c = self.t_embedder(t, dtype) + self.y_embedder(y)                  # (B, D)
         hidden = None
         for number, block in enumerate(self.blocks, start=1):
             tokens = self._apply_block(block, tokens, c, grid_size)         # (B, N, D)

@@ -223,3 +223,26 @@ def test_overfits_one_batch():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1
+
+
+BATCH = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0.2, 0.7]),
+         torch.tensor([0, 2]))
+
+
+@pytest.mark.parametrize("mixer", ["atconv", "hybrid"])
+def test_every_module_is_called_so_that_hooks_and_adapters_see_it(mixer):
+    model = randomised(mixer=mixer)
+    seen = set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda module, args, output, name=name: seen.add(name))
+    model(*BATCH)
+    containers = {name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
+    assert {name for name, _ in model.named_modules()} - seen == containers
+
+
+def test_linears_can_be_quantised_dynamically():
+    model = randomised(mixer="atconv").eval()
+    expected = model(*BATCH)
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    assert not [name for name, module in quantised.named_modules() if type(module) is torch.nn.Linear]
+    assert 0 < relative_error(quantised(*BATCH), expected) < 0.1
