@@ -88,8 +88,11 @@ def load(source: str, path: Path, ema: bool | float, options: dict):
 
 
 def convert(weights, source: str, out: Path, form: str) -> str:
-    """Writes the weights in a form; returns what to tell the user."""
+    """Writes the weights in a form; returns what to tell the user. ValueError: it cannot hold what they need."""
     config, recipe, quoted = weights.model.config, weights.recipe, shlex.quote(str(out))
+    needed = recipe.backbone or (recipe.objective or {}).get("class_path")
+    if needed and form != "ours":
+        raise ValueError(f"--to {form} does not say that these weights need {needed}: convert them to ours")
     null = "without a null label" if not config.has_null_label else (
         "and a null label that was never trained" if recipe.null_label_trained is False else "and a null label")
     kind = {"EMA": "EMA weights", "as trained": "trained weights", None: "weights"}[recipe.average]

@@ -207,6 +207,17 @@ def test_errors_name_value_and_remedy(fails, tmp_path, tiny_run):
     assert not out.exists() and not (tmp_path / "b.pt").exists()
 
 
+def test_forms_that_lose_a_users_own_objective_are_refused(convert, tiny_run, tmp_path, fails):
+    weights, objective = load_weights(str(tiny_run)), {"class_path": "mine.Objective", "init_args": {}}
+    save_weights(weights.model, dataclasses.replace(weights.recipe, objective=objective), tmp_path / "own")
+    for form in ("sit", "repa", "pipeline"):
+        error = fails(load_command(CONVERT).main, [tmp_path / "own", tmp_path / "out.pt", "--to", form])
+        assert f"--to {form} does not say that these weights need mine.Objective: convert them to ours" in error
+    assert not (tmp_path / "out.pt").exists()
+    convert(tmp_path / "own", tmp_path / "ours")
+    assert load_weights(str(tmp_path / "ours")).recipe.objective == objective
+
+
 @pytest.mark.parametrize("command", [CONVERT, "sample/generate.py"])
 def test_no_code_is_run(fails, tmp_path, command):
     class Payload:
