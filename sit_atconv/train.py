@@ -88,13 +88,13 @@ def train_model(job: Job, session: Session) -> int:
             latents = codec.latents(stored, noise=posterior[rows])
             with accelerator.accumulate(*session.trained):  # processes exchange gradients in the last micro-batch only
                 terms = objective.loss(model, latents, batch.y, draw[rows], session.net.null_label)
-                others = auxiliary(model.hidden, latents, pixels) if auxiliary is not None else {}
-                name, *logged = terms
-                minimised = [term.where(batch.readable, 0.0) for term in (terms[name], *others.values())]
-                loss = sum(term.mean() for term in minimised)  # over all, so that it does not depend on the cut
+                added = auxiliary(model.hidden, latents, pixels) if auxiliary is not None else {}
+                terms, added = ({name: term.where(batch.readable, 0.0) for name, term in named.items()}
+                                for named in (terms, added))
+                losses = terms.pop(next(iter(terms)))  # the first is minimised, the others are only logged
+                loss = sum(term.mean() for term in (losses, *added.values()))  # over all, however the batch is cut
                 accelerator.backward(poisoned(loss))
-            others |= {name: terms[name].where(batch.readable, 0.0) for name in logged}
-            meter.add(minimised[0].detach(), draw.t[rows], batch.readable, others)
+            meter.add(losses.detach(), draw.t[rows], batch.readable, terms | added)
             finite &= loss.isfinite()
 
         # Clip the gradient, update weights and averages; an update that is not finite is withheld.

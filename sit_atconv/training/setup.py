@@ -82,8 +82,8 @@ class Session:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        """The trainable parameters, in the order in which their norms are added up."""
+        return [p for p in self.state.parameters().values() if p.requires_grad]
 
     @property
     def trained(self) -> list[nn.Module]:
