@@ -194,7 +194,7 @@ class SiTPipeline(DiffusionPipeline):
 
     @property
     def codec(self) -> Codec:
-        """What decodes the latents: the VAE, or nothing in pixel space."""
+        """The codec of the VAE, or that of pixel space."""
         return IdentityCodec(self.transformer.config.in_channels) if self.vae is None else VAECodec.of(self.vae)
 
     @property

@@ -35,10 +35,11 @@ WHERE_FROM = "Give the path of a downloaded AutoencoderKL folder (config.json an
 
 
 class Codec(Protocol):
-    """What turns images into the latents that a model is trained on, and back.
+    """A frozen map from images to the latents that a model is trained on, and back.
 
-    A codec of your own inherits this class and defines at least `channels`, `downsample`, `encode` and `decode`. Its
-    path, `my_module.MyCodec`, is what `--data.codec` and `encode.py --vae` take.
+    A codec of your own inherits this class and defines at least `channels`, `downsample`, `encode` and `decode`, which
+    run their networks under `torch.no_grad()`. Its path, `my_module.MyCodec`, is what `--data.codec` and
+    `encode.py --vae` take.
 
     Attributes:
         channels: C of the latents.
@@ -61,11 +62,11 @@ class Codec(Protocol):
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> what is worth caching, (B, *stored_shape)."""
+        """Returns what is worth caching, (B, *stored_shape), of images (B, 3, H, W) in [-1, 1]."""
 
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> images (B, 3 or 1, H, W) in [-1, 1]."""
+        """Returns images (B, 3 or 1, H, W) in [-1, 1] of latents (B, C, h, w)."""
 
     def latents(
         self, stored: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
@@ -91,14 +92,14 @@ class Codec(Protocol):
         return self
 
     def latent_size(self, image_size: int) -> int:
-        """Side of the latent grid for images of this side. ValueError: not divisible by the downsampling."""
+        """Returns the side of the latent grid. ValueError: the images' side is not divisible by the downsampling."""
         if image_size % self.downsample:
             raise ValueError(f"image size {image_size} is not divisible by the codec's downsampling {self.downsample}")
         return image_size // self.downsample
 
     @property
     def name(self) -> str:
-        """Where the codec is, or its kind."""
+        """The codec's place, or its kind if it has none."""
         description = self.describe()
         return description.get("source", description["kind"])
 
@@ -255,7 +256,7 @@ def open_codec(
     description: dict, made: str = "the weights were trained", precision: Precision = "tf32", *,
     remedy: str = "Give the folder that it is in now by --vae", **options,
 ) -> Codec:
-    """What `describe()` returned -> the codec.
+    """Returns the codec that `describe()` described.
 
     Args:
         description: of the codec; `source` is where it is now.

@@ -1,4 +1,4 @@
-"""What every data source has: the embedded digits, folders of images, cached latents, and those of users."""
+"""The contract of data sources: the embedded digits, folders of images, cached latents, and those of users."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence

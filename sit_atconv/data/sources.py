@@ -1,4 +1,4 @@
-"""What a model is trained on, as a run's configuration names it."""
+"""The data that a model is trained on, as a run's configuration names them."""
 
 import contextlib
 from collections.abc import Iterator

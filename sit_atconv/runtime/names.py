@@ -27,7 +27,7 @@ def show_some(items: Sequence[str], most: int = 10) -> str:
 
 
 def name_classes(class_names: Sequence[str], labels: Sequence[int], which: str = "", most: int = 10) -> str:
-    """[0, 7] -> "2 classes: 0 ('cat'), 7 ('dog')"; `which` qualifies the classes."""
+    """Names the classes of labels: [0, 7] -> "2 classes: 0 ('cat'), 7 ('dog')"; `which` qualifies them."""
     named = [f"{label} ({class_names[label]!r})" for label in labels]
     return f"{len(labels)} class{'' if len(labels) == 1 else 'es'}{which}: {show_some(named, most)}"
 

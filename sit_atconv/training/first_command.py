@@ -1,4 +1,4 @@
-"""How to train on latents that were just encoded, as a command to copy."""
+"""Suggests a training command for latents that were just encoded."""
 
 import itertools
 import shlex
