@@ -88,13 +88,15 @@ def train_model(job: Job, session: Session) -> int:
             latents = codec.latents(stored, noise=posterior[rows])
             with accelerator.accumulate(*session.trained):  # processes exchange gradients in the last micro-batch only
                 terms = objective.loss(model, latents, batch.y, draw[rows], session.net.null_label)
-                added = auxiliary(model.hidden, latents, pixels) if auxiliary is not None else {}
+                added = auxiliary(model.take(), latents, pixels) if auxiliary is not None else {}
                 terms, added = ({name: term.where(batch.readable, 0.0) for name, term in named.items()}
                                 for named in (terms, added))
                 losses = terms.pop(next(iter(terms)))  # the first is minimised, the others are only logged
                 loss = sum(term.mean() for term in (losses, *added.values()))  # over all, however the batch is cut
                 accelerator.backward(poisoned(loss))
-            meter.add(losses.detach(), draw.t[rows], batch.readable, terms | added)
+            others = {f"flow/{name}": term for name, term in terms.items()}
+            others |= {f"auxiliary/{name}": term for name, term in added.items()}
+            meter.add(losses.detach(), draw.t[rows], batch.readable, others)
             finite &= loss.isfinite()
 
         # Clip the gradient, update weights and averages; an update that is not finite is withheld.

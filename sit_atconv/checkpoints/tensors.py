@@ -58,6 +58,9 @@ def mixer_kinds(tensors: Mapping[str, Tensor], config: Mapping = MappingProxyTyp
     for i, name in names.items():
         mixer = mixers.get(i, {})
         if name is None:
+            for entry in MIXERS.values():
+                if entry.parameters and mixer.keys() < set(entry.parameters):
+                    raise ValueError(f"no weights of a SiT: blocks.{i}.attn.{entry.parameters[0]} is missing")
             known = {parameter for entry in MIXERS.values() for parameter in entry.parameters}
             unknown = [f"blocks.{i}.attn.{parameter}" for parameter in (mixer.keys() - known or mixer)]
             raise ValueError(f"a token mixer that is not known here ({', '.join(sorted(unknown)[:LISTED])}): give "

@@ -105,11 +105,12 @@ def save_checkpoint(
             save_weights(model, dataclasses.replace(recipe, ema_decay=decay), partial / name)
         save_file(_optimizer_tensors(state), partial / "optimizer.safetensors")
         if state.auxiliary is not None:
-            save_file(state.auxiliary.state_dict(), partial / AUXILIARY_FILE)
+            save_file(_auxiliary_tensors(state.auxiliary), partial / AUXILIARY_FILE)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         content = {
             "step": recipe.step,
             "scaler": state.scaler and state.scaler.state_dict(),
+            **({"optimizer": numbers} if any(numbers := _optimizer_numbers(state.optimizer)) else {}),
             "computed_on": computed_on or {},
             "versions": recipe.versions,
             "sha256": {str(path.relative_to(partial)): sha256_of(path) for path in files},
@@ -153,8 +154,27 @@ def _remove(path: Path) -> None:
 
 def _optimizer_tensors(state: TrainingState) -> "dict[str, torch.Tensor]":
     """The optimizer's moments and step counts, by the parameters' names."""
-    return {f"{name}/{key}": value for name, p in state.parameters().items()
-            for key, value in state.optimizer.state.get(p, {}).items()}
+    import torch
+
+    tensors = {f"{name}/{key}": value for name, p in state.parameters().items()
+               for key, value in state.optimizer.state.get(p, {}).items() if value is not None}
+    if odd := [name for name, value in tensors.items() if not isinstance(value, torch.Tensor | int | float)]:
+        raise OSError(f"{type(state.optimizer).__name__} keeps {odd[0]} as a {type(tensors[odd[0]]).__name__}, and "
+                      "checkpoints hold tensors and numbers: use another --optimizer")
+    return {name: torch.as_tensor(value).contiguous() for name, value in tensors.items()}
+
+
+def _optimizer_numbers(optimizer: "torch.optim.Optimizer") -> list[dict]:
+    """What an optimizer has learned and keeps in its groups: numbers other than its options, group by group."""
+    options = {"lr", "weight_decay"}
+    return [{name: value for name, value in group.items() if isinstance(value, int | float) and name not in options
+             and optimizer.defaults.get(name, value) != value} for group in optimizer.param_groups]
+
+
+def _auxiliary_tensors(auxiliary: "torch.nn.Module") -> "dict[str, torch.Tensor]":
+    """All but what is frozen, such as an encoder, whose weights are no part of a run."""
+    frozen = {name for name, p in auxiliary.named_parameters() if not p.requires_grad}
+    return {name: tensor.contiguous() for name, tensor in auxiliary.state_dict().items() if name not in frozen}
 
 
 # ------------------------------------------------------------------------------------------------------- loading
@@ -228,8 +248,13 @@ def load_checkpoint(checkpoint: Path, state: TrainingState) -> dict:
         for name, (_, model) in state.average_folders().items():
             model.load_state_dict(load_file(checkpoint / name / WEIGHTS_FILE))
         if state.auxiliary is not None:
-            state.auxiliary.load_state_dict(load_file(checkpoint / AUXILIARY_FILE))
+            held, wanted = load_file(checkpoint / AUXILIARY_FILE), _auxiliary_tensors(state.auxiliary)
+            if held.keys() != wanted.keys():
+                raise ValueError(f"{AUXILIARY_FILE} holds other tensors than this auxiliary loss has")
+            state.auxiliary.load_state_dict(held, strict=False)  # what is frozen is not in it
         _restore_optimizer(state, load_file(checkpoint / "optimizer.safetensors"))
+        for group, numbers in zip(state.optimizer.param_groups, content.get("optimizer", ()), strict=False):
+            group |= numbers
         if state.scaler:
             state.scaler.load_state_dict(content["scaler"])
     except Exception as error:  # whatever does not fit

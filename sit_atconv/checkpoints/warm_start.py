@@ -72,7 +72,8 @@ class Special:
 
 
 def start_from(
-    net: SiT, ckpt: str, flow_path: str, prediction: str, codec: dict, *, class_names: list[str] | None = None
+    net: SiT, ckpt: str, flow_path: str, prediction: str, codec: dict, *, class_names: list[str] | None = None,
+    objective: dict | None = None,
 ) -> Start:
     """Copies into `net` what can be kept of the weights that `ckpt` names; the rest stays as it was initialised.
 
@@ -87,6 +88,7 @@ def start_from(
         codec: what `Codec.describe()` returns.
         class_names: of the data to train on: rows of the label table follow the names where both have the same ones.
             None leaves them uncompared.
+        objective: class path and arguments of an objective that is needed to sample, as `Recipe` has it.
 
     Raises:
         ValueError: the weights cannot be read, or are of a model of another width, depth, patch or channels.
@@ -113,7 +115,8 @@ def start_from(
         *source.lines,
         *(line for special in specials for line in special.lines),
         *_silent_options(net, here, source),
-        *_training_differences(source, {"interpolant": flow_path, "prediction": prediction}, codec),
+        *_training_differences(
+            source, {"interpolant": flow_path, "prediction": prediction, "objective": _class_path(objective)}, codec),
         *_class_name_differences(net, source, class_names),
     ]
     return Start(lines, source.null_label_trained if _keeps_null_label(net, source) else False)
@@ -148,12 +151,17 @@ def _open(ckpt: str) -> Source:
         weights.model.state_dict(),
         [*([recipe.average] if recipe.average else []), *([f"step {recipe.step}"] if recipe.step else [])],
         dict(weights.model.config),
-        {"interpolant": recipe.interpolant, "prediction": recipe.prediction},
+        {"interpolant": recipe.interpolant, "prediction": recipe.prediction,
+         "objective": _class_path(recipe.objective)},
         recipe.codec,
         recipe.class_names,
         recipe.null_label_trained,
         list(weights.notes),
     )
+
+
+def _class_path(objective: dict | None) -> str:
+    return objective["class_path"] if objective else "one that path and prediction describe"
 
 
 def _position_table(net: SiT, there: dict[str, Tensor]) -> Special:

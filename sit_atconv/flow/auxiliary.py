@@ -32,7 +32,8 @@ class AuxiliaryLoss(nn.Module, abc.ABC):
         """Computes the loss of each sample.
 
         Args:
-            hidden: tokens (B, N, D) after `block`, with gradient.
+            hidden: tokens (B, N, D) after `block`, with gradient; of the first call, if the objective calls the model
+                several times.
             data: images or latents (B, C, H, W) that the model learns.
             pixels: images (B, 3, H, W) in [-1, 1] where `needs_pixels`.
 
@@ -42,7 +43,7 @@ class AuxiliaryLoss(nn.Module, abc.ABC):
 
 
 class HiddenTap:
-    """A model (x, t, y) that keeps the hidden tokens of its last call.
+    """A model (x, t, y) that keeps the hidden tokens of its first call with gradient, until they are taken.
 
     Args:
         model: the model in training.
@@ -56,5 +57,12 @@ class HiddenTap:
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if self.block is None:
             return self.model(x, t, y)
-        v, self.hidden = self.model(x, t, y, return_hidden=self.block)
+        v, hidden = self.model(x, t, y, return_hidden=self.block)
+        if self.hidden is None or not self.hidden.requires_grad:
+            self.hidden = hidden
         return v
+
+    def take(self) -> Tensor | None:
+        """Returns the hidden tokens, (B, N, D), and forgets them."""
+        hidden, self.hidden = self.hidden, None
+        return hidden

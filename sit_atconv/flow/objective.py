@@ -60,8 +60,8 @@ class Objective(abc.ABC):
 
     @classmethod
     def is_needed_to_sample(cls) -> bool:
-        """True if path and prediction do not say how to sample: the class has a `velocity` of its own."""
-        return cls.velocity is not Objective.velocity
+        """True if path and prediction do not say how to sample: `velocity` or `interpolant` is the class's own."""
+        return (cls.velocity, cls.interpolant) != (Objective.velocity, Objective.interpolant)
 
 
 OBJECTIVES = Table("objective", type, {})
@@ -79,4 +79,4 @@ def as_trained(model, recipe):
     """
     if recipe.objective is None:
         return model
-    return OBJECTIVES.find(recipe.objective["class_path"])(**recipe.objective["init_args"]).velocity(model)
+    return OBJECTIVES.find(recipe.objective["class_path"])(**recipe.objective.get("init_args", {})).velocity(model)

@@ -73,7 +73,7 @@ def import_modules(modules: Iterable[str]) -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise ValueError(f"--import {module} cannot be imported ({error}): give a module that Python finds from "
+            raise ValueError(f"the module {module} cannot be imported ({error}): give one that Python finds from "
                              "here") from error
 
 

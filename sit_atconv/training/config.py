@@ -6,7 +6,6 @@ Each dataclass lives beside what reads it; those of training itself are here, si
 import contextlib
 import json
 import math
-import pydoc
 import re
 import sys
 from collections.abc import Mapping
@@ -57,7 +56,7 @@ class TrainConfig:
             then that of the longer run).
         batch_size: images in one optimizer step, over all processes and micro-batches.
         accumulation: micro-batches in one step.
-        lr: learning rate of AdamW.
+        lr: learning rate.
         warmup_steps: steps over which the learning rate rises linearly from 0.
         lr_decay: how it falls after the warm-up, to 0 at the last step.
         weight_decay: decoupled weight decay of matrices; norms, biases and embeddings have none.
@@ -232,7 +231,7 @@ class Config:
     def check_previews(self, null_label: int | None) -> None:
         """Raises ValueError where previews cannot be drawn as asked: `null_label` is None where it is never trained."""
         try:
-            self.preview.sampler.check(self.flow.path, self.flow.prediction, null_label)
+            self.preview.sampler.check(self.flow.path, self.prediction, null_label)
         except ValueError as error:
             raise ValueError(f"preview: {error} (preview.cfg, flow.class_dropout_prob)") from error
 
@@ -353,7 +352,7 @@ def parse(argv: list[str] | None = None) -> Config:
             data=values.data,
             flow=values.flow,
             auxiliary=values.auxiliary,
-            optimizer=(pydoc.locate(optimizer["class_path"]), optimizer.get("init_args", {})),
+            optimizer=(_locate("optimizer", optimizer["class_path"]), optimizer.get("init_args", {})),
             train=values.train,
             preview=values.preview,
             options=options,
@@ -388,9 +387,12 @@ def _chosen_class(argv: list[str], group: str) -> str | None:
             with contextlib.suppress(OSError, ValueError, yaml.YAMLError, AttributeError):  # which the parser names
                 options = yaml.safe_load(find_config(value).read_text()).get(group) or {}
                 path = options if isinstance(options, str) else options.get("class_path", path)
-    if path and _locate(group, path) is None:
-        raise ValueError(f"--{group} {path} cannot be found: give a class as module.NAME")
-    return path
+    if path in (None, "null"):
+        return None
+    if (kind := _locate(group, path)) is None:
+        base = SiT if group == "backbone" else CLASSES[group][0]
+        raise ValueError(f"--{group} {path} is no {base.__name__}: give a subclass of it as module.NAME")
+    return f"{kind.__module__}.{kind.__qualname__}" if group == "backbone" else path
 
 
 def _locate(group: str, path: str) -> type | None:
@@ -398,7 +400,11 @@ def _locate(group: str, path: str) -> type | None:
     known = [SiT if group == "backbone" else CLASSES[group][0]]
     for kind in known:
         known += kind.__subclasses__()
-    return pydoc.locate(path) if "." in path else next((kind for kind in known if kind.__name__ == path), None)
+    if "." not in path:
+        return next((kind for kind in known if kind.__name__ == path), None)
+    module, _, name = import_module_of(path).rpartition(".")
+    kind = getattr(sys.modules[module], name, None)
+    return kind if isinstance(kind, type) and issubclass(kind, known[0]) else None
 
 
 def _plain(parser: "Parser", namespace) -> dict:

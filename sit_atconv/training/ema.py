@@ -51,4 +51,5 @@ class Averages:
         for decay, averaged in self.averaged.items():
             # A tensor, so that the device decides and the host need not wait.
             weight = updated * self.weight_at(decay, step)
+            # Private, since torch's foreach functions have no public names.
             torch._foreach_lerp_(averaged, self.weights, [weight] * len(averaged))

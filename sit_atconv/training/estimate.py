@@ -108,19 +108,24 @@ def forward_and_backward(net: SiT, config: Config, num_images: int, device: torc
 def image_bytes(net: SiT, config: Config, device: torch.device) -> float:
     """Measures what one more image adds at the peak of forward and backward.
 
-    Every further block adds the same, so the last two and the last four tell: the whole model may not fit.
+    Blocks of one mixer add the same, so the last two and one more of each tell: the whole model may not fit.
     """
     device = device if device.type == "cuda" else torch.device("cpu")  # no other accelerator tells its peak
-    blocks, few, images = net.blocks, max(1, TRIAL_TOKENS // math.prod(net.grid_size)), []
-    for depth in (2, 4):
-        net.blocks = blocks[-depth:]
+    blocks, few = net.blocks, max(1, TRIAL_TOKENS // math.prod(net.grid_size))
+    kinds, last = [type(block.attn) for block in blocks[:-2]], [*blocks[-2:]]
+
+    def of_blocks(chosen: list[nn.Module]) -> float:
+        net.blocks = nn.ModuleList(chosen)
         run = partial(forward_and_backward, net.to(device), config, device=device)
         run(1)  # makes the gradients
-        images.append((peak_bytes(partial(run, 2 * few), device) - peak_bytes(partial(run, few), device)) / few)
-    block = (images[1] - images[0]) / max(1, len(net.blocks) - 2)
+        return (peak_bytes(partial(run, 2 * few), device) - peak_bytes(partial(run, few), device)) / few
+
+    total = base = of_blocks(last)
+    for kind in dict.fromkeys(kinds):
+        total += (of_blocks([blocks[kinds.index(kind)], *last]) - base) * kinds.count(kind)
     net.zero_grad()
     net.blocks = blocks
-    return images[0] + block * max(0, len(blocks) - 2)
+    return total
 
 
 def time_step(

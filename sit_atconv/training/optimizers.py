@@ -4,7 +4,6 @@
     accelerate launch sit_atconv/train.py --optimizer sit_atconv.training.optimizers.MuonAdamW
 """
 
-import inspect
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +11,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from sit_atconv.runtime.devices import has_fused_optimizers
+
+FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)  # whose fused kernels heed `found_inf` on any device
 
 
 def parameter_groups(modules: Sequence[nn.Module], weight_decay: float) -> list[dict]:
@@ -40,12 +41,10 @@ def make_optimizer(
         ValueError: the class refuses the parameters or the options.
     """
     groups = parameter_groups(modules, weight_decay)
-    fused = {}
-    if "fused" in inspect.signature(kind).parameters and has_fused_optimizers(next(modules[0].parameters()).device):
-        fused = {"fused": True}
+    is_fused = kind in FUSED and has_fused_optimizers(next(modules[0].parameters()).device)
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     try:
-        return kind(groups, lr=lr, **options, **fused)
+        return kind(groups, lr=lr, **options, **({"fused": True} if is_fused else {}))
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"the optimizer {kind.__name__} cannot be made ({str(error).splitlines()[0]})") from error
 

@@ -113,8 +113,8 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
         count = checkpoints_at_once(train.steps, train.checkpoint_every, train.keep_checkpoints, train.keep_every)
         check_room(run, max(1, count - len(saved)) * checkpoint_bytes(net, len(train.ema_decays)))
     if config.init_from and not saved:
-        start = start_from(net, config.init_from, config.flow.path, config.flow.prediction, codec.describe(),
-                           class_names=[*data.class_names])
+        start = start_from(net, config.init_from, config.flow.path, config.prediction, codec.describe(),
+                           class_names=[*data.class_names], objective=config.objective)
     if is_main_process():
         to_release.enter_context(exclusive(run))
     found = find_resumable(run)

@@ -213,7 +213,7 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
         held_out_loss, meter, tracker, unreadable, watch, stop, agreement, empty_classes, found.checkpoint,
     )
     unreadable.note(held_out_loss.unreadable)
-    settle_gradient_exchange(session, (job.order.micro_batch, *job.latent_shape))
+    settle_gradient_exchange(job, session)
     return session
 
 
@@ -252,17 +252,19 @@ def introduce(
         tqdm.write(line, file=sys.stderr)
 
 
-def settle_gradient_exchange(session: Session, shape: tuple[int, ...]) -> None:
+def settle_gradient_exchange(job: Job, session: Session) -> None:
     """Runs one dummy backward: DDP rebuilds its buckets after the first one, which changes the order of summation.
 
     Doing it now keeps a resumed run bitwise equal to an undisturbed one.
     """
-    accelerator, auxiliary = session.accelerator, session.auxiliary
+    accelerator, auxiliary, images = session.accelerator, session.auxiliary, job.order.micro_batch
     if accelerator.num_processes > 1:
-        x, t = torch.zeros(shape, device=accelerator.device), torch.zeros(shape[0], device=accelerator.device)
-        model = session.tapped()
+        x = torch.zeros(images, *job.latent_shape, device=accelerator.device)
+        t, model = torch.zeros(images, device=x.device), session.tapped()
         output = model(x, t, t.long()).float().sum()
         if auxiliary is not None:
-            output = output + sum(term.sum() for term in auxiliary(model.hidden, x, x).values())
+            pixels = torch.zeros(len(x), job.data.channels, *[job.data.image_size] * 2, device=x.device)
+            added = auxiliary(model.take(), x, pixels if session.state.auxiliary.needs_pixels else None)
+            output = output + sum(term.sum() for term in added.values())
         accelerator.backward(output)
         session.prepared.zero_grad()

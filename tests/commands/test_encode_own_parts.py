@@ -119,6 +119,6 @@ def test_what_is_no_codec_and_no_source_is_refused(my_parts, fails, images, tmp_
         train, [*RUN, "--data.codec", "my_parts.Misnamed"])
     assert "data.images: my_parts.Nothing does not inherit sit_atconv.data.sources.DataSource" in fails(
         train, [*RUN, "--data.images", "my_parts.Nothing"])
-    assert "data.images: --import nowhere cannot be imported" in fails(train, [*RUN, "--data.images", "nowhere.X"])
+    assert "data.images: the module nowhere cannot be imported" in fails(train, [*RUN, "--data.images", "nowhere.X"])
     assert "encoding begins with another codec than my_parts.Halved" in fails(
         load_command("sit_atconv/encode.py").main, encode_argv(images, "my_parts.Misnamed", tmp_path / "out"))

@@ -197,7 +197,7 @@ def test_arguments_are_checked_before_anything_is_loaded(fails, npz, tmp_path, m
         (["--make-reference", tmp_path / "x.npz"], "leave --samples out"),
         (["--out", npz], "is what is to be read"),
         (["--out", "/dev/null"], "cannot be written"),
-        (["--import", "no_such_module"], "--import no_such_module cannot be imported"),
+        (["--import", "no_such_module"], "the module no_such_module cannot be imported"),
     ]:
         assert message in fails(main, [*argv, *more])
     assert "--samples is missing" in fails(main, ["--reference", "digits"])

@@ -91,7 +91,16 @@ def test_four_steps_are_two_and_a_kill_and_two(launch, whole, tmp_path, kind):
 
 OWN_LOSS = """
 import torch.nn as nn
+from sit_atconv.data.codecs import Codec
 from sit_atconv.flow.auxiliary import AuxiliaryLoss
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+class Packed(Codec):
+    channels, downsample = 4, 2
+    def encode(self, images):
+        return pixel_unshuffle(images, 2)
+    def decode(self, z):
+        return pixel_shuffle(z, 2)
 
 class Brightness(AuxiliaryLoss):
     needs_pixels, block = True, 1
@@ -100,18 +109,22 @@ class Brightness(AuxiliaryLoss):
         self.weight = weight
     def build(self, net):
         self.head = nn.Linear(net.config.hidden_size, 1)
+        self.encoder = nn.Linear(1000, 1).requires_grad_(False)
     def forward(self, hidden, data, pixels):
+        assert pixels.shape[1:] == (1, 8, 8)
         error = self.head(hidden).mean((1, 2)).float() - pixels.mean((1, 2, 3))
         return {"brightness": self.weight * error.square()}
 """
 PARTS = {
     "an auxiliary loss": ["--auxiliary", "own_loss.Brightness", "--auxiliary.weight", "0.7"],
+    "on a codec": ["--auxiliary", "own_loss.Brightness", "--data.codec", "own_loss.Packed", "--model.patch_size", "1"],
     "Muon": ["--optimizer", "sit_atconv.training.optimizers.MuonAdamW"],
 }
 
 
 @pytest.mark.parametrize(("part", "processes"), [
-    ("an auxiliary loss", 1), ("Muon", 1), pytest.param("an auxiliary loss", 2, marks=pytest.mark.slow)])
+    ("an auxiliary loss", 1), ("Muon", 1), pytest.param("an auxiliary loss", 2, marks=pytest.mark.slow),
+    pytest.param("on a codec", 2, marks=pytest.mark.slow)])
 def test_chosen_parts_resume_exactly(launch, tmp_path, part, processes):
     (tmp_path / "own_loss.py").write_text(OWN_LOSS)
     argv = [*EXACT, *PARTS[part]]
@@ -129,9 +142,10 @@ def test_chosen_parts_resume_exactly(launch, tmp_path, part, processes):
         assert any("momentum_buffer" in name for name in names) and any("exp_avg" in name for name in names)
     else:
         assert "auxiliary.safetensors/head.weight" in names and not [name for name in exported if "head" in name]
+        assert not [name for name in names if "encoder" in name]
         first, last = (state_of(run, step)["auxiliary.safetensors/head.weight"] for step in (2, 4))
         assert not torch.equal(first, last)
-        assert all(line["brightness"] > 0 for line in stats_of(run))
+        assert all(line["auxiliary/brightness"] > 0 for line in stats_of(run))
 
 
 OWN_OBJECTIVE = """
@@ -153,6 +167,69 @@ class Doubled(FlowMatching):
     def velocity(self, model):
         return Halved(model)
 """
+
+
+PLAIN_OBJECTIVE = """
+import torch
+from sit_atconv.flow import Draw, Objective
+
+class Plain(Objective):
+    def draw(self, shape, generator):
+        noise = torch.randn(shape, generator=generator, device=generator.device)
+        t = torch.rand(shape[0], generator=generator, device=generator.device)
+        return Draw(noise, t, t < 0)
+    def loss(self, model, data, y, draw, null_label):
+        x = self.interpolant.interpolate(data, draw.noise, draw.t)
+        error = model(x, draw.t, y).float() - self.interpolant.velocity(data, draw.noise, draw.t)
+        return {"error": error.square().flatten(1).mean(1), "loss": draw.t}
+    def velocity(self, model):
+        return model
+"""
+
+
+def test_an_objective_without_options_trains_draws_and_logs_its_terms_apart(launch, tmp_path):
+    (tmp_path / "plain.py").write_text(PLAIN_OBJECTIVE)
+    (tmp_path / "own.yaml").write_text("{}")
+    codes, output = launch(TRAIN, ["--config", "own.yaml", *SMALL, "--train.steps", 1, "--flow", "plain.Plain", "--out",
+                                   "run"], folder=tmp_path)
+    assert codes == [0] and list((tmp_path / "run" / "samples").glob("*.png")), output
+    line = stats_of(tmp_path / "run")[-1]
+    assert line["loss"] > 1 > line["flow/loss"] > 0
+
+
+def test_what_an_optimizer_learns_is_resumed_and_what_cannot_be_saved_is_named(launch, tmp_path):
+    (tmp_path / "own_optimizers.py").write_text("""
+import torch
+
+class Learning(torch.optim.SGD):
+    def __init__(self, params, lr=0.1, scale=1.0):
+        super().__init__(params, lr=lr)
+        self.defaults["scale"] = scale
+        for group in self.param_groups:
+            group["scale"] = scale
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["scale"] += 1
+            for p in group["params"]:
+                self.state[p]["count"] = self.state[p].get("count", 0) + 1
+        super().step()
+
+class Odd(Learning):
+    def step(self, closure=None):
+        super().step()
+        self.state[self.param_groups[0]["params"][0]]["word"] = "text"
+""")
+    argv = [*SMALL, "--optimizer", "own_optimizers.Learning", "--out", "run"]
+    codes, output = launch(TRAIN, argv, die="after the first checkpoint", folder=tmp_path)
+    assert codes == [-9], output
+    codes, output = launch(TRAIN, argv, folder=tmp_path)
+    assert codes == [0] and "step 2 of 4" in output, output
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-0000004" / "state.json").read_text())
+    assert [numbers["scale"] for numbers in state["optimizer"]] == [5.0, 5.0]
+    counts = {name: t for name, t in state_of(tmp_path / "run", 4).items() if name.endswith("/count")}
+    assert counts and all(count == 4 for count in counts.values())
+    codes, output = launch(TRAIN, [*SMALL, "--optimizer", "own_optimizers.Odd", "--out", "odd"], folder=tmp_path)
+    assert codes == [1] and "Odd keeps" in output and "as a str" in output and "Traceback" not in output, output
 
 
 def test_an_objective_with_a_velocity_of_its_own_is_needed_to_sample(launch, tmp_path):

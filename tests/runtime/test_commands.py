@@ -108,4 +108,4 @@ def test_import_option_imports_as_it_is_read(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         parser.parse_args(["--import", "nowhere"])
     usage, error = capsys.readouterr().err.strip().split("\n")
-    assert usage.startswith("usage") and error.startswith("error: --import nowhere cannot be imported (No module")
+    assert usage.startswith("usage") and error.startswith("error: the module nowhere cannot be imported (No module")

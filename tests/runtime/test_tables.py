@@ -47,5 +47,5 @@ def test_own_parts_are_found_by_path_once_their_module_is_imported(table, own_mo
 def test_what_cannot_be_imported_is_named(own_module):
     import_modules([own_module])
     assert import_module_of("red") == "red"
-    with pytest.raises(ValueError, match="--import nowhere cannot be imported"):
+    with pytest.raises(ValueError, match="the module nowhere cannot be imported"):
         import_modules(["nowhere"])
