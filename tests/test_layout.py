@@ -39,6 +39,8 @@ def imports_of(path):
             assert node.level == 0, f"{path} imports relatively"
             yield node.module
             yield from (name for alias in node.names if (name := f"{node.module}.{alias.name}") in MODULES)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", None) == "lazy_exports":
+            yield from (f"sit_atconv.{path.parent.name}.{module.arg}" for module in node.keywords)
 
 
 def test_packages_import_what_they_may():
