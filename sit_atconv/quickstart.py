@@ -13,22 +13,25 @@ import time
 from pathlib import Path
 
 from sit_atconv.evaluation.records import read_evaluation
-from sit_atconv.runtime.commands import ArgumentParser, fail, run_command
+from sit_atconv.runtime.commands import ArgumentParser, at_least, fail, run_command
 from sit_atconv.runtime.installation import command, command_argv
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(
         prog=command("quickstart"),
-        usage="%(prog)s [--out FOLDER]",
+        usage="%(prog)s [--out FOLDER] [--steps N]",
         description="Trains on the embedded digits, generates, evaluates and compares speed, in minutes on a CPU.",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="where everything goes")
-    out = parser.parse_args(argv).out
+    parser.add_argument("--steps", type=at_least(1), help="training steps, for a shorter tour of worse digits "
+                        "(default: 1800, as configs/digits.yaml has it)")
+    options = parser.parse_args(argv)
+    out, steps = options.out, ["--train.steps", options.steps] if options.steps else []
 
     run, samples, scores, speed = out / "run", out / "samples", out / "scores.json", out / "speed"
     seconds = {
-        "train": run_as_typed("train", "--out", run),
+        "train": run_as_typed("train", "--out", run, *steps),
         "generate": run_as_typed("generate", "--ckpt", run, "--cfg", 2, "--num-samples", 1000, "--labels", "balanced",
                                  "--solver", "heun", "--steps", 12, "--batch-size", 125, "--out", samples),
         "evaluate": run_as_typed("fid", "--samples", samples, "--reference", "digits", "--extractor", "digits",

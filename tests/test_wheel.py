@@ -139,7 +139,7 @@ def test_several_processes_train_and_the_printed_command_samples(scripts, tmp_pa
 
 @pytest.mark.slow
 def test_the_quickstart_runs_in_an_empty_folder(scripts, tmp_path):
-    printed = run([scripts / "sit-atconv-quickstart"], tmp_path)
+    printed = run([scripts / "sit-atconv-quickstart", "--steps", 60], tmp_path)
     assert re.findall(r"^\$ (\S+)", printed, re.MULTILINE) == [
         "sit-atconv-train", "sit-atconv-generate", "sit-atconv-fid", "sit-atconv-speed"]
     assert (tmp_path / "runs/quickstart/speed/speed.png").exists()
