@@ -1,7 +1,4 @@
-"""What a training run will need: memory, the micro-batch that fits, time and disk, before anything is written.
-
-    print(report(net, config, order, device))    # runs a few real steps
-"""
+"""What a training run will need: memory, micro-batch, time and disk, by a few real steps that leave no trace."""
 
 import math
 import time
@@ -120,12 +117,11 @@ def image_bytes(net: SiT, config: Config, device: torch.device) -> float:
         run(1)  # makes the gradients
         return (peak_bytes(partial(run, 2 * few), device) - peak_bytes(partial(run, few), device)) / few
 
-    total = base = of_blocks(last)
-    for kind in dict.fromkeys(kinds):
-        total += (of_blocks([blocks[kinds.index(kind)], *last]) - base) * kinds.count(kind)
+    base = of_blocks(last)
+    further = {kind: of_blocks([blocks[kinds.index(kind)], *last]) - base for kind in dict.fromkeys(kinds)}
     net.zero_grad()
     net.blocks = blocks
-    return total
+    return base + sum(further[kind] for kind in kinds)
 
 
 def time_step(
