@@ -267,7 +267,7 @@ def test_a_solver_and_a_guidance_of_the_users_own(launch, fails, tiny_run, tmp_p
     assert np.abs(a - b).max() <= 1
     main = load_command(GENERATE).main
     assert "guidance zero-init -> None" in fails(main, [*argv, "--out", tmp_path / "a"])
-    for name, error in (("midpiont", "solver must be one of euler"), ("nowhere.X", "--import nowhere cannot be"),
+    for name, error in (("midpiont", "solver must be one of euler"), ("nowhere.X", "the module nowhere cannot be"),
                         ("json.dumps", "solver json.dumps is no Solver")):
         assert error in fails(main, [*argv, "--solver", name])
     assert "guidance must be one of cfg, or your own as module.NAME, not 'apg'" in fails(
