@@ -81,7 +81,7 @@ def test_trials_leave_no_trace():
     before = net(*inputs)
     image_bytes(net, config(), CPU)
     assert torch.equal(net(*inputs), before) and torch.equal(torch.get_rng_state(), state)
-    assert all(p.grad is None for p in net.parameters())
+    assert len(net.blocks) == 5 and all(p.grad is None for p in net.parameters())
 
 
 def test_bytes_of_everything_else():
@@ -105,7 +105,8 @@ def test_autocast_keeps_a_copy_of_the_weights_that_are_counted():
     assert counted == pytest.approx(2 * peaks[0] - peaks[1], rel=0.25)
 
 
-def test_a_step_is_timed_without_changing_the_model():
+def test_a_step_is_timed_without_changing_the_model(monkeypatch):
+    monkeypatch.setattr(estimating, "ENOUGH_SECONDS", float("inf"))  # however slow the machine is just now
     torch.manual_seed(0)
     net = SiT(**SHAPE)
     before = {name: value.clone() for name, value in net.state_dict().items()}
