@@ -1,4 +1,4 @@
-"""The Python of README and docs/evaluation.md runs as printed, and what the README names exists."""
+"""The Python of README and docs runs as printed, and the files that the README names exist."""
 
 import re
 
@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-PAGES = [README, (ROOT / "docs" / "evaluation.md").read_text()]
+PAGES = [README, *((ROOT / "docs" / name).read_text() for name in ("getting-started.md", "evaluation.md"))]
 BLOCKS = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
 
 
