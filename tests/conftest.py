@@ -67,7 +67,7 @@ def launch(tmp_path_factory):
 
     def run(
         command: str, argv: list, processes: int = 1, die: str | int | None = None, kill_at: int | None = None,
-        kill_with: int = signal.SIGKILL, kill_rank: int | None = None, seconds: int = 120, work: Path | None = None,
+        kill_with: int = signal.SIGKILL, kill_rank: int | None = None, seconds: int = 600, work: Path | None = None,
         folder: Path | None = None,
     ) -> tuple[list[int], str]:
         log = logs / f"{next(numbers)}.txt"

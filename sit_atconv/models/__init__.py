@@ -1,4 +1,4 @@
-"""The token mixer ATConv, and SiT with any mixture of ATConv, attention and other token mixers."""
+"""Models: the token mixer ATConv, and SiT with ATConv, attention or other token mixers in its blocks."""
 
 from sit_atconv.runtime.lazy import lazy_exports
 

@@ -1,6 +1,8 @@
-"""ATConv, Attentive Convolution (arXiv 2510.20092): a token mixer with a 3x3 kernel made from the content."""
+"""ATConv, Attentive Convolution (arXiv 2510.20092), the token mixer of this package."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -9,24 +11,24 @@ from torch import Tensor
 from sit_atconv.models.constants import kept
 from sit_atconv.ops import dynamic_depthwise_conv2d
 
-ACTIVATIONS = {"gelu_tanh": lambda: nn.GELU(approximate="tanh"), "silu": nn.SiLU}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu_tanh": functools.partial(nn.GELU, approximate="tanh"), "silu": nn.SiLU}
 
 
 class ATConv(nn.Module):
-    """Mixes tokens (B, N, C) by a depthwise convolution whose kernels each sample generates from its own content.
+    """Token mixer: a depthwise convolution whose kernels are generated from the content of each sample.
 
     The published code projects all N tokens for the kernel and pools afterwards. Average pooling and a per-token
-    linear map commute exactly, so pooling first is the same function with N / k^2 times fewer multiplications.
+    linear map commute exactly, so pooling first computes the same function with N / k^2 times fewer multiplications.
 
     Args:
         dim: channels C.
         kernel_size: side k of the kernel, odd.
-        act: activation of the kernel's projection, "gelu_tanh" (published) or "silu" (the REPA port).
+        act: activation in the kernel generator, "gelu_tanh" (published) or "silu" (the REPA port).
         pool: "raster" averages k^2 runs of consecutive tokens (published); "grid" averages k x k tiles of the grid,
-            aligned with the kernel's taps.
+            aligned with the taps of the kernel.
 
     Raises:
-        ValueError: an even kernel size, or an unknown name for `act` or `pool`.
+        ValueError: `kernel_size` is even, or `act` or `pool` is unknown.
     """
 
     def __init__(self, dim: int, kernel_size: int = 3, act: str = "gelu_tanh", pool: str = "raster"):
@@ -42,15 +44,19 @@ class ATConv(nn.Module):
         self.kernel_proj = nn.Linear(dim, dim)
         self.kernel_act = ACTIVATIONS[act]()
         self.kernel_gen = nn.Linear(kernel_size**2, kernel_size**2)
-        self.difference_control = nn.Parameter(torch.zeros(dim))  # alpha, the strength of the inhibition
+        self.difference_control = nn.Parameter(torch.zeros(dim))  # alpha, strength of the lateral inhibition
         self.x_proj = nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
-        """(B, N, C) -> (B, N, C). `grid_size` is (H, W) with H * W = N; None means a square grid.
+        """Mixes tokens: (B, N, C) -> (B, N, C).
+
+        Args:
+            x: tokens, in row-major order of the grid.
+            grid_size: (H, W) with H * W = N; None means a square grid.
 
         Raises:
-            ValueError: `grid_size` does not hold N tokens, or is None where N is not a square.
+            ValueError: H * W is not N, or `grid_size` is None and N is not a square.
         """
         grid_size = grid_size or square_grid(x.shape[1])
         kernels = self.generate_kernels(x, grid_size)                      # (B, C, k, k)
@@ -58,22 +64,22 @@ class ATConv(nn.Module):
         return self.proj(y)                                                # (B, N, C)
 
     def generate_kernels(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        """Tokens (B, N, C) -> one kernel for each sample and channel (B, C, k, k)."""
+        """Generates one kernel for each sample and channel: tokens (B, N, C) -> (B, C, k, k)."""
         k = self.kernel_size
         p = pool_tokens(x, grid_size, k, self.pool)                         # (B, k*k, C)
         K = self.kernel_act(self.kernel_proj(p))                            # (B, k*k, C)
-        K = self.kernel_gen(K.transpose(1, 2))                              # (B, C, k*k), one map of the taps for all C
+        K = self.kernel_gen(K.transpose(1, 2))                              # (B, C, k*k), shared by all channels
         inhibition = torch.sigmoid(self.difference_control)[:, None]        # (C, 1)
-        K = torch.addcmul(K, inhibition, K.mean(2, keepdim=True), value=-1)  # lateral, among the taps
+        K = torch.addcmul(K, inhibition, K.mean(2, keepdim=True), value=-1)  # lateral inhibition
         return K.unflatten(2, (k, k))                                       # (B, C, k, k)
 
 
 def pool_tokens(x: Tensor, grid_size: tuple[int, int], k: int, pool: str) -> Tensor:
     """Averages tokens (B, N, C) into k*k bins (B, k*k, C).
 
-    "raster" sees the tokens as one column: bin i averages tokens floor(i*N/k^2) ... ceil((i+1)*N/k^2) - 1. "grid"
-    does the same along each side. Both are `adaptive_avg_pool2d`, written as a product with the bins' members: its own
-    backward has one core for each sample (docs/speed.md, "What makes it fast", times both).
+    "raster" treats the tokens as one sequence: bin i averages tokens floor(i*N/k^2) ... ceil((i+1)*N/k^2) - 1.
+    "grid" does the same along each side of the grid. Both equal `adaptive_avg_pool2d`, but as a matrix product: the
+    backward of `adaptive_avg_pool2d` uses one core per sample (docs/speed.md, "What makes it fast", times both).
     """
     members, counts = bin_members(grid_size, k, pool, x.device, x.dtype)
     return members @ x / counts
@@ -83,7 +89,7 @@ def pool_tokens(x: Tensor, grid_size: tuple[int, int], k: int, pool: str) -> Ten
 def bin_members(
     grid_size: tuple[int, int], k: int, pool: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Which token belongs to which bin, (k*k, N) of zeros and ones, and how many each bin has, (k*k, 1)."""
+    """Returns which tokens are in which bin, zeros and ones (k*k, N), and the size of each bin (k*k, 1)."""
 
     def along(n: int, bins: int) -> Tensor:
         bin_, position = torch.arange(bins, device=device)[:, None], torch.arange(n, device=device)
@@ -98,6 +104,7 @@ def bin_members(
 
 
 def square_grid(num_tokens: int) -> tuple[int, int]:
+    """Returns (side, side) with side^2 tokens; raises ValueError if `num_tokens` is not a square."""
     side = math.isqrt(num_tokens)
     if side * side != num_tokens:
         raise ValueError(f"{num_tokens} tokens do not form a square grid: pass grid_size=(H, W)")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention behind the mixers' contract: (B, N, C) and the grid, which it ignores, to (B, N, C)."""
+    """Multi-head self-attention as a token mixer: (B, N, C) -> (B, N, C); the grid is ignored."""
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool = False):
         super().__init__()

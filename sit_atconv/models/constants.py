@@ -1,4 +1,4 @@
-"""Constant tensors that every forward needs: made once, on the device."""
+"""Cache for constant tensors that every forward needs on the device."""
 
 import functools
 from collections.abc import Callable
@@ -7,15 +7,15 @@ import torch
 
 
 def kept(make: Callable) -> Callable:
-    """Keeps what a function of hashable arguments made, of the last 32 calls with different ones.
+    """Caches the results of a function of hashable arguments (the last 32).
 
-    In a compiled graph it makes its tensor anew: nothing from outside becomes part of the graph, and sizes may be open.
-    So it does where fake tensors stand in for real ones: neither meets the other.
+    Under `torch.compile` and with fake tensors the function is called every time, so that no cached tensor becomes part
+    of a graph, sizes may be symbolic, and fake tensors never enter the cache.
     """
 
     @functools.lru_cache(maxsize=32)
     def once(*arguments):
-        with torch.inference_mode(False):  # or training could not use what sampling leaves here
+        with torch.inference_mode(False):  # or training could not use a tensor cached while sampling
             return make(*arguments)
 
     @functools.wraps(make)

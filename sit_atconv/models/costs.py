@@ -1,6 +1,6 @@
-"""Counts the multiply-adds of a SiT from shapes alone, as published figures count them.
+"""Multiply-adds of a SiT from shapes alone, counted as published figures are.
 
-Counted are linears, convolutions and attention's two products.
+Linear layers, convolutions and the two matrix products of attention count; everything else is free.
 """
 
 import inspect
@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from sit_atconv.models.mixers import MIXERS, mixer_names
 from sit_atconv.models.sit import SiT
 
-TIME_FEATURES = 256  # cosines and sines that describe a time
+TIME_FEATURES = 256  # width of the sinusoidal embedding of t
 DEFAULTS = {
     name: argument.default
     for name, argument in inspect.signature(SiT.__init__).parameters.items()
     if argument.default is not argument.empty
-}  # of SiT's constructor
+}  # of the constructor of SiT
 
 
 def multiply_adds(
@@ -30,11 +30,11 @@ def multiply_adds(
     """Returns the multiply-adds of one forward of one image.
 
     Args:
-        model: a SiT on any device, or arguments of its constructor; missing ones have their defaults.
+        model: a SiT on any device, or arguments of its constructor; missing ones take their defaults.
         grid_size: (H, W) in tokens.
-        of_mixer: counts one token mixer, given its name; None counts each as it is in SiT.
+        of_mixer: function from the name of a mixer to its multiply-adds; None counts each mixer as in SiT.
     """
-    if isinstance(model, SiT) and type(model) is not SiT:  # a backbone of the user's, whose parts nobody knows
+    if isinstance(model, SiT) and type(model) is not SiT:  # a user's backbone: its parts are unknown
         config, known = model.config, inspect.signature(type(model)).parameters
         x = 1, config["in_channels"], *(config["patch_size"] * n for n in grid_size)
         return _counted(f"backbone {type(model).__name__}", lambda: type(model)(**{k: config[k] for k in known}),
@@ -52,13 +52,13 @@ def multiply_adds(
 
 
 def block_multiply_adds(config: Mapping, grid_size: tuple[int, int]) -> int:
-    """Returns those of one block without its token mixer. `config` is whole."""
+    """Returns the multiply-adds of one block without its token mixer, for a complete `config`."""
     N, D = math.prod(grid_size), config["hidden_size"]
     return 2 * N * D * int(D * config["mlp_ratio"]) + 6 * D * D
 
 
 def mixer_multiply_adds(name: str, config: Mapping, grid_size: tuple[int, int]) -> int:
-    """Returns those of one token mixer, by its entry or, where that has none, by torch. `config` is whole.
+    """Returns the multiply-adds of one token mixer, from its entry or else counted by torch.
 
     Raises:
         ValueError: torch cannot count them without data.
@@ -70,12 +70,12 @@ def mixer_multiply_adds(name: str, config: Mapping, grid_size: tuple[int, int]) 
 
 
 def _counted(what: str, build: Callable[[], nn.Module], run: Callable[[nn.Module], object]) -> int:
-    """Has torch count the multiply-adds of a run, on fake tensors: those of the device "meta" have no autocast."""
+    """Counts the multiply-adds of a run by torch, on fake tensors (the device "meta" has no autocast)."""
     try:
         with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             run(build())
     except (NotImplementedError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"the multiply-adds of the {what} cannot be counted on tensors without data ({reason}): give "
-                         "its entry multiply_adds") from error
+        raise ValueError(f"the multiply-adds of the {what} cannot be counted without data ({reason}): give its entry "
+                         "`multiply_adds`") from error
     return counter.get_total_flops() // 2

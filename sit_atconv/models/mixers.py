@@ -1,7 +1,7 @@
-"""The table of token mixers: one entry says all that the rest of the package knows of a mixer.
+"""Table of token mixers: one entry holds everything that the rest of the package knows about a mixer.
 
 A mixer is a module that maps tokens x (B, N, C) on a grid (H, W), N = H * W in row-major order, to tokens (B, N, C).
-A user's own is registered, `MIXERS.register("pooling", Mixer(...))`, or named by its path, "my_module.POOLING".
+Users register their own, `MIXERS.register("pooling", Mixer(...))`, or name it by its path, "my_module.POOLING".
 """
 
 import itertools
@@ -19,19 +19,19 @@ from sit_atconv.runtime.tables import Table
 
 @dataclass(frozen=True)
 class Mixer:
-    """A token mixer.
+    """Entry of a token mixer.
 
     Args:
-        build: (hidden_size, config) -> module with `forward(x, grid_size) -> x`; `config` has the arguments of SiT's
-            constructor by name.
-        parameters: names of all tensors that its state dict may have. The first one, which every variant has, betrays
-            it in the weights of a block. If empty, only a config tells that a block has this mixer.
-        shown: state dict of one mixer -> the arguments of SiT's constructor that it shows.
-        silent: the arguments that it uses and no tensor shows.
-        spoken: what `shown` returned -> the mixer as messages call it; None is its name.
-        needs_positions: whether it cannot tell tokens apart, so that SiT adds a position embedding by default.
-        multiply_adds: (config, grid_size) -> those of one sample, in linears, convolutions and attention's two
-            products; None has torch count them.
+        build: (hidden_size, config) -> module with `forward(x, grid_size) -> x`; `config` has the arguments of the
+            constructor of SiT by name.
+        parameters: names of all tensors that its state dict may contain. The first must exist in every variant: it
+            identifies the mixer in a state dict. If empty, only a config can tell that a block has this mixer.
+        shown: state dict of one mixer -> arguments of the constructor of SiT that can be read off it.
+        silent: arguments that the mixer uses and that cannot be read off its state dict.
+        spoken: result of `shown` -> name of the mixer in messages; None means its name in the table.
+        needs_positions: true if it cannot tell tokens apart; SiT then adds a position embedding by default.
+        multiply_adds: (config, grid_size) -> multiply-adds of one sample in linear layers, convolutions and the two
+            products of attention; None lets torch count them.
     """
 
     build: Callable[[int, Mapping], nn.Module]
@@ -76,18 +76,19 @@ MIXERS = Table("mixer", Mixer, {
         multiply_adds=_attention_multiply_adds,
     ),
 })
-PATTERNS = {"hybrid": ("attention", "atconv")}  # mixers that take turns, from block 0 on
+PATTERNS = {"hybrid": ("attention", "atconv")}  # alternating mixers, from block 0 on
 
 
 def mixer_names(mixer: str | list[str], depth: int) -> list[str]:
-    """Returns the token mixer of each of `depth` blocks, by name.
+    """Returns the name of the token mixer of each block.
 
     Args:
-        mixer: a name in MIXERS or PATTERNS, the path of an entry in an imported module, or a list of `depth` of these
-            but for patterns.
+        mixer: a name in MIXERS or PATTERNS, the path of an entry in an imported module, or a list of `depth` names or
+            paths.
+        depth: number of blocks.
 
     Raises:
-        ValueError: a mixer is not known, or the list is of another length.
+        ValueError: a mixer is unknown, or the list does not have `depth` entries.
     """
     if isinstance(mixer, str):
         names = list(itertools.islice(itertools.cycle(PATTERNS.get(mixer, (mixer,))), depth))
@@ -105,7 +106,7 @@ def mixer_names(mixer: str | list[str], depth: int) -> list[str]:
 
 
 def recognise_mixer(tensors: Mapping[str, Tensor]) -> str | None:
-    """Returns the name of the mixer whose state dict this may be, or None."""
+    """Returns the name of the mixer that fits a state dict, or None."""
     for name, mixer in MIXERS.items():
         if mixer.parameters and mixer.parameters[0] in tensors and tensors.keys() <= set(mixer.parameters):
             return name

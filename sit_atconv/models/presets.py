@@ -1,4 +1,4 @@
-"""Named architectures: sizes, patches and token mixers. Imports nothing heavy, so that `--help` can list them."""
+"""Presets: named sizes, patches and mixers; imports nothing heavy, so that `--help` can list them."""
 
 import difflib
 
@@ -21,7 +21,7 @@ PRESETS: dict[str, dict] = {
 
 
 def preset_config(name: str) -> dict:
-    """Returns the arguments of SiT's constructor that a preset fills in. Raises ValueError for an unknown name."""
+    """Returns the constructor arguments of SiT in a preset; raises ValueError for an unknown name."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.3) or list(PRESETS)
         raise ValueError(f"there is no preset {name!r}; near it: {', '.join(near)}")

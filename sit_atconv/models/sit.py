@@ -1,6 +1,6 @@
-"""SiT, Scalable Interpolant Transformer (arXiv 2401.08740), with ATConv or attention as the token mixer of each block.
+"""SiT, Scalable Interpolant Transformer (arXiv 2401.08740), with a choice of token mixers.
 
-Parameter names and initialisation are those published, so that published weights load as they are.
+Parameter names and initialisation are the published ones, so that published weights load unchanged.
 """
 
 import math
@@ -21,7 +21,7 @@ from sit_atconv.runtime.tables import Table
 # ---------------------------------------------------------------------------------------------------- embeddings
 
 class TimestepEmbedder(nn.Module):
-    """Times t in [0, 1] as cosines and sines of geometric frequencies, then an MLP."""
+    """Embedding of times t in [0, 1]: cosines and sines of geometric frequencies, then an MLP."""
 
     def __init__(self, hidden_size: int, num_frequencies: int = 128):
         super().__init__()
@@ -31,7 +31,7 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B,) -> (B, D), of features in `dtype`"""
+        """Embeds times (B,) as (B, D); the MLP sees features in `dtype`."""
         exponents = torch.arange(self.num_frequencies, device=t.device, dtype=torch.float32) / self.num_frequencies
         angles = t[:, None].float() * torch.exp(-math.log(10000.0) * exponents)     # (B, F)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)                  # (B, 2F)
@@ -39,19 +39,19 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """A learned row for each label; the row after the last class, if there is one, is the null label's."""
+    """Embedding of labels: one learned row for each class, and one for the null label if the model has it."""
 
     def __init__(self, num_rows: int, hidden_size: int):
         super().__init__()
         self.embedding_table = nn.Embedding(num_rows, hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:
-        """(B,) -> (B, D)"""
+        """Embeds labels (B,) as (B, D)."""
         return self.embedding_table(y)
 
 
 def sincos_pos_embed(hidden_size: int, grid_size: tuple[int, int]) -> Tensor:
-    """The fixed position table (1, H*W, D): sines and cosines of the column, then of the row."""
+    """Returns the fixed position embedding (1, H*W, D): sines and cosines of the column, then of the row."""
     rows, columns = (torch.arange(n, dtype=torch.float64) for n in grid_size)
     row, column = torch.meshgrid(rows, columns, indexing="ij")                      # (H, W) each
     exponents = torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4)
@@ -65,30 +65,30 @@ def sincos_pos_embed(hidden_size: int, grid_size: tuple[int, int]) -> Tensor:
 
 @kept
 def pos_embed_on(hidden_size: int, grid_size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`sincos_pos_embed` on a device."""
+    """Returns `sincos_pos_embed` on a device, cached."""
     return sincos_pos_embed(hidden_size, grid_size).to(device, dtype)
 
 
 # --------------------------------------------------------------------------------------------------------- block
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, N, D) scaled and shifted for each sample by (B, D): x * (1 + scale) + shift, in one pass over x."""
+    """Returns x * (1 + scale) + shift for x (B, N, D), with scale and shift (B, D), in one pass."""
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 
 def add_gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """x + gate * branch (B, N, D), with a gate (B, D) for each sample, in one pass."""
-    with torch.autocast(x.device.type, enabled=False):  # which would first copy the branch into the dtype of x
+    """Returns x + gate * branch (B, N, D), with a gate (B, D) per sample, in one pass."""
+    with torch.autocast(x.device.type, enabled=False):  # autocast would first copy the branch to the dtype of x
         return torch.addcmul(x, gate[:, None], branch)
 
 
 class Block(nn.Module):
-    """A transformer block conditioned by adaLN-zero (DiT, arXiv 2212.09748), with any token mixer."""
+    """Transformer block with adaLN-zero conditioning (DiT, arXiv 2212.09748) and any token mixer."""
 
     def __init__(self, hidden_size: int, mlp_ratio: float, mixer: nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = mixer  # the published name, whatever the mixer
+        self.attn = mixer  # the published name, for any mixer
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
@@ -100,7 +100,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens (B, N, D) to patches (B, N, p*p*C)."""
+    """Output layer: tokens (B, N, D) -> patches (B, N, p*p*C)."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
@@ -116,37 +116,39 @@ class FinalLayer(nn.Module):
 # --------------------------------------------------------------------------------------------------------- model
 
 class SiT(ModelMixin, ConfigMixin):
-    """Predicts the velocity (or what the objective asks for) of noisy images or latents, conditioned on time and class.
+    """SiT: predicts the velocity of noisy images or latents from time and class.
 
-    A diffusers model: `save_pretrained`, `from_pretrained`, dtype and device handling come from there. Labels are
-    never dropped in here, so `train()` and `eval()` give the same output. `enable_gradient_checkpointing()` has each
-    block computed again in the backward: training keeps the blocks' inputs alone, for a third more arithmetic.
+    It is a diffusers model with its `save_pretrained`, `from_pretrained`, dtype and device handling. The model never
+    drops labels (the objective does), so `train()` and `eval()` give the same output. With
+    `enable_gradient_checkpointing()`, training keeps only the inputs of blocks and computes each block again in the
+    backward, which costs a third more arithmetic.
 
     Args:
-        input_size: side of the square input seen in training; only the position table depends on it.
-        patch_size: side of a patch; a token is one patch.
+        input_size: side of the square training inputs; only the position embedding depends on it.
+        patch_size: side of a patch; each patch is one token.
         in_channels: channels of the input (4 for SD-VAE latents).
         hidden_size: width D of the tokens.
         depth: number of blocks.
-        num_heads: attention heads; blocks with ATConv have none.
-        mlp_ratio: hidden width of the MLPs over D.
+        num_heads: number of attention heads; ATConv blocks ignore it.
+        mlp_ratio: hidden width of the MLPs, in units of D.
         num_classes: number of classes; labels are 0 ... num_classes - 1.
-        learn_sigma: doubles the output channels; the second half is computed and dropped, as published.
-        mixer: "atconv", "attention", another name in `mixers.MIXERS`, the path of an entry of yours, "my_module.NAME",
-            in a module that is imported, "hybrid" (blocks 1, 3, 5, ... are ATConv) or a list of `depth` mixers.
-        kernel_size: ATConv's kernel, odd.
-        kernel_act: ATConv's activation, "gelu_tanh" or "silu".
-        kernel_pool: ATConv's pooling, "raster" or "grid".
-        use_pos_embed: sin-cos position embedding; None is the published rule: as soon as one block is attention,
-            or another mixer that needs positions.
-        qk_norm: layer norm on queries and keys.
-        has_null_label: whether there is a null label for guidance, `null_label` = num_classes.
+        learn_sigma: double the output channels, as published; the second half is computed and dropped.
+        mixer: token mixer of the blocks: "atconv", "attention", another name in `mixers.MIXERS`, the path
+            "my_module.NAME" of your own entry in an imported module, "hybrid" (blocks 1, 3, 5, ... are ATConv), or a
+            list of `depth` of these.
+        kernel_size: side of ATConv's kernel, odd.
+        kernel_act: activation in ATConv's kernel generator, "gelu_tanh" or "silu".
+        kernel_pool: pooling in ATConv's kernel generator, "raster" or "grid".
+        use_pos_embed: add a sin-cos position embedding; None adds it if any mixer needs positions, as attention does
+            (the published rule).
+        qk_norm: apply layer norm to queries and keys.
+        has_null_label: add a null label for guidance, `null_label` = num_classes.
 
     Raises:
-        ValueError: names or sizes that do not fit each other.
+        ValueError: a name is unknown, or sizes do not fit each other.
     """
 
-    _supports_gradient_checkpointing = True  # what diffusers asks
+    _supports_gradient_checkpointing = True  # read by diffusers
 
     @register_to_config
     def __init__(
@@ -196,27 +198,27 @@ class SiT(ModelMixin, ConfigMixin):
         """Builds a preset, e.g. `SiT.from_preset("SiT-ATConv-XL/2", num_classes=10)`.
 
         Raises:
-            ValueError: there is no such preset; the message names the nearest.
+            ValueError: there is no such preset; the message names similar ones.
         """
         return cls(**{**preset_config(name), **overrides})
 
     @property
     def null_label(self) -> int | None:
-        """The label that stands for no class, for guidance; None in a model trained without one."""
+        """Label for "no class" in classifier-free guidance; None if the model has none."""
         return self.config.num_classes if self.config.has_null_label else None
 
     def initialize_weights(self) -> None:
-        """SiT's initialisation: every block starts as the identity and the whole model as zero."""
+        """Initialises as SiT: every block starts as the identity, and the model outputs zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as the linear map that it is
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as a linear layer
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.get_parameter("weight"), std=0.02)
         for module in (*self.blocks, self.final_layer):
             nn.init.zeros_(module.adaLN_modulation[-1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
@@ -224,26 +226,27 @@ class SiT(ModelMixin, ConfigMixin):
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, return_hidden: int | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """
+        """Predicts the velocity, or whatever else the objective trains.
+
         Args:
-            x: noisy images or latents (B, C, H, W), on any grid; a floating type of any width.
+            x: noisy images or latents (B, C, H, W) of any size and floating dtype.
             t: times (B,) in [0, 1]; 0 is noise, 1 is data.
-            y: labels (B,), integers below num_classes, or `null_label`.
-            return_hidden: number of a block, counted from 1, whose output to return as well.
+            y: integer labels (B,) below num_classes, or `null_label`.
+            return_hidden: also return the tokens after this block, counted from 1.
 
         Returns:
-            (B, C, H, W) in the dtype of `x`; with `return_hidden` also the tokens (B, N, D) after that block.
+            (B, C, H, W) in the dtype of `x`; with `return_hidden` also the tokens (B, N, D).
 
         Raises:
             ValueError: H or W is not divisible by the patch size.
         """
         grid_size = self._grid_size(*x.shape[-2:])
-        dtype = self.x_embedder.proj.weight.dtype  # of the residual stream, under autocast too
+        dtype = self.x_embedder.proj.weight.dtype  # dtype of the residual stream, also under autocast
         tokens = self.x_embedder(x.to(dtype)).to(dtype)                     # (B, N, D)
         if self.pos_embed is not None:
             tokens = tokens + self._positions(grid_size)                    # (B, N, D)
         c = self.t_embedder(t, dtype) + self.y_embedder(y)                  # (B, D)
-        hidden = None
+        hidden = tokens
         for number, block in enumerate(self.blocks, start=1):
             tokens = self._apply_block(block, tokens, c, grid_size)         # (B, N, D)
             hidden = tokens if number == return_hidden else hidden
@@ -252,7 +255,7 @@ class SiT(ModelMixin, ConfigMixin):
         image = image[:, : self.config.in_channels].to(x.dtype)             # (B, C, H, W)
         return image if return_hidden is None else (image, hidden)
 
-    def _apply_block(self, block: Block, tokens: Tensor, c: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    def _apply_block(self, block: nn.Module, tokens: Tensor, c: Tensor, grid_size: tuple[int, int]) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, tokens, c, grid_size)
         return block(tokens, c, grid_size)
@@ -260,7 +263,7 @@ class SiT(ModelMixin, ConfigMixin):
     def _grid_size(self, height: int, width: int) -> tuple[int, int]:
         p = self.config.patch_size
         if height % p or width % p:
-            raise ValueError(f"the input is {height}x{width}, and its sides must be divisible by patch_size {p}")
+            raise ValueError(f"the sides of the {height}x{width} input must be divisible by patch_size {p}")
         return height // p, width // p
 
     def _positions(self, grid_size: tuple[int, int]) -> Tensor:
@@ -273,6 +276,6 @@ class SiT(ModelMixin, ConfigMixin):
         return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
 
 
-# A user's own is a subclass of SiT with the constructor's arguments that data and codec fill in, FROM_DATA.
+# A user's backbone is a subclass of SiT whose constructor takes FROM_DATA, the arguments that data and codec fill in.
 BACKBONES = Table("backbone", type, {"SiT": SiT})
 FROM_DATA = {"num_classes", "in_channels", "input_size"}

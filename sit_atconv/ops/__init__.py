@@ -1,7 +1,7 @@
-"""The operator behind ATConv: a depthwise convolution whose kernels differ from sample to sample.
+"""Operator of ATConv: a depthwise convolution with a different kernel for each sample.
 
-`reference.py` is the definition; every other file here is a faster way to the same numbers, gradients included.
-Needs torch alone; Triton is imported when a CUDA or ROCm tensor first asks for it.
+`reference.py` is the definition; the other files are faster implementations of it, gradients included. Needs only torch;
+Triton is imported at the first call with a CUDA or ROCm tensor.
 """
 
 import os
@@ -31,22 +31,24 @@ IMPLEMENTATIONS = {
 
 
 def dynamic_depthwise_conv2d(x: Tensor, kernels: Tensor, grid_size: tuple[int, int], impl: str = "auto") -> Tensor:
-    """Cross-correlates every sample and channel of a token grid with its own kernel, zero-padded (ATConv, step 5).
+    """Cross-correlates each sample and channel of a token grid with its own kernel (arXiv 2510.20092).
+
+    The grid is padded with zeros:
 
         y[b, h, w, c] = sum_ij kernels[b, c, i, j] * x[b, h + i - k // 2, w + j - k // 2, c]
 
     Args:
         x: tokens (B, N, C), row-major on the grid, N = H * W.
-        kernels: one kernel for each sample and channel (B, C, k, k), k odd; may differ from `x` in dtype.
+        kernels: kernels (B, C, k, k) with odd k, in any floating dtype.
         grid_size: (H, W).
-        impl: "auto" (what `fastest_implementation` names for the device of `x`), or one of IMPLEMENTATIONS by name.
+        impl: a name in IMPLEMENTATIONS, or "auto" for `fastest_implementation` on the device of `x`.
 
     Returns:
-        (B, N, C) in the dtype of `x`. Gradients come in the dtype of their inputs.
+        (B, N, C) in the dtype of `x`. Gradients have the dtypes of their inputs.
 
     Raises:
-        ValueError: shapes that do not fit each other, an even or non-square kernel, or an `impl` that is unknown or
-            does not run on this device.
+        ValueError: shapes do not match, the kernel is even or not square, or `impl` is unknown or not available on
+            this device.
     """
     height, width = grid_size
     if x.ndim != 3 or x.shape[1] != height * width:
@@ -64,7 +66,7 @@ def dynamic_depthwise_conv2d(x: Tensor, kernels: Tensor, grid_size: tuple[int, i
 
 
 def fastest_implementation(device: torch.device) -> str:
-    """What "auto" stands for: "triton" on CUDA and ROCm where Triton is recent enough, elsewhere "channels_last"."""
+    """Returns the choice of "auto": "triton" on CUDA and ROCm with Triton >= 3.3, else "channels_last"."""
     return "triton" if device.type == "cuda" and _has_triton() else "channels_last"
 
 
@@ -77,6 +79,6 @@ def _has_triton() -> bool:
         version = "0.0"
     if tuple(map(int, version.split(".")[:2])) >= (3, 3):
         return True
-    warnings.warn(f"ATConv's convolution runs in PyTorch, and would be faster with Triton 3.3 or later "
-                  f"(here: {version})", stacklevel=3)
+    warnings.warn(f"ATConv's convolution runs in PyTorch; it would be faster with Triton 3.3 or later (installed: "
+                  f"{version})", stacklevel=3)
     return False

@@ -1,23 +1,23 @@
-"""The dynamic depthwise convolution as grouped `conv2d` in channels-last layout: the way on CPUs and MPS."""
+"""Dynamic depthwise convolution by grouped `conv2d` in channels-last layout, for CPUs and MPS."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# On a CPU samples of at least this size are convolved one by one, without a copy of x; smaller ones all in one call.
-# docs/speed.md, "What makes it fast", times both: large samples are as fast and need no copy, many small ones would
-# lose. A graph is compiled faster, and for any batch, from one call.
+# On a CPU, samples of at least this size are convolved one by one without a copy of x, smaller ones in one call:
+# many small calls would be slower (docs/speed.md, "What makes it fast", times both). A compiled graph has one call, which
+# compiles faster and serves any batch size.
 LARGE_SAMPLE = 2**20  # bytes
 
 
 def dynamic_depthwise_conv2d_channels_last(x: Tensor, kernels: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """Tokens (B, N, C) lie in memory as channels-last images already: no pixel and channel change places.
+    """Convolves tokens (B, N, C), which are channels-last images in memory, without transposing.
 
-    The NCHW form of the published code transposes single numbers instead, there and back.
+    The published code transposes to NCHW and back.
     """
     large = x.shape[1] * x.shape[2] * x.element_size() >= LARGE_SAMPLE
     one_by_one = large and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    # Autocast would run the convolution in its own dtype; the contract is the dtype of x.
+    # Autocast would change the dtype; the contract is the dtype of x.
     with torch.autocast(x.device.type, enabled=False):
         kernels = kernels.to(x.dtype)
         if not one_by_one or x.shape[0] == 1:
@@ -27,7 +27,7 @@ def dynamic_depthwise_conv2d_channels_last(x: Tensor, kernels: Tensor, grid_size
 
 
 def _fold(x: Tensor, kernels: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """B samples of C channels as one image of B*C channels with a kernel each: a copy of whole rows, none if B is 1."""
+    """Convolves B samples as one image of B*C channels, which copies whole rows, or nothing if B is 1."""
     (B, N, C), (H, W), k = x.shape, grid_size, kernels.shape[-1]
     image = x.transpose(0, 1).reshape(1, H, W, B * C).permute(0, 3, 1, 2)
     y = F.conv2d(image, kernels.reshape(B * C, 1, k, k), padding=k // 2, groups=B * C)

@@ -1,4 +1,4 @@
-"""The definition of the dynamic depthwise convolution: slow and obvious."""
+"""Definition of the dynamic depthwise convolution: slow and obvious."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def dynamic_depthwise_conv2d_reference(x: Tensor, kernels: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """One shifted multiply-add for each tap, accumulated in float32 (float64 where an input is float64)."""
+    """Adds one shifted product for each tap, in float32, or in float64 if an input is float64."""
     (B, N, C), (H, W), k = x.shape, grid_size, kernels.shape[-1]
     dtype = torch.promote_types(torch.promote_types(x.dtype, kernels.dtype), torch.float32)
     image = x.to(dtype).transpose(1, 2).reshape(B, C, H, W)

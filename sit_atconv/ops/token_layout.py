@@ -1,11 +1,11 @@
-"""The dynamic depthwise convolution as Triton kernels in token layout, for CUDA and ROCm.
+"""Dynamic depthwise convolution as Triton kernels in token layout, for CUDA and ROCm.
 
-Tokens (B, N, C) are read and written as they lie: channels are the contiguous axis, so a shift of the grid is an offset
-of whole rows and nothing is transposed. A program holds a tile of a few columns and channels in registers, loads each
-input row once for every column of taps, and adds it to all the output rows that it touches; the other reads of a row,
-by the neighbouring tiles, come from the cache.
+Tokens (B, N, C) are read and written in place: channels are contiguous, so a shift of the grid is an offset of whole
+rows and nothing is transposed. A program holds a tile of a few columns and channels in registers, loads each input row
+once for each column of taps, and adds it to all output rows that it contributes to. Neighbouring tiles read the same row
+from the cache.
 
-Sums are in float32, or in float64 where an input is. Imported by `dynamic_depthwise_conv2d` when it is first needed;
+Sums are in float32, or in float64 if an input is float64. `dynamic_depthwise_conv2d` imports this module at first use;
 with TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, for tests.
 """
 
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-ROWS = 4  # output rows of a tile: more of them share more loads, fewer of them leave more programs in flight
+ROWS = 4  # output rows of a tile: more rows share loads, fewer rows leave more programs in flight
 SPLIT = 16  # rows of the grid that one program sums for the gradient of the kernels
 
 
@@ -23,10 +23,10 @@ def dynamic_depthwise_conv2d_triton(x: Tensor, kernels: Tensor, grid_size: tuple
     """Cross-correlates tokens (B, N, C) with one kernel for each sample and channel (B, C, k, k).
 
     Raises:
-        ValueError: a sample of 2^31 numbers or more, which offsets of 32 bits do not reach.
+        ValueError: a sample has 2^31 or more elements, beyond 32-bit offsets.
     """
     if x.shape[1] * x.shape[2] >= 2**31:
-        raise ValueError(f"impl 'triton' takes samples of less than 2^31 numbers, not {x.shape[1]} x {x.shape[2]}: "
+        raise ValueError(f"impl 'triton' takes samples of fewer than 2^31 elements, not {x.shape[1]} x {x.shape[2]}: "
                          "give impl 'channels_last'")
     return convolve(x, kernels, *grid_size, False)
 
@@ -35,16 +35,18 @@ def dynamic_depthwise_conv2d_triton(x: Tensor, kernels: Tensor, grid_size: tuple
 
 @custom_op("sit_atconv::convolve", mutates_args=())
 def convolve(x: Tensor, kernels: Tensor, height: int, width: int, flip: bool) -> Tensor:
-    """y[b, h, w, c] = sum_ij kernels[b, c, i, j] * x[b, h + i - k // 2, w + j - k // 2, c], in the dtype of x.
+    """Computes the convolution in the dtype of x.
 
-    `flip` turns each kernel by half a turn, which makes it the gradient's operator: from that of y to that of x.
+        y[b, h, w, c] = sum_ij kernels[b, c, i, j] * x[b, h + i - k // 2, w + j - k // 2, c]
+
+    `flip` rotates each kernel by 180 degrees, which turns the gradient of y into the gradient of x.
     """
     (B, _, C), k = x.shape, kernels.shape[-1]
     x, taps = x.contiguous(), _taps(kernels)
     y = torch.empty_like(x)
     columns, channels = _tile(C, width, k)
     grid = (triton.cdiv(height, ROWS) * triton.cdiv(width, columns), triton.cdiv(C, channels), B)
-    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever that is
+    with torch.cuda.device_of(x):  # Triton launches on the current device
         _convolve[grid](
             x, taps, y, height, width, C, k, flip, _accumulator(x, kernels), ROWS, columns, channels, num_warps=4
         )
@@ -53,9 +55,11 @@ def convolve(x: Tensor, kernels: Tensor, height: int, width: int, flip: bool) ->
 
 @custom_op("sit_atconv::correlate", mutates_args=())
 def correlate(gradient: Tensor, x: Tensor, height: int, width: int, k: int, dtype: torch.dtype) -> Tensor:
-    """The gradient of the kernels' tap (i, j): sum_hw gradient[b, h, w, c] * x[b, h + i - k // 2, w + j - k // 2, c].
+    """Computes the gradient of the kernels (B, C, k, k).
 
-    Each program sums over a part of the grid, and the parts are added up afterwards, so that the order is fixed.
+        kernels'[b, c, i, j] = sum_hw gradient[b, h, w, c] * x[b, h + i - k // 2, w + j - k // 2, c]
+
+    Each program sums one part of the grid, and the parts are added afterwards, so that the order is deterministic.
     """
     B, _, C = x.shape
     gradient, x = gradient.contiguous(), x.contiguous()
@@ -109,12 +113,12 @@ def _accumulator(*tensors: Tensor) -> tl.dtype:
 
 
 def _taps(kernels: Tensor) -> Tensor:
-    """(B, C, k, k) -> (B, k*k, C) with contiguous channels; without a copy if they lie so, as ATConv makes them."""
+    """Returns kernels as (B, k*k, C) with contiguous channels; no copy for kernels as ATConv makes them."""
     return kernels.flatten(2).transpose(1, 2).contiguous()
 
 
 def _tile(C: int, width: int, k: int) -> tuple[int, int]:
-    """Columns and channels of a tile: rows of a cache line and more, and sums of k*k taps that fit the registers."""
+    """Returns columns and channels of a tile: rows fill a cache line, and sums fit the registers."""
     channels = min(64, max(16, triton.next_power_of_2(C)))
     elements = {3: 1024, 5: 512}.get(k, 256)
     return min(elements // channels, triton.next_power_of_2(width)), channels
@@ -124,7 +128,7 @@ def _tile(C: int, width: int, k: int) -> tuple[int, int]:
 
 @triton.jit
 def _cast(value, dtype: tl.constexpr):
-    """There is no direct way between bfloat16 and float64."""
+    """Casts by way of float32, as there is no direct cast between bfloat16 and float64."""
     if value.dtype == tl.bfloat16 or dtype == tl.bfloat16:
         value = value.to(tl.float32)
     return value.to(dtype)
@@ -137,7 +141,7 @@ def _convolve(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     tiles_across = tl.cdiv(W, COLUMNS)
-    top = tl.program_id(0) // tiles_across * ROWS + tl.arange(0, 1)  # a vector, as the interpreter needs for masks
+    top = tl.program_id(0) // tiles_across * ROWS + tl.arange(0, 1)  # a vector: the interpreter needs one for masks
     w = tl.program_id(0) % tiles_across * COLUMNS + tl.arange(0, COLUMNS)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     b = tl.program_id(2).to(tl.int64)
@@ -152,7 +156,7 @@ def _convolve(
         column = w + j - k // 2
         inside = ((column >= 0) & (column < W))[:, None] & (c < C)[None, :]
         offsets = column[:, None] * C + c[None, :]
-        kernel = ()  # the taps of this column, from the top
+        kernel = ()  # taps of this column, from the top
         for i in tl.static_range(k):
             tap = (k * k - 1 - i * k - j) if FLIP else i * k + j
             kernel = kernel + (_cast(tl.load(taps + tap * C + c, mask=c < C, other=0.0), ACC)[None, :],)
@@ -192,13 +196,13 @@ def _correlate(
     partial = ()
     for _ in tl.static_range(k * k):
         partial = partial + (tl.full((COLUMNS, CHANNELS), 0.0, ACC),)
-    rows = ()  # of the gradient: those that the present row of x meets, from the lowest
+    rows = ()  # rows of the gradient that the current row of x contributes to, from the lowest
     for _ in tl.static_range(k):
         rows = rows + (tl.full((COLUMNS, CHANNELS), 0.0, ACC),)
 
     bottom = tl.minimum(top + SPLIT, H)
     for number in range(top - k // 2, bottom + k // 2):
-        h = number + tl.arange(0, 1)[:, None]  # row h of x meets the rows h + k // 2 - i of the gradient
+        h = number + tl.arange(0, 1)[:, None]  # row h of x meets rows h + k // 2 - i of the gradient
         entering = h + k // 2
         row = _cast(tl.load(gradient + entering * W * C + offsets, mask=inside & (entering < bottom), other=0.0), ACC)
         shifted = (row,)

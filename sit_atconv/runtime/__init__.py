@@ -1,1 +1,1 @@
-"""How a command runs, whatever it does: options and errors, processes, devices, files, plots."""
+"""Helpers shared by all commands: options and errors, processes, devices, files, plots."""

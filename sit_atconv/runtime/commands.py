@@ -1,4 +1,4 @@
-"""Manners that all commands share: errors in a line or two without a traceback, one voice among several processes."""
+"""Command-line helpers: short user errors without a traceback, output from rank 0 only, option types."""
 
 import argparse
 import contextlib
@@ -10,44 +10,48 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from sit_atconv.runtime.files import write_aside
 from sit_atconv.runtime.tables import import_modules
 
+Number = TypeVar("Number", int, float)
+
 
 def is_main_process() -> bool:
-    """Whether this is the process that prints; known before any process group starts."""
+    """True if this is rank 0, the process that prints. Works before any process group starts."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def fail(message: object, code: int = 1, everywhere: bool = False):
-    """Says what is wrong and leaves. Of several processes on a machine one speaks, or each if `everywhere`."""
+    """Prints an error from local rank 0, or from all ranks if `everywhere`, and exits with `code`."""
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        from tqdm import tqdm  # here, so that importing this file takes no time in which Ctrl-C would be a traceback
+        from tqdm import tqdm  # late: Ctrl-C during an import would print a traceback
 
-        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own where there is a progress bar
+        tqdm.write(f"error: {message}", file=sys.stderr)  # does not break a progress bar
     _tell_launcher(f"error: {message}")
     raise SystemExit(code)
 
 
 def _tell_launcher(message: str) -> None:
-    """Has torchrun, or `accelerate launch` with several processes, end its long report with our message.
+    """Makes torchrun and multi-process `accelerate launch` end their report with our message.
 
-    The format is that of `torch.distributed.elastic.multiprocessing.errors.record`, and torch is not imported here. The
-    report shows the earliest failure, and dates one without a message by when it was noticed, in whole seconds: a
-    second is subtracted so that ours precedes processes that failed or were ended because of this one.
+    The format is that of `torch.distributed.elastic.multiprocessing.errors.record`, written without importing torch.
+    The launcher reports the earliest failure and dates a process without a message in whole seconds, so one second is
+    subtracted: our message precedes the processes that failed because of this one.
     """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         failure = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()) - 1)}}}
         with contextlib.suppress(OSError):
-            write_aside(Path(path), json.dumps(failure))  # half a file would end the launcher in another error
+            write_aside(Path(path), json.dumps(failure))  # a partial file would crash the launcher
 
 
 @contextlib.contextmanager
 def user_errors(everywhere: bool = False):
-    """Turns a ValueError, OSError or Ctrl-C into `fail`. For the part of a command that checks what the user gave.
+    """Turns a ValueError, OSError or Ctrl-C into `fail`, for the part of a command that checks its input.
 
-    `everywhere`: what can go wrong in one process alone.
+    Args:
+        everywhere: set it for errors that can occur on a single rank.
     """
     try:
         yield
@@ -58,24 +62,24 @@ def user_errors(everywhere: bool = False):
 
 
 def say_at_once(text: str) -> None:
-    """Prints a line on stderr from a signal handler, where print is not safe; as in `fail`, by one process."""
+    """Prints a line on stderr from a signal handler, where `print` is not safe; local rank 0 only."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         os.write(2, f"\n{text}\n".encode())
 
 
 def leave_at_once(message: str) -> None:
-    """Ends this process from a signal handler, in one line and without any cleaning up."""
+    """Ends this process from a signal handler with one line, without cleanup."""
     say_at_once(f"error: {message}")
     os._exit(130)
 
 
 def leave_on_ctrl_c() -> None:
-    """Makes Ctrl-C end this process at once, for as long as it has nothing to save or to clean up."""
+    """Makes Ctrl-C end this process immediately, while it has nothing to save or clean up."""
     _on_ctrl_c(lambda number, frame: leave_at_once("interrupted"))
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Runs the `main` of a command as a script: Ctrl-C ends it in one line, wherever it is."""
+    """Runs the `main` of a command; Ctrl-C ends it with one line at any point."""
     _on_ctrl_c(_interrupt)
     try:
         main()
@@ -86,12 +90,12 @@ def run_command(main: Callable[[], object]) -> None:
 
 
 def _on_ctrl_c(handler: Callable) -> None:
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in the background of a shell script
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # ignored in background jobs of shell scripts
         signal.signal(signal.SIGINT, handler)
 
 
 def _interrupt(number: int, frame) -> None:
-    """Raises KeyboardInterrupt, but ends an import at once: libraries swallow exceptions while they are imported."""
+    """Raises KeyboardInterrupt, or exits during an import, where libraries swallow exceptions."""
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             leave_at_once("interrupted")
@@ -99,10 +103,10 @@ def _interrupt(number: int, frame) -> None:
     raise KeyboardInterrupt
 
 
-def _number(kind: type, holds: Callable[[float], bool], what: str) -> Callable[[str], float]:
-    """Returns the type of an option: what `kind` reads, if it `holds`; else the error says that it is not `what`."""
+def _number(kind: type[Number], holds: Callable[[Number], bool], what: str) -> Callable[[str], Number]:
+    """Returns an option type: parsed by `kind`, checked by `holds`; its error says "not `what`"."""
 
-    def parse(text: str) -> float:
+    def parse(text: str) -> Number:
         with contextlib.suppress(ValueError):
             if holds(value := kind(text)):
                 return value
@@ -116,12 +120,12 @@ positive = _number(float, lambda value: 0 < value < math.inf, "above 0")
 
 
 def at_least(smallest: int) -> Callable[[str], int]:
-    """Returns the type of an option that is a whole number from `smallest` on."""
+    """Returns the type of an option that takes an integer of at least `smallest`."""
     return _number(int, lambda value: value >= smallest, f"a whole number of at least {smallest}")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Says a default where it says something."""
+    """Help formatter that shows defaults other than None, () and booleans."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default is None or action.default == () or isinstance(action.default, bool)
@@ -129,7 +133,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with defaults in the help. Give it a one-line `usage`: it is what precedes an error."""
+    """`argparse.ArgumentParser` with defaults in the help; errors print its one-line `usage` first."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
@@ -141,7 +145,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class _Import(argparse.Action):
-    """Imports a module as soon as the option is read, so that names are checked after it wherever it stands."""
+    """Option action that imports a module while parsing, so that later checks know the names it registers."""
 
     def __call__(self, parser, namespace, module, option_string=None):
         try:
@@ -151,6 +155,6 @@ class _Import(argparse.Action):
 
 
 def add_import_option(parser: argparse.ArgumentParser) -> None:
-    """Adds `--import MODULE`, repeatable; it sets no attribute. Check names of parts after `parse_args`, not in it."""
+    """Adds the repeatable option `--import MODULE`; check names of parts only after `parse_args`."""
     parser.add_argument("--import", action=_Import, metavar="MODULE", default=argparse.SUPPRESS,
-                        help="import a module of yours that registers parts of its own; repeat for more")
+                        help="import your module, which registers solvers, metrics or other parts; may be repeated")

@@ -1,4 +1,4 @@
-"""Which device a command runs on, known before any process group starts, and how a CPU is made ready for work."""
+"""Choice of the device before any process group starts, and CPU set-up: threads and memory."""
 
 import ctypes
 import os
@@ -9,34 +9,38 @@ import torch
 
 
 def on_cpu() -> bool:
-    """Whether accelerate will run on the CPU: no accelerator here, or `accelerate launch --cpu`.
+    """True if accelerate will run on the CPU: without an accelerator, or by `accelerate launch --cpu`.
 
-    To be passed on as `Accelerator(cpu=on_cpu())`: without it several processes on a CPU do not find each other, and
-    each believes that it is alone.
+    Pass it as `Accelerator(cpu=on_cpu())`: without it, several CPU processes form no group and each acts as rank 0.
     """
     forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return forced or not torch.accelerator.is_available()
 
 
 def open_device(name: str) -> torch.device:
-    """"auto" -> the accelerator if there is one, else the CPU. ValueError: torch cannot use that device here."""
+    """Returns the device of a name; "auto" is the accelerator if available, else the CPU.
+
+    Raises:
+        ValueError: torch cannot use that device on this machine.
+    """
     if name == "auto":
-        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        name = accelerator.type if accelerator else "cpu"
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch raises either
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"device {name!r} cannot be used here ({reason}): give cpu, or leave it out") from None
+        raise ValueError(f"device {name!r} is not available ({reason}): give cpu, or omit the option") from None
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for all that was asked of the device; a CPU has nothing pending."""
+    """Waits until the device has finished all queued work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def prepare_device(device: torch.device, cpu_threads: int | None = None, tf32: bool = True) -> None:
-    """What makes a device fast: threads and memory of a CPU, fp32 products in TF32 on CUDA if `tf32`."""
+    """Sets threads and malloc of a CPU, and whether CUDA multiplies fp32 matrices in TF32."""
     if device.type == "cpu":
         share_cores(cpu_threads)
         keep_freed_memory()
@@ -45,35 +49,36 @@ def prepare_device(device: torch.device, cpu_threads: int | None = None, tf32: b
 
 
 def has_fused_optimizers(device: torch.device) -> bool:
+    """True if torch has fused optimizer kernels for the device."""
     return device.type in ("cuda", "cpu", "mps", "xpu")
 
 
 def share_cores(threads: int | None = None) -> None:
-    """Gives torch `threads` CPU threads; None is this process's share of the machine's physical cores.
+    """Sets torch's CPU threads; None means this process's share of the physical cores.
 
-    (Left alone, `accelerate launch` gives each process one.)
+    (`accelerate launch` would give each process a single thread.)
     """
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def keep_freed_memory() -> None:
-    """Lets this process use large blocks that it has freed again, instead of returning each to the system.
+    """Makes glibc reuse large freed blocks instead of returning them to the system.
 
-    glibc returns what is above 32 MiB at once, and the system clears every page anew at the next allocation.
-    Does nothing where there is no glibc.
+    glibc returns blocks above 32 MiB immediately, and the kernel then clears every page at the next allocation. Has no
+    effect with another C library.
     """
     _set_malloc(mmap_max=0, trim_threshold=2**31 - 1)
 
 
 def return_freed_memory() -> None:
-    """Undoes `keep_freed_memory`, and returns what was kept: before work whose blocks are few and very large."""
+    """Undoes `keep_freed_memory` and returns cached memory, for work with few but very large blocks."""
     if libc := _set_malloc(mmap_max=65_536, trim_threshold=128 * 1024):  # glibc's own
         libc.malloc_trim(0)
 
 
 def _set_malloc(mmap_max: int, trim_threshold: int) -> ctypes.CDLL | None:
-    """Returns the C library where it is glibc."""
+    """Sets two limits of glibc's malloc and returns the library; None if the C library is another one."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is None or not hasattr(libc, "mallopt"):
         return None

@@ -1,4 +1,4 @@
-"""Names of arithmetic precisions, as options take them. Imports nothing heavy, so that `--help` can list them."""
+"""Names of precisions for options; imports nothing heavy, so that `--help` can list them."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ DTYPES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "flo
 
 
 def torch_dtype(name: str) -> "torch.dtype":
-    """Returns the dtype of tensors in a precision: "bf16" -> torch.bfloat16."""
+    """Returns the tensor dtype of a precision: "bf16" -> torch.bfloat16."""
     import torch
 
     return getattr(torch, DTYPES[name])

@@ -1,4 +1,4 @@
-"""Describes the machine and the versions that a measurement depends on."""
+"""Description of the machine and the versions that a measurement depends on."""
 
 import platform
 from datetime import datetime, timezone
@@ -9,7 +9,7 @@ import torch
 
 
 def describe_environment(device: torch.device) -> dict:
-    """Returns hardware, versions and date, without which a speed means nothing."""
+    """Returns hardware, versions and date, which every speed measurement records."""
     on_cuda = device.type == "cuda"
     return {
         "device": device.type,

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, folders that one command holds at a time, hub ids, and room on the disk."""
+"""Atomic writes, folder locks, hub ids, checksums and free disk space."""
 
 import contextlib
 import hashlib
@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-PARTIAL = ".partial-"  # what a file is called until it is whole
+PARTIAL = ".partial-"  # prefix of a file that is not complete yet
 
 
 def write_aside(
     path: Path, content: str | bytes | Callable[[Path], object], durable: bool = False, writer: str = ""
 ) -> None:
-    """Writes under another name and renames: a file under its own name is whole, whatever happens meanwhile.
+    """Writes a file atomically: it is written under a temporary name and renamed when complete.
 
     Args:
-        path: where it shall lie.
-        content: text, bytes, or what is called with the name to write to. Where it fails nothing is left behind.
-        durable: also outlast a power failure.
-        writer: a name of this process, where others may write the same file at the same time.
+        path: the file to write.
+        content: text, bytes, or a function that writes to the path it is given. On an error nothing is left behind.
+        durable: flush to disk, so that the file survives a power failure.
+        writer: a unique name of this process, if others may write the same file at the same time.
 
     Raises:
-        OSError: the disk is full, ...; the message names the file.
+        OSError: the write failed, e.g. because the disk is full; the message names the file.
     """
     with _renamed(path, writer, durable) as partial:
         if callable(content):
@@ -41,26 +41,26 @@ def write_aside(
 
 
 def write_folder_aside(folder: Path, content: Callable[[Path], object]) -> None:
-    """Writes a folder under another name and renames it: it is whole or not there.
+    """Writes a folder atomically: it is filled under a temporary name and renamed when complete.
 
     Args:
-        folder: where it shall lie; there must be nothing, or an empty folder.
-        content: called with the folder to fill. Where it fails nothing is left behind.
+        folder: the folder to write; it must not exist, or be empty.
+        content: a function that fills the folder it is given. On an error nothing is left behind.
 
     Raises:
-        OSError: the disk is full, something is in the way, ...; the message names the folder.
+        OSError: the write failed, or the folder is not empty; the message names the folder.
     """
     with _renamed(folder) as partial:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         content(partial)
         for path in partial.rglob("*.safetensors"):
-            path.chmod(0o666 & ~_umask())  # safetensors leaves it to its owner alone
+            path.chmod(0o666 & ~_umask())  # safetensors makes files readable by their owner only
 
 
 @contextlib.contextmanager
 def _renamed(path: Path, writer: str = "", durable: bool = False) -> Iterator[Path]:
-    """Yields the name to write to, which becomes `path` afterwards; where anything fails nothing is left behind."""
+    """Yields a temporary path that is renamed to `path` afterwards; deletes it on any error."""
     partial = path.with_name(PARTIAL + writer + path.name)
     try:
         yield partial
@@ -73,8 +73,8 @@ def _renamed(path: Path, writer: str = "", durable: bool = False) -> Iterator[Pa
         with contextlib.suppress(OSError):
             partial.unlink()
         if isinstance(error, OSError):
-            raise OSError(f"{path} cannot be written ({error.strerror or error}): mend that and run the same command "
-                          "again") from error
+            raise OSError(f"{path} cannot be written ({error.strerror or error}): fix the cause and run the same "
+                          "command again") from error
         raise
 
 
@@ -85,7 +85,7 @@ def _umask() -> int:
 
 
 def flush(path: Path) -> None:
-    """Has the disk keep a file or a folder's names, whatever happens to the power."""
+    """Flushes a file, or the entries of a folder, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -95,15 +95,14 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Makes the folder and holds it for this process, until left or dead.
+    """Creates the folder and locks it until the block ends or the process dies.
 
     Raises:
-        ValueError: another process holds it; the message says which.
-        OSError: it cannot be written to.
+        ValueError: another process holds the lock; the message names it.
+        OSError: the folder cannot be written to.
     """
-    # filelock 4.3 was tried: it keeps the holder's name, and neither a kill nor a forked worker keeps its lock. But it
-    # needs Python 3.11, and raises as fcntl does on most file systems without locks, so that little would go here.
-    import fcntl  # not on Windows, where everything else works
+    # Not filelock (4.3): it needs Python 3.11, and raises on file systems without locks, so it would replace little.
+    import fcntl  # missing on Windows, where everything else works
 
     path = folder / ".lock"
     while True:
@@ -119,11 +118,11 @@ def exclusive(folder: Path) -> Iterator[None]:
             raise ValueError(f"{folder} is in use by {file.read() or 'another process'}: wait until that has "
                              "ended") from None
         except OSError as error:  # a file system without locks
-            print(f"warning: {folder} cannot be locked ({error.strerror}): see to it that one command at a time "
-                  "writes there", file=sys.stderr)
+            print(f"warning: {folder} cannot be locked ({error.strerror}): let only one command at a time "
+                  "write to it", file=sys.stderr)
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             break
-        file.close()  # whoever held it removed it before we locked it: what we hold is nobody's any more
+        file.close()  # the previous holder deleted the file before we locked it: our lock protects nothing
     try:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -135,25 +134,24 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def hub_options(name: str) -> dict:
-    """How to ask the hub for `name`, which is no folder here, so that the network never sees a path that is gone.
+    """Returns arguments for the hub's functions, so that a missing local path is never sent there.
 
     Args:
-        name: what the user gave: owner/name where it is a hub id.
+        name: the user's input, which is not an existing folder: a hub id `owner/name`, or a path.
 
     Returns:
-        Keyword arguments for the hub's functions: where a folder `owner` is here, `name` may have been a path, and only
-        what the hub's cache holds is taken.
+        `local_files_only` is true if a folder `owner` exists: `name` may then be a path, and only the cache is used.
 
     Raises:
-        ValueError: it cannot be a hub id: it has no slash or several, or it begins or is written as a path.
+        ValueError: `name` is not a valid hub id.
     """
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise ValueError(f"there is no folder {name}, and it is no hub id (owner/name)")
+        raise ValueError(f"there is no folder {name}, and it is not a hub id (owner/name)")
     return {"local_files_only": Path(name).parent.is_dir()}
 
 
 def weights_variant(folder: Path) -> str | None:
-    """The variant, such as fp16, that a model's weights were saved as by diffusers; None where some are plain."""
+    """Returns the diffusers variant of saved weights, such as fp16; None if some have no variant."""
     found = [re.fullmatch(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)", path.name)
              for path in sorted(folder.glob("diffusion_pytorch_model*"))]
     variants = [match[1] for match in found if match]
@@ -161,7 +159,7 @@ def weights_variant(folder: Path) -> str | None:
 
 
 def sha256_of(*paths: Path) -> str:
-    """Of the files' content, one after another."""
+    """Returns the sha256 of the contents of files, one after another."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
@@ -173,24 +171,24 @@ def sha256_of(*paths: Path) -> str:
 def sha256_of_state(
     state: "Mapping[str, Tensor]", label: "Callable[[str, Tensor], str]", begin: str = ""
 ) -> str:
-    """Returns the digest of named tensors in the order of their names.
+    """Returns the sha256 of named tensors, in the order of their names.
 
     Args:
-        state: the tensors.
-        label: text that stands for a tensor's name, and for whatever else than its bytes shall count.
-        begin: text before all of them.
+        state: tensors by name.
+        label: text that is hashed before a tensor's bytes, such as its name and shape.
+        begin: text that is hashed first.
     """
     import torch
 
     digest = hashlib.sha256(begin.encode())
     for name, tensor in sorted(state.items()):
         digest.update(label(name, tensor).encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Raises ValueError where the disk that `folder` is on, or will be, has less than `needed` bytes free."""
+    """Raises ValueError if the disk of `folder` (which need not exist) has fewer than `needed` bytes free."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent
@@ -200,8 +198,10 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def gigabytes(num_bytes: float) -> str:
+    """Formats bytes with decimal units, as disks are sold: "1.2 GB"."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def gibibytes(num_bytes: float) -> str:
+    """Formats bytes with binary units, as memory is sold: "1.20 GiB"."""
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:.1f} MiB"

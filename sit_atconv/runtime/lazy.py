@@ -1,15 +1,15 @@
-"""Packages that import what they offer when it is used: a command that prints its help waits for no torch."""
+"""Lazy re-exports of packages, so that `--help` does not wait for torch."""
 
 import importlib
 from collections.abc import Callable
 
 
 def lazy_exports(package: str, **modules: str) -> tuple[Callable, Callable]:
-    """Returns the `__getattr__` and `__dir__` of a package.
+    """Returns `__getattr__` and `__dir__` for a package.
 
     Args:
-        package: its `__name__`.
-        modules: modules of it, each with the names that it gives, separated by spaces.
+        package: the package's `__name__`.
+        modules: for each of its modules, the exported names, separated by spaces.
     """
     homes = {name: f"{package}.{module}" for module, names in modules.items() for name in names.split()}
 

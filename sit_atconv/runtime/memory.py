@@ -1,4 +1,4 @@
-"""Memory of a device: how much is free, and how much a computation has alive at its peak."""
+"""Free memory of a device, and the peak memory of a computation."""
 
 import json
 import os
@@ -12,16 +12,16 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def free_bytes(device: torch.device) -> int:
-    """Returns the memory that is free on a device; one that shares the machine's has the machine's."""
+    """Returns the free memory of a device, or of the machine if the device shares its memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """The largest sum of tensors that `run` has alive at once, beyond those alive before; None where it is not known.
+    """Returns the peak memory that `run` allocates for tensors, in bytes; None if the device cannot tell.
 
-    On a CPU these are the blocks of torch's allocator; scratch memory inside the kernels' libraries stays unseen.
+    On a CPU, torch's allocator is traced; scratch memory inside kernel libraries is not counted.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -36,7 +36,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
 
 
 def _peak_of_trace(run: Callable[[], object]) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library reports a missing GPU as an error
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's error about a missing GPU
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         run()
     with tempfile.TemporaryDirectory() as folder:
@@ -45,6 +45,6 @@ def _peak_of_trace(run: Callable[[], object]) -> int:
         events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "[memory]"]
     alive = peak = 0
     for event in sorted(events, key=lambda event: event["ts"]):
-        alive += event["args"]["Bytes"]  # negative where a block is freed
+        alive += event["args"]["Bytes"]  # negative when a block is freed
         peak = max(peak, alive)
     return peak

@@ -1,4 +1,4 @@
-"""Pictures for people: labelled grids of samples and loss curves. Needs matplotlib."""
+"""Figures: labelled sample grids, loss curves, solver curves. Needs matplotlib."""
 
 import functools
 import itertools
@@ -26,23 +26,24 @@ def save_sample_grid(
     title: str,
     columns: int = 10,
 ) -> None:
-    """One row for each class, its name at the left.
+    """Saves a grid with one row for each class, its name at the left.
 
     Args:
-        images: N of uint8 (H, W, 3), as a list or an array.
-        labels: their N labels; a class shows its first `columns` images.
+        images: N images, uint8 (H, W, 3), as a list or an array.
+        labels: their N labels.
         class_names: names of labels 0, 1, ...
-        path: where the PNG goes.
-        title: what to say above.
+        path: the PNG to write.
+        title: text above the grid.
+        columns: images shown of each class.
     """
-    images, labels = np.asarray(images), np.asarray(labels)
-    classes = np.unique(labels)
-    _, height, width, _ = images.shape
+    of_label = np.asarray(labels)
+    classes = np.unique(of_label)
+    height, width, _ = images[0].shape
     gap = max(1, height // 16)
-    columns = min(columns, int(np.bincount(labels).max()))
+    columns = min(columns, int(np.bincount(of_label).max()))
     mosaic = np.full((len(classes) * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
     for row, label in enumerate(classes):
-        for column, image in enumerate(images[labels == label][:columns]):
+        for column, image in enumerate(np.asarray(images)[of_label == label][:columns]):
             top, left = row * (height + gap), column * (width + gap)
             mosaic[top : top + height, left : left + width] = image
 
@@ -61,9 +62,9 @@ def save_sample_grid(
 
 
 def shown_name(name: str, label: int) -> str:
-    """Returns what a picture calls a class: its name, or where the font lacks a character its label and escapes.
+    """Returns the name of a class for a figure; if the font lacks a character, its label and escaped name.
 
-    (matplotlib draws every character that it lacks as the same box.)
+    (matplotlib draws all missing characters as the same box.)
     """
     name = normal(name)
     if name.isprintable() and all(_font().get_char_index(ord(character)) for character in name):
@@ -74,14 +75,14 @@ def shown_name(name: str, label: int) -> str:
 
 @functools.cache
 def _font() -> FT2Font:
-    """The one that labels are drawn in."""
+    """Returns the font of figure labels."""
     return get_font(findfont(FontProperties()))
 
 
 def save_loss_curves(stats: Sequence[dict], path: Path, title: str) -> None:
-    """The lines of stats.jsonl: training and held-out loss against steps, and the training loss by time.
+    """Plots the lines of stats.jsonl: training and held-out loss over steps, and the loss by time t.
 
-    Does nothing where there is no line yet.
+    Without any line it saves nothing.
     """
     if not stats:
         return
@@ -112,14 +113,14 @@ def save_loss_curves(stats: Sequence[dict], path: Path, title: str) -> None:
 
 
 def save_solver_curves(points: Sequence[dict], path: Path, title: str) -> None:
-    """Frechet distance against evaluations: a panel for each shift of the grid, a line for each solver.
+    """Plots Frechet distance over NFE: a panel for each shift of the time grid, a line for each solver.
 
-    Does nothing where there is the baseline alone.
+    With the baseline alone it saves nothing.
 
     Args:
-        points: those of `solver_quality`, the baseline first, whose two standard errors are drawn as a band.
-        path: where the PNG goes.
-        title: what to say above.
+        points: points of `solver_quality`, the baseline first; a band shows its two standard errors.
+        path: the PNG to write.
+        title: text above the figure.
     """
     baseline, points = points[0], points[1:]
     if not points:
@@ -138,7 +139,7 @@ def save_solver_curves(points: Sequence[dict], path: Path, title: str) -> None:
                 axes.errorbar(*zip(*line, strict=True), fmt="o-", markersize=3.5, linewidth=1.3, capsize=2,
                               color=colormaps["tab10"](number), label=solver)
         axes.set_title(f"shift {shift:g}", fontsize=9)
-        axes.set_xlabel("evaluations of the model")
+        axes.set_xlabel("NFE")
         for name in ("x", "y"):
             set_log(axes, name)
         axes.grid(alpha=0.3)
@@ -159,9 +160,9 @@ def set_log(axes: Axes, name: str, subs: Sequence[float] = (1, 2, 4)) -> None:
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Moves heights until neighbours are at least `gap` apart; their order stays.
+    """Moves heights until neighbours are at least `gap` apart, keeping their order.
 
-    Half way between pushing those above up and those below down: either keeps the gaps, and so does their mean.
+    The result is the mean of pushing heights up and pushing them down; both keep the gaps, so their mean does, too.
     """
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     up, down = list(heights), list(heights)
@@ -173,4 +174,5 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
+    """Saves a figure as a PNG, atomically."""
     write_aside(path, lambda partial: figure.savefig(partial, dpi=120))

@@ -1,4 +1,4 @@
-"""Work that several processes share: each does its part, and all of them go on or raise together."""
+"""Work shared by several processes: each does its part, and all continue or raise together."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -11,20 +11,20 @@ from sit_atconv.runtime.files import exclusive
 
 
 def share(items: Sequence, state: PartialState) -> Sequence:
-    """Returns this process's part of what all of them have listed."""
+    """Returns this rank's part of a list that all ranks have."""
     return items[state.process_index :: state.num_processes]
 
 
 @contextlib.contextmanager
 def together() -> Iterator[list[str]]:
-    """Lets every process finish the block, and then raises on all of them what any of them met.
+    """Runs the block on every rank, then raises the errors of any on all, so that none waits forever.
 
-    So none waits for another that has left. Yields a list for faults to which the block adds its own.
+    Yields a list to which the block may add error messages.
 
     Raises:
-        OSError: with each fault, and the text of each ValueError and OSError, on a line of its own.
+        OSError: one line for each message, ValueError and OSError of any rank.
     """
-    faults = []
+    faults: list[str] = []
     try:
         yield faults
     except (ValueError, OSError) as error:
@@ -35,7 +35,7 @@ def together() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def held_by_main(folder: Path, state: PartialState) -> Iterator[None]:
-    """Holds a folder, by the main process for all. Raises OSError on all of them where another command holds it."""
+    """Locks a folder from rank 0 for all ranks; raises OSError on all if another command holds it."""
     with contextlib.ExitStack() as stack:
         with together():
             if state.is_main_process:

@@ -1,4 +1,4 @@
-"""What a run was made by: command line, commit and package versions, in a file beside its results."""
+"""Provenance of a run: command line, commit and package versions, in a file beside its results."""
 
 import json
 import os
@@ -19,24 +19,24 @@ PACKAGES = ("accelerate", "diffusers", "jsonargparse", "numpy", "pillow", "safet
 
 
 def record_provenance(run: Path) -> None:
-    """Appends what `describe` returns to RUN/provenance.json, a list of sessions.
+    """Appends the result of `describe` to RUN/provenance.json, a list of sessions.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     path = run / "provenance.json"
     try:
         sessions = list(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):  # there is none yet, or a damaged one, which is no reason to stop a run
+    except (OSError, ValueError, TypeError):  # missing or damaged: no reason to stop a run
         sessions = []
     write_aside(path, json.dumps([*sessions, describe()], indent=1))
 
 
 def describe() -> dict:
-    """Returns command line, folder, commit and versions of this process, None for any not found.
+    """Returns command line, folder, commit and versions of this process, and None for the unknown ones.
 
-    Never fails. "commit" is that of the checkout that the package is imported from, "dirty" whether its tracked files
-    differ from that.
+    "commit" is the commit of the checkout that the package is imported from; "dirty" is true if tracked files differ
+    from it. Never fails.
     """
     changes = _try(_git, "status", "--porcelain", "--untracked-files=no")
     return {
@@ -51,7 +51,7 @@ def describe() -> dict:
 
 
 def _git(*arguments: str) -> str:
-    if not (ROOT / ".git").exists():  # a wheel, whose environment may be inside another project's checkout
+    if not (ROOT / ".git").exists():  # a wheel; its environment may be inside another project's checkout
         raise OSError
     done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10, check=True)
     return done.stdout.strip()

@@ -268,7 +268,7 @@ def test_a_solver_and_a_guidance_of_the_users_own(launch, fails, tiny_run, tmp_p
     main = load_command(GENERATE).main
     assert "guidance zero-init -> None" in fails(main, [*argv, "--out", tmp_path / "a"])
     for name, error in (("midpiont", "solver must be one of euler"), ("nowhere.X", "the module nowhere cannot be"),
-                        ("json.dumps", "solver json.dumps is no Solver")):
+                        ("json.dumps", "solver json.dumps is not a Solver")):
         assert error in fails(main, [*argv, "--solver", name])
     assert "guidance must be one of cfg, or your own as module.NAME, not 'apg'" in fails(
         main, [*argv, "--guidance", "apg"])

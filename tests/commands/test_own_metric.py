@@ -114,7 +114,7 @@ def test_errors(fails, forget, tmp_path):
     main = load_command("eval/fid.py").main
     argv = ["--samples", "reference.npz", *COMMON, "--metrics"]
     assert "no module named 'own_metrics'" in fails(main, [*argv, "own_metrics.sure"]).lower()
-    assert "metric own_metric.closeness is no Metric" in fails(main, [*argv, "own_metric.closeness"])
+    assert "metric own_metric.closeness is not a Metric" in fails(main, [*argv, "own_metric.closeness"])
     assert "must be one of fid, sfid, is, prc, kid, near, or your own as module.NAME, not 'far'" in fails(
         main, [*argv, "far", "--import", "own_metric"])
     (tmp_path / "taken.py").write_text(OWN.replace('"near"', '"my_near"').replace('"closeness"', '"FD"'))

@@ -71,7 +71,7 @@ def test_a_mixer_that_is_not_known_is_named_with_the_remedy(module, tmp_path, mo
     with pytest.raises(ValueError, match=r"hybrid, atconv, attention, .* not 'pooling' .give --import MODULE"):
         SiT.from_pretrained(tmp_path / "name")
     monkeypatch.setitem(sys.modules, "my_mixers", module)
-    with pytest.raises(ValueError, match=r"mixer my_mixers.Pooling is no Mixer"):
+    with pytest.raises(ValueError, match=r"mixer my_mixers.Pooling is not a Mixer"):
         SiT(**TINY, mixer="my_mixers.Pooling")
 
 
@@ -102,5 +102,5 @@ def test_a_mixer_that_needs_data_must_count_itself(monkeypatch):
             return x * x.max().item()
 
     monkeypatch.setitem(MIXERS._entries, "asking", Mixer(build=lambda dim, config: Asking()))
-    with pytest.raises(ValueError, match=r"mixer asking cannot be counted .*: give its entry multiply_adds"):
+    with pytest.raises(ValueError, match=r"mixer asking cannot be counted .*: give its entry `multiply_adds`"):
         multiply_adds({"mixer": "asking"}, (4, 4))

@@ -30,7 +30,7 @@ print(-allocate() + allocate())
 
 
 def test_unknown_device_is_named():
-    with pytest.raises(ValueError, match=r"device 'abacus' cannot be used here.*give cpu"):
+    with pytest.raises(ValueError, match=r"device 'abacus' is not available.*give cpu"):
         open_device("abacus")
 
 

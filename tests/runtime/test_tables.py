@@ -40,7 +40,7 @@ def test_own_parts_are_found_by_path_once_their_module_is_imported(table, own_mo
     assert import_module_of("own_colours.BLUE") == "own_colours.BLUE"
     assert table.find("own_colours.BLUE") == "#00f"
     for name in ("own_colours.SEVEN", "own_colours.PINK"):
-        with pytest.raises(ValueError, match=f"colour {name} is no str"):
+        with pytest.raises(ValueError, match=f"colour {name} is not a str"):
             table.find(name)
 
 
