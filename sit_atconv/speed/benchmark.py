@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -87,25 +88,19 @@ def measure(
         # Each form, with and without gradients, is one more. (The public argument of torch.compile came after 2.7.)
         torch._dynamo.config.recompile_limit = 64
     timed = PREPARE[level](case)
-    seconds = time_interleaved(
-        {**timed.runs, **timed.extras},
-        rounds=options.rounds,
-        warmup=options.warmup,
-        synchronize=partial(synchronize, device),
-        clock=clock,
-        after_round=after_round,
-    )
+    seconds = time_interleaved({**timed.runs, **timed.extras}, rounds=options.rounds, warmup=options.warmup,
+                               synchronize=partial(synchronize, device), clock=clock, after_round=after_round)
     decode = Rounds.of([1000 * s for s in seconds.get("decode", [0.0] * options.rounds)])
     ms = {key: Rounds.of([1000 * timed.scale * s for s in seconds[key]]).plus(decode) for key in timed.runs}
 
-    def measured(form: str, quantity: str, milliseconds: Rounds, **figures) -> Measurement:
+    def measured(form: str, quantity: str, milliseconds: Rounds, **figures: Any) -> Measurement:
         rates = Rounds.of([1000 * case.batch_size / one for one in milliseconds.rounds])
         return Measurement(level, quantity, form, case.resolution, case.grid_size, case.dtype, case.batch_size,
                            milliseconds, rates, **figures)
 
     measurements = []
     for (form, quantity), milliseconds in ms.items():
-        figures = {}
+        figures: dict[str, Rounds | int] = {}
         if form in timed.modules:
             figures["parameters"] = sum(p.numel() for p in timed.modules[form].parameters())
         if level in MEMORY and (beyond := peak_bytes(timed.runs[form, quantity], device)) is not None:

@@ -35,8 +35,9 @@ def save_chart(comparison: Comparison, path: Path) -> None:
     A line for each form with its quartiles, and dashed what it would be if time were proportional to multiply-adds.
     With one resolution a panel holds a row for each form instead.
     """
-    options, panels, spare = comparison.options, {}, itertools.cycle(SPARE_COLORS)
+    options, spare = comparison.options, itertools.cycle(SPARE_COLORS)
     colors = {form: find_form(form).color or next(spare) for form in options.forms}
+    panels: dict[tuple[str, str, str], list[Measurement]] = {}
     for level in options.levels:
         for m in comparison.measurements:
             if m.level == level and (level, m.quantity) in TITLES:

@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from timm.models.vision_transformer import Attention as TimmsOwn
+from timm.models import vision_transformer
 from torch import Tensor
 
 from sit_atconv.models.atconv import ATConv, square_grid
@@ -61,7 +61,7 @@ class FloorMixer(nn.Module):
         return self.proj(self.x_proj(x))
 
 
-class TimmAttention(TimmsOwn):
+class TimmAttention(vision_transformer.Attention):
     """timm's attention with the weights of one of ours, behind the mixers' contract."""
 
     def __init__(self, mixer: Attention):
@@ -78,12 +78,16 @@ def attend(qkv: Tensor, num_heads: int) -> Tensor:
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
 
 
-def elsewhere(mixer: nn.Module) -> nn.Module:
+def unchanged(mixer: nn.Module) -> nn.Module:
+    return mixer
+
+
+def of_others(mixer: nn.Module) -> nn.Module:
     """Returns somebody else's computation of what the mixer computes."""
     return {ATConv: PublishedATConv, Attention: TimmAttention}[type(mixer)](mixer)
 
 
-def passing_on(mixer: ATConv) -> ATConv:
+def identity_kernels(mixer: ATConv) -> ATConv:
     """Returns an ATConv with these projections whose kernels pass every token on: the floor's values."""
     twin = ATConv(mixer.proj.in_features, mixer.kernel_size).to(mixer.proj.weight)
     twin.x_proj, twin.proj = mixer.x_proj, mixer.proj

@@ -22,44 +22,18 @@ from dataclasses import dataclass
 LEVELS = ("op", "mixer", "block", "model", "train", "sampling")  # what is timed
 
 
-def as_it_is(mixer):
-    return mixer
-
-
-def computation(name: str) -> Callable:
-    """Returns a function of speed/computations.py, which is imported when it is called."""
-
-    def compute(mixer):
-        from sit_atconv.speed import computations
-
-        return getattr(computations, name)(mixer)
-
-    return compute
-
-
 @dataclass(frozen=True)
 class Form:
-    """One of what is compared.
+    """One of what is compared; `take` and `twin` name functions of speed/computations.py, mixer -> mixer."""
 
-    Args:
-        title: for people.
-        mixer: SiT's option of that name.
-        levels: those at which it is timed.
-        color: of its line in the chart; None takes a spare one.
-        take: a token mixer -> what is timed in its place, with its weights.
-        twin: a token mixer -> another computation of the values that `take` must give; None: there is none.
-        multiply_adds: (config, grid_size) -> those of what `take` returns, of one sample; None: those of the mixer.
-        bold: whether the chart stresses it.
-    """
-
-    title: str
-    mixer: str
-    levels: tuple[str, ...]
-    color: str | None = None
-    take: Callable = as_it_is
-    twin: Callable | None = None
-    multiply_adds: Callable[[Mapping, tuple[int, int]], int] | None = None
-    bold: bool = False
+    title: str  # for people
+    mixer: str  # SiT's option of that name
+    levels: tuple[str, ...]  # those at which it is timed
+    color: str | None = None  # of its line in the chart; None takes a spare one
+    take: str = "unchanged"  # returns what is timed
+    twin: str | None = None  # returns another computation of the same values; None: there is none
+    multiply_adds: Callable[[Mapping, tuple[int, int]], int] | None = None  # of `take`, one sample; None: the mixer's
+    bold: bool = False  # in the chart
 
 
 def _published_multiply_adds(config: Mapping, grid_size: tuple[int, int]) -> int:
@@ -68,19 +42,15 @@ def _published_multiply_adds(config: Mapping, grid_size: tuple[int, int]) -> int
     return 3 * N * D * D + taps * taps * D + taps * N * D
 
 
-def _floor_multiply_adds(config: Mapping, grid_size: tuple[int, int]) -> int:
-    return 2 * math.prod(grid_size) * config["hidden_size"] ** 2
-
-
 FORMS = {
-    "attention": Form("attention", "attention", LEVELS, "#3f4a54", twin=computation("elsewhere")),
-    "timm": Form("timm's attention", "attention", ("mixer",), "#a3abb3", computation("TimmAttention"), as_it_is),
-    "published": Form("ATConv as published", "atconv", LEVELS, "#d1722c", computation("PublishedATConv"), as_it_is,
+    "attention": Form("attention", "attention", LEVELS, "#3f4a54", twin="of_others"),
+    "timm": Form("timm's attention", "attention", ("mixer",), "#a3abb3", "TimmAttention", "unchanged"),
+    "published": Form("ATConv as published", "atconv", LEVELS, "#d1722c", "PublishedATConv", "unchanged",
                       _published_multiply_adds),
-    "atconv": Form("ATConv", "atconv", LEVELS, "#1f6fb4", twin=computation("elsewhere"), bold=True),
-    "hybrid": Form("hybrid", "hybrid", ("model", "train", "sampling"), "#8a5fb5", twin=computation("elsewhere")),
-    "floor": Form("floor (projections only)", "atconv", LEVELS, "#3c9a6b", computation("FloorMixer"),
-                  computation("passing_on"), _floor_multiply_adds),
+    "atconv": Form("ATConv", "atconv", LEVELS, "#1f6fb4", twin="of_others", bold=True),
+    "hybrid": Form("hybrid", "hybrid", ("model", "train", "sampling"), "#8a5fb5", twin="of_others"),
+    "floor": Form("floor (projections only)", "atconv", LEVELS, "#3c9a6b", "FloorMixer", "identity_kernels",
+                  lambda config, grid_size: 2 * math.prod(grid_size) * config["hidden_size"] ** 2),
 }
 
 

@@ -1,9 +1,10 @@
 """What is timed at each level: the operator, a token mixer, a block, a model, a training step, sampling."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -15,9 +16,10 @@ from sit_atconv.models.costs import DEFAULTS
 from sit_atconv.models.mixers import MIXERS, mixer_names
 from sit_atconv.models.sit import SiT
 from sit_atconv.ops import dynamic_depthwise_conv2d
+from sit_atconv.ops.reference import dynamic_depthwise_conv2d_reference
 from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.sampling import guided, sample_ode
-from sit_atconv.speed.agreement import Check, check, check_attention, check_conv, require_agreement, take_form
+from sit_atconv.speed.agreement import BOUNDS, Check, attention_definition, check, check_operator, take_form
 from sit_atconv.speed.computations import attend, published_conv2d
 from sit_atconv.speed.options import PRECISIONS, SpeedOptions
 from sit_atconv.speed.timing import Rotation
@@ -25,18 +27,14 @@ from sit_atconv.speed.timing import Rotation
 
 @dataclass(frozen=True)
 class Case:
-    """One resolution in one dtype: draws what goes in, builds the forms and sees that they agree.
-
-    Args:
-        checks: those that were passed.
-    """
+    """One resolution in one dtype: draws what goes in, builds the forms and sees that they agree."""
 
     options: SpeedOptions
     resolution: int
     dtype: str
     device: torch.device
-    decoder: nn.Module | None = None
-    checks: list[Check] = field(default_factory=list)
+    decoder: Any = None  # an AutoencoderKL, which is imported only where it is opened
+    checks: list[Check] = field(default_factory=list)  # those that were passed
 
     @property
     def batch_size(self) -> int:
@@ -67,7 +65,9 @@ class Case:
 
     def require(self, check: Check) -> None:
         """ValueError: what was checked does not agree."""
-        require_agreement(check, self.dtype, f"{self.resolution} px in {self.dtype}")
+        if check.error is not None and not check.error <= BOUNDS[self.dtype]:  # not a number is above it, too
+            raise ValueError(f"no speeds, because {check.what} do not agree at {self.resolution} px in {self.dtype}: "
+                             f"their relative error is {check.error:.2g}, and may be {BOUNDS[self.dtype]:g}")
         self.checks.append(check)
 
     def build(self, level: str, *, training: bool = False, **overrides) -> dict[str, SiT]:
@@ -97,21 +97,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Timed:
-    """What a level times.
+    """What a level times."""
 
-    Args:
-        runs: (form, quantity) -> what is run once a round.
-        modules: form -> what is run.
-        optimizers: form -> what updates it.
-        scale: what is wanted is so many of these.
-        extras: also run once a round: "decode", to be added to every form's time, or "copy" of `copied_bytes`.
-    """
-
-    runs: dict[tuple[str, str], Callable[[], object]]
-    modules: dict[str, nn.Module] = field(default_factory=dict)
-    optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
-    scale: float = 1.0
-    extras: dict[str, Callable[[], object]] = field(default_factory=dict)
+    runs: Mapping[tuple[str, str], Callable[[], object]]  # (form, quantity) -> what is run once a round
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)  # form -> what is run
+    optimizers: Mapping[str, torch.optim.Optimizer] = field(default_factory=dict)  # form -> what updates it
+    scale: float = 1.0  # what is wanted is so many of these
+    # Also run once a round: "decode", to be added to every form's time, or "copy" of `copied_bytes`.
+    extras: Mapping[str, Callable[[], object]] = field(default_factory=dict)
     copied_bytes: int = 0
 
 
@@ -124,23 +117,26 @@ def prepare_op(case: Case) -> Timed:
     with rotation.preparing():
         x, dy = ([case.randn(B, N, D) for _ in sets] for _ in range(2))
         kernels = [case.randn(B, k * k, D).transpose(1, 2).unflatten(2, (k, k)) for _ in sets]  # as ATConv makes them
-    both, checked = {"backward": [0, 1], "grad_x": [0], "grad_kernels": [1]}, partial(check_conv, grid_size=grid_size)
-    operators = {  # form -> function to contiguous tokens, its inputs, gradients by the numbers of inputs, check
+    both = {"backward": [0, 1], "grad_x": [0], "grad_kernels": [1]}
+    definition = partial(dynamic_depthwise_conv2d_reference, grid_size=grid_size)
+    # form -> function to contiguous tokens, its inputs, gradients by the numbers of inputs, definition
+    operators: dict[str, tuple[Callable[..., Tensor], Callable[[], list[tuple[Tensor, ...]]], dict[str, list[int]],
+                               Callable[..., Tensor] | None]] = {
         "attention": (lambda qkv: attend(qkv, heads).contiguous(), lambda: [(case.randn(B, N, 3 * D),) for _ in sets],
-                      {"backward": [0]}, partial(check_attention, num_heads=heads)),
+                      {"backward": [0]}, partial(attention_definition, num_heads=heads)),
         "published": (lambda x, kernels: published_conv2d(x, kernels, grid_size).contiguous(),
                       lambda: [(a, b.contiguous()) for a, b in zip(x, kernels, strict=True)],  # as its generator does
-                      both, checked),
+                      both, definition),
         "atconv": (lambda x, kernels: dynamic_depthwise_conv2d(x, kernels, grid_size).contiguous(),
-                   lambda: list(zip(x, kernels, strict=True)), both, checked),
+                   lambda: list(zip(x, kernels, strict=True)), both, definition),
         "floor": (torch.clone, lambda: list(zip(x)), {}, None),
     }
     for form in case.options.forms_of("op"):
-        function, make_inputs, gradients, check_form = operators[form]
+        function, make_inputs, gradients, definition_of_form = operators[form]
         with rotation.preparing():
             inputs = make_inputs()
-        if check_form is not None:
-            case.require(check_form(form, function, *(tensor[:2] for tensor in inputs[0])))
+        if definition_of_form is not None:
+            case.require(check_operator(form, function, definition_of_form, *(tensor[:2] for tensor in inputs[0])))
         runs[form, "forward"] = rotation.run([partial(function, *of_set) for of_set in inputs])
         for quantity, wanted in gradients.items():
             with rotation.preparing():
@@ -160,7 +156,8 @@ def gradient(function: Callable, tensors: Sequence[Tensor], dy: Tensor, wanted: 
 
 def prepare_mixer(case: Case) -> Timed:
     models = case.build("mixer", depth=1)
-    return _forward_and_backward(case, {form: model.blocks[0].attn for form, model in models.items()}, case.grid_size)
+    mixers = {form: model.get_submodule("blocks.0.attn") for form, model in models.items()}
+    return _forward_and_backward(case, mixers, case.grid_size)
 
 
 def prepare_block(case: Case) -> Timed:
@@ -175,15 +172,15 @@ def _forward_and_backward(case: Case, modules: dict[str, nn.Module], *rest) -> T
     D = case.options.model_config(case.options.baseline, case.resolution)["hidden_size"]
     x, dy = (case.randn(case.batch_size, math.prod(case.grid_size), D) for _ in range(2))
     leaf, runs = x.detach().requires_grad_(), {}
+
+    def forward_and_backward(run: Callable, wanted: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(run(leaf, *rest), wanted, dy)
+
     for form, module in modules.items():
         run = case.compiled(form, module, lambda run: run(leaf, *rest))
         wanted = [leaf, *(p for p in module.parameters() if p.requires_grad)]
-
-        def forward_and_backward(run=run, wanted=wanted):
-            return torch.autograd.grad(run(leaf, *rest), wanted, dy)
-
         runs[form, "forward"] = torch.no_grad()(partial(run, x, *rest))
-        runs[form, "forward+backward"] = forward_and_backward
+        runs[form, "forward+backward"] = partial(forward_and_backward, run, wanted)
     return Timed(runs, modules)
 
 
@@ -289,7 +286,7 @@ def random_model(config: dict, dtype: str, device: torch.device) -> SiT:
     return model.eval()
 
 
-def open_decoder(options: SpeedOptions) -> nn.Module | None:
+def open_decoder(options: SpeedOptions) -> Any:
     """The AutoencoderKL that decodes what is sampled, if any; decoding takes as long with random weights.
 
     Raises:
@@ -300,14 +297,9 @@ def open_decoder(options: SpeedOptions) -> nn.Module | None:
     if options.decoder == "sd-vae":
         from diffusers import AutoencoderKL
 
-        blocks = 4
-        return AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * blocks,
-            up_block_types=("UpDecoderBlock2D",) * blocks,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            latent_channels=4,
-        ).eval().requires_grad_(False)
+        decoder = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                                block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4)
+        return decoder.eval().requires_grad_(False)
     codec = VAECodec(options.decoder)
     if (codec.downsample, codec.channels) != (options.downsample, options.channels):
         raise ValueError(f"{options.decoder} decodes {codec.channels} channels of 1/{codec.downsample} the resolution, "

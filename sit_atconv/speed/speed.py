@@ -32,15 +32,15 @@ from sit_atconv.speed.options import PRECISIONS, SpeedOptions
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = vars(make_parser().parse_args(argv))
+    arguments = vars(make_parser().parse_args(argv))
     if not is_main_process():
         return
     with user_errors():
-        out = options.pop("out")
+        out = arguments.pop("out")
         out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is found before torch is imported
-        for form in options["forms"]:
+        for form in arguments["forms"]:
             import_module_of(form)
-        options = SpeedOptions(**options)
+        options = SpeedOptions(**arguments)
         from sit_atconv.runtime.files import write_aside
         from sit_atconv.speed.benchmark import compare
         from sit_atconv.speed.chart import save_chart

@@ -66,7 +66,7 @@ def _cell(rounds: Rounds | None, form: str = ".2f") -> str:
 def _growth(rows: list[Measurement]) -> list[str]:
     lines = []
     for quantity, dtype in dict.fromkeys((m.quantity, m.dtype) for m in rows):
-        forms = {}
+        forms: dict[str, list[Measurement]] = {}
         for m in rows:
             if (m.quantity, m.dtype) == (quantity, dtype):
                 forms.setdefault(m.form, []).append(m)

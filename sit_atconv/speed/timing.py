@@ -3,11 +3,13 @@
 import contextlib
 import itertools
 import statistics
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
+Key = TypeVar("Key")  # names a run
 MAX_SETS = 256
 REPLAYS = 20  # so many graphs are launched at once, or the launch of the first would show
 
@@ -36,16 +38,16 @@ class Rounds:
 
 
 def time_interleaved(
-    runs: dict[Hashable, Callable[[], object]],
+    runs: Mapping[Key, Callable[[], object]],
     *,
     rounds: int,
     warmup: int,
     synchronize: Callable[[], object],
     clock: Callable[[], float],
     after_round: Callable[[], object] = lambda: None,
-) -> dict[Hashable, list[float]]:
+) -> dict[Key, list[float]]:
     """Runs all of `runs` in turn, round after round. The seconds that each took, but for the `warmup` first rounds."""
-    seconds = {name: [] for name in runs}
+    seconds: dict[Key, list[float]] = {name: [] for name in runs}
     for number in range(-warmup, rounds):
         for name, run in runs.items():
             synchronize()

@@ -1,5 +1,7 @@
 """A form that computes something else must be refused, in every dtype; these are such forms."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,10 +10,10 @@ from sit_atconv.models.atconv import ATConv
 from sit_atconv.models.attention import Attention
 from sit_atconv.ops.reference import dynamic_depthwise_conv2d_reference
 from sit_atconv.runtime.dtypes import torch_dtype
-from sit_atconv.speed.agreement import BOUNDS, Check, check, check_attention, check_conv, require_agreement, take_form
+from sit_atconv.speed.agreement import BOUNDS, Check, attention_definition, check, check_operator, take_form
 from sit_atconv.speed.computations import FloorMixer, PublishedATConv, TimmAttention, attend, published_conv2d
 from sit_atconv.speed.forms import FORMS
-from sit_atconv.speed.levels import random_model
+from sit_atconv.speed.levels import Case, random_model
 from sit_atconv.speed.options import SpeedOptions
 
 CPU = torch.device("cpu")
@@ -100,24 +102,27 @@ def test_the_operator_is_checked_with_its_gradients():
     def right(x, kernels):
         return dynamic_depthwise_conv2d_reference(x, kernels, grid_size)
 
-    assert check_conv("right", right, x, kernels, grid_size).error == 0
+    assert check_operator("right", right, right, x, kernels).error == 0
     for wrong in (lambda x, k: transposed_taps(x, k, grid_size), lambda x, k: right(x, k.detach()) + 0 * k.sum(),
                   lambda x, k: right(x.detach(), k) + 0 * x):
-        assert check_conv("wrong", wrong, x, kernels, grid_size).error > 0.1
+        assert check_operator("wrong", wrong, right, x, kernels).error > 0.1
 
 
 def test_attentions_operator_is_checked():
-    qkv = torch.randn(2, 100, 3 * 8)
-    assert check_attention("right", lambda qkv: attend(qkv, 2), qkv, 2).error < 1e-6
-    assert check_attention("one head", lambda qkv: attend(qkv, 1), qkv, 2).error > 0.1
+    qkv, definition = torch.randn(2, 100, 3 * 8), partial(attention_definition, num_heads=2)
+    assert definition(qkv).shape == (2, 64, 8)
+    assert check_operator("right", lambda qkv: attend(qkv, 2), definition, qkv).error < 1e-6
+    assert check_operator("one head", lambda qkv: attend(qkv, 1), definition, qkv).error > 0.1
 
 
 @pytest.mark.parametrize("error", [2e-4, float("nan"), float("inf")])
 def test_disagreement_is_refused_and_named(error):
-    require_agreement(Check("a and b", 9e-5), "fp32", "here")
-    require_agreement(Check("a and b", 2e-4), "bf16", "here")
-    with pytest.raises(ValueError, match=f"because a and b do not agree at here: .* {error:.2g}, and may be"):
-        require_agreement(Check("a and b", error), "fp32", "here")
+    Case(SpeedOptions(), 256, "fp32", CPU).require(Check("a and b", 9e-5))
+    Case(SpeedOptions(), 256, "bf16", CPU).require(Check("a and b", 2e-4))
+    here = Case(SpeedOptions(), 256, "fp32", CPU)
+    with pytest.raises(ValueError, match=f"because a and b do not agree at 256 px in fp32: .* {error:.2g}, and may be"):
+        here.require(Check("a and b", error))
+    assert here.checks == []
 
 
 def test_the_largest_error_counts_and_what_is_no_number_is_never_small():

@@ -10,6 +10,7 @@ from sit_atconv.models import SiT
 from sit_atconv.models.atconv import ATConv
 from sit_atconv.models.costs import multiply_adds
 from sit_atconv.models.presets import preset_config
+from sit_atconv.speed import computations
 from sit_atconv.speed.computations import attend, published_conv2d
 from sit_atconv.speed.costs import form_multiply_adds, operator_cost
 from sit_atconv.speed.forms import FORMS
@@ -45,7 +46,7 @@ def counted(function, *inputs) -> int:
 def model_of(form, config):
     model = SiT(**config)
     for block in model.blocks:
-        block.attn = FORMS[form].take(block.attn)
+        block.attn = getattr(computations, FORMS[form].take)(block.attn)
         if isinstance(block.attn, ATConv):
             block.attn = Counted(block.attn)
     return model
