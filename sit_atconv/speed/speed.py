@@ -5,8 +5,8 @@
         --batch-size 64 16 4 --dtypes bf16 --decoder sd-vae --compile --device cuda
 
 Nothing is timed before each form has been seen to compute what it should, by a second computation of it.
-JSON goes to stdout, the table to stderr. Both lie in --out, as speed.json and speed.md, as far as they have come
-whenever a resolution is done; in the end there is a chart, speed.png.
+In a terminal it prints a table. With --json, or if stdout is no terminal, JSON goes to stdout and the table to stderr.
+The folder --out gets both, as speed.json and speed.md, after every resolution, and a chart, speed.png, at the end.
 One process measures: under torchrun the others leave at once.
 """
 
@@ -24,6 +24,7 @@ from sit_atconv.runtime.commands import (
     is_main_process,
     run_command,
     user_errors,
+    wants_json,
 )
 from sit_atconv.runtime.installation import command
 from sit_atconv.runtime.tables import import_module_of
@@ -35,8 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = vars(make_parser().parse_args(argv))
     if not is_main_process():
         return
+    out, as_json = arguments.pop("out"), wants_json(arguments.pop("json"))
     with user_errors():
-        out = arguments.pop("out")
         out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is found before torch is imported
         for form in arguments["forms"]:
             import_module_of(form)
@@ -55,8 +56,9 @@ def main(argv: list[str] | None = None) -> None:
         comparison = compare(options, progress=True, after_case=save)
     result, text = save(comparison)
     save_chart(comparison, out / "speed.png")
-    print(text, f"\nchart: {out / 'speed.png'}", sep="\n", file=sys.stderr)
-    print(result)
+    print(text, f"\nchart: {out / 'speed.png'}", sep="\n", file=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print(result)
 
 
 def make_parser() -> ArgumentParser:
@@ -99,6 +101,8 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--warmup", type=at_least(0), help="rounds before those, thrown away")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; auto is the accelerator, if any")
     parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="folder of the results")
+    parser.add_argument("--json", action="store_true",
+                        help="print JSON on stdout and the table on stderr, as is always done if stdout is no terminal")
     parser.set_defaults(**{option.name: option.default for option in fields(SpeedOptions)})
     return parser
 

@@ -30,7 +30,7 @@ def elsewhere(monkeypatch, tmp_path):
     monkeypatch.delenv("RANK", raising=False)
 
 
-def test_json_on_stdout_and_all_files_in_the_folder(main, tmp_path, capsys):
+def test_a_pipe_gets_json_and_the_folder_gets_all_files(main, tmp_path, capsys):
     main([*QUICK, "--out", "results/here"])
     out, err = capsys.readouterr()
     folder = tmp_path / "results" / "here"
@@ -43,6 +43,20 @@ def test_json_on_stdout_and_all_files_in_the_folder(main, tmp_path, capsys):
     assert table in err
     with Image.open(folder / "speed.png") as picture:
         assert picture.width > 600
+
+
+@pytest.mark.parametrize("flag", [[], ["--json"]])
+def test_a_terminal_gets_the_table_and_json_only_with_the_flag(main, tmp_path, capsys, monkeypatch, flag):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    main([*QUICK, "--levels", "op", *flag])
+    out, err = capsys.readouterr()
+    folder = tmp_path / "runs" / "speed"
+    result, table = (folder / "speed.json").read_text(), (folder / "speed.md").read_text()
+    assert [m["form"] for m in json.loads(result)["measurements"]].count("atconv") == 4
+    if flag:
+        assert out == result and table in err
+    else:
+        assert out.startswith(table) and out.endswith("chart: runs/speed/speed.png\n") and "chart" not in err
 
 
 def test_token_mixers_of_a_users_module_are_forms(main, tmp_path, capsys, monkeypatch):
