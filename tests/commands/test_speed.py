@@ -60,7 +60,7 @@ def test_a_terminal_gets_the_table_and_json_only_with_the_flag(main, tmp_path, c
 
 
 def test_token_mixers_of_a_users_module_are_forms(main, tmp_path, capsys, monkeypatch):
-    """One is registered by --import, one is named by its path; neither has a second computation."""
+    """One mixer is registered by --import, one is named by its path; neither has a second computation."""
     (tmp_path / "my_mixers.py").write_text(POOLING)
     (tmp_path / "my_table.py").write_text(POOLING + "MIXERS.register('pooling', POOLING)\n")
     monkeypatch.setattr(MIXERS, "_entries", dict(MIXERS))
@@ -83,14 +83,13 @@ def test_token_mixers_of_a_users_module_are_forms(main, tmp_path, capsys, monkey
             assert counts[form] < counts["atconv"]
         errors = [check["error"] for check in result["agreement"] if check["what"].startswith(form)]
         assert errors == [None] * 4  # the levels model and sampling have the same models
-        assert f"Not checked: {form}, of which there is no second computation." in table
+        assert f"Not checked: {form}, which has no second computation." in table
     assert {check["what"] for check in result["agreement"] if check["error"] is not None} == {
-        "atconv and PublishedATConv with its weights"}
+        "atconv and PublishedATConv with the same weights"}
     assert (tmp_path / "runs/speed/speed.png").exists()
 
 
-def test_what_was_found_before_a_kill_is_there(main, tmp_path, monkeypatch):
-    """Of two resolutions the second never ends."""
+def test_a_killed_run_leaves_the_results_of_finished_resolutions(main, tmp_path, monkeypatch):
     import sit_atconv.speed.benchmark as benchmark
 
     measure = benchmark.measure
@@ -109,7 +108,7 @@ def test_what_was_found_before_a_kill_is_there(main, tmp_path, monkeypatch):
     assert "| atconv |" in (folder / "speed.md").read_text()
 
 
-def test_other_processes_leave_quietly(main, tmp_path, capsys, monkeypatch):
+def test_other_ranks_exit_without_output(main, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     main(QUICK)
     assert capsys.readouterr() == ("", "")
