@@ -64,8 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog=command("speed"),
-        usage="%(prog)s [--preset XL/2] [--levels model sampling] [--resolutions 256 512] [--out DIR] "
-        "[options]",
+        usage="%(prog)s [--preset XL/2] [--levels model sampling] [--resolutions 256 512] [--out DIR] [options]",
         description="Time ATConv and the forms that it is compared with in interleaved rounds. Before that, check that "
         "each form computes the right values. The results are milliseconds, images per second, ratios, multiply-adds "
         "and peak memory, as a table, a chart and JSON.",
@@ -80,8 +79,7 @@ def make_parser() -> ArgumentParser:
     add_import_option(parser)
     parser.add_argument("--levels", choices=LEVELS, nargs="+", metavar="LEVEL",
                         help=f"parts of the model to time: {', '.join(LEVELS)}")
-    parser.add_argument("--baseline", metavar="FORM",
-                        help="form that all speedups are relative to")
+    parser.add_argument("--baseline", metavar="FORM", help="form that all speedups are relative to")
     parser.add_argument("--resolutions", type=at_least(1), nargs="+", metavar="PX",
                         help="sides of the square images, in pixels")
     parser.add_argument("--batch-size", type=at_least(1), nargs="+", dest="batch_sizes", metavar="B",
