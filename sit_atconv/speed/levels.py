@@ -158,8 +158,9 @@ def prepare_part(level: str, case: Case) -> Timed:
     """Prepares the token mixers or the blocks of models with one block."""
     models = case.build(level, depth=1)
     B, N, D = case.batch_size, math.prod(case.grid_size), next(iter(models.values())).config.hidden_size
-    path, condition = ("blocks.0.attn", []) if level == "mixer" else ("blocks.0", [case.randn(B, D)])
-    modules, rest = {form: model.get_submodule(path) for form, model in models.items()}, (*condition, case.grid_size)
+    path = "blocks.0" if level == "block" else "blocks.0.attn"
+    rest = (case.randn(B, D), case.grid_size) if level == "block" else (case.grid_size,)
+    modules = {form: model.get_submodule(path) for form, model in models.items()}
     x, dy = (case.randn(B, N, D) for _ in range(2))
     leaf, runs = x.detach().requires_grad_(), {}
 
