@@ -23,6 +23,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def wants_json(flag: bool) -> bool:
+    """True if stdout gets JSON: `--json` was given (`flag`), or stdout is not a terminal."""
+    return flag or not sys.stdout.isatty()
+
+
 def fail(message: object, code: int = 1, everywhere: bool = False):
     """Prints an error from local rank 0, or from all ranks if `everywhere`, and exits with `code`."""
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":

@@ -1,1 +1,1 @@
-"""The parts of the speed comparison that `sit_atconv/speed/benchmark.py` runs."""
+"""The speed comparison, run by `sit_atconv/speed/benchmark.py`."""

@@ -1,49 +1,46 @@
-"""What must hold before a speed means anything: every form computes the values that it should, gradients included."""
+"""Checks that a form computes the right values and gradients, made before it is timed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from sit_atconv.models.sit import SiT
-from sit_atconv.ops.reference import dynamic_depthwise_conv2d_reference
+from sit_atconv.speed import computations
 from sit_atconv.speed.forms import find_form
 
 BOUNDS = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}  # of relative errors; rounding stays below 1/2.5 of these
-BLOCKS = 2  # of a model are compared, with all that is around them: blocks are alike, and a hybrid's alternate
-QUERIES = 64  # of attention are written out
+BLOCKS = 2  # compared blocks of a model: all blocks are alike, or alternate between two mixers
+QUERIES = 64  # compared queries of attention
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was compared, and `error` = ||a - b|| / ||b||, the largest of several tensors; None if nothing was."""
+    """Result of one check."""
 
-    what: str
-    error: float | None
-
-
-def require_agreement(check: Check, dtype: str, where: str) -> None:
-    """ValueError: the error is above the dtype's bound, or not a number."""
-    if check.error is not None and not check.error <= BOUNDS[dtype]:
-        raise ValueError(f"no speeds, because {check.what} do not agree at {where}: their relative error is "
-                         f"{check.error:.2g}, and may be {BOUNDS[dtype]:g}")
+    what: str  # what was compared
+    error: float | None  # ||a - b|| / ||b||, the largest of several tensors; None if nothing was compared
 
 
 def check(what: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> Check:
+    """Compares tensors pairwise; the error is NaN if one of them holds NaN."""
     pairs = [(a.detach().double(), b.detach().double()) for a, b in zip(found, expected, strict=True)]
     errors = torch.stack([(a - b).norm() / b.norm().clamp_min(1e-30) for a, b in pairs])  # two zeros agree
-    return Check(what, errors.max().item())  # not a number if one of them is none
+    return Check(what, errors.max().item())
 
 
 def take_form(model: SiT, form: str, *inputs: Tensor, gradients: bool = False) -> Check:
-    """Gives every block of a model of the form's preset the form's mixer, and checks the first blocks by its twins.
+    """Replaces the mixer of every block by the form's, and checks it against a second computation.
 
-    Compared are the outputs of a model of these blocks and, where they are wanted, the gradients of its parameters.
-    Without a twin nothing is: the check has no error then.
+    The check compares the outputs of the model cut down to its first blocks and, with `gradients`, the gradients of
+    its parameters. Its error is None if the form has no second computation.
     """
-    take, twin = find_form(form).take, find_form(form).twin
-    blocks, mixers = model.blocks, [block.attn for block in model.blocks]
+    entry = find_form(form)
+    take = getattr(computations, entry.take)
+    blocks: nn.ModuleList = model.blocks
+    mixers = [block.attn for block in blocks]
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def evaluate(change: Callable) -> list[Tensor]:
@@ -57,39 +54,35 @@ def take_form(model: SiT, form: str, *inputs: Tensor, gradients: bool = False) -
             return [y]
         return [y, *torch.autograd.grad(y, parameters, inputs[0], allow_unused=True, materialize_grads=True)]
 
-    expected = evaluate(twin) if twin else None
-    found = evaluate(take)  # last, so that its mixers stay
-    if expected is None:
-        return Check(f"{form}, of which there is no second computation", None)
+    if entry.twin is None:
+        evaluate(take)
+        return Check(f"{form}, which has no second computation", None)
+    twin = getattr(computations, entry.twin)
+    expected = evaluate(twin)
+    found = evaluate(take)  # the last call decides which mixers the model keeps
     twins = dict.fromkeys(type(twin(mixer)).__name__ for mixer in mixers[:BLOCKS])
-    return check(f"{form} and {' + '.join(twins)} with its weights", found, expected)
+    return check(f"{form} and {' + '.join(twins)} with the same weights", found, expected)
 
 
-def check_conv(form: str, conv: Callable[[Tensor, Tensor], Tensor], x: Tensor, kernels: Tensor,
-               grid_size: tuple[int, int]) -> Check:
-    """Values and both gradients of the operator against its definition."""
+def check_operator(form: str, operator: Callable[..., Tensor], definition: Callable[..., Tensor],
+                   *inputs: Tensor) -> Check:
+    """Checks values and gradients of an operator against its definition.
 
-    def evaluate(function: Callable) -> list[Tensor]:
-        leaves = [tensor.detach().requires_grad_() for tensor in (x, kernels)]
-        y = function(*leaves)
-        return [y, *torch.autograd.grad(y, leaves, x)]  # any cotangent will do
+    If the definition returns the first tokens only, these are compared.
+    """
 
-    definition = evaluate(lambda x, kernels: dynamic_depthwise_conv2d_reference(x, kernels, grid_size))
-    return check(f"{form} and its definition", evaluate(conv), definition)
+    def evaluate(function: Callable[..., Tensor], tokens: int | None = None) -> list[Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        y = function(*leaves)[:, :tokens]
+        return [y, *torch.autograd.grad(y, leaves, y.detach())]  # y serves as the cotangent
+
+    expected = evaluate(definition)
+    return check(f"{form} and its definition", evaluate(operator, expected[0].shape[1]), expected)
 
 
-def check_attention(form: str, attention: Callable[[Tensor], Tensor], qkv: Tensor, num_heads: int) -> Check:
-    """The first queries' results, and their gradients, against softmax(q k^T / sqrt(d)) v written out in float32."""
-
-    def definition(qkv: Tensor) -> Tensor:
-        q, k, v = qkv.float().unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q = q[:, :, :QUERIES]
-        y = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
-        return y.transpose(1, 2).flatten(2).to(qkv.dtype)
-
-    def evaluate(function: Callable) -> list[Tensor]:
-        leaf = qkv.detach().requires_grad_()
-        y = function(leaf)[:, :QUERIES]
-        return [y, *torch.autograd.grad(y, leaf, y.detach())]
-
-    return check(f"{form} and its definition", evaluate(attention), evaluate(definition))
+def attention_definition(qkv: Tensor, num_heads: int) -> Tensor:
+    """Returns softmax(q k^T / sqrt(d)) v of the first queries, written out in float32."""
+    q, k, v = qkv.float().unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q = q[:, :, :QUERIES]
+    y = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
+    return y.transpose(1, 2).flatten(2).to(qkv.dtype)

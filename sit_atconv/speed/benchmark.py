@@ -1,7 +1,7 @@
 """The speed comparison: the forms of `speed/forms.py`, timed side by side in one run.
 
-Every round times each form once (ABAB...), so that whatever else the machine does meets all alike, and ratios are
-taken round by round. Nothing is timed before the forms have been seen to compute the values that they should.
+Every round times each form once (ABAB...), so that other load on the machine affects all forms alike, and ratios are
+taken round by round. A level is timed only after its forms have passed their checks.
 """
 
 import time
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -24,7 +25,7 @@ from sit_atconv.speed.options import SpeedOptions
 from sit_atconv.speed.results import Comparison, Measurement
 from sit_atconv.speed.timing import Rounds, time_interleaved
 
-MEMORY = ("train", "sampling")  # levels whose peak is measured
+MEMORY = ("train", "sampling")  # levels whose peak memory is measured
 
 
 def compare(
@@ -39,12 +40,12 @@ def compare(
     Args:
         options: what to time.
         clock: returns seconds.
-        progress: draw a bar on stderr.
-        after_case: is given what has been found whenever a resolution is done, so that a long run loses little.
+        progress: whether to draw a progress bar on stderr.
+        after_case: called with the results so far after every resolution, so that a killed run loses little.
 
     Raises:
-        ValueError: forms that do not agree; a device that is not there, does not compute in one of the dtypes, or has
-            too little memory; a decoder that cannot be loaded or does not fit.
+        ValueError: forms do not agree; the device is missing, does not support a dtype or has too little memory; the
+            decoder cannot be loaded or does not fit the models.
     """
     device = open_device(options.device)
     keep_freed_memory()
@@ -57,15 +58,15 @@ def compare(
     total = len(cases) * len(options.levels) * (options.rounds + options.warmup)
     with tqdm(total=total, unit="round", disable=not progress) as bar:
         while cases:
-            case = cases.pop(0)  # and with it its models
+            case = cases.pop(0)  # frees the models of the case before
             for level in options.levels:
                 bar.set_description(f"{options.preset} {level} {case.resolution} px {case.dtype}")
                 try:
                     comparison.measurements.extend(measure(case, level, clock=clock, after_round=bar.update))
                 except torch.OutOfMemoryError:
                     raise ValueError(f"{level} at {case.resolution} px in {case.dtype} with batch size "
-                                     f"{case.batch_size} does not fit into the memory of {device}: lower the batch "
-                                     "size") from None
+                                     f"{case.batch_size} does not fit into the memory of {device}: lower "
+                                     "--batch-size") from None
             comparison.agreement.extend(
                 {"resolution": case.resolution, "dtype": case.dtype, **asdict(check)} for check in case.checks
             )
@@ -80,32 +81,26 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     after_round: Callable[[], object] = lambda: None,
 ) -> list[Measurement]:
-    """Every form of a level in the same rounds. ValueError: the forms do not agree; nothing has been timed then."""
+    """Times every form of a level in the same rounds. Raises ValueError before that if a check fails."""
     options, device = case.options, case.device
     if options.compile:
         torch.compiler.reset()
-        # Each form, with and without gradients, is one more. (The public argument of torch.compile came after 2.7.)
+        # Every form adds compilations, with and without gradients. (torch.compile got an argument for it after 2.7.)
         torch._dynamo.config.recompile_limit = 64
     timed = PREPARE[level](case)
-    seconds = time_interleaved(
-        {**timed.runs, **timed.extras},
-        rounds=options.rounds,
-        warmup=options.warmup,
-        synchronize=partial(synchronize, device),
-        clock=clock,
-        after_round=after_round,
-    )
+    seconds = time_interleaved({**timed.runs, **timed.extras}, rounds=options.rounds, warmup=options.warmup,
+                               synchronize=partial(synchronize, device), clock=clock, after_round=after_round)
     decode = Rounds.of([1000 * s for s in seconds.get("decode", [0.0] * options.rounds)])
     ms = {key: Rounds.of([1000 * timed.scale * s for s in seconds[key]]).plus(decode) for key in timed.runs}
 
-    def measured(form: str, quantity: str, milliseconds: Rounds, **figures) -> Measurement:
+    def measured(form: str, quantity: str, milliseconds: Rounds, **figures: Any) -> Measurement:
         rates = Rounds.of([1000 * case.batch_size / one for one in milliseconds.rounds])
         return Measurement(level, quantity, form, case.resolution, case.grid_size, case.dtype, case.batch_size,
                            milliseconds, rates, **figures)
 
     measurements = []
     for (form, quantity), milliseconds in ms.items():
-        figures = {}
+        figures: dict[str, Rounds | int] = {}
         if form in timed.modules:
             figures["parameters"] = sum(p.numel() for p in timed.modules[form].parameters())
         if level in MEMORY and (beyond := peak_bytes(timed.runs[form, quantity], device)) is not None:
@@ -121,8 +116,7 @@ def measure(
             bandwidth = [2 * timed.copied_bytes / s for s in seconds["copy"]]  # read and written
             figures["over_byte_floor"] = milliseconds.over(Rounds.of([1000 * needed_bytes / b for b in bandwidth]))
         else:
-            part = level if level in ("mixer", "block") else "model"
-            macs = form_multiply_adds(part, form, config, case.grid_size)
+            macs = form_multiply_adds(level, form, config, case.grid_size)
         measurements.append(measured(form, quantity, milliseconds, multiply_adds=macs, **figures))
     if "decode" in timed.extras:
         measurements.append(measured("decoder", "decode", decode))
@@ -130,6 +124,6 @@ def measure(
 
 
 def resident_bytes(module: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
-    """Of weights and optimizer state, which are there before a run and after it."""
+    """Returns the bytes of weights and optimizer state, which stay allocated between runs."""
     state = [tensor for values in optimizer.state.values() for tensor in values.values()] if optimizer else []
     return sum(tensor.numel() * tensor.element_size() for tensor in [*module.parameters(), *state])

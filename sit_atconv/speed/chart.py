@@ -1,4 +1,4 @@
-"""The speed comparison as a chart: measured time against what the multiply-adds alone would make of it."""
+"""The chart of the speed comparison: measured time, and time if it were proportional to multiply-adds."""
 
 import itertools
 import math
@@ -8,14 +8,14 @@ from textwrap import wrap
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
-from sit_atconv.runtime.plots import spread
+from sit_atconv.runtime.plots import set_log, spread
 from sit_atconv.speed.forms import find_form
 from sit_atconv.speed.results import Comparison, Measurement, growth
 
-SPARE_COLORS = ("#b23a67", "#8a8d2f", "#2b9b98", "#7d5a3c")  # of forms that have none
-TITLES = {  # of the panels; what is not named is part of what is
+SPARE_COLORS = ("#b23a67", "#8a8d2f", "#2b9b98", "#7d5a3c")  # for forms without a color of their own
+TITLES = {  # of the panels; other quantities are parts of these and get no panel
     ("op", "forward"): "operator, forward",
     ("op", "backward"): "operator, backward",
     ("mixer", "forward"): "token mixer, forward",
@@ -32,11 +32,12 @@ DASHES = (0, (4, 3))
 def save_chart(comparison: Comparison, path: Path) -> None:
     """Draws time per image against resolution on log scales, a panel for each level, quantity and dtype.
 
-    A line for each form with its quartiles, and dashed what it would be if time were proportional to multiply-adds.
-    With one resolution a panel holds a row for each form instead.
+    A form has a line with quartiles, and a dashed line for time proportional to multiply-adds. With one resolution, a
+    panel has a row for each form instead.
     """
-    options, panels, spare = comparison.options, {}, itertools.cycle(SPARE_COLORS)
+    options, spare = comparison.options, itertools.cycle(SPARE_COLORS)
     colors = {form: find_form(form).color or next(spare) for form in options.forms}
+    panels: dict[tuple[str, str, str], list[Measurement]] = {}
     for level in options.levels:
         for m in comparison.measurements:
             if m.level == level and (level, m.quantity) in TITLES:
@@ -77,15 +78,15 @@ def save_chart(comparison: Comparison, path: Path) -> None:
 
 
 def predict(points: list[Measurement], baseline: str, decoding: dict[int, float]) -> dict[tuple[str, int], float]:
-    """(form, resolution) -> ms per image if time were proportional to multiply-adds, from the baseline's first point.
+    """Predicts ms per image by (form, resolution), as if time were proportional to multiply-adds.
 
     Args:
-        points: of one level, quantity and dtype.
-        baseline: the form whose time at the first resolution is taken as it is.
+        points: measurements of one level, quantity and dtype.
+        baseline: form whose time at its smallest resolution sets the rate.
         decoding: resolution -> ms per image that decoding adds to every form.
     """
     start = min((m for m in points if m.form == baseline), key=lambda m: m.resolution, default=None)
-    if start is None or not start.multiply_adds:  # a floor has none between its projections
+    if start is None or not start.multiply_adds:  # the floor's operator has none
         return {}
     rate = (start.ms_per_image.median - decoding.get(start.resolution, 0.0)) / start.multiply_adds
     return {(m.form, m.resolution): rate * m.multiply_adds + decoding.get(m.resolution, 0.0)
@@ -93,7 +94,7 @@ def predict(points: list[Measurement], baseline: str, decoding: dict[int, float]
 
 
 def _unit(points: list[Measurement]) -> tuple[str, float]:
-    """What the panel is drawn in, and its milliseconds."""
+    """Returns the unit of a panel and its length in ms."""
     return ("s", 1000.0) if max(m.ms_per_image.median for m in points) > 2000 else ("ms", 1.0)
 
 
@@ -117,11 +118,8 @@ def _draw_lines(axes: Axes, points: list[Measurement], predicted: dict[tuple[str
     grids = {m.resolution: "x".join(map(str, m.grid_size)) for m in points}
     axes.set_xticks(sides, [f"{side} px\n{grids[side]} tokens" for side in sides])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
     low, high = axes.get_ylim()
-    if high / low < 1000:  # too few powers of ten to read values from
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    set_log(axes, "y", subs=(1, 2, 5) if high / low < 1000 else (1,))  # powers of ten alone could be too few ticks
 
     span = sides[-1] / sides[0]
     axes.set_xlim(sides[0] / span**0.06, sides[-1] * span**0.62)  # room for the labels

@@ -1,10 +1,10 @@
-"""How the compared forms compute a token mixer, each with the weights of one of ours."""
+"""Computations of the compared forms, each with the weights of one of our token mixers."""
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from timm.models.vision_transformer import Attention as TimmsOwn
+from timm.models import vision_transformer
 from torch import Tensor
 
 from sit_atconv.models.atconv import ATConv, square_grid
@@ -12,10 +12,10 @@ from sit_atconv.models.attention import Attention
 
 
 class PublishedATConv(nn.Module):
-    """An `ATConv` computed as published, with the weights and to the values of the one given.
+    """ATConv as published, with the weights and the values of an `ATConv`.
 
-    Pooling comes after the projection of all N tokens (and before the activation, which does not commute with it),
-    and the convolution sees channels before pixels, so that tokens are transposed there and back.
+    It projects all N tokens before it pools them (the activation follows, because it does not commute with pooling),
+    and it convolves in NCHW, which takes two transpositions of the tokens.
     """
 
     def __init__(self, mixer: ATConv):
@@ -28,13 +28,13 @@ class PublishedATConv(nn.Module):
         self.x_proj, self.proj = mixer.x_proj, mixer.proj
 
     def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
-        """(B, N, C) -> (B, N, C)"""
+        """Maps tokens (B, N, C) to (B, N, C)."""
         kernels = self.generate_kernels(x)                                                     # (B, C, k, k)
         y = published_conv2d(self.x_proj(x), kernels, grid_size or square_grid(x.shape[1]))    # (B, N, C)
         return self.proj(y)                                                                    # (B, N, C)
 
     def generate_kernels(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, C) -> one kernel for each sample and channel (B, C, k, k)."""
+        """Returns one kernel per sample and channel: tokens (B, N, C) -> (B, C, k, k)."""
         k = self.kernel_size
         p = F.adaptive_avg_pool1d(self.kernel_proj(x).transpose(1, 2), k * k)                  # (B, C, k*k)
         K = self.kernel_gen(self.kernel_act(p))                                                # (B, C, k*k)
@@ -43,7 +43,7 @@ class PublishedATConv(nn.Module):
 
 
 def published_conv2d(x: Tensor, kernels: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """`dynamic_depthwise_conv2d` as published: one grouped NCHW convolution of B*C channels."""
+    """Computes `dynamic_depthwise_conv2d` as published: one grouped NCHW convolution of B*C channels."""
     (B, N, C), (H, W), k = x.shape, grid_size, kernels.shape[-1]
     image = x.transpose(1, 2).reshape(1, B * C, H, W)
     y = F.conv2d(image, kernels.reshape(B * C, 1, k, k), padding=k // 2, groups=B * C)
@@ -51,7 +51,7 @@ def published_conv2d(x: Tensor, kernels: Tensor, grid_size: tuple[int, int]) -> 
 
 
 class FloorMixer(nn.Module):
-    """The two projections of an `ATConv` with kernel generation and convolution left out."""
+    """The two projections of an `ATConv`, without kernel generation and convolution."""
 
     def __init__(self, mixer: ATConv):
         super().__init__()
@@ -61,8 +61,8 @@ class FloorMixer(nn.Module):
         return self.proj(self.x_proj(x))
 
 
-class TimmAttention(TimmsOwn):
-    """timm's attention with the weights of one of ours, behind the mixers' contract."""
+class TimmAttention(vision_transformer.Attention):
+    """The `Attention` of timm with our weights and our call, `(x, grid_size) -> x`."""
 
     def __init__(self, mixer: Attention):
         super().__init__(mixer.proj.in_features, mixer.num_heads, qkv_bias=True)
@@ -73,18 +73,22 @@ class TimmAttention(TimmsOwn):
 
 
 def attend(qkv: Tensor, num_heads: int) -> Tensor:
-    """All that `Attention` does between its projections: (B, N, 3C), as the first one leaves it, to (B, N, C)."""
+    """Computes what `Attention` does between its projections: (B, N, 3C) -> (B, N, C)."""
     q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=num_heads)
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
 
 
-def elsewhere(mixer: nn.Module) -> nn.Module:
-    """Returns somebody else's computation of what the mixer computes."""
+def unchanged(mixer: nn.Module) -> nn.Module:
+    return mixer
+
+
+def second_computation(mixer: nn.Module) -> nn.Module:
+    """Returns the published ATConv or timm's attention with the mixer's weights."""
     return {ATConv: PublishedATConv, Attention: TimmAttention}[type(mixer)](mixer)
 
 
-def passing_on(mixer: ATConv) -> ATConv:
-    """Returns an ATConv with these projections whose kernels pass every token on: the floor's values."""
+def identity_kernels(mixer: ATConv) -> ATConv:
+    """Returns an ATConv with the same projections and identity kernels: it gives the floor's values."""
     twin = ATConv(mixer.proj.in_features, mixer.kernel_size).to(mixer.proj.weight)
     twin.x_proj, twin.proj = mixer.x_proj, mixer.proj
     with torch.no_grad():

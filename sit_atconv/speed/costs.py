@@ -1,4 +1,4 @@
-"""How much arithmetic and memory traffic the compared forms need, counted from shapes alone."""
+"""Arithmetic and memory traffic of the compared forms, counted from shapes alone."""
 
 from sit_atconv.models.costs import DEFAULTS, block_multiply_adds, mixer_multiply_adds, multiply_adds
 from sit_atconv.models.mixers import mixer_names
@@ -9,9 +9,9 @@ def form_multiply_adds(level: str, form: str, config: dict, grid_size: tuple[int
     """Returns the multiply-adds of one forward of one sample.
 
     Args:
-        level: "mixer", "block" (with its adaLN) or "model".
-        form: a name that `find_form` knows; one with several mixers at the level "model" only.
-        config: arguments of SiT's constructor; what is missing has its default.
+        level: "mixer" and "block" (with its adaLN) count one of these, other levels the whole model.
+        form: a name that `find_form` knows.
+        config: arguments of SiT's constructor; missing ones have their defaults.
         grid_size: (H, W) in tokens.
     """
     config = {**DEFAULTS, **config}
@@ -20,20 +20,17 @@ def form_multiply_adds(level: str, form: str, config: dict, grid_size: tuple[int
     def of_mixer(name: str) -> int:
         return count(config, grid_size) if count else mixer_multiply_adds(name, config, grid_size)
 
-    if level == "model":
+    if level not in ("mixer", "block"):
         return multiply_adds(config, grid_size, of_mixer)
     mixer, = set(mixer_names(config["mixer"], config["depth"]))
     return of_mixer(mixer) + (block_multiply_adds(config, grid_size) if level == "block" else 0)
 
 
 def operator_cost(form: str, config: dict, grid_size: tuple[int, int]) -> dict[str, tuple[int, int]]:
-    """Returns (multiply-adds, numbers read and written) of the operator between the projections, by quantity.
+    """Returns quantity -> (multiply-adds, numbers read and written) of the operator, for one sample.
 
-    They are of one sample: each input read once, each output written once, nothing between them. Quantities are
-    "forward", "backward" (all gradients) and, of the convolution, "grad_x" and "grad_kernels".
-
-    Args:
-        form, config, grid_size: as in `form_multiply_adds`.
+    Each input is read once and each output is written once. Quantities are "forward", "backward" (all gradients) and,
+    for the convolution, "grad_x" and "grad_kernels". Arguments are those of `form_multiply_adds`.
     """
     config = {**DEFAULTS, **config}
     N, D, taps = grid_size[0] * grid_size[1], config["hidden_size"], config["kernel_size"] ** 2
@@ -45,7 +42,7 @@ def operator_cost(form: str, config: dict, grid_size: tuple[int, int]) -> dict[s
         "backward": (2 * taps * tokens, 3 * tokens + 2 * kernels),  # reads dy, x and kernels, writes dx and dkernels
     }
     return {
-        # q k^T and its product with v; each has two gradients of its own size
+        # q k^T and its product with v; the backward of each is two products of the same size
         "attention": {"forward": (2 * N * tokens, 4 * tokens), "backward": (4 * N * tokens, 7 * tokens)},
         "published": convolution,
         "atconv": convolution,

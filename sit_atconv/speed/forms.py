@@ -1,17 +1,6 @@
-"""What ATConv is compared with, by name; none is slowed down, and attention stands beside timm's.
+"""The compared forms, by name.
 
-A form is a SiT of the preset's size with some token mixer, computed in some way; all else is the same in all forms.
-
-| form | token mixer |
-|---|---|
-| `attention` | qkv projection, `scaled_dot_product_attention` on (B, heads, N, head_dim), projection |
-| `timm` | timm's `Attention`, to show that ours is not a slow one |
-| `published` | ATConv in its published formulation: kernel projected from all N tokens, convolution in NCHW |
-| `atconv` | ATConv as it is here |
-| `hybrid` | `attention` and `atconv` in alternate blocks |
-| `floor` | ATConv's two projections and nothing between: what no token mixer of this kind can beat |
-| any other in `models/mixers.py` | as it is |
-
+A form is a SiT of the preset's size with one token mixer, computed in one way; all else is the same in all forms.
 Imports nothing heavy, so that `--help` can list the forms.
 """
 
@@ -22,70 +11,43 @@ from dataclasses import dataclass
 LEVELS = ("op", "mixer", "block", "model", "train", "sampling")  # what is timed
 
 
-def as_it_is(mixer):
-    return mixer
-
-
-def computation(name: str) -> Callable:
-    """Returns a function of speed/computations.py, which is imported when it is called."""
-
-    def compute(mixer):
-        from sit_atconv.speed import computations
-
-        return getattr(computations, name)(mixer)
-
-    return compute
-
-
 @dataclass(frozen=True)
 class Form:
-    """One of what is compared.
+    """One compared form; `take` and `twin` name functions of a mixer in `speed/computations.py`."""
 
-    Args:
-        title: for people.
-        mixer: SiT's option of that name.
-        levels: those at which it is timed.
-        color: of its line in the chart; None takes a spare one.
-        take: a token mixer -> what is timed in its place, with its weights.
-        twin: a token mixer -> another computation of the values that `take` must give; None: there is none.
-        multiply_adds: (config, grid_size) -> those of what `take` returns, of one sample; None: those of the mixer.
-        bold: whether the chart stresses it.
-    """
-
-    title: str
-    mixer: str
-    levels: tuple[str, ...]
-    color: str | None = None
-    take: Callable = as_it_is
-    twin: Callable | None = None
+    title: str  # name in the chart
+    mixer: str  # SiT's option `mixer`
+    levels: tuple[str, ...]  # levels at which it is timed
+    color: str | None = None  # in the chart; None takes a spare one
+    take: str = "unchanged"  # returns the module that is timed
+    twin: str | None = None  # returns a second computation of the same values; None if there is none
+    # (config, grid_size) -> multiply-adds of the timed module for one sample; None counts the mixer itself.
     multiply_adds: Callable[[Mapping, tuple[int, int]], int] | None = None
-    bold: bool = False
+    bold: bool = False  # stressed in the chart
 
 
 def _published_multiply_adds(config: Mapping, grid_size: tuple[int, int]) -> int:
-    """Three projections of all tokens; pooling is by additions."""
+    """Counts three projections of all tokens; pooling needs additions only."""
     N, D, taps = math.prod(grid_size), config["hidden_size"], config["kernel_size"] ** 2
     return 3 * N * D * D + taps * taps * D + taps * N * D
 
 
-def _floor_multiply_adds(config: Mapping, grid_size: tuple[int, int]) -> int:
-    return 2 * math.prod(grid_size) * config["hidden_size"] ** 2
-
-
 FORMS = {
-    "attention": Form("attention", "attention", LEVELS, "#3f4a54", twin=computation("elsewhere")),
-    "timm": Form("timm's attention", "attention", ("mixer",), "#a3abb3", computation("TimmAttention"), as_it_is),
-    "published": Form("ATConv as published", "atconv", LEVELS, "#d1722c", computation("PublishedATConv"), as_it_is,
+    "attention": Form("attention", "attention", LEVELS, "#3f4a54", twin="second_computation"),
+    # Shows that our attention is not a slow one.
+    "timm": Form("timm's attention", "attention", ("mixer",), "#a3abb3", "TimmAttention", "unchanged"),
+    "published": Form("ATConv as published", "atconv", LEVELS, "#d1722c", "PublishedATConv", "unchanged",
                       _published_multiply_adds),
-    "atconv": Form("ATConv", "atconv", LEVELS, "#1f6fb4", twin=computation("elsewhere"), bold=True),
-    "hybrid": Form("hybrid", "hybrid", ("model", "train", "sampling"), "#8a5fb5", twin=computation("elsewhere")),
-    "floor": Form("floor (projections only)", "atconv", LEVELS, "#3c9a6b", computation("FloorMixer"),
-                  computation("passing_on"), _floor_multiply_adds),
+    "atconv": Form("ATConv", "atconv", LEVELS, "#1f6fb4", twin="second_computation", bold=True),
+    "hybrid": Form("hybrid", "hybrid", ("model", "train", "sampling"), "#8a5fb5", twin="second_computation"),
+    # ATConv's two projections only: no token mixer with these projections can be faster.
+    "floor": Form("floor (projections only)", "atconv", LEVELS, "#3c9a6b", "FloorMixer", "identity_kernels",
+                  lambda config, grid_size: 2 * math.prod(grid_size) * config["hidden_size"] ** 2),
 }
 
 
 def find_form(name: str) -> Form:
-    """Returns the form of that name, or the one that a token mixer in the table makes, or in an imported module.
+    """Returns the form called `name`, or a new form for the token mixer called `name`.
 
     Raises:
         ValueError: there is neither.
@@ -95,7 +57,7 @@ def find_form(name: str) -> Form:
     from sit_atconv.models.mixers import MIXERS
 
     if name not in MIXERS and "." not in name:
-        raise ValueError(f"forms must be among {', '.join(FORMS)}, or token mixers of yours, as module.NAME or as a "
-                         f"module given by --import registers them, not {name}")
+        raise ValueError(f"forms must be among {', '.join(FORMS)}, or your own token mixers (as module.NAME, or by "
+                         f"the name that a module given with --import registers), not {name}")
     MIXERS.find(name)
     return Form(name, name, LEVELS[1:])

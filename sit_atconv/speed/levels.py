@@ -1,9 +1,10 @@
-"""What is timed at each level: the operator, a token mixer, a block, a model, a training step, sampling."""
+"""Timed code of each level: the operator, a token mixer, a block, a model, a training step, sampling."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -15,9 +16,10 @@ from sit_atconv.models.costs import DEFAULTS
 from sit_atconv.models.mixers import MIXERS, mixer_names
 from sit_atconv.models.sit import SiT
 from sit_atconv.ops import dynamic_depthwise_conv2d
+from sit_atconv.ops.reference import dynamic_depthwise_conv2d_reference
 from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.sampling import guided, sample_ode
-from sit_atconv.speed.agreement import Check, check, check_attention, check_conv, require_agreement, take_form
+from sit_atconv.speed.agreement import BOUNDS, Check, attention_definition, check, check_operator, take_form
 from sit_atconv.speed.computations import attend, published_conv2d
 from sit_atconv.speed.options import PRECISIONS, SpeedOptions
 from sit_atconv.speed.timing import Rotation
@@ -25,18 +27,14 @@ from sit_atconv.speed.timing import Rotation
 
 @dataclass(frozen=True)
 class Case:
-    """One resolution in one dtype: draws what goes in, builds the forms and sees that they agree.
-
-    Args:
-        checks: those that were passed.
-    """
+    """One resolution in one dtype: draws the inputs, builds the forms and checks that they agree."""
 
     options: SpeedOptions
     resolution: int
     dtype: str
     device: torch.device
-    decoder: nn.Module | None = None
-    checks: list[Check] = field(default_factory=list)
+    decoder: Any = None  # diffusers' AutoencoderKL, which is imported on use
+    checks: list[Check] = field(default_factory=list)  # checks passed so far
 
     @property
     def batch_size(self) -> int:
@@ -60,18 +58,20 @@ class Case:
 
     @cached_property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """x, t, y of the whole batch; x stays in fp32, as what is sampled does."""
+        """The whole batch of x, t and y; x stays in fp32, as in sampling."""
         x = self.randn(self.batch_size, self.options.channels, self.side, self.side, dtype="fp32")
         t = torch.rand(self.batch_size, generator=self.generator, device=self.device)
         return x, t, torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
 
     def require(self, check: Check) -> None:
-        """ValueError: what was checked does not agree."""
-        require_agreement(check, self.dtype, f"{self.resolution} px in {self.dtype}")
+        """Records a passed check. Raises ValueError if the error is NaN or above the dtype's bound."""
+        if check.error is not None and not check.error <= BOUNDS[self.dtype]:
+            raise ValueError(f"not timed: {check.what} do not agree at {self.resolution} px in {self.dtype} "
+                             f"(relative error {check.error:.2g}, at most {BOUNDS[self.dtype]:g} is allowed)")
         self.checks.append(check)
 
     def build(self, level: str, *, training: bool = False, **overrides) -> dict[str, SiT]:
-        """The model of every form of the level. ValueError: one does not compute what it should."""
+        """Returns the level's models by form. Raises ValueError if one fails its check."""
         models = {}
         for form in self.options.forms_of(level):
             config = {**self.options.model_config(form, self.resolution), **overrides}
@@ -83,35 +83,28 @@ class Case:
 
     @cached_property
     def models(self) -> dict[str, SiT]:
-        """Those of the levels "model" and "sampling"."""
+        """Models of the levels "model" and "sampling"."""
         return self.build("model")
 
     def compiled(self, form: str, module: nn.Module, use: Callable[[Callable], Tensor]) -> Callable:
-        """The module, compiled if that was asked for. ValueError: `use` of it gives something else then."""
+        """Compiles the module if the options say so. Raises ValueError if that changes `use(module)`."""
         if not self.options.compile:
             return module
         compiled = torch.compile(module, fullgraph=True, dynamic=False)
-        self.require(check(f"{form} compiled and not", [use(compiled)], [use(module)]))
+        self.require(check(f"{form} with and without torch.compile", [use(compiled)], [use(module)]))
         return compiled
 
 
 @dataclass(frozen=True)
 class Timed:
-    """What a level times.
+    """Runs of one level, each called once a round."""
 
-    Args:
-        runs: (form, quantity) -> what is run once a round.
-        modules: form -> what is run.
-        optimizers: form -> what updates it.
-        scale: what is wanted is so many of these.
-        extras: also run once a round: "decode", to be added to every form's time, or "copy" of `copied_bytes`.
-    """
-
-    runs: dict[tuple[str, str], Callable[[], object]]
-    modules: dict[str, nn.Module] = field(default_factory=dict)
-    optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
-    scale: float = 1.0
-    extras: dict[str, Callable[[], object]] = field(default_factory=dict)
+    runs: Mapping[tuple[str, str], Callable[[], object]]  # by form and quantity
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)  # by form
+    optimizers: Mapping[str, torch.optim.Optimizer] = field(default_factory=dict)  # by form
+    scale: float = 1.0  # the reported time is this times the time of a run
+    # More runs: "decode", whose time is added to every form's, or "copy" of `copied_bytes`.
+    extras: Mapping[str, Callable[[], object]] = field(default_factory=dict)
     copied_bytes: int = 0
 
 
@@ -123,67 +116,62 @@ def prepare_op(case: Case) -> Timed:
     runs, sets = {}, range(rotation.num_sets)
     with rotation.preparing():
         x, dy = ([case.randn(B, N, D) for _ in sets] for _ in range(2))
-        kernels = [case.randn(B, k * k, D).transpose(1, 2).unflatten(2, (k, k)) for _ in sets]  # as ATConv makes them
-    both, checked = {"backward": [0, 1], "grad_x": [0], "grad_kernels": [1]}, partial(check_conv, grid_size=grid_size)
-    operators = {  # form -> function to contiguous tokens, its inputs, gradients by the numbers of inputs, check
+        kernels = [case.randn(B, k * k, D).transpose(1, 2).unflatten(2, (k, k)) for _ in sets]  # ATConv's layout
+    both = {"backward": [0, 1], "grad_x": [0], "grad_kernels": [1]}
+    definition = partial(dynamic_depthwise_conv2d_reference, grid_size=grid_size)
+    # form -> (operator with contiguous output, its inputs, quantity -> inputs that get a gradient, definition)
+    operators: dict[str, tuple[Callable[..., Tensor], Callable[[], list[tuple[Tensor, ...]]], dict[str, list[int]],
+                               Callable[..., Tensor] | None]] = {
         "attention": (lambda qkv: attend(qkv, heads).contiguous(), lambda: [(case.randn(B, N, 3 * D),) for _ in sets],
-                      {"backward": [0]}, partial(check_attention, num_heads=heads)),
+                      {"backward": [0]}, partial(attention_definition, num_heads=heads)),
         "published": (lambda x, kernels: published_conv2d(x, kernels, grid_size).contiguous(),
-                      lambda: [(a, b.contiguous()) for a, b in zip(x, kernels, strict=True)],  # as its generator does
-                      both, checked),
+                      lambda: [(a, b.contiguous()) for a, b in zip(x, kernels, strict=True)],  # its own layout
+                      both, definition),
         "atconv": (lambda x, kernels: dynamic_depthwise_conv2d(x, kernels, grid_size).contiguous(),
-                   lambda: list(zip(x, kernels, strict=True)), both, checked),
+                   lambda: list(zip(x, kernels, strict=True)), both, definition),
         "floor": (torch.clone, lambda: list(zip(x)), {}, None),
     }
     for form in case.options.forms_of("op"):
-        function, make_inputs, gradients, check_form = operators[form]
+        function, make_inputs, gradients, definition_of_form = operators[form]
         with rotation.preparing():
             inputs = make_inputs()
-        if check_form is not None:
-            case.require(check_form(form, function, *(tensor[:2] for tensor in inputs[0])))
+        if definition_of_form is not None:
+            case.require(check_operator(form, function, definition_of_form, *(tensor[:2] for tensor in inputs[0])))
         runs[form, "forward"] = rotation.run([partial(function, *of_set) for of_set in inputs])
         for quantity, wanted in gradients.items():
             with rotation.preparing():
                 calls = [gradient(function, *pair, wanted) for pair in zip(inputs, dy, strict=True)]
             runs[form, quantity] = rotation.run(calls)
-    # Far beyond any cache, and long enough for the clock.
+    # Copy so many bytes that no cache holds them and the clock can measure the time.
     source = torch.zeros(2**31 if case.device.type == "cuda" else 2**28, dtype=torch.uint8, device=case.device)
     copy = partial(torch.empty_like(source).copy_, source)
     return Timed(runs, scale=1 / rotation.calls_per_run, extras={"copy": copy}, copied_bytes=len(source))
 
 
 def gradient(function: Callable, tensors: Sequence[Tensor], dy: Tensor, wanted: list[int]) -> Callable[[], object]:
-    """The backward of `function` alone, to the tensors numbered `wanted`; may be run again and again."""
+    """Returns a repeatable run of the backward only, for the tensors numbered `wanted`."""
     leaves = [tensor.detach().requires_grad_(i in wanted) for i, tensor in enumerate(tensors)]
     return partial(torch.autograd.grad, function(*leaves), [leaves[i] for i in wanted], dy, retain_graph=True)
 
 
-def prepare_mixer(case: Case) -> Timed:
-    models = case.build("mixer", depth=1)
-    return _forward_and_backward(case, {form: model.blocks[0].attn for form, model in models.items()}, case.grid_size)
-
-
-def prepare_block(case: Case) -> Timed:
-    models = case.build("block", depth=1)
-    condition = case.randn(case.batch_size, next(iter(models.values())).config.hidden_size)
-    blocks = {form: model.blocks[0] for form, model in models.items()}
-    return _forward_and_backward(case, blocks, condition, case.grid_size)
-
-
-def _forward_and_backward(case: Case, modules: dict[str, nn.Module], *rest) -> Timed:
-    """Of modules that take tokens and the rest to tokens."""
-    D = case.options.model_config(case.options.baseline, case.resolution)["hidden_size"]
-    x, dy = (case.randn(case.batch_size, math.prod(case.grid_size), D) for _ in range(2))
+def prepare_part(level: str, case: Case) -> Timed:
+    """Prepares the token mixers or the blocks of models with one block."""
+    models = case.build(level, depth=1)
+    B, N, D = case.batch_size, math.prod(case.grid_size), next(iter(models.values())).config.hidden_size
+    path = "blocks.0" if level == "block" else "blocks.0.attn"
+    rest = (case.randn(B, D), case.grid_size) if level == "block" else (case.grid_size,)
+    modules = {form: model.get_submodule(path) for form, model in models.items()}
+    x, dy = (case.randn(B, N, D) for _ in range(2))
     leaf, runs = x.detach().requires_grad_(), {}
+
+    def forward_and_backward(run: Callable, wanted: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(run(leaf, *rest), wanted, dy)
+
     for form, module in modules.items():
         run = case.compiled(form, module, lambda run: run(leaf, *rest))
         wanted = [leaf, *(p for p in module.parameters() if p.requires_grad)]
-
-        def forward_and_backward(run=run, wanted=wanted):
-            return torch.autograd.grad(run(leaf, *rest), wanted, dy)
-
         runs[form, "forward"] = torch.no_grad()(partial(run, x, *rest))
-        runs[form, "forward+backward"] = forward_and_backward
+        runs[form, "forward+backward"] = partial(forward_and_backward, run, wanted)
     return Timed(runs, modules)
 
 
@@ -199,7 +187,7 @@ def prepare_model(case: Case) -> Timed:
 
 def prepare_sampling(case: Case) -> Timed:
     options, (noise, _, y) = case.options, case.inputs
-    # Steps are alike: on a CPU one is timed, on a GPU ten, so that what lies between them counts.
+    # Time few steps, because all steps take the same time: one on a CPU, ten on a GPU to include the gaps between them.
     num_steps = 1 if case.device.type == "cpu" else min(options.steps, 10)
 
     def sample(run: Callable) -> Tensor:
@@ -211,7 +199,7 @@ def prepare_sampling(case: Case) -> Timed:
     extras = {}
     if case.decoder is not None:
         dtype = torch_dtype(case.dtype)
-        nn.Module.to(case.decoder, case.device, dtype)  # diffusers' own warns of casting no module at all
+        nn.Module.to(case.decoder, case.device, dtype)  # diffusers' own `to` warns of uncast modules, even of none
         extras["decode"] = torch.inference_mode()(partial(case.decoder.decode, noise.to(dtype)))
     return Timed(runs, case.models, scale=options.steps / num_steps, extras=extras)
 
@@ -254,10 +242,10 @@ def prepare_train(case: Case) -> Timed:
     return Timed(runs, models, optimizers)
 
 
-PREPARE = {
+PREPARE: dict[str, Callable[[Case], Timed]] = {
     "op": prepare_op,
-    "mixer": prepare_mixer,
-    "block": prepare_block,
+    "mixer": partial(prepare_part, "mixer"),
+    "block": partial(prepare_part, "block"),
     "model": prepare_model,
     "train": prepare_train,
     "sampling": prepare_sampling,
@@ -267,16 +255,16 @@ PREPARE = {
 # ------------------------------------------------------------------------------------------------ models, decoder
 
 def random_model(config: dict, dtype: str, device: torch.device) -> SiT:
-    """SiT(**config) with every parameter drawn from a normal distribution, the same at every call.
+    """Returns SiT(**config) with normally distributed parameters, the same at every call.
 
-    Weights have the variance 1 / fan-in and biases are not small, so that all parts of a block matter to its output
-    and disagreement shows. (A freshly initialised SiT outputs zeros, and zeros can also be faster.)
+    Weights have the variance 1 / fan-in and biases are not small: every part of a block affects its output, so errors
+    show. (A freshly initialised SiT outputs zeros, and zeros can also be faster.)
     """
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
         model = SiT(**config)
     for block, name in zip(model.blocks, mixer_names(model.config.mixer, model.config.depth), strict=True):
-        if list(block.attn.buffers()):  # constants, which are not drawn
+        if list(block.attn.buffers()):  # constants, which must keep their values
             with device:
                 block.attn = MIXERS.find(name).build(model.config.hidden_size, model.config).to(torch_dtype(dtype))
 
@@ -289,34 +277,30 @@ def random_model(config: dict, dtype: str, device: torch.device) -> SiT:
     return model.eval()
 
 
-def open_decoder(options: SpeedOptions) -> nn.Module | None:
-    """The AutoencoderKL that decodes what is sampled, if any; decoding takes as long with random weights.
+def open_decoder(options: SpeedOptions) -> Any:
+    """Returns the AutoencoderKL that decodes the samples, or None. Random weights cost as much time.
 
     Raises:
-        ValueError: none can be loaded from there, or it decodes other latents than the models sample.
+        ValueError: no VAE can be loaded, or its latents have another shape than the samples.
     """
     if options.decoder == "none" or "sampling" not in options.levels:
         return None
     if options.decoder == "sd-vae":
         from diffusers import AutoencoderKL
 
-        blocks = 4
-        return AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * blocks,
-            up_block_types=("UpDecoderBlock2D",) * blocks,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            latent_channels=4,
-        ).eval().requires_grad_(False)
+        decoder = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                                block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4)
+        return decoder.eval().requires_grad_(False)
     codec = VAECodec(options.decoder)
     if (codec.downsample, codec.channels) != (options.downsample, options.channels):
         raise ValueError(f"{options.decoder} decodes {codec.channels} channels of 1/{codec.downsample} the resolution, "
-                         f"not {options.channels} of 1/{options.downsample}: set downsample and channels")
+                         f"not {options.channels} of 1/{options.downsample}: set --channels {codec.channels} and "
+                         f"--downsample {codec.downsample}")
     return codec.vae
 
 
 def check_dtype(device: torch.device, dtype: str) -> None:
-    """ValueError: the device has no kernels for `dtype`, tried on a model of one narrow block of each mixer."""
+    """Raises ValueError if the device cannot run a tiny hybrid model in `dtype`."""
     tiny = dict(input_size=4, hidden_size=8, depth=2, num_heads=2, mixer="hybrid", num_classes=1)
     model = random_model(tiny, dtype, device)
     try:

@@ -1,4 +1,4 @@
-"""What the speed comparison may be asked for."""
+"""Options of the speed comparison, with their checks."""
 
 import math
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ from sit_atconv.runtime.dtypes import DTYPES
 from sit_atconv.speed.forms import FORMS, LEVELS, find_form
 
 PRECISIONS = tuple(name for name in DTYPES if name != "tf32")
-PRESET = "SiT-{}"  # of the size and patch that are given; forms differ from it in their mixers
+PRESET = "SiT-{}"  # preset of a size and patch; forms replace its mixer
 
 
 @dataclass(frozen=True)
 class SpeedOptions:
-    """What to time; the help of `eval/speed.py` says what each option means.
+    """Options that `eval/speed.py --help` explains.
 
     Raises:
-        ValueError: a value out of range, an unknown name, or values that do not fit each other.
+        ValueError: a value is out of range, a name is unknown, or values do not fit each other.
     """
 
     preset: str = "S/2"
@@ -42,7 +42,7 @@ class SpeedOptions:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if self.warmup < self.compile:
-            raise ValueError(f"warmup must not be negative, and at least 1 to compile in, not {self.warmup}")
+            raise ValueError(f"warmup must be at least 0, and at least 1 with compile, not {self.warmup}")
         if not math.isfinite(self.cfg):
             raise ValueError(f"cfg must be a finite number, not {self.cfg}")
         for name, known in (("forms", None), ("levels", LEVELS), ("resolutions", None), ("dtypes", PRECISIONS)):
@@ -51,29 +51,25 @@ class SpeedOptions:
                 raise ValueError(f"{name} must be one or more different values, not {list(values)}")
             if known and (unknown := set(values) - set(known)):
                 raise ValueError(f"{name} must be among {', '.join(known)}, not {', '.join(sorted(unknown))}")
-        for form in self.forms:
-            find_form(form)
         for level in self.levels:
             if self.baseline not in (forms := self.forms_of(level)):
-                raise ValueError(f"the baseline {self.baseline!r} is not among the forms of the level {level!r} that "
-                                 f"are compared, {', '.join(forms) or 'none'}")
+                raise ValueError(f"the baseline {self.baseline!r} is not among the forms of the level {level!r} "
+                                 f"({', '.join(forms) or 'none'}): give another baseline or more forms")
         if len(self.batch_sizes) not in (1, len(self.resolutions)) or min(self.batch_sizes) < 1:
             raise ValueError(f"batch_sizes must be one number of at least 1, or one for each of the "
                              f"{len(self.resolutions)} resolutions, not {list(self.batch_sizes)}")
         if PRESET.format(self.preset) not in PRESETS:
             known = ", ".join(f"{size}/{patch}" for size in SIZES for patch in PATCHES)
-            raise ValueError(f"there is no preset {self.preset!r}; give size and patch, one of {known}")
+            raise ValueError(f"there is no preset {self.preset!r}: give size and patch, one of {known}")
         if self.decoder == "sd-vae" and (self.downsample, self.channels) != (8, 4):
             raise ValueError(f"the SD-VAE decodes 4 channels of 1/8 the resolution, not {self.channels} of "
-                             f"1/{self.downsample}: set downsample and channels, or give decoder none")
+                             f"1/{self.downsample}: give --channels 4 --downsample 8 or --decoder none")
         tile = self.downsample * self.patch_size
         for resolution in self.resolutions:
             if resolution < tile or resolution % tile:
                 below = max(1, resolution // tile) * tile
-                raise ValueError(
-                    f"resolution {resolution} is not a multiple of {tile} (downsample {self.downsample} x patch "
-                    f"{self.patch_size}): give {below} or {below + tile}"
-                )
+                raise ValueError(f"resolution {resolution} is not a multiple of {tile} (downsample {self.downsample} x "
+                                 f"patch {self.patch_size}): give {below} or {below + tile}")
 
     @property
     def patch_size(self) -> int:
@@ -83,12 +79,12 @@ class SpeedOptions:
         return self.batch_sizes[self.resolutions.index(resolution) % len(self.batch_sizes)]
 
     def forms_of(self, level: str) -> tuple[str, ...]:
-        """Those that the level has, ours first."""
+        """Returns the forms that the level times, ours before the user's."""
         forms = sorted(self.forms, key=[*FORMS, *self.forms].index)
         return tuple(form for form in forms if level in find_form(form).levels)
 
     def model_config(self, form: str, resolution: int) -> dict:
-        """The arguments of SiT's constructor of the form's model at this resolution."""
+        """Returns the arguments of SiT's constructor for the form's model at a resolution in pixels."""
         config = {**preset_config(PRESET.format(self.preset)), "mixer": find_form(form).mixer}
         overrides = {"input_size": resolution // self.downsample, "in_channels": self.channels}
         return {**config, **overrides, **({} if self.depth is None else {"depth": self.depth})}

@@ -1,4 +1,4 @@
-"""What the speed comparison found, and what each figure means."""
+"""Results of the speed comparison, and the definitions of their figures."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -7,34 +7,34 @@ from sit_atconv.speed.options import SpeedOptions
 from sit_atconv.speed.timing import Rounds
 
 DEFINITIONS = {
-    "op": "tokens to contiguous tokens between the projections: scaled_dot_product_attention on what the qkv "
-    "projection leaves, the dynamic convolution on x and kernels, the floor is a copy of x; never compiled; inputs "
-    "take turns, on CUDA as replays of a graph over sets that together exceed four times the L2 cache",
+    "op": "the operator between the projections, with contiguous output: scaled_dot_product_attention on the output of "
+    "the qkv projection, the dynamic convolution on x and kernels, a copy of x for the floor; never compiled; runs "
+    "rotate among sets of inputs, on CUDA as graph replays over sets that together exceed four times the L2 cache",
     "mixer, block": "one token mixer; one transformer block; weights and arithmetic in the dtype",
-    "model": "one forward of the batch, no guidance",
-    "train": "one training step: forward, flow-matching loss, backward, clipping, fused AdamW and the average of the "
-    "weights; weights in fp32, arithmetic autocast to the dtype; inputs are at hand",
+    "model": "one forward of the batch without guidance",
+    "train": "one training step: forward, flow-matching loss, backward, clipping, fused AdamW and EMA; weights in "
+    "fp32, arithmetic autocast to the dtype; inputs are already on the device",
     "sampling": "one batch from noise to image: steps x the measured Euler step + decoding; with guidance (cfg other "
     "than 0 or 1) each step is one forward of both branches, twice the batch",
-    "milliseconds": "for one batch",
-    "multiply_adds": "of one forward of one image (a gradient: of that): linears, convolutions and attention's two "
-    "products",
-    "speedup": "the baseline's time over this form's, round by round; above 1 is faster",
-    "over_floor": "this form's time over the floor's, round by round; the floor is the same model with kernel "
-    "generation and convolution left out",
-    "over_byte_floor": "this form's time over the time in which its inputs are read and its outputs written once, at "
-    "the bandwidth of a large copy in the same round",
+    "milliseconds": "time for one batch",
+    "multiply_adds": "multiply-adds for one image in linears, convolutions and attention's two products; one forward, "
+    "or that gradient alone",
+    "speedup": "the baseline's time divided by this form's, round by round; above 1 is faster",
+    "over_floor": "this form's time divided by the floor's, round by round; the floor is the same model without kernel "
+    "generation and convolution",
+    "over_byte_floor": "this form's time divided by the time to read its inputs and write its outputs once, at the "
+    "bandwidth of a large copy in the same round",
     "peak_memory_bytes": "weights, optimizer state and the largest sum of other tensors alive at once: on CUDA from "
-    "max_memory_allocated, on a CPU from the allocations that torch's profiler records; null where not measured",
-    "agreement": "each form against another computation of the same values; error is ||a - b|| / ||b||, null where "
-    "there is no other",
-    "median, q1, q3, rounds": "over the rounds, in the order in which they ran",
+    "max_memory_allocated, on a CPU from the allocations that torch's profiler records; null if not measured",
+    "agreement": "each form compared with a second computation of the same values; error is ||a - b|| / ||b||, null if "
+    "there is no second computation",
+    "median, q1, q3, rounds": "median and quartiles over the rounds, and all rounds in their order",
 }
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One form at one level, resolution and dtype; DEFINITIONS says what each figure means."""
+    """Figures of one form at one level, resolution and dtype; DEFINITIONS explains them."""
 
     level: str
     quantity: str
@@ -59,7 +59,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was asked, where it ran, how well the forms agree and what came out."""
+    """Options, environment, checks and measurements of one run."""
 
     options: SpeedOptions
     environment: dict
@@ -68,13 +68,13 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        """The models' size."""
+        """Size of the models."""
         depth = self.options.depth
         return f"SiT-{self.options.preset}" + ("" if depth is None else f" ({depth} blocks)")
 
     @property
     def where(self) -> str:
-        """One line: where and how it was measured."""
+        """One line about hardware, versions, date and rounds."""
         options, where = self.options, self.environment
         kind = {"cpu": "CPU", "cuda": "GPU"}.get(where["device"], where["device"])
         versions = f"torch {where['torch']}" + (f", CUDA {where['cuda']}" if where["cuda"] else "")
@@ -87,7 +87,10 @@ class Comparison:
 
 
 def growth(points: list[Measurement]) -> float | None:
-    """The power of the number of tokens with which time per image grows, from the first resolution to the last."""
+    """Returns p if time per image grows as N^p with N tokens, from the smallest resolution to the largest.
+
+    None if there is one resolution only.
+    """
     first, last = min(points, key=lambda m: m.resolution), max(points, key=lambda m: m.resolution)
     if first is last:
         return None

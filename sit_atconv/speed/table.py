@@ -1,19 +1,19 @@
-"""The speed comparison as Markdown: a section for each level."""
+"""The Markdown table of the speed comparison: a section for each level."""
 
 from sit_atconv.speed.results import DEFINITIONS, Comparison, Measurement, growth
 from sit_atconv.speed.timing import Rounds
 
-LEFT = ("dtype", "form", "what")  # columns of words
+LEFT = ("dtype", "form", "what")  # columns of words, aligned left
 
 
 def table(comparison: Comparison) -> str:
-    """Medians, in brackets the quartiles; then what each figure means."""
+    """Returns medians with quartiles in brackets, and the definitions of the figures."""
     options, checks = comparison.options, comparison.agreement
     errors = [check["error"] for check in checks if check["error"] is not None]
     lines = [
         f"# Speed of {comparison.title}",
         "",
-        f"{comparison.where}. {len(errors)} checks that the forms compute what they should passed; the largest "
+        f"{comparison.where}. {len(errors)} checks that the forms compute the right values passed; the largest "
         f"relative error was {max(errors, default=0):.1g}.",
         *(f"Not checked: {what}." for what in dict.fromkeys(c["what"] for c in checks if c["error"] is None)),
     ]
@@ -33,7 +33,7 @@ def table(comparison: Comparison) -> str:
 
 
 def _rows(rows: list[Measurement], baseline: str) -> list[str]:
-    """The columns that have values."""
+    """Returns the lines of a table, without empty columns."""
     columns = {
         "px": lambda m: f"{m.resolution}",
         "dtype": lambda m: m.dtype,
@@ -66,7 +66,7 @@ def _cell(rounds: Rounds | None, form: str = ".2f") -> str:
 def _growth(rows: list[Measurement]) -> list[str]:
     lines = []
     for quantity, dtype in dict.fromkeys((m.quantity, m.dtype) for m in rows):
-        forms = {}
+        forms: dict[str, list[Measurement]] = {}
         for m in rows:
             if (m.quantity, m.dtype) == (quantity, dtype):
                 forms.setdefault(m.form, []).append(m)

@@ -1,20 +1,22 @@
-"""How things are timed: interleaved rounds and CUDA graphs."""
+"""Timing tools: interleaved rounds and CUDA graphs."""
 
 import contextlib
 import itertools
 import statistics
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
+Key = TypeVar("Key")  # names a run
 MAX_SETS = 256
-REPLAYS = 20  # so many graphs are launched at once, or the launch of the first would show
+REPLAYS = 20  # graphs launched in a row, so that the first launch costs little of the whole
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """One quantity in every round, and its median and quartiles."""
+    """Values of one quantity in every round, with median and quartiles."""
 
     median: float
     q1: float
@@ -27,25 +29,25 @@ class Rounds:
         return cls(median, q1, q3, tuple(values))
 
     def plus(self, other: "Rounds") -> "Rounds":
-        """The sum with another quantity of the same rounds."""
+        """Returns the sum with another quantity of the same rounds."""
         return Rounds.of([a + b for a, b in zip(self.rounds, other.rounds, strict=True)])
 
     def over(self, other: "Rounds") -> "Rounds":
-        """The ratio to another quantity of the same rounds, taken round by round."""
+        """Returns the ratio to another quantity of the same rounds, taken round by round."""
         return Rounds.of([a / b for a, b in zip(self.rounds, other.rounds, strict=True)])
 
 
 def time_interleaved(
-    runs: dict[Hashable, Callable[[], object]],
+    runs: Mapping[Key, Callable[[], object]],
     *,
     rounds: int,
     warmup: int,
     synchronize: Callable[[], object],
     clock: Callable[[], float],
     after_round: Callable[[], object] = lambda: None,
-) -> dict[Hashable, list[float]]:
-    """Runs all of `runs` in turn, round after round. The seconds that each took, but for the `warmup` first rounds."""
-    seconds = {name: [] for name in runs}
+) -> dict[Key, list[float]]:
+    """Calls all runs in turn, round after round. Returns each run's seconds in the rounds after `warmup`."""
+    seconds: dict[Key, list[float]] = {name: [] for name in runs}
     for number in range(-warmup, rounds):
         for name, run in runs.items():
             synchronize()
@@ -60,15 +62,15 @@ def time_interleaved(
 
 
 class Rotation:
-    """Runs one computation on several sets of tensors in turn, so that none is found in the cache.
+    """Rotation among several sets of tensors, so that a timed computation finds none of them in the cache.
 
-    On CUDA one run is some replays of one graph, of the computation on every set, so that what launching costs is left
-    out; elsewhere one run is the computation on the next set.
+    On CUDA, one run replays a graph of the computation on every set REPLAYS times, which leaves out the cost of
+    launching kernels. Elsewhere one run computes on the next set.
 
     Args:
-        device: where the tensors lie.
-        bytes_per_set: what the computation reads; the sets together exceed four times the L2 cache (up to MAX_SETS).
-            On a CPU, where every other form runs in between, they are two.
+        device: device of the tensors.
+        bytes_per_set: bytes that the computation reads. On CUDA, all sets together exceed four times the L2 cache (with
+            at most MAX_SETS). On a CPU there are two sets, because the other forms run in between.
     """
 
     def __init__(self, device: torch.device, bytes_per_set: int):
@@ -82,7 +84,7 @@ class Rotation:
 
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:
-        """Tensors and autograd graphs are made in here: a backward runs on the stream of its forward."""
+        """Opens the context for making tensors and autograd graphs: a backward runs on its forward's stream."""
         if self.device.type != "cuda":
             yield
             return
@@ -91,18 +93,18 @@ class Rotation:
         self.stream.synchronize()
 
     def run(self, calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-        """What is to be timed, of one call for each set; it makes `calls_per_run` of them."""
+        """Returns the run to time, which makes `calls_per_run` calls. Takes one call for each set."""
         if self.device.type != "cuda":
             turns = itertools.cycle(calls)
             return lambda: next(turns)()
         torch.cuda.synchronize(self.device)
         with torch.cuda.stream(self.stream):
-            for call in calls[:3]:  # whatever is chosen or compiled at the first call is so before the capture
+            for call in calls[:3]:  # first calls choose and compile kernels, which must happen before the capture
                 call()
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
-            results = [call() for call in calls]  # held together, so that each call writes to memory of its own
+            results = [call() for call in calls]  # kept together, so that each call writes to its own memory
         del results
 
         def replay():

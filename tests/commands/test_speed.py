@@ -30,7 +30,7 @@ def elsewhere(monkeypatch, tmp_path):
     monkeypatch.delenv("RANK", raising=False)
 
 
-def test_json_on_stdout_and_all_files_in_the_folder(main, tmp_path, capsys):
+def test_a_pipe_gets_json_and_the_folder_gets_all_files(main, tmp_path, capsys):
     main([*QUICK, "--out", "results/here"])
     out, err = capsys.readouterr()
     folder = tmp_path / "results" / "here"
@@ -45,8 +45,22 @@ def test_json_on_stdout_and_all_files_in_the_folder(main, tmp_path, capsys):
         assert picture.width > 600
 
 
+@pytest.mark.parametrize("flag", [[], ["--json"]])
+def test_a_terminal_gets_the_table_and_json_only_with_the_flag(main, tmp_path, capsys, monkeypatch, flag):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    main([*QUICK, "--levels", "op", *flag])
+    out, err = capsys.readouterr()
+    folder = tmp_path / "runs" / "speed"
+    result, table = (folder / "speed.json").read_text(), (folder / "speed.md").read_text()
+    assert [m["form"] for m in json.loads(result)["measurements"]].count("atconv") == 4
+    if flag:
+        assert out == result and table in err
+    else:
+        assert out.startswith(table) and out.endswith("chart: runs/speed/speed.png\n") and "chart" not in err
+
+
 def test_token_mixers_of_a_users_module_are_forms(main, tmp_path, capsys, monkeypatch):
-    """One is registered by --import, one is named by its path; neither has a second computation."""
+    """One mixer is registered by --import, one is named by its path; neither has a second computation."""
     (tmp_path / "my_mixers.py").write_text(POOLING)
     (tmp_path / "my_table.py").write_text(POOLING + "MIXERS.register('pooling', POOLING)\n")
     monkeypatch.setattr(MIXERS, "_entries", dict(MIXERS))
@@ -69,14 +83,13 @@ def test_token_mixers_of_a_users_module_are_forms(main, tmp_path, capsys, monkey
             assert counts[form] < counts["atconv"]
         errors = [check["error"] for check in result["agreement"] if check["what"].startswith(form)]
         assert errors == [None] * 4  # the levels model and sampling have the same models
-        assert f"Not checked: {form}, of which there is no second computation." in table
+        assert f"Not checked: {form}, which has no second computation." in table
     assert {check["what"] for check in result["agreement"] if check["error"] is not None} == {
-        "atconv and PublishedATConv with its weights"}
+        "atconv and PublishedATConv with the same weights"}
     assert (tmp_path / "runs/speed/speed.png").exists()
 
 
-def test_what_was_found_before_a_kill_is_there(main, tmp_path, monkeypatch):
-    """Of two resolutions the second never ends."""
+def test_a_killed_run_leaves_the_results_of_finished_resolutions(main, tmp_path, monkeypatch):
     import sit_atconv.speed.benchmark as benchmark
 
     measure = benchmark.measure
@@ -95,7 +108,7 @@ def test_what_was_found_before_a_kill_is_there(main, tmp_path, monkeypatch):
     assert "| atconv |" in (folder / "speed.md").read_text()
 
 
-def test_other_processes_leave_quietly(main, tmp_path, capsys, monkeypatch):
+def test_other_ranks_exit_without_output(main, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     main(QUICK)
     assert capsys.readouterr() == ("", "")

@@ -1,4 +1,6 @@
-"""A form that computes something else must be refused, in every dtype; these are such forms."""
+"""Every form agrees with its second computation, and wrong computations are rejected in every dtype."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -8,10 +10,10 @@ from sit_atconv.models.atconv import ATConv
 from sit_atconv.models.attention import Attention
 from sit_atconv.ops.reference import dynamic_depthwise_conv2d_reference
 from sit_atconv.runtime.dtypes import torch_dtype
-from sit_atconv.speed.agreement import BOUNDS, Check, check, check_attention, check_conv, require_agreement, take_form
+from sit_atconv.speed.agreement import BOUNDS, Check, attention_definition, check, check_operator, take_form
 from sit_atconv.speed.computations import FloorMixer, PublishedATConv, TimmAttention, attend, published_conv2d
 from sit_atconv.speed.forms import FORMS
-from sit_atconv.speed.levels import random_model
+from sit_atconv.speed.levels import Case, random_model
 from sit_atconv.speed.options import SpeedOptions
 
 CPU = torch.device("cpu")
@@ -33,7 +35,7 @@ def taken(form, dtype="fp32", training=False) -> float:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("form", FORMS)
-def test_forms_agree_and_rounding_is_well_below_the_bound(form, dtype, training):
+def test_forms_agree_with_errors_well_below_the_bound(form, dtype, training):
     assert taken(form, dtype, training) < BOUNDS[dtype] / 2.5
 
 
@@ -51,8 +53,8 @@ def wrong_edges(x, kernels, grid_size):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("conv", [transposed_taps, wrong_edges])
 @pytest.mark.parametrize("form", ["published", "atconv", "hybrid", "floor"])
-def test_another_convolution_is_seen(monkeypatch, form, conv, dtype):
-    if form == "floor":  # its twin passes on the centre, and what stands beside it
+def test_a_wrong_convolution_is_found(monkeypatch, form, conv, dtype):
+    if form == "floor":  # its twin has identity kernels, so change the form itself
         monkeypatch.setattr(FloorMixer, "forward", lambda self, x, grid_size: self.proj(self.x_proj(x).roll(1, 1)))
     monkeypatch.setattr("sit_atconv.speed.computations.published_conv2d", conv)
     assert taken(form, dtype) > BOUNDS[dtype]
@@ -60,7 +62,7 @@ def test_another_convolution_is_seen(monkeypatch, form, conv, dtype):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("form", ["published", "atconv"])
-def test_missing_inhibition_is_seen(monkeypatch, form, dtype):
+def test_missing_inhibition_is_found(monkeypatch, form, dtype):
     generate = PublishedATConv.generate_kernels
 
     def without(self, x):
@@ -74,15 +76,15 @@ def test_missing_inhibition_is_seen(monkeypatch, form, dtype):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("form", ["attention", "timm", "hybrid"])
-def test_another_attention_is_seen(monkeypatch, form, dtype):
+def test_a_wrong_attention_is_found(monkeypatch, form, dtype):
     forward = TimmAttention.forward
     monkeypatch.setattr(TimmAttention, "forward", lambda self, x, grid_size: forward(self, x[:, :-1], None)[
-        :, [*range(x.shape[1] - 1), 0]])  # the last token is forgotten
+        :, [*range(x.shape[1] - 1), 0]])  # leaves out the last token
     assert taken(form, dtype) > BOUNDS[dtype]
 
 
-def test_a_wrong_gradient_is_seen_in_training_alone(monkeypatch):
-    """The value is right, and no weight gets a gradient."""
+def test_a_wrong_gradient_is_found_in_training_only(monkeypatch):
+    """The values are right, but no weight gets a gradient."""
     forward = PublishedATConv.forward
 
     def detached(self, x, grid_size):
@@ -100,27 +102,30 @@ def test_the_operator_is_checked_with_its_gradients():
     def right(x, kernels):
         return dynamic_depthwise_conv2d_reference(x, kernels, grid_size)
 
-    assert check_conv("right", right, x, kernels, grid_size).error == 0
+    assert check_operator("right", right, right, x, kernels).error == 0
     for wrong in (lambda x, k: transposed_taps(x, k, grid_size), lambda x, k: right(x, k.detach()) + 0 * k.sum(),
                   lambda x, k: right(x.detach(), k) + 0 * x):
-        assert check_conv("wrong", wrong, x, kernels, grid_size).error > 0.1
+        assert check_operator("wrong", wrong, right, x, kernels).error > 0.1
 
 
-def test_attentions_operator_is_checked():
-    qkv = torch.randn(2, 100, 3 * 8)
-    assert check_attention("right", lambda qkv: attend(qkv, 2), qkv, 2).error < 1e-6
-    assert check_attention("one head", lambda qkv: attend(qkv, 1), qkv, 2).error > 0.1
+def test_the_operator_of_attention_is_checked():
+    qkv, definition = torch.randn(2, 100, 3 * 8), partial(attention_definition, num_heads=2)
+    assert definition(qkv).shape == (2, 64, 8)
+    assert check_operator("right", lambda qkv: attend(qkv, 2), definition, qkv).error < 1e-6
+    assert check_operator("one head", lambda qkv: attend(qkv, 1), definition, qkv).error > 0.1
 
 
 @pytest.mark.parametrize("error", [2e-4, float("nan"), float("inf")])
-def test_disagreement_is_refused_and_named(error):
-    require_agreement(Check("a and b", 9e-5), "fp32", "here")
-    require_agreement(Check("a and b", 2e-4), "bf16", "here")
-    with pytest.raises(ValueError, match=f"because a and b do not agree at here: .* {error:.2g}, and may be"):
-        require_agreement(Check("a and b", error), "fp32", "here")
+def test_an_error_above_the_bound_is_rejected_with_its_value(error):
+    Case(SpeedOptions(), 256, "fp32", CPU).require(Check("a and b", 9e-5))
+    Case(SpeedOptions(), 256, "bf16", CPU).require(Check("a and b", 2e-4))
+    here = Case(SpeedOptions(), 256, "fp32", CPU)
+    with pytest.raises(ValueError, match=f"a and b do not agree at 256 px in fp32 .*error {error:.2g}, at most"):
+        here.require(Check("a and b", error))
+    assert here.checks == []
 
 
-def test_the_largest_error_counts_and_what_is_no_number_is_never_small():
+def test_the_largest_error_counts_and_nan_is_never_below_a_bound():
     zeros, ones, nan = torch.zeros(3), torch.ones(3), torch.full((3,), torch.nan)
     assert check("", [zeros, ones], [zeros, ones]).error == 0
     assert check("", [ones, ones, ones * 1.5], [ones, ones * 2, ones]).error == 0.5

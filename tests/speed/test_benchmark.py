@@ -18,7 +18,7 @@ TINY = SpeedOptions("Tiny/2", depth=2, resolutions=(32, 64), batch_sizes=(4, 2),
 
 
 def ticking(seconds=0.5):
-    ticks = itertools.count(0, seconds)  # every run lasts so long
+    ticks = itertools.count(0, seconds)  # duration of every run
     return lambda: next(ticks)
 
 
@@ -27,7 +27,7 @@ def by_key(measurements):
 
 
 def test_times_rates_and_ratios_follow_from_the_clock():
-    """Runs grow longer and longer: the n-th takes n squared."""
+    """Run number n takes n squared seconds."""
 
     def times():
         now = 0.0
@@ -57,7 +57,7 @@ def test_times_rates_and_ratios_follow_from_the_clock():
             assert m.over_floor.rounds == pytest.approx(ratios)
 
 
-def test_a_step_is_scaled_to_all_steps_and_decoding_is_added_once():
+def test_a_step_is_multiplied_by_the_steps_and_decoding_is_added_once():
     options = dataclasses.replace(TINY, steps=10, levels=("sampling",), decoder="sd-vae")
     decoder = torch.nn.Identity()
     decoder.decode = lambda z: z
@@ -78,35 +78,35 @@ def test_the_operator_is_compared_with_the_bandwidth_of_a_copy():
     assert found["atconv", "backward"].multiply_adds == 2 * found["atconv", "forward"].multiply_adds == 2 * N * D * 9
 
 
-def test_resident_memory_is_weights_and_optimizer_state():
+def test_resident_bytes_count_weights_and_optimizer_state():
     module = torch.nn.Linear(10, 10, bias=False)
     optimizer = torch.optim.AdamW(module.parameters())
     assert resident_bytes(module, optimizer) == resident_bytes(module, None) == 400
     module(torch.ones(10)).sum().backward()
     optimizer.step()
-    assert resident_bytes(module, optimizer) == 1200 + 4  # and the number of steps
+    assert resident_bytes(module, optimizer) == 1200 + 4  # plus the step counter
 
 
-def test_peak_memory_of_training_holds_gradients_and_moments():
+def test_peak_memory_of_training_includes_gradients_and_moments():
     options = dataclasses.replace(TINY, forms=("attention", "atconv"), levels=("train",), rounds=1)
     for m in measure(Case(options, 32, "fp32", CPU), "train", clock=ticking()):
         assert 4 * 4 * m.parameters < m.peak_memory_bytes < 6 * 4 * m.parameters  # weights, two moments, gradients
 
 
-def test_a_form_that_computes_something_else_gets_no_speed(monkeypatch):
+def test_a_form_with_wrong_values_is_not_timed(monkeypatch):
     monkeypatch.setattr("sit_atconv.speed.levels.dynamic_depthwise_conv2d",
                         lambda x, kernels, grid_size: published_conv2d(x, kernels.flip(-1), grid_size))
-    with pytest.raises(ValueError, match="no speeds, because atconv and its definition do not agree at 32 px in fp32"):
+    with pytest.raises(ValueError, match="not timed: atconv and its definition do not agree at 32 px in fp32"):
         compare(dataclasses.replace(TINY, levels=("op",)))
     monkeypatch.setattr(PublishedATConv, "forward", lambda self, x, grid_size: self.proj(self.x_proj(x)))
     timed = []
     monkeypatch.setattr(benchmark, "time_interleaved", lambda *args, **kwargs: timed.append(args))
-    with pytest.raises(ValueError, match="published and ATConv with its weights do not agree"):
+    with pytest.raises(ValueError, match="published and ATConv with the same weights do not agree"):
         compare(TINY)
     assert timed == []
 
 
-def test_comparison_is_complete_and_readable_as_json():
+def test_the_comparison_is_complete_and_can_be_written_as_json():
     options = dataclasses.replace(TINY, dtypes=("fp32", "bf16"), rounds=3, forms=("attention", "atconv", "hybrid"))
     result = json.loads(json.dumps(compare(options, clock=ticking()).to_json()))
     assert set(result) == {"options", "environment", "agreement", "measurements", "definitions"}
@@ -130,10 +130,10 @@ def test_comparison_is_complete_and_readable_as_json():
     assert {*figures, *LEVELS} <= explained and figures <= set(result["measurements"][0])
 
 
-def test_too_little_memory_is_said(monkeypatch):
+def test_running_out_of_memory_names_case_and_remedy(monkeypatch):
     def measure(*args, **kwargs):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(benchmark, "measure", measure)
-    with pytest.raises(ValueError, match=r"model at 32 px in fp32 with batch size 4 does not fit.*lower the batch"):
+    with pytest.raises(ValueError, match=r"model at 32 px in fp32 with batch size 4 does not fit.*lower --batch-size"):
         compare(TINY)

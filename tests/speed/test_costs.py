@@ -1,4 +1,4 @@
-"""The analytical counts against torch's FlopCounterMode, over every level and form."""
+"""Multiply-adds of every level and form agree with torch's FlopCounterMode."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from sit_atconv.models import SiT
 from sit_atconv.models.atconv import ATConv
 from sit_atconv.models.costs import multiply_adds
 from sit_atconv.models.presets import preset_config
+from sit_atconv.speed import computations
 from sit_atconv.speed.computations import attend, published_conv2d
 from sit_atconv.speed.costs import form_multiply_adds, operator_cost
 from sit_atconv.speed.forms import FORMS
@@ -24,7 +25,7 @@ CONFIGS = {
 
 
 class Counted(nn.Module):
-    """An ATConv whose convolution is one that torch counts."""
+    """ATConv with a convolution that torch can count."""
 
     def __init__(self, mixer):
         super().__init__()
@@ -45,7 +46,7 @@ def counted(function, *inputs) -> int:
 def model_of(form, config):
     model = SiT(**config)
     for block in model.blocks:
-        block.attn = FORMS[form].take(block.attn)
+        block.attn = getattr(computations, FORMS[form].take)(block.attn)
         if isinstance(block.attn, ATConv):
             block.attn = Counted(block.attn)
     return model
@@ -99,12 +100,12 @@ def test_multiply_adds_of_the_operators_and_their_gradients(form, k, D, quantiti
         assert cost[quantity][0] == found, quantity
 
 
-def test_the_operators_do_the_same_arithmetic_for_every_channel():
+def test_multiply_adds_of_the_operator_grow_with_the_channels():
     (one, _), (eight, _) = (operator_cost("atconv", {"hidden_size": D}, (3, 5))["forward"] for D in (1, 8))
     assert eight == 8 * one and operator_cost("floor", {}, (3, 5))["forward"][0] == 0
 
 
-def test_numbers_of_the_operator_are_its_inputs_and_outputs():
+def test_the_operator_reads_its_inputs_and_writes_its_outputs_once():
     found = {q: numbers for q, (_, numbers) in operator_cost("atconv", {"hidden_size": 8}, (4, 6)).items()}
     x, kernels = 24 * 8, 8 * 9
     one = 2 * x + kernels
@@ -113,6 +114,6 @@ def test_numbers_of_the_operator_are_its_inputs_and_outputs():
 
 
 @pytest.mark.parametrize("form, giga", [("attention", 118.6), ("published", 105.0), ("atconv", 95.9)])
-def test_published_multiply_adds(form, giga):
+def test_multiply_adds_in_the_docs(form, giga):
     config = {**preset_config("SiT-XL/2"), "mixer": FORMS[form].mixer}
     assert round(form_multiply_adds("model", form, config, (16, 16)) / 1e9, 1) == giga

@@ -31,14 +31,14 @@ def test_the_published_form_pools_in_raster_order():
 
 
 @pytest.mark.parametrize("k, grid_size", [(3, (5, 7)), (5, (4, 4)), (7, (2, 3))])
-def test_the_published_convolution_is_the_definition(k, grid_size):
+def test_the_published_convolution_agrees_with_the_definition(k, grid_size):
     x, kernels = torch.randn(2, grid_size[0] * grid_size[1], 6), torch.randn(2, 6, k, k)
     expected = dynamic_depthwise_conv2d_reference(x, kernels, grid_size)
     assert relative_error(published_conv2d(x, kernels, grid_size), expected) < 1e-6
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_timms_attention_has_our_weights_and_values(qk_norm):
+def test_timms_attention_has_our_weights_and_gives_our_values(qk_norm):
     ours, x = Attention(16, 4, qk_norm), torch.randn(2, 9, 16)
     timms = TimmAttention(ours)
     assert dict(timms.named_parameters()).keys() == dict(ours.named_parameters()).keys()
@@ -47,12 +47,12 @@ def test_timms_attention_has_our_weights_and_values(qk_norm):
     assert timms.fused_attn
 
 
-def test_what_is_timed_as_the_operator_is_what_attention_does_between_its_projections():
+def test_attend_is_attention_between_its_projections():
     mixer, x = Attention(16, 4), torch.randn(2, 9, 16)
     assert relative_error(mixer.proj(attend(mixer.qkv(x), 4)), mixer(x)) < 1e-6
 
 
-def test_the_floor_is_the_projections():
+def test_the_floor_has_only_the_projections():
     mixer, x = ATConv(16), torch.randn(2, 9, 16)
     assert torch.equal(FloorMixer(mixer)(x, (3, 3)), mixer.proj(mixer.x_proj(x)))
     assert sum(p.numel() for p in FloorMixer(mixer).parameters()) == 2 * 17 * 16

@@ -18,7 +18,7 @@ from sit_atconv.speed.timing import Rounds
 
 
 def compared(**changes):
-    """As if it had been measured: no two forms take the same time, and some nearly."""
+    """Returns made-up measurements in which all forms take different times, some of them almost equal."""
     options = SpeedOptions("Tiny/2", device="cpu", **changes)
     measurements = []
 
@@ -61,10 +61,10 @@ def test_the_table_has_a_section_for_each_level_and_a_row_for_each_measurement(c
         assert ("images/s" in section) == (level == "sampling")
     assert "50 Euler steps, cfg 4; decoded by the SD-VAE's architecture with random weights" in text
     assert comparison.environment["hardware"] in text
-    assert "7 checks that the forms compute what they should passed; the largest relative error was 3e-07" in text
+    assert "7 checks that the forms compute the right values passed; the largest relative error was 3e-07" in text
 
 
-def test_growth_is_the_power_of_the_number_of_tokens():
+def test_growth_is_an_exponent_of_the_number_of_tokens():
     def point(side, ms, batch):
         return Measurement("model", "forward", "atconv", 16 * side, (side, side), "fp32", batch, Rounds.of([ms]),
                            Rounds.of([1.0]))
@@ -74,7 +74,7 @@ def test_growth_is_the_power_of_the_number_of_tokens():
     assert growth([point(8, 1.0, 1)]) is None
 
 
-def test_the_prediction_is_proportional_to_multiply_adds_but_for_decoding():
+def test_the_prediction_is_proportional_to_multiply_adds_plus_decoding():
     def point(form, px, ms, macs, batch=1):
         return Measurement("sampling", "sampling", form, px, (px, px), "fp32", batch, Rounds.of([ms]),
                            Rounds.of([1.0]), multiply_adds=macs)
@@ -85,7 +85,7 @@ def test_the_prediction_is_proportional_to_multiply_adds_but_for_decoding():
 
 
 def drawn(comparison, monkeypatch):
-    """The figure that is saved, its panels, and what draws it."""
+    """Returns the saved figure, its visible panels and a renderer."""
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: figures.append(self))
     save_chart(comparison, "speed.png")
@@ -96,11 +96,11 @@ def drawn(comparison, monkeypatch):
 
 
 def overlaps(artists, renderer):
-    boxes = [Text.get_window_extent(artist, renderer) for artist in artists]  # without their arrows
+    boxes = [Text.get_window_extent(artist, renderer) for artist in artists]  # without arrows
     return [(a, b) for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
 
 
-def test_a_panel_has_every_form_measured_and_predicted_and_its_labels_stay_apart(comparison, monkeypatch):
+def test_a_panel_shows_every_form_and_prediction_and_labels_do_not_overlap(comparison, monkeypatch):
     figure, panels, renderer = drawn(comparison, monkeypatch)
     shown = dict.fromkeys((m.level, m.quantity) for m in comparison.measurements if (m.level, m.quantity) in TITLES)
     assert len(panels) == len(shown) == 3
@@ -133,7 +133,7 @@ def test_one_resolution_has_a_row_for_each_form(monkeypatch):
     assert overlaps(axes.texts, renderer) == []
 
 
-def test_where_says_cpu_or_gpu_threads_versions_and_date(comparison):
+def test_where_names_hardware_threads_versions_and_date(comparison):
     environment = comparison.environment | {"device": "cuda", "hardware": "H200", "cuda": "13.2", "cpu_threads": 3,
                                             "date": "2026-01-02T03:04:05"}
     compiled = dataclasses.replace(comparison.options, compile=True)

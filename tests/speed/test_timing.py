@@ -8,7 +8,7 @@ from sit_atconv.speed.timing import Rotation, Rounds, time_interleaved
 CPU = torch.device("cpu")
 
 
-def test_rounds_are_interleaved_and_warmup_is_thrown_away():
+def test_rounds_are_interleaved_and_warmup_is_discarded():
     log, now = [], itertools.count()
     seconds = time_interleaved(
         {name: lambda name=name: log.append(name) for name in "AB"},
@@ -45,7 +45,7 @@ def test_on_a_cpu_two_sets_take_turns():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_on_a_gpu_graphs_run_every_set_and_backwards_too():
+def test_on_a_gpu_graphs_run_every_set_with_its_backward():
     device = torch.device("cuda")
     L2 = torch.cuda.get_device_properties(device).L2_cache_size
     rotation = Rotation(device, L2)
