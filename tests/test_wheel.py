@@ -142,4 +142,5 @@ def test_the_quickstart_runs_in_an_empty_folder(scripts, tmp_path):
     printed = run([scripts / "sit-atconv-quickstart", "--steps", 60], tmp_path)
     assert re.findall(r"^\$ (\S+)", printed, re.MULTILINE) == [
         "sit-atconv-train", "sit-atconv-generate", "sit-atconv-fid", "sit-atconv-speed"]
+    assert len(printed.splitlines()) <= 40 and "{" not in printed
     assert (tmp_path / "runs/quickstart/speed/speed.png").exists()
