@@ -3,7 +3,8 @@
 import os
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from accelerate import PartialState
@@ -43,7 +44,8 @@ def generate_samples(job: SampleJob) -> dict:
     options, folder, solver = job.options, job.folder, job.sampler.solver
     state = PartialState(cpu=on_cpu())
     prepare_device(state.device, tf32=options.dtype == "tf32")
-    is_done, missing = broadcast_object_list([job.is_done, job.missing])  # of the main process: others may see less
+    is_done = not job.missing and (folder.npz.exists() or not options.npz) and folder.read_manifest().get("complete")
+    is_done, missing = broadcast_object_list([is_done, job.missing])  # of the main process: others may see less
     if is_done:
         return folder.read_manifest() if state.is_main_process else {}
     where = {"device": state.device.type, "processes": state.num_processes, "versions": versions()}
@@ -73,7 +75,7 @@ def generate_samples(job: SampleJob) -> dict:
         return folder.update_manifest({"complete": True})
 
 
-def draw(job: SampleJob, mine: list[int], state: PartialState) -> dict:
+def draw(job: SampleJob, mine: Sequence[int], state: PartialState) -> dict:
     """Draws and writes the samples `mine`, of this process.
 
     Returns:
@@ -81,10 +83,10 @@ def draw(job: SampleJob, mine: list[int], state: PartialState) -> dict:
         a network (`forwards`) was evaluated; {} where there was nothing to draw.
     """
     options, device = job.options, state.device
-    model, weak = (_ready(weights, job, device) for weights in (job.weights, job.weak))
-    codec = job.codec.to(device)
-    evaluations = forwards = 0
-    writing = []
+    model, codec = _ready(job.weights, job, device), job.codec.to(device)
+    weak = _ready(job.weak, job, device) if job.weak else None
+    evaluations = 0
+    writing: list[Future[None]] = []
     clock = time.perf_counter()
     with (
         torch.inference_mode(),
@@ -94,8 +96,9 @@ def draw(job: SampleJob, mine: list[int], state: PartialState) -> dict:
     ):
         for start in range(0, len(mine), options.batch_size):
             stream = SampleStream(options.seed, mine[start : start + options.batch_size])
-            counted, weak_counted = Counted(model), Counted(weak)
-            z = sample_batch(job, counted, weak_counted if weak else None, stream, device)
+            before = model.evaluations
+            z = sample_batch(job, model, weak, stream, device)
+            evaluations += (model.evaluations - before) * len(z)
             images = decode_in_parts(codec, z)
             if not images.isfinite().all():
                 raise ValueError(f"samples {stream.indices[0]} ... {stream.indices[-1]} are not finite with "
@@ -107,34 +110,33 @@ def draw(job: SampleJob, mine: list[int], state: PartialState) -> dict:
                 written.result()  # raises what the writer met; one batch at most waits for the disk
             samples = zip(stream.indices, images, latents, strict=True)
             writing = [pool.submit(job.folder.write_sample, *sample) for sample in samples]
-            evaluations += counted.evaluations * len(z)
-            forwards += counted.samples + weak_counted.samples
             progress.update(len(z))
         for written in writing:
             written.result()
     if not mine:
         return {}
+    forwards = model.samples + (weak.samples if weak else 0)
     rate = len(mine) * state.num_processes / (time.perf_counter() - clock)
     return {"images_per_second": rate, "evaluations": evaluations / len(mine), "forwards": forwards / len(mine)}
 
 
-def sample_batch(job: SampleJob, model, weak, stream: SampleStream, device: torch.device) -> Tensor:
+def sample_batch(
+    job: SampleJob, model: Counted, weak: Counted | None, stream: SampleStream, device: torch.device
+) -> Tensor:
     """The latents (B, C, h, w) of the stream's samples."""
-    recipe = job.weights.recipe
-    model = as_trained(model, recipe)
-    if weak is not None:
-        weak = as_velocity(as_trained(weak, job.weak.recipe), get_interpolant(recipe.interpolant), recipe.prediction)
+    path, prediction = job.weights.recipe.interpolant, job.weights.recipe.prediction
+    weak_velocity = None
+    if weak and job.weak:
+        weak_velocity = as_velocity(as_trained(weak, job.weak.recipe), get_interpolant(path), prediction)
     noise, y = stream.randn(job.shape, device), job.labels(stream).to(device)
-    return job.sampler(model, noise, y, path=recipe.interpolant, prediction=recipe.prediction, weak=weak,
-                       randn=stream.randn_like)
+    return job.sampler(as_trained(model, job.weights.recipe), noise, y, path=path, prediction=prediction,
+                       weak=weak_velocity, randn=stream.randn_like)
 
 
-def _ready(weights: Weights | None, job: SampleJob, device: torch.device):
-    if weights is None:
-        return None
-    dtype = torch_dtype(job.options.dtype)
-    torch.nn.Module.to(weights.model, device, dtype)  # diffusers' own warns of casting no module at all
-    return torch.compile(weights.model) if job.options.compile else weights.model
+def _ready(weights: Weights, job: SampleJob, device: torch.device) -> Counted:
+    # diffusers' own `to` warns of casting no module at all
+    torch.nn.Module.to(weights.model, device, torch_dtype(job.options.dtype))
+    return Counted(torch.compile(weights.model) if job.options.compile else weights.model)
 
 
 def _draw_grid(job: SampleJob, side: int = 10) -> None:

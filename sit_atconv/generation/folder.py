@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -55,7 +54,8 @@ class SamplesFolder:
         """Raises ValueError where the folder holds anything but samples of these settings, as many or fewer."""
         if self.folder.is_file():
             raise ValueError(f"{self.folder} is a file: give another --out")
-        if not self.manifest.exists() and self._holds_anything():
+        entries = self.folder.iterdir() if self.folder.exists() else ()
+        if not self.manifest.exists() and not all(path.name.startswith(".") for path in entries):
             raise ValueError(f"{self.folder} is not empty and has no manifest.json: give another --out")
         manifest = self.read_manifest()
         held = manifest.get("settings", settings)
@@ -79,10 +79,6 @@ class SamplesFolder:
                     return path.parent
         return None
 
-    def _holds_anything(self) -> bool:
-        """Beside the hidden files of a command that was killed while it began."""
-        return self.folder.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir())
-
     def begin(self, settings: dict, where: dict, num_missing: int, latents: bool = False) -> None:
         """Makes ready what `check` has found to be empty or of these settings.
 
@@ -98,15 +94,10 @@ class SamplesFolder:
             self.npz.unlink(missing_ok=True)
         self.update_manifest({"complete": False, "settings": settings,
                               "sessions": [*sessions, {"missing": num_missing, **where}]})
-        self._clear_partial(self.folder)
-        for folder in [self.images, *([self.latents] if latents else [])]:
+        for folder in (self.folder, self.images, *([self.latents] if latents else [])):
             folder.mkdir(exist_ok=True)
-            self._clear_partial(folder)
-
-    def _clear_partial(self, folder: Path) -> None:
-        """What a process that was killed left half written."""
-        for partial in folder.glob(PARTIAL + "*"):
-            partial.unlink()
+            for partial in folder.glob(PARTIAL + "*"):
+                partial.unlink()
 
     def update_manifest(self, changes: dict) -> dict:
         """Writes the manifest with these changes, and returns it."""
@@ -121,16 +112,15 @@ class SamplesFolder:
             written &= _by_index(self.latents, "npy").keys()
         return [i for i in range(num_samples) if i not in written]
 
-    def check_room(self, num_samples: int, shape: tuple[int, int, int], npz: bool, latent_bytes: int) -> None:
+    def check_room(self, num_samples: int, pixels: int, npz: bool, latent_bytes: int) -> None:
         """Raises ValueError where the disk is too small for what is to come.
 
         Args:
             num_samples: how many images there will be; a PNG may be as large as its pixels.
-            shape: (H, W, 3) of an image.
+            pixels: bytes of one image without compression.
             npz: whether it is wanted.
             latent_bytes: of one latent; 0 where they are not wanted.
         """
-        pixels = math.prod(shape)
         num_missing = max(0, num_samples - len(_by_index(self.images, "png")))
         gathered = num_samples * pixels if npz and (num_missing or not self.npz.exists()) else 0
         check_room(self.folder, num_missing * (pixels + latent_bytes) + gathered)
@@ -138,8 +128,8 @@ class SamplesFolder:
     def write_sample(self, index: int, image: Tensor, latent: Tensor | None = None) -> None:
         """An image, uint8 (C, H, W) of one or three channels, and before it the latent it was decoded from."""
         if latent is not None:
-            path = self.latents / f"{index:06d}.npy"
-            write_aside(path, lambda partial: _save_array(partial, latent.float().numpy()))
+            array = latent.float().numpy()
+            write_aside(self.latents / f"{index:06d}.npy", lambda partial: np.save(partial, array))
         write_aside(self._image(index), lambda path: to_pil(image).save(path, format="PNG"))
 
     def read_image(self, index: int) -> np.ndarray:
@@ -153,20 +143,19 @@ class SamplesFolder:
 
     def write_npz(self, num_samples: int) -> None:
         """Gathers the images into arr_0, a few at a time: memory stays small whatever their number."""
-
         shape = (num_samples, *self.read_image(0).shape)
         write_aside(self.npz, lambda path: write_npz(path, self._images_of(shape), shape))
 
     def _images_of(self, shape: tuple[int, int, int, int]) -> Iterator[np.ndarray]:
-        for index, image in enumerate(tqdm(self._read_all(shape[0]), "gathering", shape[0], unit="image")):
-            if image.shape != shape[1:]:
-                raise ValueError(f"{self._image(index)} is of another size: delete it and run the same command again")
-            yield image
-
-    def _read_all(self, num_samples: int) -> Iterator[np.ndarray]:
-        with ThreadPoolExecutor() as pool:
-            for start in range(0, num_samples, READ_AT_ONCE):
-                yield from pool.map(self.read_image, range(start, min(start + READ_AT_ONCE, num_samples)))
+        with ThreadPoolExecutor() as pool, tqdm(desc="gathering", total=shape[0], unit="image") as progress:
+            for start in range(0, shape[0], READ_AT_ONCE):
+                indices = range(start, min(start + READ_AT_ONCE, shape[0]))
+                for index, image in zip(indices, pool.map(self.read_image, indices), strict=True):
+                    if image.shape != shape[1:]:
+                        raise ValueError(f"{self._image(index)} is of another size: delete it and run the same command "
+                                         "again")
+                    yield image
+                    progress.update()
 
     def _image(self, index: int) -> Path:
         return self.images / f"{index:06d}.png"
@@ -186,8 +175,3 @@ def _is_whole_png(path: Path) -> bool:
         file.seek(0, os.SEEK_END)
         file.seek(-min(12, file.tell()), os.SEEK_END)
         return file.read()[4:8] == b"IEND"
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with open(path, "wb") as file:  # np.save adds a suffix to a name
-        np.save(file, array)

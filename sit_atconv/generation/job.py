@@ -13,7 +13,6 @@ from torch import Tensor
 
 from sit_atconv.checkpoints.class_names import changed_names, labels_there
 from sit_atconv.checkpoints.exported import Weights
-from sit_atconv.checkpoints.recipe import Recipe
 from sit_atconv.checkpoints.weights import load_weights
 from sit_atconv.data.codecs import Codec, open_codec
 from sit_atconv.data.pixels import UINT8_RULE
@@ -89,11 +88,6 @@ class SampleJob:
         """Of samples 0, 1, ..."""
         return self.labels(SampleStream(self.options.seed, range(self.options.num_samples))).tolist()
 
-    @property
-    def is_done(self) -> bool:
-        npz = self.folder.npz.exists() or not self.options.npz
-        return bool(self.folder.read_manifest().get("complete")) and not self.missing and npz
-
 
 def prepare(options: GenerateOptions) -> SampleJob:
     """Loads weights and codec, and checks all that can be checked before anything is drawn.
@@ -112,14 +106,14 @@ def prepare(options: GenerateOptions) -> SampleJob:
     if sampler.cfg_channels and sampler.cfg_channels > codec.channels:
         raise ValueError(f"--cfg-channels {sampler.cfg_channels} are more than the {codec.channels} that there are")
     given, labels = _given_labels(options, recipe.class_names)
-    height, width = _latent_size(options.size, codec, config)
-    shape, image_shape = (codec.channels, height, width), (height * codec.downsample, width * codec.downsample, 3)
+    height, width = _image_size(options.size, codec, config)
+    shape = (codec.channels, height // codec.downsample, width // codec.downsample)
     settings = {
         **sampler.settings(),
         "labels": labels,
         "num_samples": options.num_samples,
         "seed": options.seed,
-        "size": image_shape[:2],
+        "size": (height, width),
         "dtype": options.dtype,
         "compile": options.compile,
         "weights": weights.identity(),
@@ -132,24 +126,22 @@ def prepare(options: GenerateOptions) -> SampleJob:
         **({"empty_classes": recipe.empty_classes} if recipe.empty_classes else {}),
     }
     settings = json.loads(json.dumps(settings))  # tuples become lists, as when it is read again
-    is_trained_size = (height, width) == (config.input_size, config.input_size)
+    is_trained_size = shape[1:] == (config.input_size, config.input_size)
     name = _folder_name(options, sampler, settings, recipe.step, is_trained_size)
     folder = SamplesFolder(options.out if options.out is not None else Path(weights.home, "samples", name))
     folder.check(settings)
-    folder.check_room(options.num_samples, image_shape, options.npz, 4 * math.prod(shape) if options.latents else 0)
+    latent_bytes = 4 * math.prod(shape) if options.latents else 0
+    folder.check_room(options.num_samples, 3 * height * width, options.npz, latent_bytes)
     missing = folder.missing(options.num_samples, options.latents)
-    notes = [*weights.notes, *_notes_on_labels(given, recipe)]
+    untrained = sorted({*given} & {*recipe.empty_classes})
+    notes = [*weights.notes, *(f"no image of label {label} ({recipe.class_names[label]!r}) was trained on"
+                               for label in untrained)]
     if options.sampler.cfg is None and sampler.cfg == 1:
         why = "has no null label" if weights.model.null_label is None else "was trained without label dropout"
         notes.append(f"samples are not guided (--cfg 1): the model {why}")
     if options.out is None and not folder.folder.exists() and (fewer := folder.with_fewer(settings)):
         notes.append(f"{fewer} holds some of these samples: add --out {shlex.quote(str(fewer))} to draw the rest")
     return SampleJob(options, sampler, weights, weak, codec, given, shape, settings, folder, missing, notes)
-
-
-def _notes_on_labels(given: list[int], recipe: Recipe) -> list[str]:
-    untrained = sorted({*given} & {*recipe.empty_classes})
-    return [f"no image of label {label} ({recipe.class_names[label]!r}) was trained on" for label in untrained]
 
 
 def _load_weak(ckpt: str | None, weights: Weights, vae: str | None) -> Weights | None:
@@ -199,10 +191,8 @@ def _given_labels(options: GenerateOptions, class_names: list[str]) -> tuple[lis
     return labels, "labels" + sha256_of(Path(options.labels))[:12]
 
 
-def _latent_size(size: tuple[int, ...], codec: Codec, config) -> tuple[int, int]:
-    """Pixels of a side, or of both, or () for the size seen in training -> (h, w) of the latents."""
-    if not size:
-        return config.input_size, config.input_size
+def _image_size(size: tuple[int, ...], codec: Codec, config) -> tuple[int, int]:
+    """Returns height and width in pixels; `size` holds both, one side, or nothing for the size in training."""
     if len(size) > 2:
         raise ValueError(f"size takes one side or two, not {len(size)}")
     unit = codec.downsample * config.patch_size
@@ -210,38 +200,32 @@ def _latent_size(size: tuple[int, ...], codec: Codec, config) -> tuple[int, int]
         if side % unit:
             raise ValueError(f"size {side} is not divisible by {unit}, a patch of {config.patch_size} on latents "
                              f"{codec.downsample} times smaller: take {side // unit * unit or unit}")
-    height, width = size if len(size) == 2 else size * 2
-    return height // codec.downsample, width // codec.downsample
+    size = size or (config.input_size * codec.downsample,)
+    return size[0], size[-1]
 
 
-def _folder_name(
-    options: GenerateOptions, sampler: Sampler, settings: dict, step: int, is_trained_size: bool
-) -> str:
+def _folder_name(options: GenerateOptions, sampler: Sampler, settings: dict, step: int, is_trained_size: bool) -> str:
     """Names every setting, so that two never share a folder."""
-    sde = [sampler.diffusion_form, f"{sampler.diffusion_norm:g}", sampler.last_step, f"{sampler.last_step_size:g}"]
+    solver, ema = SOLVERS.find(sampler.solver), options.ema
     grid = "_".join(f"{t:g}" for t in sampler.times) if sampler.times else str(sampler.steps)
-    solver = SOLVERS.find(sampler.solver)
     parts = [
-        f"step{step:07d}" + _average(options.ema),
-        *([sampler.guidance] if "guidance" in settings else []),
+        f"step{step:07d}",
+        "" if ema is True else f"ema{ema:g}" if ema is not False else "online",
+        settings.get("guidance", ""),
         f"cfg{sampler.cfg:g}" + (f"on{sampler.cfg_channels}" if sampler.cfg_channels else ""),
-        *([sampler.cfg_schedule] if sampler.cfg_schedule != "constant" else []),
-        *(["{:g}to{:g}".format(*sampler.cfg_interval)] if sampler.cfg_interval != (0.0, 1.0) else []),
-        *([f"weak{settings['weak'][:8]}"] if settings["weak"] else []),
+        sampler.cfg_schedule if sampler.cfg_schedule != "constant" else "",
+        "{:g}to{:g}".format(*sampler.cfg_interval) if sampler.cfg_interval != (0.0, 1.0) else "",
+        f"weak{settings['weak'][:8]}" if settings["weak"] else "",
         sampler.solver + ("" if solver.is_adaptive else grid),
-        *([f"shift{sampler.shift:g}"] if sampler.shift != 1 else []),
-        *(sde if solver.is_sde else []),
+        f"shift{sampler.shift:g}" if sampler.shift != 1 else "",
+        *((sampler.diffusion_form, f"{sampler.diffusion_norm:g}", sampler.last_step, f"{sampler.last_step_size:g}")
+          if solver.is_sde else ()),
         settings["labels"],
         f"seed{options.seed}",
         f"n{options.num_samples}",
-        *([] if is_trained_size else ["x".join(map(str, settings["size"]))]),
-        *([options.dtype] if options.dtype != "fp32" else []),
-        *(["compiled"] if options.compile else []),
+        "x".join(map(str, settings["size"])) if not is_trained_size else "",
+        options.dtype if options.dtype != "fp32" else "",
+        "compiled" if options.compile else "",
     ]
-    return "-".join(part if len(part) < 40 else hashlib.sha256(part.encode()).hexdigest()[:12] for part in parts)
-
-
-def _average(ema: bool | float) -> str:
-    if isinstance(ema, bool):
-        return "" if ema else "-online"
-    return f"-ema{ema:g}"
+    short = (part if len(part) < 40 else hashlib.sha256(part.encode()).hexdigest()[:12] for part in parts if part)
+    return "-".join(short)

@@ -8,6 +8,7 @@
 Names are compared in one Unicode form and without outer blanks. A name that several classes bear is refused.
 """
 
+import contextlib
 import difflib
 import functools
 import operator
@@ -30,12 +31,10 @@ def class_label(given: int | str, class_names: Sequence[str]) -> int:
     """
     if isinstance(given, str):
         return _label_of_name(given, class_names)
-    if isinstance(given, bool):
-        raise ValueError(f"a class is a label or a name, not {given}")
-    try:
-        return _in_range(operator.index(given), class_names)
-    except TypeError:
-        raise ValueError(f"a class is a label or a name, not {given!r}") from None
+    if not isinstance(given, bool):
+        with contextlib.suppress(TypeError):
+            return _in_range(operator.index(given), class_names)
+    raise ValueError(f"a class is a label or a name, not {given!r}")
 
 
 def typed_label(text: str, class_names: Sequence[str]) -> int:

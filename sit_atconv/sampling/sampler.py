@@ -76,8 +76,8 @@ class Sampler:
 
     def check(self, path: str, prediction: str, null_label: int | None, weak: bool = False) -> None:
         """Raises ValueError where these settings do not suit each other, the path, the prediction or the model."""
-        settled, (t0, t1) = self.settled(path, null_label, weak), self._finite_on(path, prediction)
-        solver = SOLVERS.find(settled.solver)
+        settled, solver = self.settled(path, null_label, weak), self._solver(path)
+        t0, t1 = self._finite_on(path, prediction)
         for name, value, known in (("last_step", self.last_step, LAST_STEPS),
                                    ("diffusion_form", self.diffusion_form.lower(), DIFFUSION_FORMS)):
             if value not in known:
@@ -111,7 +111,7 @@ class Sampler:
         return time_grid(self.steps, t0, t1, self.shift)
 
     def _solver(self, path: str) -> Solver:
-        return SOLVERS.find(self.settled(path).solver)
+        return SOLVERS.find(self.solver or default_solver(path))
 
     def _finite_on(self, path: str, prediction: str) -> tuple[float, float]:
         form = self.diffusion_form if self._solver(path).is_sde else None

@@ -162,10 +162,9 @@ def find_solver(solver: str | Solver | Callable[..., Tensor], is_sde: bool = Fal
     Raises:
         ValueError: an unknown name, or an ODE solver for an SDE, or the reverse.
     """
-    if isinstance(solver, str):
-        entry = SOLVERS.find(solver)
-    else:
-        entry = solver if isinstance(solver, Solver) else Solver(solver, is_sde=is_sde)
+    entry = SOLVERS.find(solver) if isinstance(solver, str) else solver
+    if not isinstance(entry, Solver):
+        entry = Solver(entry, is_sde=is_sde)
     if entry.is_sde != is_sde:
         raise ValueError(f"solver {solver} is for sample_{'sde' if entry.is_sde else 'ode'}")
     return entry
