@@ -1,4 +1,4 @@
-"""From a checked job to a folder of samples: on several processes, after any kill."""
+"""Drawing: several processes fill a folder with the samples of a job, also after a kill."""
 
 import os
 import time
@@ -24,63 +24,65 @@ from sit_atconv.runtime.plots import save_sample_grid
 from sit_atconv.runtime.processes import held_by_main, share, together
 from sit_atconv.sampling import SOLVERS, Counted, Sampler, SampleStream
 
-WRITERS = 4  # threads that write images while the next are drawn
+WRITERS = 4  # threads that write images while the next batch is drawn
 
 
 def generate_samples(job: SampleJob) -> dict:
-    """Draws what is missing of the samples asked for, on all processes together, and writes them down.
+    """Draws and writes the missing samples on all processes together.
 
-    Sample i is a function of (seed, i) and the settings. So a folder that a kill left half full is completed by the
-    same call, and neither the number of processes nor the batch size changes an image (but for the last bits of
-    arithmetic, and for an adaptive solver, which chooses its steps for the batch).
+    Sample i is a function of (seed, i) and the settings. The same call therefore completes a folder after a kill, and
+    the number of processes and the batch size do not change an image (except for rounding, and with an adaptive
+    solver, which chooses its steps for the whole batch).
 
     Returns:
-        The folder's manifest; {} on processes other than the main one.
+        The manifest of the folder; {} on all ranks but 0.
 
     Raises:
-        OSError: on all processes, another one holds the folder, it cannot be written to, samples are not finite, or
-            the folder lacks samples in the end.
+        OSError: on all ranks: another command holds the folder, it cannot be written to, or samples are not finite;
+            on rank 0: samples are missing in the end.
     """
-    options, folder, solver = job.options, job.folder, job.sampler.solver
+    options, folder, recipe = job.options, job.folder, job.weights.recipe
     state = PartialState(cpu=on_cpu())
     prepare_device(state.device, tf32=options.dtype == "tf32")
     is_done = not job.missing and (folder.npz.exists() or not options.npz) and folder.read_manifest().get("complete")
-    is_done, missing = broadcast_object_list([is_done, job.missing])  # of the main process: others may see less
+    is_done, missing = broadcast_object_list([is_done, job.missing])  # rank 0's: other ranks may see fewer files
     if is_done:
         return folder.read_manifest() if state.is_main_process else {}
-    where = {"device": state.device.type, "processes": state.num_processes, "versions": versions()}
+    session = {"missing": len(missing), "device": state.device.type, "processes": state.num_processes,
+               "versions": versions()}
     with held_by_main(folder.folder, state):
         with together():
             if state.is_main_process:
-                folder.begin(job.settings, where, len(missing), options.latents)
+                folder.begin(job.settings, session, options.latents)
         with together():
             speed = draw(job, share(missing, state), state)
         if not state.is_main_process:
             return {}
         if left := folder.missing(options.num_samples, options.latents):
-            raise OSError(f"{folder.folder} lacks {len(left)} samples, the first of them {left[0]}: run the same "
-                          "command again")
-        folder.update_manifest({  # before the npz, in which a kill would lose the speed
+            raise OSError(f"{folder.folder} lacks {len(left)} samples, the first is {left[0]}: run the same command "
+                          "again")
+        labels = job.labels(SampleStream(options.seed, range(options.num_samples))).tolist()
+        is_adaptive = SOLVERS.find(job.sampler.solver).is_adaptive
+        folder.update_manifest({  # before the npz: a kill while that is written must not lose the speed
             "ckpt": os.path.abspath(options.ckpt) if os.path.exists(options.ckpt) else options.ckpt,
-            "step": job.weights.recipe.step,
-            "sampler": [*Sampler.__dataclass_fields__, "dtype", "compile"],  # of the settings, those of sampling
-            "batches": "agree to " + (f"the tolerance of {solver}" if SOLVERS.find(solver).is_adaptive else
-                                      "one grey level"),
+            "step": recipe.step,
+            "sampler": [*Sampler.__dataclass_fields__, "dtype", "compile"],  # names of the settings of sampling
+            "batches": f"agree to {f'the tolerance of {job.sampler.solver}' if is_adaptive else 'one grey level'}",
             **speed,
-            "labels": job.all_labels,
+            "labels": labels,
         })
         if options.npz:
             folder.write_npz(options.num_samples)
-        _draw_grid(job)
+        _save_grid(job, labels)
         return folder.update_manifest({"complete": True})
 
 
 def draw(job: SampleJob, mine: Sequence[int], state: PartialState) -> dict:
-    """Draws and writes the samples `mine`, of this process.
+    """Draws and writes the samples `mine`, which are the share of this process.
 
     Returns:
-        `images_per_second` of all processes, and for each image how often the velocity (`evaluations`) and how often
-        a network (`forwards`) was evaluated; {} where there was nothing to draw.
+        `images_per_second` of all processes and, per image, the NFE (`evaluations`) and the forwards of a network
+        (`forwards`); {} if `mine` is empty.
     """
     options, device = job.options, state.device
     model, codec = _ready(job.weights, job, device), job.codec.to(device)
@@ -91,7 +93,7 @@ def draw(job: SampleJob, mine: Sequence[int], state: PartialState) -> dict:
     with (
         torch.inference_mode(),
         ThreadPoolExecutor(WRITERS) as pool,
-        tqdm(total=len(mine), unit="image", desc="of this process" if state.num_processes > 1 else None,
+        tqdm(total=len(mine), unit="image", desc="this process" if state.num_processes > 1 else None,
              disable=not state.is_main_process) as progress,
     ):
         for start in range(0, len(mine), options.batch_size):
@@ -102,12 +104,12 @@ def draw(job: SampleJob, mine: Sequence[int], state: PartialState) -> dict:
             images = decode_in_parts(codec, z)
             if not images.isfinite().all():
                 raise ValueError(f"samples {stream.indices[0]} ... {stream.indices[-1]} are not finite with "
-                                 f"--cfg {job.sampler.cfg:g} and --dtype {options.dtype}: less guidance or a wider "
-                                 "dtype may help, else the weights are damaged")
+                                 f"--cfg {job.sampler.cfg:g} and --dtype {options.dtype}: try a smaller --cfg or a "
+                                 "wider --dtype; otherwise the weights are damaged")
             images = to_uint8(images).cpu()
             latents = z.cpu() if options.latents else [None] * len(z)
             for written in writing:
-                written.result()  # raises what the writer met; one batch at most waits for the disk
+                written.result()  # raises the errors of writing; at most one batch waits for the disk
             samples = zip(stream.indices, images, latents, strict=True)
             writing = [pool.submit(job.folder.write_sample, *sample) for sample in samples]
             progress.update(len(z))
@@ -123,7 +125,7 @@ def draw(job: SampleJob, mine: Sequence[int], state: PartialState) -> dict:
 def sample_batch(
     job: SampleJob, model: Counted, weak: Counted | None, stream: SampleStream, device: torch.device
 ) -> Tensor:
-    """The latents (B, C, h, w) of the stream's samples."""
+    """Returns the latents (B, C, h, w) of the stream's samples."""
     path, prediction = job.weights.recipe.interpolant, job.weights.recipe.prediction
     weak_velocity = None
     if weak and job.weak:
@@ -139,9 +141,9 @@ def _ready(weights: Weights, job: SampleJob, device: torch.device) -> Counted:
     return Counted(torch.compile(weights.model) if job.options.compile else weights.model)
 
 
-def _draw_grid(job: SampleJob, side: int = 10) -> None:
-    """The first `side` samples of the `side` most frequent classes."""
-    y, sampler, recipe = job.all_labels, job.sampler, job.weights.recipe
+def _save_grid(job: SampleJob, y: list[int], side: int = 10) -> None:
+    """Saves a picture of the first `side` samples of the `side` most frequent classes."""
+    sampler, recipe = job.sampler, job.weights.recipe
     classes = [label for label, _ in Counter(y).most_common(side)]
     shown = [i for label in sorted(classes) for i in [j for j, other in enumerate(y) if other == label][:side]]
     images = [job.folder.read_image(i) for i in shown]

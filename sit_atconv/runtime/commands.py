@@ -150,7 +150,7 @@ class _Import(argparse.Action):
             parser.error(str(error))
 
 
-def add_import_option(parser: argparse.ArgumentParser) -> None:
+def add_import_option(parser: argparse._ActionsContainer) -> None:
     """Adds `--import MODULE`, repeatable; it sets no attribute. Check names of parts after `parse_args`, not in it."""
     parser.add_argument("--import", action=_Import, metavar="MODULE", default=argparse.SUPPRESS,
                         help="import a module of yours that registers parts of its own; repeat for more")

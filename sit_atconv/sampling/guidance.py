@@ -56,11 +56,7 @@ def check_guidance(
 ) -> None:
     """Checks guidance options; every way to sample calls it.
 
-    Args:
-        cfg: guidance scale, or a function of t.
-        null_label: null label of the model; None if it has none or never trained it.
-        weak: True if a weak model replaces the null label.
-        interval: guidance is on between these times.
+    `null_label` is None if the model has none or never trained it; `weak` is True if a weak model replaces it.
 
     Raises:
         ValueError: the scale is not finite, the interval is not two increasing times in [0, 1], or guidance has
@@ -163,7 +159,7 @@ class Guidance:
     Args:
         build: (model, y, sampler, weak) -> velocity(x, t, step, num_steps). It is called for each batch, so the
             velocity may keep a state. `model`, `y` and `weak` (or None) are as in `guided`; `sampler` is the `Sampler`
-            with all settings. `step` counts from 0, and several evaluations may share one; an adaptive solver gives
+            with all settings. `step` counts from 0, and several calls may have the same step; an adaptive solver gives
             None for both numbers.
         needs_null_label: True if a scale other than 1 is an error without a trained null label or a weak model.
     """

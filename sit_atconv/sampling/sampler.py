@@ -52,10 +52,7 @@ class Sampler:
     def settled(self, path: str, null_label: int | None = None, weak: bool = False) -> "Sampler":
         """Fills in scale and solver, and resets settings without effect: equal results mean equal samples.
 
-        Args:
-            path: name of the interpolant.
-            null_label: null label of the model; None if it has none or never trained it.
-            weak: True if a weak model replaces the null label.
+        `path` names the interpolant; `null_label` and `weak` are as in `check_guidance`.
         """
         name, default = self.solver or default_solver(path), Sampler()
         solver, cfg = SOLVERS.find(name), self.cfg
@@ -153,29 +150,29 @@ class Sampler:
 
 
 def in_steps(guide: Callable, solver: Solver, num_steps: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Returns velocity(x, t), which calls guide(x, t, step, num_steps) with the step of each evaluation.
+    """Returns velocity(x, t), which calls guide(x, t, step, num_steps) with the current step.
 
-    It counts evaluations, so that solver loops need not report their steps. It raises ValueError when there are more
-    than `Solver.evaluations` per step.
+    It counts calls, so that solver loops need not report their steps; more calls per step than `Solver.evaluations`
+    raise a ValueError.
     """
-    evaluations = itertools.count()
+    calls = itertools.count()
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         if solver.evaluations is None:  # adaptive
             return guide(x, t, None, None)
-        step = next(evaluations) // solver.evaluations
+        step = next(calls) // solver.evaluations
         if step >= num_steps:
-            raise ValueError(f"the solver needs more than {solver.evaluations} evaluations per step: give the right "
-                             "number in its Solver(loop, evaluations=...)")
+            raise ValueError(f"the solver has an NFE above {solver.evaluations} per step: give the right number in its "
+                             "Solver(loop, evaluations=...)")
         return guide(x, t, step, num_steps)
 
     return velocity
 
 
 class Counted:
-    """A model (x, t, y) that counts its evaluations and their samples.
+    """A model (x, t, y) that counts its calls (`evaluations`) and their samples.
 
-    With guidance, one evaluation holds both branches and counts each sample twice.
+    With guidance, one call computes both branches and counts each sample twice.
     """
 
     def __init__(self, model):

@@ -107,8 +107,8 @@ class Solver:
 
     Args:
         loop: (velocity, x, times) -> x at the last time, or (drift, diffusion, x, times, randn) -> x for an SDE.
-        evaluations: evaluations of the velocity in each step (the last step may need fewer); None for an adaptive
-            solver, which chooses its steps for the whole batch (samples then depend on it, within a tolerance).
+        evaluations: NFE (number of function evaluations) of each step but the last, which may need fewer; None for an
+            adaptive solver, which chooses its steps for the whole batch (samples depend on it, within a tolerance).
         at_last_time: True if it evaluates the velocity at the last time too.
         linear_only: True if its formulas hold for the linear interpolant only.
         begin: first time of its default grid.
@@ -132,9 +132,8 @@ class Solver:
     @property
     def summary(self) -> str:
         """A few words for the help of a command."""
-        work = f"{self.evaluations} evaluation{'s' if self.evaluations != 1 else ''} per step"
-        traits = ("chooses its own steps for the whole batch" if self.is_adaptive else work,
-                  "linear interpolant only" if self.linear_only else "", "adds noise" if self.is_sde else "")
+        nfe = "chooses its own steps for the whole batch" if self.is_adaptive else f"NFE {self.evaluations} per step"
+        traits = (nfe, "linear interpolant only" if self.linear_only else "", "adds noise" if self.is_sde else "")
         return ", ".join(filter(None, traits))
 
 

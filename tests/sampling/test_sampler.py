@@ -22,7 +22,7 @@ EVALUATIONS = {"euler": 6, "heun": 12, "unipc": 6, "dpm++": 6, "sde-euler": 6, "
 
 
 class Noting:
-    """Guidance that records, for each batch, the step of every evaluation."""
+    """Guidance that records, for each batch, the step of every call."""
 
     batches = []  # noqa: RUF012
 
@@ -68,8 +68,8 @@ def test_custom_guidance_gets_the_step_and_has_its_own_state_for_each_batch(mode
     assert all(batch == steps if a_step else set(batch) == {(None, None)} for batch in Noting.batches)
 
 
-def test_a_solver_with_more_evaluations_than_its_entry_says_is_refused(model):
-    with pytest.raises(ValueError, match=r"more than 1 evaluations per step: .* in its Solver\(loop, evaluations="):
+def test_a_solver_with_a_higher_nfe_than_its_entry_says_is_refused(model):
+    with pytest.raises(ValueError, match=r"an NFE above 1 per step: .* in its Solver\(loop, evaluations="):
         Sampler(cfg=1.0, solver=f"{__name__}.WRONG_ENTRY", steps=4)(model, NOISE, Y)
 
 

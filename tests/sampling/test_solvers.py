@@ -26,8 +26,8 @@ def test_an_entry_tells_when_its_loop_evaluates_the_velocity(name):
 
 def test_the_summary_of_an_entry():
     assert [SOLVERS[name].summary for name in ("euler", "sde-heun", "dopri5", "dpm++")] == [
-        "1 evaluation per step", "2 evaluations per step, adds noise", "chooses its own steps for the whole batch",
-        "1 evaluation per step, linear interpolant only"]
+        "NFE 1 per step", "NFE 2 per step, adds noise", "chooses its own steps for the whole batch",
+        "NFE 1 per step, linear interpolant only"]
     assert [default_solver(path) for path in ("linear", "gvp", "vp")] == ["unipc", "heun", "heun"]
 
 
