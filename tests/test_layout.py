@@ -85,7 +85,7 @@ def test_the_operator_needs_neither_cuda_nor_triton():
     )
     done = subprocess.run(python("-c", code), capture_output=True, text=True)
     assert done.stdout.split() == ["4.0"] * 4 + ["channels_last"] * 2, done.stderr
-    assert "Triton 3.3 or later (here: 0.0)" in done.stderr
+    assert "Triton 3.3 or later (installed: 0.0)" in done.stderr
 
 
 def test_every_module_imports_and_commands_are_imported_by_none():

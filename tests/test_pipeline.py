@@ -219,14 +219,14 @@ def test_labels_by_number_and_name():
     assert pipeline.label_ids([2, "digit 7", np.int64(3)]) == [2, 7, 3]
     assert pipeline.label_ids("digit 9") == [9] and pipeline.label_ids(4) == [4]
     assert pipeline.label_ids(torch.tensor(4)) == [4] and pipeline.label_ids(torch.tensor([4, 5])) == [4, 5]
-    with pytest.raises(ValueError, match=r"there is no class 'digt 7'; near it: 'digit 7', 'digit"):
+    with pytest.raises(ValueError, match=r"there is no class 'digt 7'; similar names: 'digit 7', 'digit"):
         pipeline.label_ids(["digt 7"])
     for label in (10, -1):
         with pytest.raises(ValueError, match=rf"class {label} is out of range: the model knows 0 \.\.\. 9"):
             pipeline.label_ids([0, label])
     with pytest.raises(ValueError, match="class_labels is empty"):
         make_pipeline().label_ids([])
-    with pytest.raises(ValueError, match="there is no class 'digit 7'; near it: '0'"):
+    with pytest.raises(ValueError, match="there is no class 'digit 7'; similar names: '0'"):
         make_pipeline().label_ids("digit 7")
 
 

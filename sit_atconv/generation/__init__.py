@@ -1,1 +1,1 @@
-"""From a checkpoint to a folder of samples: the job, its labels, drawing, the folder."""
+"""Generation of a folder of samples from a checkpoint: job, labels, drawing, folder."""

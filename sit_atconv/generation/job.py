@@ -1,11 +1,10 @@
-"""What `sample/generate.py` is asked for, and all of it checked before anything is drawn."""
+"""The sampling job of `sample/generate.py`: its options, checked before anything is drawn."""
 
 import hashlib
 import json
 import math
 import shlex
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from sit_atconv.checkpoints.class_names import changed_names, labels_there
 from sit_atconv.checkpoints.exported import Weights
-from sit_atconv.checkpoints.recipe import Recipe
 from sit_atconv.checkpoints.weights import load_weights
 from sit_atconv.data.codecs import Codec, open_codec
 from sit_atconv.data.pixels import UINT8_RULE
@@ -26,7 +24,7 @@ from sit_atconv.sampling import SOLVERS, Sampler, SampleStream
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """What to sample; the help of `sample/generate.py` says what each option means."""
+    """Options of `sample/generate.py`, whose `--help` explains them."""
 
     ckpt: str
     sampler: Sampler = field(default_factory=Sampler)
@@ -49,77 +47,57 @@ class GenerateOptions:
 
 @dataclass(frozen=True)
 class SampleJob:
-    """What is to be sampled, all of it checked.
-
-    Args:
-        options: as asked for.
-        sampler: theirs, settled for the path.
-        weights: the model and its recipe.
-        weak: those of autoguidance.
-        codec: of the model's latents.
-        given: labels in turn; empty where the stream draws them.
-        shape: (C, h, w) of the noise.
-        settings: all that the images depend on.
-        folder: where they go.
-        missing: the indices that were not there when this was asked.
-        notes: what the user must hear of all this, a line each.
-    """
+    """A checked job: everything that drawing needs."""
 
     options: GenerateOptions
-    sampler: Sampler
+    sampler: Sampler  # settled
     weights: Weights
-    weak: Weights | None
+    weak: Weights | None  # for autoguidance
     codec: Codec
-    given: list[int]
-    shape: tuple[int, int, int]
-    settings: dict
+    given: list[int]  # labels, repeated in turn; empty if the stream draws them
+    shape: tuple[int, int, int]  # (C, h, w) of the noise
+    settings: dict  # everything that the images depend on
     folder: SamplesFolder
-    missing: list[int]
-    notes: list[str]
+    missing: list[int]  # indices of samples that the folder lacked at the start
+    notes: list[str]  # lines to print for the user
 
     def labels(self, stream: SampleStream) -> Tensor:
-        """(B,)"""
+        """Returns the labels (B,) of the stream's samples."""
         if self.given:
             return torch.tensor([self.given[i % len(self.given)] for i in stream.indices])
         recipe = self.weights.recipe
         return stream.labels(len(recipe.class_names), self.options.labels, recipe.empty_classes)
 
-    @cached_property
-    def all_labels(self) -> list[int]:
-        """Of samples 0, 1, ..."""
-        return self.labels(SampleStream(self.options.seed, range(self.options.num_samples))).tolist()
-
-    @property
-    def is_done(self) -> bool:
-        npz = self.folder.npz.exists() or not self.options.npz
-        return bool(self.folder.read_manifest().get("complete")) and not self.missing and npz
-
 
 def prepare(options: GenerateOptions) -> SampleJob:
-    """Loads weights and codec, and checks all that can be checked before anything is drawn.
+    """Loads weights and codec, and checks everything that can be checked before drawing.
 
     Raises:
-        ValueError: weights or codec that cannot be loaded, settings that do not suit them, labels out of range, a
-            folder that holds something else, or a disk too small.
+        ValueError: weights or codec cannot be loaded, settings do not fit them, labels are out of range, the folder
+            holds other files, or the disk is too small.
     """
+    # Load the models.
     weights = load_weights(options.ckpt, options.ema, model=options.model, vae=options.vae)
     recipe, config = weights.recipe, weights.model.config
-    as_trained(weights.model, recipe)  # its objective can be found
+    as_trained(weights.model, recipe)  # raises an error now if the module of its objective is not imported
     weak = _load_weak(options.weak, weights, options.vae)
+
+    # Check the settings.
     sampler = options.sampler.settled(recipe.interpolant, weights.null_label, weak is not None)
     sampler.check(recipe.interpolant, recipe.prediction, weights.null_label, weak is not None)
     codec = open_codec(recipe.codec, precision="fp32" if options.dtype == "fp32" else "tf32")
     if sampler.cfg_channels and sampler.cfg_channels > codec.channels:
-        raise ValueError(f"--cfg-channels {sampler.cfg_channels} are more than the {codec.channels} that there are")
+        raise ValueError(f"--cfg-channels {sampler.cfg_channels} is more than the model's {codec.channels} channels: "
+                         "give fewer")
     given, labels = _given_labels(options, recipe.class_names)
-    height, width = _latent_size(options.size, codec, config)
-    shape, image_shape = (codec.channels, height, width), (height * codec.downsample, width * codec.downsample, 3)
+    height, width = _image_size(options.size, codec, config)
+    shape = (codec.channels, height // codec.downsample, width // codec.downsample)
     settings = {
         **sampler.settings(),
         "labels": labels,
         "num_samples": options.num_samples,
         "seed": options.seed,
-        "size": image_shape[:2],
+        "size": (height, width),
         "dtype": options.dtype,
         "compile": options.compile,
         "weights": weights.identity(),
@@ -131,14 +109,21 @@ def prepare(options: GenerateOptions) -> SampleJob:
         "uint8_rule": UINT8_RULE,
         **({"empty_classes": recipe.empty_classes} if recipe.empty_classes else {}),
     }
-    settings = json.loads(json.dumps(settings))  # tuples become lists, as when it is read again
-    is_trained_size = (height, width) == (config.input_size, config.input_size)
+    settings = json.loads(json.dumps(settings))  # tuples become lists, as in a manifest that is read
+
+    # Choose the folder, and see what is missing there.
+    is_trained_size = shape[1:] == (config.input_size, config.input_size)
     name = _folder_name(options, sampler, settings, recipe.step, is_trained_size)
     folder = SamplesFolder(options.out if options.out is not None else Path(weights.home, "samples", name))
     folder.check(settings)
-    folder.check_room(options.num_samples, image_shape, options.npz, 4 * math.prod(shape) if options.latents else 0)
+    latent_bytes = 4 * math.prod(shape) if options.latents else 0
+    folder.check_room(options.num_samples, 3 * height * width, options.npz, latent_bytes)
     missing = folder.missing(options.num_samples, options.latents)
-    notes = [*weights.notes, *_notes_on_labels(given, recipe)]
+
+    # Collect notes for the user.
+    untrained = sorted({*given} & {*recipe.empty_classes})
+    notes = [*weights.notes, *(f"label {label} ({recipe.class_names[label]!r}) had no training images"
+                               for label in untrained)]
     if options.sampler.cfg is None and sampler.cfg == 1:
         why = "has no null label" if weights.model.null_label is None else "was trained without label dropout"
         notes.append(f"samples are not guided (--cfg 1): the model {why}")
@@ -147,21 +132,12 @@ def prepare(options: GenerateOptions) -> SampleJob:
     return SampleJob(options, sampler, weights, weak, codec, given, shape, settings, folder, missing, notes)
 
 
-def _notes_on_labels(given: list[int], recipe: Recipe) -> list[str]:
-    untrained = sorted({*given} & {*recipe.empty_classes})
-    return [f"no image of label {label} ({recipe.class_names[label]!r}) was trained on" for label in untrained]
-
-
 def _load_weak(ckpt: str | None, weights: Weights, vae: str | None) -> Weights | None:
-    """Loads the weak model, whose labels are made to mean the same classes.
-
-    Raises:
-        ValueError: it cannot guide: it was trained on another path, in other latents or on other classes.
-    """
+    """Loads the weak model and orders its labels as the model's. ValueError: it is of another kind."""
     if ckpt is None:
         return None
     if Path(ckpt).is_file():
-        raise ValueError(f"--weak {ckpt} is a file: make a folder of it first, python -m sit_atconv.convert {ckpt} OUT")
+        raise ValueError(f"--weak {ckpt} is a file: make a folder of it, python -m sit_atconv.convert {ckpt} OUT")
     weak = load_weights(ckpt, vae=vae)
     here, there = (
         {"interpolant": w.recipe.interpolant, "prediction": w.recipe.prediction,
@@ -171,20 +147,20 @@ def _load_weak(ckpt: str | None, weights: Weights, vae: str | None) -> Weights |
     )
     for name, value in here.items():
         if there[name] != value:
-            raise ValueError(f"the weak model has {name} {there[name]}, and the model {value}: autoguidance takes a "
+            raise ValueError(f"the weak model has {name} {there[name]}, and the model {value}: autoguidance needs a "
                              "smaller or less trained model of the same kind")
     class_names = weak.recipe.class_names, weights.recipe.class_names
     if (order := labels_there(*class_names)) is not None:
         table = weak.model.y_embedder.embedding_table.weight.data
         table[: len(order)] = table[order]
     elif [*map(str, range(len(class_names[0])))] not in class_names:  # both name their classes
-        raise ValueError(f"the weak model has other classes: {changed_names(*class_names)}. Autoguidance takes a "
-                         "model of the same ones")
+        raise ValueError(f"the weak model has other classes: {changed_names(*class_names)}. Autoguidance needs a "
+                         "model with the same classes")
     return weak
 
 
 def _given_labels(options: GenerateOptions, class_names: list[str]) -> tuple[list[int], str]:
-    """Labels in turn, or [] for the stream's, and what to call them."""
+    """Returns labels to repeat in turn, or [] if the stream draws them, and a name for these labels."""
     if options.classes:
         if options.labels != "random":
             raise ValueError(f"--classes and --labels {options.labels} contradict each other: give one of them")
@@ -195,53 +171,45 @@ def _given_labels(options: GenerateOptions, class_names: list[str]) -> tuple[lis
     labels = read_labels(Path(options.labels), class_names)
     if len(labels) < options.num_samples:
         raise ValueError(f"{options.labels} has {len(labels)} labels, and --num-samples is {options.num_samples}: "
-                         "give as many")
+                         "give at least as many labels")
     return labels, "labels" + sha256_of(Path(options.labels))[:12]
 
 
-def _latent_size(size: tuple[int, ...], codec: Codec, config) -> tuple[int, int]:
-    """Pixels of a side, or of both, or () for the size seen in training -> (h, w) of the latents."""
-    if not size:
-        return config.input_size, config.input_size
+def _image_size(size: tuple[int, ...], codec: Codec, config) -> tuple[int, int]:
+    """Returns height and width in pixels; `size` has both, one side, or nothing for the training size."""
     if len(size) > 2:
         raise ValueError(f"size takes one side or two, not {len(size)}")
     unit = codec.downsample * config.patch_size
     for side in size:
         if side % unit:
-            raise ValueError(f"size {side} is not divisible by {unit}, a patch of {config.patch_size} on latents "
-                             f"{codec.downsample} times smaller: take {side // unit * unit or unit}")
-    height, width = size if len(size) == 2 else size * 2
-    return height // codec.downsample, width // codec.downsample
+            raise ValueError(f"size {side} is not divisible by {unit} (patch size {config.patch_size} x codec "
+                             f"downsampling {codec.downsample}): give {side // unit * unit or unit}")
+    size = size or (config.input_size * codec.downsample,)
+    return size[0], size[-1]
 
 
-def _folder_name(
-    options: GenerateOptions, sampler: Sampler, settings: dict, step: int, is_trained_size: bool
-) -> str:
-    """Names every setting, so that two never share a folder."""
-    sde = [sampler.diffusion_form, f"{sampler.diffusion_norm:g}", sampler.last_step, f"{sampler.last_step_size:g}"]
+def _folder_name(options: GenerateOptions, sampler: Sampler, settings: dict, step: int, is_trained_size: bool) -> str:
+    """Returns a folder name with every setting, so that different settings never share a folder."""
+    solver, ema = SOLVERS.find(sampler.solver), options.ema
     grid = "_".join(f"{t:g}" for t in sampler.times) if sampler.times else str(sampler.steps)
-    solver = SOLVERS.find(sampler.solver)
     parts = [
-        f"step{step:07d}" + _average(options.ema),
-        *([sampler.guidance] if "guidance" in settings else []),
+        f"step{step:07d}",
+        "" if ema is True else f"ema{ema:g}" if ema is not False else "online",
+        settings.get("guidance", ""),
         f"cfg{sampler.cfg:g}" + (f"on{sampler.cfg_channels}" if sampler.cfg_channels else ""),
-        *([sampler.cfg_schedule] if sampler.cfg_schedule != "constant" else []),
-        *(["{:g}to{:g}".format(*sampler.cfg_interval)] if sampler.cfg_interval != (0.0, 1.0) else []),
-        *([f"weak{settings['weak'][:8]}"] if settings["weak"] else []),
+        sampler.cfg_schedule if sampler.cfg_schedule != "constant" else "",
+        "{:g}to{:g}".format(*sampler.cfg_interval) if sampler.cfg_interval != (0.0, 1.0) else "",
+        f"weak{settings['weak'][:8]}" if settings["weak"] else "",
         sampler.solver + ("" if solver.is_adaptive else grid),
-        *([f"shift{sampler.shift:g}"] if sampler.shift != 1 else []),
-        *(sde if solver.is_sde else []),
+        f"shift{sampler.shift:g}" if sampler.shift != 1 else "",
+        *((sampler.diffusion_form, f"{sampler.diffusion_norm:g}", sampler.last_step, f"{sampler.last_step_size:g}")
+          if solver.is_sde else ()),
         settings["labels"],
         f"seed{options.seed}",
         f"n{options.num_samples}",
-        *([] if is_trained_size else ["x".join(map(str, settings["size"]))]),
-        *([options.dtype] if options.dtype != "fp32" else []),
-        *(["compiled"] if options.compile else []),
+        "x".join(map(str, settings["size"])) if not is_trained_size else "",
+        options.dtype if options.dtype != "fp32" else "",
+        "compiled" if options.compile else "",
     ]
-    return "-".join(part if len(part) < 40 else hashlib.sha256(part.encode()).hexdigest()[:12] for part in parts)
-
-
-def _average(ema: bool | float) -> str:
-    if isinstance(ema, bool):
-        return "" if ema else "-online"
-    return f"-ema{ema:g}"
+    short = (part if len(part) < 40 else hashlib.sha256(part.encode()).hexdigest()[:12] for part in parts if part)
+    return "-".join(short)

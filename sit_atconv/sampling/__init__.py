@@ -1,6 +1,6 @@
-"""Sampling: guidance turns a model into a velocity, a solver carries noise along it, a stream seeds every sample.
+"""Sampling: guidance makes a velocity of a model, a solver integrates it, a stream seeds each sample.
 
-Solvers take any callable velocity(x, t); nothing in here knows a model.
+Solvers take any callable velocity(x, t) and know nothing of models.
 """
 
 from sit_atconv.runtime.lazy import lazy_exports

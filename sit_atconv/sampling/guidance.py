@@ -1,6 +1,6 @@
-"""Guidance as a wrapper: a class-conditional model becomes a velocity. GUIDANCE is the table of all kinds.
+"""Guidance: wrappers that turn a class-conditional model into a velocity, and their table.
 
-Commands read the table for their options, so torch is not imported here.
+Commands read the table for their options, so this file does not import torch at the top.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from sit_atconv.runtime.tables import Table
 if TYPE_CHECKING:
     from torch import Tensor
 
-DEFAULT_CFG = 4.0  # where there is something to guide with
-SCHEDULES = {  # how far above 1 the scale is at time t, as a multiple of cfg - 1; each is 1 on average
+DEFAULT_CFG = 4.0  # with a trained null label or a weak model
+SCHEDULES = {  # factor of cfg - 1 at time t; each is 1 on average
     "constant": lambda t: 1.0,
     "linear": lambda t: 2 * t,
     "cosine": lambda t: 1 - math.cos(math.pi * t),
@@ -24,11 +24,11 @@ SCHEDULES = {  # how far above 1 the scale is at time t, as a multiple of cfg - 
 
 
 def guidance_schedule(name: str, cfg: float) -> float | Callable[[float], float]:
-    """The scale for `guided`: one that rises with t, from 1 at noise (arXiv 2404.13040), or the constant cfg.
+    """Returns the scale for `guided`: constant, or rising with t from 1 at noise (arXiv 2404.13040).
 
     Args:
-        name: one of SCHEDULES; "linear" is 1 + (cfg - 1) 2 t, "cosine" 1 + (cfg - 1) (1 - cos(pi t)).
-        cfg: the scale, which a schedule has on average.
+        name: one of SCHEDULES; "linear" is 1 + (cfg - 1) 2 t, "cosine" is 1 + (cfg - 1) (1 - cos(pi t)).
+        cfg: average of the scale over t.
 
     Raises:
         ValueError: an unknown name.
@@ -41,9 +41,9 @@ def guidance_schedule(name: str, cfg: float) -> float | Callable[[float], float]
 
 
 def default_cfg(null_label: int | None, weak: bool = False, is_asked: bool = False) -> float:
-    """Returns the scale where none is given: 1, which is off, without a trained null label or a weak model.
+    """Returns the default scale: 1, which is off, without a trained null label or a weak model.
 
-    If another option asks for guidance (`is_asked`), it is not dropped silently: `check_guidance` refuses the scale.
+    `is_asked`: another option asks for guidance. The scale is then not 1, so that `check_guidance` raises an error.
     """
     return 1.0 if null_label is None and not weak and not is_asked else DEFAULT_CFG
 
@@ -54,17 +54,13 @@ def check_guidance(
     weak: bool = False,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> None:
-    """Checks what users ask of guidance; every way to sample calls it.
+    """Checks guidance options; every way to sample calls it.
 
-    Args:
-        cfg: guidance scale, or a function of t.
-        null_label: the model's; None where it has none, or none that was trained.
-        weak: whether a weak model takes its place.
-        interval: the times between which guidance is on.
+    `null_label` is None if the model has none or never trained it; `weak` is True if a weak model replaces it.
 
     Raises:
-        ValueError: a scale that is not finite, an interval that is not two increasing times in [0, 1], or guidance
-            without a null label or a weak model.
+        ValueError: the scale is not finite, the interval is not two increasing times in [0, 1], or guidance has
+            neither a null label nor a weak model.
     """
     if not callable(cfg) and not math.isfinite(cfg):
         raise ValueError(f"the guidance scale must be a finite number, not {cfg}")
@@ -75,16 +71,16 @@ def check_guidance(
         is_interval = False
     if not is_interval:
         shown = list(interval) if isinstance(interval, tuple) else interval
-        raise ValueError(f"the interval of guidance must be two increasing times in [0, 1], not {shown}")
+        raise ValueError(f"the guidance interval must be two increasing times in [0, 1], not {shown}")
     if null_label is None and not weak and (callable(cfg) or cfg != 1):
         raise ValueError(f"cfg = {'a schedule' if callable(cfg) else cfg} needs a null label, and this model was "
-                         "trained without one: use cfg = 1, or a weak model")
+                         "trained without one: use cfg = 1 or a weak model")
 
 
 def branches(model, x: Tensor, t: Tensor, y: Tensor, weak=None) -> tuple[Tensor, Tensor]:
-    """Returns the velocities (B, C, H, W) with labels and without, in one batched forward.
+    """Returns the velocities (B, C, H, W) with and without labels, in one batched forward.
 
-    Another model, `weak`, takes the null branch's place, for autoguidance (arXiv 2406.02507).
+    With `weak`, a second model, its velocity replaces the one without labels (autoguidance, arXiv 2406.02507).
     """
     import torch
 
@@ -96,10 +92,10 @@ def branches(model, x: Tensor, t: Tensor, y: Tensor, weak=None) -> tuple[Tensor,
 
 
 def _batch_time(x: Tensor, t: Tensor) -> Tensor:
-    """Returns a time, 0-d or (B,), as models take it: (B,) float32 on x's device."""
+    """Converts a 0-d or (B,) time to what models take: (B,), float32, on the device of x."""
     import torch
 
-    if t.ndim == 0:  # filled in on the device: a copy from the CPU would wait for it
+    if t.ndim == 0:  # created on the device: a copy from the CPU would synchronise
         t = torch.full((len(x),), t.item(), device=x.device, dtype=torch.float32)
     return t.to(x.device, torch.float32)
 
@@ -113,19 +109,19 @@ def guided(
     interval: tuple[float, float] = (0.0, 1.0),
     weak=None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Returns velocity(x, t) = v_null + cfg * (v_cond - v_null), by classifier-free guidance (arXiv 2207.12598).
+    """Returns the guided velocity(x, t) = v_null + cfg * (v_cond - v_null) (arXiv 2207.12598).
 
     Args:
         model: (x, t, y) -> velocity (B, C, H, W), with an attribute `null_label`.
         y: labels (B,) of the samples.
-        cfg: guidance scale, or a function of t. 1 is off and 0 the null branch alone: one forward of B each.
-        channels: guide the first so many channels only, as DiT and SiT published (3); None guides all.
-        interval: guidance is on where lo <= t < hi (arXiv 2404.07724), up to and including the end where hi is 1;
-            elsewhere the conditional branch alone is computed.
-        weak: another model (x, t, y) -> velocity that takes the null branch's place.
+        cfg: guidance scale, or a function of t. 1 is off and 0 is v_null alone; both need one forward of B.
+        channels: guide only the first `channels` channels, as DiT and SiT published (3); None guides all.
+        interval: guidance is on where lo <= t < hi (arXiv 2404.07724), at t = 1 too if hi is 1; elsewhere only v_cond
+            is computed.
+        weak: another model (x, t, y) -> velocity that gives v_null.
 
     Returns:
-        velocity(x, t), t a 0-d tensor (kept on the CPU, its comparisons cost no synchronisation) or (B,).
+        velocity(x, t), where t is (B,) or a 0-d tensor (on the CPU, so that comparing it needs no synchronisation).
 
     Raises:
         ValueError: as `check_guidance`.
@@ -147,7 +143,7 @@ def guided(
         if all(scale == 0 for scale in scales) and channels is None:
             return weak(x, t, y) if weak is not None else model(x, t, torch.full_like(y, model.null_label))
         cond, null = branches(model, x, t, y, weak)
-        scale = scales[0]
+        scale: float | Tensor = scales[0]
         if len(scales) > 1:
             scale = torch.tensor(scales, device=x.device, dtype=x.dtype).view(-1, *[1] * (x.ndim - 1))
         v = null + scale * (cond - null)
@@ -161,11 +157,11 @@ class Guidance:
     """A kind of guidance.
 
     Args:
-        build: (model, y, sampler, weak) -> velocity(x, t, step, num_steps). Called for each batch, so what it returns
-            may keep a state. Model, labels and weak (None, mostly) are as in `guided`, `sampler` is the `Sampler` with
-            all settings. Steps count from 0; a solver may evaluate several times in one; of an adaptive one they are
-            None.
-        needs_null_label: whether a scale other than 1 is an error without a trained null label or a weak model.
+        build: (model, y, sampler, weak) -> velocity(x, t, step, num_steps). It is called for each batch, so the
+            velocity may keep a state. `model`, `y` and `weak` (or None) are as in `guided`; `sampler` is the `Sampler`
+            with all settings. `step` counts from 0, and several calls may have the same step; an adaptive solver gives
+            None for both numbers.
+        needs_null_label: True if a scale other than 1 is an error without a trained null label or a weak model.
     """
 
     build: Callable[..., Callable]
@@ -173,7 +169,7 @@ class Guidance:
 
 
 def classifier_free(model, y: Tensor, sampler, weak=None) -> Callable:
-    """Builds what `guided` is with the settings of a sampler."""
+    """Builds `guided` with the settings of a sampler."""
     velocity = guided(model, y, cfg=guidance_schedule(sampler.cfg_schedule, sampler.cfg), weak=weak,
                       channels=sampler.cfg_channels, interval=sampler.cfg_interval)
     return lambda x, t, step, num_steps: velocity(x, t)

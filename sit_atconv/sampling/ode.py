@@ -19,8 +19,8 @@ def sample_ode(
     """Integrates dx/dt = velocity(x, t) from noise to data.
 
     Args:
-        velocity: (x, t) -> velocity of x's shape; t is a 0-d float64 tensor on the CPU (dopri5: on x's device). Where
-            it is infinite at an end (VP, other predictions by `as_velocity`), give `times` within
+        velocity: (x, t) -> velocity of x's shape; t is a 0-d float64 tensor on the CPU (dopri5: on x's device). If it
+            is infinite at an end (VP, or `as_velocity` of another prediction), give `times` inside
             `Interpolant.interval`.
         noise: x at the first time (B, ...).
         solver: a name in SOLVERS, a `Solver`, or a loop (velocity, x, times) -> x.

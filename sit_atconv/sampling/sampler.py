@@ -1,4 +1,4 @@
-"""How noise becomes data, in one value: guidance, solver and grid together, as a command or a config names them."""
+"""All sampling settings in one value: guidance, solver and time grid, as commands name them."""
 
 import itertools
 from collections.abc import Callable
@@ -15,27 +15,24 @@ from sit_atconv.sampling.sde import sample_sde, sde_times
 from sit_atconv.sampling.solvers import LAST_STEPS, SOLVERS, Solver, default_solver
 from sit_atconv.sampling.times import as_times, time_grid
 
-MARGIN = 1e-3  # how far from 0 and 1 a grid may begin and end: where formulas are not finite there
+MARGIN = 1e-3  # largest distance of a grid's ends from 0 and 1, where some formulas are not finite
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Called with a model, it samples.
+    """Sampling settings; call it with a model, noise and labels to sample.
 
     Args:
         guidance: a name in GUIDANCE.
-        cfg: guidance scale; 1 is off, 0 the null branch alone; None is that of `default_cfg`.
-        cfg_schedule: "constant", or rising with t ("linear", "cosine") to the same scale on average.
-        cfg_channels: guide the first so many channels only; None guides all.
+        cfg: guidance scale; 1 is off, 0 ignores the labels, None means `default_cfg`.
+        cfg_schedule: "constant", or rising with t ("linear", "cosine") with the average `cfg`.
+        cfg_channels: guide only the first `cfg_channels` channels; None guides all.
         cfg_interval: guidance is on where lo <= t < hi.
-        solver: a name in SOLVERS; None is that of `default_solver`.
-        steps: intervals of the grid.
-        shift: of the grid; above 1 it has more steps near noise (`time_grid`).
-        times: an explicit grid in place of steps and shift.
-        diffusion_form: of an SDE solver, like what follows; see `sample_sde`.
-        diffusion_norm: a factor of it.
-        last_step: the last, noiseless one: "mean", "tweedie", "euler" or "none".
-        last_step_size: how long it is.
+        solver: a name in SOLVERS; None means `default_solver`.
+        steps: number of intervals of the grid.
+        shift: shift of the grid; above 1 puts more steps near noise (`time_grid`).
+        times: explicit grid that replaces `steps` and `shift`.
+        diffusion_form, diffusion_norm, last_step, last_step_size: options of SDE solvers, as in `sample_sde`.
     """
 
     guidance: str = "cfg"
@@ -53,16 +50,13 @@ class Sampler:
     last_step_size: float = 0.04
 
     def settled(self, path: str, null_label: int | None = None, weak: bool = False) -> "Sampler":
-        """With scale and solver filled in, and what has no effect as by default: equal where the samples are.
+        """Fills in scale and solver, and resets settings without effect: equal results mean equal samples.
 
-        Args:
-            path: name of the interpolant.
-            null_label: the model's; None where it has none, or none that was trained.
-            weak: whether a weak model takes its place.
+        `path` names the interpolant; `null_label` and `weak` are as in `check_guidance`.
         """
         name, default = self.solver or default_solver(path), Sampler()
         solver, cfg = SOLVERS.find(name), self.cfg
-        if cfg is None:  # another guidance, a schedule, interval or channels ask for guidance too
+        if cfg is None:  # a guidance, schedule, interval or channels other than the default ask for guidance too
             asking = ("guidance", "cfg_schedule", "cfg_channels", "cfg_interval")
             is_asked = any(getattr(self, option) != getattr(default, option) for option in asking)
             cfg = default_cfg(null_label, weak, is_asked)
@@ -71,37 +65,38 @@ class Sampler:
         return replace(self, cfg=cfg, solver=name, **{option: getattr(default, option) for option in unused})
 
     def settings(self) -> dict:
-        """Returns what a manifest records: the guidance only if it is another than older manifests know."""
+        """Returns the settings for a manifest; the default guidance is left out, as in older manifests."""
         return {name: value for name, value in asdict(self).items() if name != "guidance" or value != Sampler.guidance}
 
     def check(self, path: str, prediction: str, null_label: int | None, weak: bool = False) -> None:
-        """Raises ValueError where these settings do not suit each other, the path, the prediction or the model."""
-        settled, (t0, t1) = self.settled(path, null_label, weak), self._finite_on(path, prediction)
-        solver = SOLVERS.find(settled.solver)
+        """Raises ValueError if the settings do not fit each other, the interpolant or the model."""
+        solver, (t0, t1) = self._solver(path), self._finite_on(path, prediction)
+        cfg = self.settled(path, null_label, weak).cfg
+        assert cfg is not None
         for name, value, known in (("last_step", self.last_step, LAST_STEPS),
                                    ("diffusion_form", self.diffusion_form.lower(), DIFFUSION_FORMS)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         if not solver.suits(path):
             others = [name for name, other in SOLVERS.items() if other.suits(path)]
-            raise ValueError(f"solver {settled.solver} is right on the linear path alone, and this model was trained "
-                             f"on {path}: use one of {', '.join(others)}")
+            raise ValueError(f"solver {self.solver} needs the linear interpolant, and this model was trained with "
+                             f"{path}: use one of {', '.join(others)}")
         needs_null = GUIDANCE.find(self.guidance).needs_null_label and not weak
-        check_guidance(guidance_schedule(self.cfg_schedule, settled.cfg), null_label, not needs_null, self.cfg_interval)
+        check_guidance(guidance_schedule(self.cfg_schedule, cfg), null_label, not needs_null, self.cfg_interval)
         with_last_step = solver.is_sde and self.last_step != "none"
         if with_last_step and not self.times and not 1 - t1 <= self.last_step_size < 1 - t0:
-            raise ValueError(f"last_step_size must lie between {1 - t1:g} and {1 - t0:g}, not {self.last_step_size}")
+            raise ValueError(f"last_step_size must be between {1 - t1:g} and {1 - t0:g}, not {self.last_step_size}")
         times = self.grid(path, prediction)
         evaluated = times if solver.at_last_time and not with_last_step else times[:-1]
         for t in (evaluated[0], evaluated[-1]):
             if not t0 <= t <= t1:
-                raise ValueError(f"times must lie in [{t0:g}, {t1:g}], where the formulas of {prediction} on the "
-                                 f"{path} path are finite: {t:g} does not")
+                raise ValueError(f"times must be in [{t0:g}, {t1:g}], where the formulas for prediction {prediction} "
+                                 f"and interpolant {path} are finite, not {t:g}")
         if times[0] > MARGIN or not 1 - MARGIN <= times[-1] <= 1:
-            raise ValueError(f"times must lead from noise, 0, to data, 1, not from {times[0]:g} to {times[-1]:g}")
+            raise ValueError(f"times must lead from 0 (noise) to 1 (data), not from {times[0]:g} to {times[-1]:g}")
 
     def grid(self, path: str, prediction: str) -> Tensor:
-        """The times at which the solver stops, float64. Raises ValueError where they do not increase."""
+        """Returns the times at which the solver stops, float64. ValueError: they do not increase."""
         if self.times:
             return as_times(self.times)
         solver, (t0, t1) = self._solver(path), self._finite_on(path, prediction)
@@ -111,7 +106,7 @@ class Sampler:
         return time_grid(self.steps, t0, t1, self.shift)
 
     def _solver(self, path: str) -> Solver:
-        return SOLVERS.find(self.settled(path).solver)
+        return SOLVERS.find(self.solver or default_solver(path))
 
     def _finite_on(self, path: str, prediction: str) -> tuple[float, float]:
         form = self.diffusion_form if self._solver(path).is_sde else None
@@ -128,17 +123,19 @@ class Sampler:
         weak=None,
         randn: Callable[[Tensor], Tensor] = torch.randn_like,
     ) -> Tensor:
-        """Noise (B, C, H, W) and labels (B,) -> data (B, C, H, W).
+        """Samples data (B, C, H, W) from noise (B, C, H, W) and labels (B,).
 
         Args:
-            model: (x, t, y) -> the prediction, with a `null_label`.
-            path: name of the interpolant it was trained on.
-            prediction: what its output stands for.
+            model: (x, t, y) -> prediction, with an attribute `null_label`.
+            noise: standard-normal noise.
+            y: labels.
+            path: name of the interpolant that the model was trained with.
+            prediction: meaning of the model's output, such as "velocity".
             weak: a second model (x, t, y) -> velocity, for autoguidance.
-            randn: of an SDE solver, x -> the next standard-normal tensor like x.
+            randn: x -> the next standard-normal tensor like x, for SDE solvers.
 
         Raises:
-            ValueError: as `check`, as far as the solvers notice.
+            ValueError: some of the errors of `check`.
         """
         interpolant, times, solver = get_interpolant(path), self.grid(path, prediction), self._solver(path)
         settled = self.settled(path, model.null_label, weak is not None)
@@ -153,29 +150,29 @@ class Sampler:
 
 
 def in_steps(guide: Callable, solver: Solver, num_steps: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Returns a velocity(x, t) that tells what `Guidance.build` returned which step of how many an evaluation is in.
+    """Returns velocity(x, t), which calls guide(x, t, step, num_steps) with the current step.
 
-    The steps are counted by evaluations, so that a loop need not announce them. ValueError, when called: there are more
-    than the solver's entry says.
+    It counts calls, so that solver loops need not report their steps; more calls per step than `Solver.evaluations`
+    raise a ValueError.
     """
-    evaluations = itertools.count()
+    calls = itertools.count()
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        if solver.is_adaptive:
+        if solver.evaluations is None:  # adaptive
             return guide(x, t, None, None)
-        step = next(evaluations) // solver.evaluations
+        step = next(calls) // solver.evaluations
         if step >= num_steps:
-            raise ValueError(f"the solver takes more than {solver.evaluations} evaluations a step, which its entry "
-                             "Solver(loop, evaluations=...) must say")
+            raise ValueError(f"the solver has an NFE above {solver.evaluations} per step: give the right number in its "
+                             "Solver(loop, evaluations=...)")
         return guide(x, t, step, num_steps)
 
     return velocity
 
 
 class Counted:
-    """A model (x, t, y) that counts its evaluations, and the samples they were for.
+    """A model (x, t, y) that counts its calls (`evaluations`) and their samples.
 
-    With both branches of guidance in one forward, an evaluation is for twice as many.
+    With guidance, one call computes both branches and counts each sample twice.
     """
 
     def __init__(self, model):

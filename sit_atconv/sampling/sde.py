@@ -1,4 +1,4 @@
-"""The SDE with the marginals of the flow's ODE, from noise to data: dx = (v + w(t) * score) dt + sqrt(2 w(t)) dW."""
+"""The SDE with the marginals of the flow's ODE: dx = (v + w(t) * score) dt + sqrt(2 w(t)) dW."""
 
 from collections.abc import Callable, Iterable
 
@@ -27,19 +27,19 @@ def sample_sde(
     """Integrates dx = (v + w * score) dt + sqrt(2 w) dW from noise to data.
 
     Args:
-        velocity: (x, t) -> velocity of x's shape; t is a 0-d float64 tensor on the CPU. Where it comes from another
-            prediction (`as_velocity`) it is infinite at t = 0: give `times` that begin later.
+        velocity: (x, t) -> velocity of x's shape; t is a 0-d float64 tensor on the CPU. If it comes from another
+            prediction (`as_velocity`), it is infinite at t = 0: give `times` that begin later.
         noise: x at the first time (B, ...).
-        interpolant: the path, which turns velocity into score.
-        solver: the name of an SDE's in SOLVERS, with or without its "sde-", a `Solver`, or a loop (drift, diffusion,
-            x, times, randn) -> x.
-        num_steps: steps in all: the last one and uniform ones before it.
-        times: increasing times that override `num_steps`; the last interval is that of the last step.
+        interpolant: converts velocity to score.
+        solver: the name of an SDE solver in SOLVERS, with or without "sde-", a `Solver`, or a loop
+            (drift, diffusion, x, times, randn) -> x.
+        num_steps: total number of steps: uniform ones, then the last step.
+        times: increasing times that override `num_steps`; the last step covers the last interval.
         diffusion_form: w(t), a name in DIFFUSION_FORMS (`Interpolant.diffusion`).
-        diffusion_norm: its factor.
-        last_step: from 1 - last_step_size to 1, where the score is infinite, without noise: "mean" by the drift,
-            "euler" by the velocity, "tweedie" to the expected data; "none" (or None) ends just before 1.
-        last_step_size: its length, in (0, 1).
+        diffusion_norm: factor of w(t), at least 0.
+        last_step: step without noise from 1 - last_step_size to 1, where the score is infinite: "mean" follows the
+            drift, "euler" the velocity, "tweedie" jumps to the expected data; "none" (or None) ends just before 1.
+        last_step_size: length of the last step in time, in (0, 1).
         randn: x -> the next standard-normal tensor like x (`SampleStream.randn_like`).
 
     Returns:
@@ -62,7 +62,7 @@ def sample_sde(
     def diffusion(x: Tensor, t: Tensor) -> Tensor:
         return interpolant.diffusion(x, t, diffusion_form, diffusion_norm)
 
-    def drift(x: Tensor, t: Tensor) -> Tensor:  # one evaluation of the velocity gives the score too
+    def drift(x: Tensor, t: Tensor) -> Tensor:  # the score needs no second evaluation
         v = velocity(x, t)
         return v + diffusion(x, t) * interpolant.score_from_velocity(v, x, t)
 
@@ -79,14 +79,16 @@ def sample_sde(
 def sde_times(
     num_steps: int, interval: tuple[float, float], last_step: str, last_step_size: float, shift: float = 1.0
 ) -> Tensor:
-    """(num_steps + 1,) times for `sample_sde`: a grid (`time_grid`) up to 1 - last_step_size, and 1; or without a
-    last step a grid on the interval where the score is finite. ValueError: fewer than one step, or a last step that
-    leaves no time before it."""
+    """Returns num_steps + 1 times for `sample_sde`: a `time_grid` up to 1 - last_step_size, then 1.
+
+    Without a last step, the grid covers `interval`, where the score is finite. ValueError: fewer than one step, or a
+    last step that leaves no time before it.
+    """
     t0, t1 = interval
     if last_step == "none":
         return time_grid(num_steps, t0, t1, shift)
     if not 0 < last_step_size < 1 - t0:
-        raise ValueError(f"last_step_size must lie between 0 and {1 - t0:g}, not {last_step_size}")
+        raise ValueError(f"last_step_size must be between 0 and {1 - t0:g}, not {last_step_size}")
     if num_steps < 2:
         return time_grid(num_steps, t0)
     return torch.cat([time_grid(num_steps - 1, t0, 1 - last_step_size, shift), torch.ones(1, dtype=torch.float64)])

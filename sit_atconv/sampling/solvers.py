@@ -1,8 +1,8 @@
-"""Solvers: each carries noise at t = 0 to data at t = 1 in one visible loop. SOLVERS says all that others need to know.
+"""Solvers: loops that integrate from noise (t = 0) to data (t = 1), and the table of all of them.
 
-Commands read the table for their options, so torch is not imported here.
+Commands read the table for their options, so this file does not import torch at the top.
 
-The SDE's (SiT, arXiv 2401.08740, sections 2.4 and 3.4) add noise on the way, and the score pulls it back:
+SDE solvers (SiT, arXiv 2401.08740, sections 2.4 and 3.4) add noise, which the score in the drift corrects:
 
     dx = drift dt + sqrt(2 w(t)) dW,    drift = v + w(t) * score
 
@@ -21,7 +21,7 @@ from sit_atconv.runtime.tables import Table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Field = Callable[[Tensor, Tensor], Tensor]  # of (x, t): velocity, drift, diffusion
+    Field = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> velocity, drift or diffusion
 
 
 def euler(velocity: Field, x: Tensor, times: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def euler(velocity: Field, x: Tensor, times: Tensor) -> Tensor:
 
 
 def heun(velocity: Field, x: Tensor, times: Tensor) -> Tensor:
-    """Takes Heun steps, by the explicit trapezoidal rule: order 2."""
+    """Takes Heun steps (the explicit trapezoidal rule): order 2."""
     for t, t_next in pairwise(times):
         dt = t_next - t
         v = velocity(x, t)
@@ -42,7 +42,7 @@ def heun(velocity: Field, x: Tensor, times: Tensor) -> Tensor:
 
 
 def dopri5(velocity: Field, x: Tensor, times: Tensor, *, rtol: float = 1e-3, atol: float = 1e-6) -> Tensor:
-    """Takes adaptive steps of order 5, by torchdiffeq, with SiT's tolerances, between the two ends of `times`."""
+    """Takes adaptive steps of order 5 (torchdiffeq, SiT's tolerances) between the two ends of `times`."""
     from torchdiffeq import odeint
 
     ends = times[[0, -1]].to(x.device)
@@ -50,29 +50,29 @@ def dopri5(velocity: Field, x: Tensor, times: Tensor, *, rtol: float = 1e-3, ato
 
 
 def unipc(velocity: Field, x: Tensor, times: Tensor) -> Tensor:
-    """Takes multistep steps of UniPC (arXiv 2302.04867), by diffusers: order 2."""
+    """Takes multistep steps of diffusers' UniPC (arXiv 2302.04867): order 2."""
     from diffusers import UniPCMultistepScheduler
 
     return _multistep(velocity, x, times, UniPCMultistepScheduler(**FLOW))
 
 
 def dpm_pp(velocity: Field, x: Tensor, times: Tensor) -> Tensor:
-    """Takes multistep steps of DPM-Solver++(2M) (arXiv 2211.01095), by diffusers: order 2."""
+    """Takes multistep steps of diffusers' DPM-Solver++(2M) (arXiv 2211.01095): order 2."""
     from diffusers import DPMSolverMultistepScheduler
 
     return _multistep(velocity, x, times, DPMSolverMultistepScheduler(**FLOW))
 
 
-FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True)  # diffusers' schedulers on the linear path
-NEARLY_NOISE = 1 - 1e-6  # their largest sigma: at 1 they would take the logarithm of 0
+FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True)  # the linear interpolant, in diffusers' words
+NEARLY_NOISE = 1 - 1e-6  # largest sigma of diffusers' schedulers: at 1 they would take the logarithm of 0
 
 
 def _multistep(velocity: Field, x: Tensor, times: Tensor, scheduler) -> Tensor:
-    """Runs a scheduler of diffusers on our times: its sigma is 1 - t, and its prediction noise - data, our -v."""
+    """Runs a diffusers scheduler on our times: its sigma is 1 - t, its prediction is noise - data = -v."""
     scheduler.set_timesteps(len(times) - 1)
-    scheduler.set_begin_index(0)  # else it looks its place up by timesteps, which are rounded
+    scheduler.set_begin_index(0)  # otherwise it finds its position by timesteps, which are rounded
     scheduler.sigmas = (1 - times).clamp(max=NEARLY_NOISE).float()
-    shape, x = x.shape, x.reshape(len(x), -1)  # UniPC takes no fewer than two axes
+    shape, x = x.shape, x.reshape(len(x), -1)  # UniPC needs at least two axes
     for t, timestep in zip(times[:-1], scheduler.timesteps, strict=True):
         v = velocity(x.reshape(shape), t).reshape(x.shape)
         x = scheduler.step(-v, timestep, x, return_dict=False)[0]
@@ -92,7 +92,7 @@ def euler_maruyama(
 def stochastic_heun(
     drift: Field, diffusion: Field, x: Tensor, times: Tensor, randn: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Takes SiT's stochastic Heun steps: the noise first, then the trapezoidal rule."""
+    """Takes SiT's stochastic Heun steps: noise first, then the trapezoidal rule."""
     for t, t_next in pairwise(times):
         dt = t_next - t
         x = x + (2 * dt * diffusion(x, t)).sqrt().to(x.dtype) * randn(x)
@@ -103,16 +103,16 @@ def stochastic_heun(
 
 @dataclass(frozen=True)
 class Solver:
-    """A loop, and what commands, checks, counts and records need to know of it.
+    """A loop and its properties, which commands, checks, counts and records read.
 
     Args:
-        loop: (velocity, x, times) -> x at the last time; of an SDE (drift, diffusion, x, times, randn) -> that.
-        evaluations: of the velocity in each step (in the last one, perhaps fewer); None for an adaptive solver, which
-            chooses its steps for the batch as a whole, so that a sample depends on its batch to within a tolerance.
-        at_last_time: whether it evaluates the velocity at the last time too.
-        linear_only: whether its formulas are those of the linear path.
-        begin: where its grid begins by default.
-        is_sde: whether it adds noise on the way.
+        loop: (velocity, x, times) -> x at the last time, or (drift, diffusion, x, times, randn) -> x for an SDE.
+        evaluations: NFE (number of function evaluations) of each step but the last, which may need fewer; None for an
+            adaptive solver, which chooses its steps for the whole batch (samples depend on it, within a tolerance).
+        at_last_time: True if it evaluates the velocity at the last time too.
+        linear_only: True if its formulas hold for the linear interpolant only.
+        begin: first time of its default grid.
+        is_sde: True if it adds noise.
     """
 
     loop: Callable[..., Tensor]
@@ -131,10 +131,9 @@ class Solver:
 
     @property
     def summary(self) -> str:
-        """What the help of a command says of it."""
-        work = f"{self.evaluations} evaluation{'s' if self.evaluations != 1 else ''} a step"
-        traits = ("chooses its own steps, for the batch" if self.is_adaptive else work,
-                  "linear path only" if self.linear_only else "", "adds noise" if self.is_sde else "")
+        """A few words for the help of a command."""
+        nfe = "chooses its own steps for the whole batch" if self.is_adaptive else f"NFE {self.evaluations} per step"
+        traits = (nfe, "linear interpolant only" if self.linear_only else "", "adds noise" if self.is_sde else "")
         return ", ".join(filter(None, traits))
 
 
@@ -143,29 +142,29 @@ SOLVERS = Table("solver", Solver, {
     "heun": Solver(heun, evaluations=2, at_last_time=True),
     "dopri5": Solver(dopri5, evaluations=None, at_last_time=True),
     "unipc": Solver(unipc, linear_only=True),
-    "dpm++": Solver(dpm_pp, linear_only=True, begin=1e-3),  # as diffusers' own grid
+    "dpm++": Solver(dpm_pp, linear_only=True, begin=1e-3),  # as in diffusers' own grid
     "sde-euler": Solver(euler_maruyama, is_sde=True),
     "sde-heun": Solver(stochastic_heun, evaluations=2, at_last_time=True, is_sde=True),
 })
-DEFAULTS = ("unipc", "heun")  # the first that suits the path: these need the fewest evaluations (docs/sampling.md)
-LAST_STEPS = ("none", "mean", "tweedie", "euler")  # of an SDE: see `sample_sde`
+DEFAULTS = ("unipc", "heun")  # the first that suits the interpolant; they need the fewest steps (docs/sampling.md)
+LAST_STEPS = ("none", "mean", "tweedie", "euler")  # last steps of an SDE: see `sample_sde`
 
 
 def default_solver(path: str) -> str:
-    """Returns the name of the solver for an interpolant where none is given."""
+    """Returns the name of the default solver for an interpolant."""
     return next(name for name in DEFAULTS if SOLVERS[name].suits(path))
 
 
 def find_solver(solver: str | Solver | Callable[..., Tensor], is_sde: bool = False) -> Solver:
-    """Returns the entry of a name, an entry itself, or one made of a loop.
+    """Returns the `Solver` for a name, a `Solver` or a loop.
 
     Raises:
-        ValueError: an unknown name, or an ODE solver for an SDE, or the reverse.
+        ValueError: an unknown name, an ODE solver for an SDE, or an SDE solver for an ODE.
     """
-    if isinstance(solver, str):
-        entry = SOLVERS.find(solver)
-    else:
-        entry = solver if isinstance(solver, Solver) else Solver(solver, is_sde=is_sde)
+    entry = SOLVERS.find(solver) if isinstance(solver, str) else solver
+    if not isinstance(entry, Solver):
+        entry = Solver(entry, is_sde=is_sde)
     if entry.is_sde != is_sde:
-        raise ValueError(f"solver {solver} is for sample_{'sde' if entry.is_sde else 'ode'}")
+        raise ValueError(f"solver {solver} is for sample_{'sde' if entry.is_sde else 'ode'}: use that function, or "
+                         "another solver")
     return entry

@@ -1,4 +1,4 @@
-"""The seeded stream of samples: sample i depends on (seed, i) alone, whatever the batch or the number of processes."""
+"""Seeded noise and labels: sample i depends only on (seed, i), not on batches or processes."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -7,19 +7,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NOISE, LABEL = 0, 1  # streams of one sample that never meet
+NOISE, LABEL = 0, 1  # independent streams of one sample
 
 
 class SampleStream:
     """Noise and labels for the samples `indices` of one seed.
 
-    Each sample owns a CPU generator seeded by the triple (seed, stream, index), hashed by numpy's SeedSequence. (Not
-    by seed + index, where (0, 1) would equal (1, 0). And numpy's generators, since torch's CPU generator keeps only
-    32 bits of its seed: among 50,000 samples two would be alike in one run out of four.)
+    Each sample has its own CPU generator, seeded by (seed, stream, index) through numpy's SeedSequence. (With
+    seed + index, (0, 1) would equal (1, 0). torch's CPU generator keeps only 32 bits of its seed: among 50,000
+    samples, two would be equal in one run out of four.)
 
     Args:
         seed: a non-negative integer.
-        indices: which samples, in the order of the batch.
+        indices: sample indices in the order of the batch.
 
     Raises:
         ValueError: a negative seed.
@@ -36,25 +36,25 @@ class SampleStream:
         return [_generator(self.seed, NOISE, i) for i in self.indices]
 
     def randn(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-        """The next standard-normal float32 numbers of every sample: (len(indices), *shape). Drawn on the CPU."""
+        """Draws the next standard-normal float32 numbers of every sample on the CPU: (len(indices), *shape)."""
         samples = [generator.standard_normal(tuple(shape), dtype=np.float32) for generator in self._noise]
         return torch.from_numpy(np.stack(samples)).to(device)
 
     def randn_like(self, x: Tensor) -> Tensor:
-        """The next standard-normal numbers in the shape, dtype and device of x (B, ...), for SDE solvers."""
+        """Draws the next standard-normal numbers in the shape, dtype and device of x (B, ...)."""
         return self.randn(x.shape[1:], x.device).to(x.dtype)
 
     def labels(self, num_classes: int, mode: str = "random", without: Sequence[int] = ()) -> Tensor:
-        """Draws a label for each sample, (len(indices),) int64.
+        """Draws a label for each sample: (len(indices),) int64.
 
         Args:
             num_classes: number of classes.
-            mode: "random" is uniform; "balanced" a fresh permutation of the classes for each block of as many samples,
-                so that the counts of every prefix differ by at most one.
+            mode: "random" is uniform. "balanced" draws a new permutation of the classes for each block of num_classes
+                samples, so that the counts of any first n samples differ by at most one.
             without: labels that are never drawn.
 
         Raises:
-            ValueError: another mode.
+            ValueError: an unknown mode.
         """
         drawn = np.setdiff1d(np.arange(num_classes), without)
         num_classes = len(drawn)

@@ -831,7 +831,7 @@ def test_other_data_under_the_same_options_are_refused(launch, fails, latents, d
         (["--train.ema_decay", "[0.9,0.9]"], "train.ema_decay must be one or more different numbers"),
         (["--train.tracker", "mlflow"], "train.tracker"),
         (["--preview.every", "0"], "preview.every must be at least 1, not 0"),
-        (["--preview.solver", "unipc", "--flow.path", "gvp"], "preview: solver unipc is right on the linear path"),
+        (["--preview.solver", "unipc", "--flow.path", "gvp"], "preview: solver unipc needs the linear interpolant"),
         (["--init-from", "nowhere"], "nowhere is neither a folder here nor a hub id"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],

@@ -1,4 +1,4 @@
-"""The folder of samples: what is missing, and that gathering keeps a few images at a time."""
+"""The folder of samples: checks, missing samples, and samples.npz in little memory."""
 
 import tracemalloc
 
@@ -15,23 +15,23 @@ SETTINGS = {"seed": 0}
 def folder(tmp_path):
     folder = SamplesFolder(tmp_path / "samples")
     folder.folder.mkdir()
-    folder.begin(SETTINGS, {}, 0, latents=True)
+    folder.begin(SETTINGS, {}, latents=True)
     return folder
 
 
-def test_missing_is_what_has_no_image_or_no_latent(folder):
+def test_samples_without_an_image_or_a_latent_are_missing(folder):
     for i in (0, 2, 3):
         folder.write_sample(i, torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(1, 2, 2) if i != 3 else None)
     assert folder.missing(5) == [1, 4] and folder.missing(5, latents=True) == [1, 3, 4]
 
 
-def test_begin_clears_what_a_killed_process_left_half(folder):
+def test_begin_deletes_incomplete_files_of_a_killed_process(folder):
     (folder.images / ".partial-000001.png").write_bytes(b"half")
-    folder.begin(SETTINGS, {}, 0)
+    folder.begin(SETTINGS, {})
     assert list(folder.images.iterdir()) == []
 
 
-def test_gathering_keeps_a_few_images_at_a_time(folder):
+def test_the_npz_is_written_a_few_images_at_a_time(folder):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (600, 3, 64, 64), dtype=torch.uint8, generator=generator)
     for i, image in enumerate(images):
@@ -44,24 +44,24 @@ def test_gathering_keeps_a_few_images_at_a_time(folder):
     assert np.array_equal(np.load(folder.npz)["arr_0"], images.permute(0, 2, 3, 1).numpy())
 
 
-def test_images_that_cannot_be_gathered_are_named(folder):
+def test_errors_name_images_that_cannot_be_written_to_the_npz(folder):
     for i in range(3):
         folder.write_sample(i, torch.zeros(3, 4, 4, dtype=torch.uint8))
     whole = (folder.images / "000001.png").read_bytes()
-    (folder.images / "000001.png").write_bytes(whole[:40] + b"\0" * 10 + whole[50:])  # its end is whole
+    (folder.images / "000001.png").write_bytes(whole[:40] + b"\0" * 10 + whole[50:])  # the last chunk is still there
     with pytest.raises(ValueError, match=r"000001\.png cannot be read as an image: delete it"):
         folder.write_npz(3)
     folder.write_sample(1, torch.zeros(3, 6, 4, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"000001\.png is of another size: delete it"):
+    with pytest.raises(ValueError, match=r"000001\.png has another size: delete it"):
         folder.write_npz(3)
     assert not folder.npz.exists()
 
 
-def test_a_folder_of_anything_else_is_refused(folder, tmp_path):
+def test_a_folder_with_other_contents_is_refused(folder, tmp_path):
     folder.check(SETTINGS)
     with pytest.raises(ValueError, match=r"holds other samples \(seed 0 -> 1\): give another --out"):
         folder.check({"seed": 1})
-    folder.begin({**SETTINGS, "guidance": "own.x"}, {}, 0)  # which a command does not name where it is the default
+    folder.begin({**SETTINGS, "guidance": "own.x"}, {})  # the settings of a command leave out the default guidance
     with pytest.raises(ValueError, match=r"holds other samples \(guidance own\.x -> None\)"):
         folder.check(SETTINGS)
     (tmp_path / "mine").mkdir()
@@ -73,10 +73,10 @@ def test_a_folder_of_anything_else_is_refused(folder, tmp_path):
         SamplesFolder(tmp_path / "file").check(SETTINGS)
 
 
-def test_more_samples_may_join_and_what_was_gathered_goes(tmp_path):
+def test_samples_can_be_added_and_the_old_npz_is_deleted(tmp_path):
     folder = SamplesFolder(tmp_path / "n2")
     folder.folder.mkdir()
-    folder.begin({"seed": 0, "num_samples": 2}, {}, 2)
+    folder.begin({"seed": 0, "num_samples": 2}, {})
     for i in range(2):
         folder.write_sample(i, torch.full((3, 4, 4), i, dtype=torch.uint8))
     folder.write_npz(2)
@@ -84,15 +84,15 @@ def test_more_samples_may_join_and_what_was_gathered_goes(tmp_path):
     folder.check(more)
     assert SamplesFolder(tmp_path / "n3").with_fewer(more) == folder.folder
     assert SamplesFolder(tmp_path / "n3").with_fewer(more | {"seed": 1}) is None
-    folder.begin(more, {}, 1)
+    folder.begin(more, {})
     assert not folder.npz.exists() and folder.read_manifest()["settings"] == more and folder.missing(3) == [2]
-    with pytest.raises(ValueError, match=r"is of 3 samples, and 2 are asked .* them with --num-samples 3"):
+    with pytest.raises(ValueError, match=r"3 samples, more than --num-samples 2: .* them with --num-samples 3"):
         folder.check({"seed": 0, "num_samples": 2})
     with pytest.raises(ValueError, match=r"holds other samples \(seed 0 -> 1\)"):
         folder.check({"seed": 1, "num_samples": 4})
 
 
-def test_a_kill_before_the_manifest_is_no_hindrance(tmp_path):
+def test_a_folder_killed_before_its_manifest_is_accepted(tmp_path):
     folder = SamplesFolder(tmp_path / "samples")
     folder.folder.mkdir()
     for name in (".lock", ".partial-manifest.json"):

@@ -8,7 +8,7 @@ X, T, Y = torch.randn(3, 4, 8, 8), torch.tensor(0.3, dtype=torch.float64), torch
 
 
 class Counting:
-    """A model and how large the batches were that it saw."""
+    """A model that records the sizes of its batches."""
 
     def __init__(self, model):
         self.model, self.null_label, self.batches = model, model.null_label, []
@@ -35,14 +35,14 @@ def test_guides_all_channels_in_one_forward(model):
     torch.testing.assert_close(v, null + 2.5 * (cond - null), rtol=1e-4, atol=1e-5)
 
 
-def test_one_is_off_and_zero_the_null_branch_with_one_forward_each(model):
+def test_cfg_1_and_cfg_0_need_one_branch_only(model):
     cond, null = branches(model.model)
     assert torch.equal(guided(model, Y, cfg=1.0)(X, T), cond)
     assert torch.equal(guided(model, Y, cfg=0.0)(X, T), null)
     assert model.batches == [3, 3]
 
 
-def test_three_channels_only_when_asked(model):
+def test_channels_limits_guidance_to_the_first_channels(model):
     cond, _ = branches(model.model)
     everything, three = guided(model, Y, cfg=4.0)(X, T), guided(model, Y, cfg=4.0, channels=3)(X, T)
     torch.testing.assert_close(three[:, :3], everything[:, :3])
@@ -50,7 +50,7 @@ def test_three_channels_only_when_asked(model):
     assert not torch.allclose(everything[:, 3:], cond[:, 3:], atol=1e-2)
 
 
-def test_interval_is_closed_below_and_open_above_but_for_the_end(model):
+def test_the_interval_excludes_its_upper_end_unless_that_is_1(model):
     velocity = guided(model, Y, cfg=4.0, interval=(0.2, 0.7))
     sample_ode(velocity, X, solver="euler", num_steps=10)  # t = 0, 0.1, ... 0.9
     assert model.batches == [3, 3, 6, 6, 6, 6, 6, 3, 3, 3]
@@ -64,14 +64,14 @@ def test_scale_may_depend_on_time(model):
     torch.testing.assert_close(schedule(X, T), guided(model, Y, cfg=2.5)(X, T), rtol=1e-5, atol=1e-5)
 
 
-def test_half_of_the_steps_in_an_interval_of_half():
+def test_an_interval_of_half_the_time_guides_half_of_the_steps():
     counting = Counting(randomised())
     sample_ode(guided(counting, Y, cfg=4.0, interval=(0.3, 0.8)), X, solver="euler", num_steps=50)
     assert sorted(counting.batches) == [3] * 25 + [6] * 25
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_schedules_rise_from_one_and_keep_the_scale_on_average(name):
+def test_schedules_rise_from_1_and_average_to_the_scale(name):
     scale = guidance_schedule(name, 4.0)
     values = [scale(i / 1000) for i in range(1001)]
     assert values[0] == 1 and values == sorted(values) and sum(values) / 1001 == pytest.approx(4.0)
@@ -93,13 +93,13 @@ def test_times_may_differ_within_the_batch(model):
         torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_a_weak_model_takes_the_null_branchs_place(model):
+def test_a_weak_model_replaces_the_null_branch(model):
     cond, null = branches(model.model)
     velocity = guided(model, Y, cfg=3.0, weak=lambda x, t, y: null)
     torch.testing.assert_close(velocity(X, T), null + 3 * (cond - null))
 
 
-def test_without_a_null_label_guidance_is_an_error():
+def test_guidance_without_a_null_label_is_an_error():
     model = randomised(has_null_label=False)
     assert model.null_label is None
     with pytest.raises(ValueError, match=r"cfg = 4\.0 needs a null label"):

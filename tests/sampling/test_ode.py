@@ -44,7 +44,7 @@ def test_order_of_convergence(solver, order):
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++"])
 def test_multistep_solvers_at_least_halve_their_error(solver):
-    """Where their error does not pass through 0, as it does for other deviations."""
+    """Uses a deviation for which the error does not change sign."""
     coarse, fine = (error("linear", 0.3, solver=solver, num_steps=n) for n in (10, 20))
     assert fine < coarse / 2 and fine < error("linear", 0.3, solver="euler", num_steps=20) / 5
 
@@ -60,8 +60,8 @@ def test_dopri5_is_within_its_tolerance(rtol):
     assert (result - (MEAN + DEVIATION * noise)).abs().max() < 10 * rtol * scale
 
 
-def test_multistep_solvers_are_those_of_diffusers_on_its_own_grid():
-    """Its own loop with its own sigmas, in images (B, C, H, W)."""
+def test_multistep_solvers_equal_diffusers_on_its_own_grid():
+    """Compares with diffusers' own loop and sigmas, on images (B, C, H, W)."""
     from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
     velocity = gaussian_velocity(get_interpolant("linear"))
@@ -84,11 +84,11 @@ def test_multistep_solvers_take_any_grid(solver):
     seen = []
     times = torch.cat([time_grid(550, 0, 0.5), torch.tensor([0.7, 1.0])])  # finer than their integer timesteps
 
-    def noted(x, t):
+    def recorded(x, t):
         seen.append(t.item())
         return velocity(x, t)
 
-    sample_ode(noted, noise, solver=solver, times=times)
+    sample_ode(recorded, noise, solver=solver, times=times)
     assert seen == times[:-1].tolist()
     result = sample_ode(velocity, noise, solver=solver, times=time_grid(40, shift=0.5))
     assert (result - (MEAN + DEVIATION * noise)).abs().max() < 0.02

@@ -1,4 +1,4 @@
-"""SDE solvers on a Gaussian whose flow, score and end are known."""
+"""SDE solvers on a Gaussian whose flow, score and target are known."""
 
 import math
 from itertools import product
@@ -20,7 +20,7 @@ QUICK = ("sbdm", "increasing-decreasing")  # the other forms are slow tests
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """So little work is slower on two."""
+    """Uses one thread: work this small is slower on two."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -47,7 +47,7 @@ def sample(path, **options):
 
 
 def standard_errors(x) -> float:
-    """How many the mean and covariance of x are off, at most."""
+    """Returns the largest error of the mean and covariance of x, in standard errors."""
     mean = (x.mean(0) - MEAN) / (DEVIATION / len(x) ** 0.5)
     variances = (DEVIATION**2).outer(DEVIATION**2)
     covariance = (x.T.cov() - (DEVIATION**2).diag()) / ((variances + (DEVIATION**2).diag() ** 2) / len(x)).sqrt()
@@ -74,13 +74,13 @@ def test_stochastic_heun_reaches_the_target_in_few_steps(path, last_step):
 @pytest.mark.parametrize("solver", SDE_SOLVERS)
 @pytest.mark.parametrize("path", ["linear", "gvp", "vp"])
 def test_every_solver_and_last_step_reaches_the_target(path, solver, last_step, form):
-    """With a short last step: without its noise, "mean" narrows the result by 2 w times its length."""
+    """Uses a short last step: it adds no noise, so "mean" lowers the variance by 2 w times its length."""
     x = sample(path, solver=solver, num_steps=1000, diffusion_form=form, last_step=last_step, last_step_size=2e-4)
     assert standard_errors(x) < 4
 
 
 def test_a_wrong_score_would_show():
-    """The noise alone, without the score's pull, widens the result."""
+    """Without the score, the added noise widens the result."""
     linear = get_interpolant("linear")
     linear.score_from_velocity = lambda v, x, t: torch.zeros_like(x)
     x = sample_sde(gaussian_velocity(linear), torch.randn(SAMPLES, 2), linear, num_steps=100)
@@ -100,7 +100,7 @@ def test_evaluations(solver, last_step, num_steps, evaluations, last):
 
 
 def test_last_steps_by_hand():
-    """One step from 1 - size, with the velocity 2 x: no noise, and by the formulas of SiT."""
+    """Checks one step from 1 - size with the velocity 2 x against SiT's formulas; it adds no noise."""
     x, t, size = torch.tensor([0.5, -1.0]), 0.9, 0.1
     linear = get_interpolant("linear")
     score = -(x - t * 2 * x) / (1 - t)  # -noise / sigma, noise = x - t v
@@ -123,7 +123,7 @@ def test_everything_is_finite_in_float32(path, form, solver):
 
 @pytest.mark.parametrize("solver", SDE_SOLVERS)
 def test_noise_comes_from_the_stream_and_never_twice(solver):
-    """The first increment is not the initial noise, and a sample does not depend on its batch."""
+    """Checks that the first increment is not the initial noise, and that a sample does not depend on its batch."""
     drawn = []
 
     def run(indices):
@@ -146,7 +146,7 @@ def test_noise_comes_from_the_stream_and_never_twice(solver):
     assert torch.equal(alone[1][:, 0], increments[:, 5]) and torch.equal(alone[2][0], x[5])
 
 
-def test_a_loop_is_a_solver_too_and_the_prefix_of_a_name_may_go():
+def test_a_loop_is_a_solver_too_and_the_prefix_sde_is_optional():
     x = [sample_sde(lambda x, t: -x, torch.ones(2, 3), get_interpolant("linear"), solver=solver, num_steps=4,
                     randn=torch.ones_like) for solver in ("euler", "sde-euler", euler_maruyama, SOLVERS["sde-euler"])]
     assert all(torch.equal(x[0], other) for other in x)

@@ -1,4 +1,4 @@
-"""The table of solvers says what their loops do, and commands read it without torch."""
+"""The table of solvers: entries describe their loops, and commands read it without torch."""
 
 import subprocess
 
@@ -11,7 +11,7 @@ from tests.conftest import python
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_an_entry_says_when_its_loop_evaluates(name):
+def test_an_entry_tells_when_its_loop_evaluates_the_velocity(name):
     solver, times, asked = SOLVERS[name], time_grid(5, 0.1, 0.9), []
 
     def velocity(x, t):
@@ -24,10 +24,10 @@ def test_an_entry_says_when_its_loop_evaluates(name):
     assert (max(asked) >= times[-1]) == solver.at_last_time and min(asked) == pytest.approx(0.1)
 
 
-def test_an_entry_in_words():
+def test_the_summary_of_an_entry():
     assert [SOLVERS[name].summary for name in ("euler", "sde-heun", "dopri5", "dpm++")] == [
-        "1 evaluation a step", "2 evaluations a step, adds noise", "chooses its own steps, for the batch",
-        "1 evaluation a step, linear path only"]
+        "NFE 1 per step", "NFE 2 per step, adds noise", "chooses its own steps for the whole batch",
+        "NFE 1 per step, linear interpolant only"]
     assert [default_solver(path) for path in ("linear", "gvp", "vp")] == ["unipc", "heun", "heun"]
 
 

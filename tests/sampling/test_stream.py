@@ -17,7 +17,7 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 
 def test_neighbours_share_nothing():
-    """(seed, i) is not seed + i, the noise of a step is not the noise before it, and labels have their own stream."""
+    """Checks that (seed, i) differs from (i, seed), and that no noise is drawn twice."""
     a, b = SampleStream(0, [1]), SampleStream(1, [0])
     first = a.randn((64,))
     assert not torch.equal(first, b.randn((64,))) and not torch.equal(first, a.randn((64,)))
