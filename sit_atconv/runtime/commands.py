@@ -20,6 +20,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def wants_json(flag: bool) -> bool:
+    """True if stdout gets JSON: `--json` was given (`flag`), or stdout is not a terminal."""
+    return flag or not sys.stdout.isatty()
+
+
 def fail(message: object, code: int = 1, everywhere: bool = False):
     """Says what is wrong and leaves. Of several processes on a machine one speaks, or each if `everywhere`."""
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":

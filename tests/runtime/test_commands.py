@@ -16,6 +16,7 @@ from sit_atconv.runtime.commands import (
     leave_on_ctrl_c,
     run_command,
     user_errors,
+    wants_json,
 )
 from tests.conftest import ROOT, python
 
@@ -50,6 +51,13 @@ def test_no_library_that_is_imported_swallows_ctrl_c_and_one_process_of_several_
     done = subprocess.run(python("-c", code), capture_output=True, text=True, cwd=tmp_path,
                           env=os.environ | {"LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)})
     assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", said)
+
+
+@pytest.mark.parametrize(("flag", "is_terminal", "wanted"), [
+    (False, True, False), (True, True, True), (False, False, True), (True, False, True)])
+def test_a_table_is_for_terminals_and_json_for_pipes_or_by_option(flag, is_terminal, wanted, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    assert wants_json(flag) is wanted
 
 
 def test_every_command_is_run_so():
