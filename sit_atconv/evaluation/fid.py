@@ -4,15 +4,18 @@
     accelerate launch eval/fid.py --samples SAMPLES --reference VIRTUAL_imagenet256_labeled.npz
     python eval/fid.py --make-reference STATISTICS.npz --reference IMAGENET/train --image-size 256
 
-One JSON object goes to stdout, the scores to stderr. Interrupted, the same command goes on where it was.
+Prints a table of the scores on a terminal; elsewhere, or with `--json`, one JSON object on stdout and the scores on
+stderr. The same command resumes after an interruption.
 """
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from sit_atconv.data import MAX_MEGAPIXELS
 from sit_atconv.evaluation.metrics import METRICS, find_metric
+from sit_atconv.evaluation.scores import Score
 from sit_atconv.runtime.commands import (
     ArgumentParser,
     add_import_option,
@@ -21,6 +24,7 @@ from sit_atconv.runtime.commands import (
     positive,
     run_command,
     user_errors,
+    wants_json,
 )
 from sit_atconv.runtime.installation import command
 
@@ -28,6 +32,7 @@ from sit_atconv.runtime.installation import command
 def main(argv: list[str] | None = None) -> None:
     options = vars(make_parser().parse_args(argv))
     out, statistics = (options.pop(name) for name in ("out", "make_reference"))
+    as_json = wants_json(options.pop("json"))
     check_paths(options, out, statistics)
     with user_errors():
         for name in options["metrics"]:
@@ -39,7 +44,8 @@ def main(argv: list[str] | None = None) -> None:
             options = {name: options[name] for name in options if name not in ("samples", "metrics", "num_samples")}
             recipe = scoring.make_reference(scoring.ReferenceOptions(**options), Path(statistics))
             if recipe:
-                print(json.dumps(recipe, indent=1))
+                line = f"statistics of {recipe['num']} images: {statistics}"
+                print(json.dumps(recipe, indent=1) if as_json else line)
             return
         evaluation = scoring.evaluate(scoring.EvaluateOptions(**options))
         if evaluation is None:
@@ -47,10 +53,21 @@ def main(argv: list[str] | None = None) -> None:
         try:
             record = write_record(evaluation, out)
         finally:  # neither a full disk nor a closed pipe loses both
-            print(evaluation.brief().to_json(), flush=True)
-    for name, score in evaluation.scores.items():
-        print(f"{name:24} {score}", file=sys.stderr)
-    print(f"record: {record}", file=sys.stderr)
+            print(evaluation.brief().to_json() if as_json else to_table(evaluation.scores), flush=True)
+    if as_json:
+        for name, score in evaluation.scores.items():
+            print(f"{name:24} {score}", file=sys.stderr)
+    print(f"record: {record}", file=sys.stderr if as_json else sys.stdout)
+
+
+def to_table(scores: Mapping[str, Score]) -> str:
+    """Returns the scores as aligned columns for a terminal: metric, value, error."""
+    rows = [("metric", "value", "error")]
+    for name, score in scores.items():
+        value, _, error = str(score).partition(" ± ")
+        rows.append((name, value, error))
+    names, values, errors = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return "\n".join(f"{name:{names}}  {value:>{values}}  {error:>{errors}}".rstrip() for name, value, error in rows)
 
 
 def check_paths(options: dict, out: str | None, statistics: str | None) -> None:
@@ -109,6 +126,8 @@ def make_parser() -> ArgumentParser:
                         "deleted")
     parser.add_argument("--out", default=None, metavar="FILE",
                         help="the record (default: scores-EXTRACTOR-KEY.json beside the samples)")
+    parser.add_argument("--json", action="store_true",
+                        help="print JSON on stdout on a terminal too, where a table is printed otherwise")
     return parser
 
 

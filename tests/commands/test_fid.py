@@ -1,5 +1,6 @@
 import json
 import os
+import pty
 import subprocess
 import sys
 
@@ -8,7 +9,9 @@ import pytest
 
 from sit_atconv.data.image_npz import write_npz
 from sit_atconv.data.images import load_digits
+from sit_atconv.evaluation.fid import to_table
 from sit_atconv.evaluation.records import read_evaluation
+from sit_atconv.evaluation.scores import Score
 from tests.conftest import ROOT, load_command, python
 
 FID = "eval/fid.py"
@@ -43,6 +46,40 @@ def test_one_json_object_on_stdout_and_the_scores_on_stderr(npz, tmp_path):
     assert len(written.scores["FD-digits-400"].without_group) == 20
     assert f"FD-digits-400            {written.scores['FD-digits-400']}" in done.stderr
     assert "±" in done.stderr and list((tmp_path / "runs" / "features").iterdir())
+
+
+def test_a_terminal_gets_a_table_and_the_path_of_the_record(npz, tmp_path):
+    """The JSON record is written all the same; stderr does not repeat the scores."""
+    terminal, stdout = pty.openpty()
+    argv = digits_argv(npz, tmp_path, "--metrics", "fid", "is")
+    done = subprocess.run(python(ROOT / FID, *argv), stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(stdout)
+    assert done.returncode == 0, done.stderr
+    head, *lines, path = os.read(terminal, 10_000).decode().splitlines()
+    os.close(terminal)
+    scores = read_evaluation(tmp_path / "scores.json").scores
+    assert head.split() == ["metric", "value", "error"] and path == f"record: {tmp_path / 'scores.json'}"
+    assert [line.split() for line in lines] == [[name, *str(score).split(" ± ")] for name, score in scores.items()]
+    assert "FD-digits-400" not in done.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_json_can_be_asked_for_on_a_terminal(npz, tmp_path, monkeypatch, capsys, options):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    common = ["--reference", "digits", "--extractor", "digits", "--features", str(tmp_path / "features"), *options]
+    load_command(FID).main(["--samples", str(npz), "--out", str(tmp_path / "scores.json"), "--metrics", "is", *common])
+    scores = capsys.readouterr().out
+    load_command(FID).main(["--make-reference", str(tmp_path / "r.npz"), *common])
+    reference = capsys.readouterr().out
+    if options:
+        assert "score-digits" in json.loads(scores)["scores"] and json.loads(reference)["num"] == 1797
+    else:
+        assert scores.startswith("metric") and reference == f"statistics of 1797 images: {tmp_path / 'r.npz'}\n"
+
+
+def test_the_columns_of_the_table_are_aligned():
+    assert to_table({"FD-digits-1000": Score(2.1134, 0.0987), "IS": Score(215.25)}) == (
+        "metric          value  error\nFD-digits-1000  2.113  0.099\nIS              215.2")
 
 
 def test_samples_of_generate(launch, tiny_run, tmp_path, capsys):
