@@ -3,9 +3,10 @@
 import itertools
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
@@ -62,7 +63,7 @@ def draw(comparison: Comparison, out: Path) -> tuple[list[Path], list[str]]:
     place = Counter(run.place for run in timed).most_common(1)[0][0]
     notes += [f"warning: {run.name} was sampled on {run.place or 'an unknown device'}, most runs on {place}: its speed "
               f"is not comparable, and it is not on the front of {path.name}" for run in timed if run.place != place]
-    save_pareto(timed, comparison.metric, place, path, ylabel)
+    save_pareto(timed, comparison.metric, metric.higher_is_better, place, path, ylabel)
     return [*charts, path], notes
 
 
@@ -76,16 +77,17 @@ def trend(runs: Sequence[Run], along: str) -> list[tuple[str, str, list[tuple[fl
     Returns:
         For each line its model, the settings that distinguish it, and (x, run), two different x at least.
     """
-    lines = {}
+    found = defaultdict(list)
     for run in runs:
         subject = run.evaluation.subject
-        facts = {"model": str(run.model), "step": subject.get("step"), **flatten(run.evaluation.protocol),
-                 "seed": subject.get("seed"), "weights": subject.get("weights") or str(run.model)}
+        facts: dict[str, Any] = {
+            "model": str(run.model), "step": subject.get("step"), **flatten(run.evaluation.protocol),
+            "seed": subject.get("seed"), "weights": subject.get("weights") or str(run.model)}
         x = facts.pop(along, None)
         identity = {**facts, "weights" if along == "step" else "model": None}
         if x is not None:
-            lines.setdefault(json.dumps(identity, sort_keys=True), []).append((x, run, facts))
-    lines = [sorted(line, key=lambda point: point[0]) for line in lines.values() if len({x for x, *_ in line}) > 1]
+            found[json.dumps(identity, sort_keys=True)].append((x, run, facts))
+    lines = [sorted(line, key=lambda point: point[0]) for line in found.values() if len({x for x, *_ in line}) > 1]
     labels = _distinctions([line[0][2] for line in lines])
     return [(*label, [(x, run) for x, run, _ in line]) for label, line in zip(labels, lines, strict=True)]
 
@@ -141,7 +143,7 @@ def save_trend(
     if xlabel == TRENDS["training"][1]:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     elif xlabel == TRENDS["steps"][1]:
-        ticks = []
+        ticks: list[float] = []
         for x in sorted(x for x, _ in points):
             if not ticks or x > 1.15 * ticks[-1]:  # room for their numbers
                 ticks.append(x)
@@ -164,14 +166,16 @@ def _score_axis(axes: Axes, values: Sequence[float], label: str) -> None:
 
 def pareto_front(points: Sequence[tuple[float, float]], higher: bool = False) -> list[tuple[float, float]]:
     """Of points (speed, score) those that no other beats in both or in one with the other equal, slowest first."""
-    front = []
+    front: list[tuple[float, float]] = []
     for speed, score in sorted(points, key=lambda point: (-point[0], -point[1] if higher else point[1])):
         if not front or (score > front[0][1] if higher else score < front[0][1]):
             front.insert(0, (speed, score))
     return front
 
 
-def save_pareto(runs: Sequence[Run], metric: str, place: str | None, path: Path, ylabel: str) -> None:
+def save_pareto(
+    runs: Sequence[Run], metric: str, higher_is_better: bool, place: str | None, path: Path, ylabel: str
+) -> None:
     """Draws the score against images per second, each point with its name, and the front of those sampled on `place`.
 
     The front's line is the best score to be had at a speed, or more.
@@ -179,7 +183,7 @@ def save_pareto(runs: Sequence[Run], metric: str, place: str | None, path: Path,
     figure = Figure(figsize=(6.5 + max(len(run.name) for run in runs) / 16, max(5, 2 + len(runs) / 6)),
                     layout="constrained")
     axes = figure.add_subplot()
-    points = [(run.speed, _value(run, metric)[0]) for run in runs]
+    points = [(run.speed or math.nan, _value(run, metric)[0]) for run in runs]
     names = _model_names([run.model for run in runs])
     colors = {name: colormaps["tab10"](number % 10) for number, name in enumerate(dict.fromkeys(names))}
     for run, point, name in zip(runs, points, names, strict=True):
@@ -189,13 +193,13 @@ def save_pareto(runs: Sequence[Run], metric: str, place: str | None, path: Path,
     set_log(axes, "x", subs=(1, 2, 5))
     axes.set_xlabel("images per second (higher is better)")
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # as they are
-    higher = metric_of(metric).higher_is_better
-    front = pareto_front([point for run, point in zip(runs, points, strict=True) if run.place == place], higher)
-    corners = [(axes.get_xlim()[0], front[0][1]), *front, (front[-1][0], axes.get_ylim()[0 if higher else 1])]
+    own = [point for run, point in zip(runs, points, strict=True) if run.place == place]
+    front = pareto_front(own, higher_is_better)
+    corners = [(axes.get_xlim()[0], front[0][1]), *front, (front[-1][0], axes.get_ylim()[0 if higher_is_better else 1])]
     axes.plot(*zip(*corners, strict=True), drawstyle="steps-pre", color="0.6", linewidth=1.2, zorder=2)
 
-    heights = (axes.transScale + axes.transLimits).transform(points)[:, 1]
-    heights = spread(heights, 0.16 / (figure.get_figheight() - 1.2))
+    at_points = (axes.transScale + axes.transLimits).transform(points)[:, 1].tolist()
+    heights = spread(at_points, 0.16 / (figure.get_figheight() - 1.2))
     for run, point, height, name in zip(runs, points, heights, names, strict=True):
         axes.annotate(run.name, point, (1.03, height), textcoords="axes fraction", verticalalignment="center",
                       fontsize=7.5, color=colors[name], annotation_clip=False, arrowprops={

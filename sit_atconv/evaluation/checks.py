@@ -77,10 +77,10 @@ def _what_lacks(
         return f"{reference.name} holds no {' and '.join(NAMES.get(output, ('mean', f'covariance of {output}')))}"
     if metric.reference == "images" and reference.images is None:
         return f"{reference.name} holds no images"
-    is_of_images = metric.reference == "images" or (metric.reference and not reference.gaussians)
-    too_small = ["the reference " * (images is not samples) + images.holds
-                 for images in ([samples, reference.images] if is_of_images else [samples])
-                 if len(images) < metric.at_least]
+    sets = {"": samples}
+    if reference.images is not None and metric.reference and (metric.reference == "images" or not reference.gaussians):
+        sets["the reference "] = reference.images
+    too_small = [role + images.holds for role, images in sets.items() if len(images) < metric.at_least]
     return f"{' and '.join(too_small)}, and {name} needs {metric.at_least} at least" if too_small else None
 
 
@@ -98,10 +98,10 @@ def warn_of_images(samples: ImageSet, reference: Reference, warnings: Warnings) 
     for images in filter(None, (samples, reference.images)):
         for message in images.warnings:
             warnings.add(message)
-        in_memory = isinstance(images.images, np.ndarray) and not isinstance(images.images, np.memmap)
-        if in_memory and len(images) and images.name != "digits":
+        array = images.images
+        if isinstance(array, np.ndarray) and not isinstance(array, np.memmap) and images.name != "digits":
             warnings.add(f"{images.name} is compressed, or in Fortran's order, and so read into the memory of every "
-                         f"process, {gigabytes(images.images.nbytes)}: written by np.savez it would stay on disk")
+                         f"process, {gigabytes(array.nbytes)}: written by np.savez it would stay on disk")
     if reference.images is not None and reference.images.size != samples.size:
         warnings.add("the samples are {}x{} and the reference's images {}x{}: scores of two sizes are compared by no "
                      "paper; --image-size crops a folder of references".format(*samples.size, *reference.images.size))
@@ -118,7 +118,7 @@ def is_lossy(suffix: str) -> bool:
 
 def warn_of_order(samples: ImageSet, all_samples: ImageSet, warnings: Warnings) -> None:
     """Warns of sorted classes: `samples` are the first of `all_samples`, or all of them."""
-    if samples.labels is None:
+    if samples.labels is None or all_samples.labels is None:
         return
     are_sorted = "the samples are in the order of their labels or class folders, so that"
     remedy = "shuffle them (files are read in the order of their names)"
@@ -134,9 +134,8 @@ def _lack_classes(parts: Sequence[np.ndarray], labels: Sequence[int]) -> bool:
 
     That is so in whichever order the classes are, and also for several sorted sets one after another.
     """
-    labels = np.asarray(labels)
     shuffled = np.random.RandomState(0).permutation(labels)
-    here, expected = (np.mean([_entropy(order[part]) for part in parts]) for order in (labels, shuffled))
+    here, expected = (np.mean([_entropy(order[part]) for part in parts]) for order in (np.asarray(labels), shuffled))
     return bool(expected - here > 0.1)  # nats: about 10 % of the Inception Score
 
 

@@ -5,6 +5,7 @@
 A RUN is a JSON that eval/fid.py wrote, or the folder of samples that it wrote to.
 """
 
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ def main(argv: list[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
     with user_errors():
         report = compare(options.runs, options.out, options.names, options.baseline, options.metric)
-    sys.stdout.reconfigure(errors="replace")  # a terminal may know neither ± nor →
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may know neither ± nor →
     print(report.table, end="")
     print("\n".join(report.messages), file=sys.stderr)
 
@@ -51,7 +53,7 @@ def compare(
         ValueError: a source that holds no evaluation, names that do not fit, an unknown baseline or metric.
         OSError: OUT cannot be written to.
     """
-    messages = []
+    messages: list[str] = []
     comparison = read_comparison(sources, names, baseline, metric, messages)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -63,9 +65,9 @@ def compare(
     write_aside(out / "compare.md", table)
     write_aside(out / "compare.csv", to_csv(comparison))
     charts, notes = draw(comparison, out)
-    baseline = comparison.baseline
-    warnings = [f"warning: {run.name} differs from {baseline.name}: {words}" for run in comparison.runs
-                if (words := in_words(baseline.evaluation, run.evaluation))]
+    first = comparison.baseline
+    warnings = [f"warning: {run.name} differs from {first.name}: {words}" for run in comparison.runs
+                if (words := in_words(first.evaluation, run.evaluation))]
     written = ", ".join(map(str, (out / "compare.md", out / "compare.csv", *charts)))
     return Report(table, [*messages, *warnings, *notes, f"written: {written}"])
 

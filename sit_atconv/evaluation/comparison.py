@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +121,8 @@ def find_evaluations(sources: Sequence[Path], messages: list[str]) -> list[Path]
     Raises:
         ValueError: a source that does not exist, or none of them holds an evaluation.
     """
-    found, others = {}, []
+    found: dict[Path, Path] = {}
+    others = []
     for source in map(Path, sources):
         if not source.exists():
             raise ValueError(f"{source} does not exist: give a JSON that eval/fid.py wrote, or the folder of samples "
@@ -193,8 +194,8 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     parts = [[part for part in path.parts if part != "samples"] for path in paths]
     above = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False)))
     depth = max(map(len, parts))
-    columns = zip(*[[""] * (depth - len(own)) + own[above:] for own in parts], strict=True)  # last parts are one column
-    columns = [_without_common(column) for column in columns if len({*column, ""}) > 2]
+    levels = zip(*[[""] * (depth - len(own)) + own[above:] for own in parts], strict=True)  # aligned at the last part
+    columns = [_without_common(level) for level in levels if len({*level, ""}) > 2]
     names = ["/".join(filter(None, row)) for row in zip(*columns, strict=True)]
     return names if len({*names, ""}) == len(paths) + 1 else list(map(str, paths))
 
@@ -212,10 +213,10 @@ def _without_common(names: Sequence[str]) -> Sequence[str]:
 def in_words(a: Evaluation, b: Evaluation) -> str:
     """How the protocol of b differs from that of a: "labels random → balanced; num 50000 → 10000"."""
     found = protocol_differences(a, b)
-    known = ["known" if any(name.startswith(f"{SAMPLER}.") for name in flatten(e.protocol)) else "unknown"
-             for e in (a, b)]
-    if known[0] != known[1]:
-        found = {name: pair for name, pair in found.items() if not name.startswith(SAMPLER)} | {SAMPLER: known}
+    then, now = (any(name.startswith(f"{SAMPLER}.") for name in flatten(e.protocol)) for e in (a, b))
+    if then != now:
+        found = {name: pair for name, pair in found.items() if not name.startswith(SAMPLER)}
+        found[SAMPLER] = ("known", "unknown") if then else ("unknown", "known")
     return "; ".join(f"{short(name)} {said(old)} → {said(new)}" for name, (old, new) in found.items())
 
 
@@ -244,8 +245,8 @@ def shared_protocol(runs: Sequence[Run]) -> dict[str, object]:
 def rows(comparison: Comparison) -> list[dict[str, Score | float | str | None]]:
     """The table: for each run its columns."""
     runs, baseline = comparison.runs, comparison.baseline
-    names = dict.fromkeys(name for run in runs for name in run.evaluation.scores)
-    names = sorted(names, key=lambda name: [*kinds_of_scores(), kind_of(name)].index(kind_of(name)))
+    names = sorted(dict.fromkeys(name for run in runs for name in run.evaluation.scores),
+                   key=lambda name: [*kinds_of_scores(), kind_of(name)].index(kind_of(name)))
     show_place = len({run.place for run in runs}) > 1
     return [
         {
@@ -263,10 +264,10 @@ def rows(comparison: Comparison) -> list[dict[str, Score | float | str | None]]:
 
 def to_markdown(comparison: Comparison) -> str:
     """The table, what all runs share, and how to read it."""
-    table, shared = rows(comparison), {}
+    table, shared = rows(comparison), defaultdict(list)
     for name, value in shared_protocol(comparison.runs).items():
         group, _, key = name.replace(SAMPLER, "sampler").partition(".")
-        shared.setdefault(group, []).append(f"{short(key)} {said(value)}".strip())
+        shared[group].append(f"{short(key)} {said(value)}".strip())
     cells = [[_cell(column, value) for column, value in row.items()] for row in table]
     for run, row in zip(comparison.runs, cells, strict=True):
         row[0] += " (baseline)" if run is comparison.baseline else ""
@@ -299,6 +300,9 @@ def to_csv(comparison: Comparison) -> str:
     writer.writerow([name for column in table[0] for name in
                      ((column, f"error of {column}") if column in scores else (column,))])
     for row in table:
-        writer.writerow([value for column, held in row.items() for value in
-                         ((held and held.value, held and held.error) if column in scores else (held,))])
+        cells: list[object] = []
+        for column, held in row.items():
+            pair = (held.value, held.error) if isinstance(held, Score) else (None, None)
+            cells += pair if column in scores else (held,)
+        writer.writerow(cells)
     return text.getvalue()

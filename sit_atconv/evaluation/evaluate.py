@@ -21,9 +21,8 @@ from sit_atconv.evaluation.checks import (
     warn_of_images,
     warn_of_order,
 )
-from sit_atconv.evaluation.extraction import ExtractedFeatures, extract_together
 from sit_atconv.evaluation.extractors import Extractor, open_extractor
-from sit_atconv.evaluation.features import FeatureShards
+from sit_atconv.evaluation.features import ExtractedFeatures, FeatureShards, extract_together
 from sit_atconv.evaluation.gaussians import Gaussian
 from sit_atconv.evaluation.image_sets import ImageSet, open_image_set
 from sit_atconv.evaluation.metric_functions import jackknife_groups
@@ -79,13 +78,13 @@ def evaluate(options: EvaluateOptions) -> Evaluation | None:
     ours = _extract(options, extractor, samples, state)
     compared_with = {metric.reference for metric in chosen}
     is_needed = "images" in compared_with or ("statistics" in compared_with and not reference.gaussians)
-    theirs = _extract(options, extractor, reference.images, state) if is_needed else None
+    theirs = _extract(options, extractor, reference.images, state) if is_needed and reference.images is not None else None
     if not state.is_main_process:
         return None
     return_freed_memory()
     return Evaluation(
         _measure(chosen, ours, theirs, reference, warnings, state.device),
-        record.protocol(samples, reference, theirs, extractor, is_compared="images" in compared_with),
+        record.protocol(samples, reference, extractor, theirs, is_compared="images" in compared_with),
         record.subject(samples, reference, ours),
         record.environment(state, options.batch_size),
         list(warnings),
@@ -126,7 +125,8 @@ def _start(options: ReferenceOptions) -> tuple[PartialState, Extractor]:
 def _extract(
     options: ReferenceOptions, extractor: Extractor, images: ImageSet, state: PartialState
 ) -> ExtractedFeatures:
-    return extract_together(FeatureShards(options.features, extractor, images, options.batch_size, state.device), state)
+    folder = Path(options.features)
+    return extract_together(FeatureShards(folder, extractor, images, options.batch_size, state.device), state)
 
 
 def _measure(
@@ -139,11 +139,13 @@ def _measure(
 
     @functools.cache
     def real(kind: str | None, output: str) -> Gaussian | Tensor | None:
-        if kind == "statistics":
-            return reference.gaussians.get(output) or theirs.gaussian(output)
-        return theirs.load_spread(output, COMPARED) if kind == "images" else None
+        if kind == "statistics" and reference.gaussians:
+            return reference.gaussians[output]
+        if kind is None or theirs is None:
+            return None
+        return theirs.gaussian(output) if kind == "statistics" else theirs.load_spread(output, COMPARED)
 
-    scores = {}
+    scores: dict[str, Score] = {}
     for output in dict.fromkeys(["features", *(metric.features for metric in chosen)]):
         generated = ours.load(output)
         if output == "features":

@@ -92,6 +92,7 @@ def open_extractor(name: str, weights: str | None = None, device: torch.device |
         raise ValueError(f"there is no file {path}: give --weights the path of the weights of {name!r}")
     openers = {"inception": _open_inception, "dinov2": _open_dinov2, "digits": _open_digits}
     opened = openers[name](path) if name in openers else _open_registered(name, path)
+    assert isinstance(opened.network, nn.Module)
     opened.network.eval().requires_grad_(False).to(device)
     return opened
 
@@ -111,8 +112,7 @@ class Inception(FeatureExtractorInceptionV3):
 
 
 def _open_inception(path: Path | None) -> Extractor:
-    path = path or _cached(URL_INCEPTION_V3, INCEPTION_SHA256)
-    sha256 = _verified(path, URL_INCEPTION_V3, INCEPTION_SHA256)
+    path, sha256 = _published(path, URL_INCEPTION_V3, INCEPTION_SHA256)
     _read(path, URL_INCEPTION_V3)  # torch-fidelity unpickles without restriction: we go first
     network = _construct(Inception, "inception", ["2048", "logits_unbiased"], path)
     return Extractor(
@@ -120,11 +120,7 @@ def _open_inception(path: Path | None) -> Extractor:
 
 
 def _open_dinov2(path: Path | None) -> Extractor:
-    if path:
-        sha256 = sha256_of(path)
-    else:
-        path = _cached(DINOV2_URL, DINOV2_SHA256)
-        sha256 = _verified(path, DINOV2_URL, DINOV2_SHA256)
+    path, sha256 = (path, sha256_of(path)) if path else _published(None, DINOV2_URL, DINOV2_SHA256)
     weights = _read(path, DINOV2_URL, load_file if path.suffix == ".safetensors" else _unpickle)
     try:
         network = DINOv2(weights)
@@ -169,9 +165,12 @@ def _construct(
         raise ValueError(f"the extractor {name!r} could not be opened ({reason}): {remedy}") from error
 
 
-def _cached(url: str, sha256: str) -> Path:
-    """The file of that URL in torch's hub cache, downloaded if it is not there yet."""
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+def _published(path: Path | None, url: str, sha256: str) -> tuple[Path, str]:
+    """Returns the file of that URL and its digest; None looks in torch's hub cache and downloads what is missing.
+
+    ValueError: it cannot be downloaded, or its digest does not begin with `sha256`.
+    """
+    path = path or Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,15 +178,10 @@ def _cached(url: str, sha256: str) -> Path:
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{path.name} could not be downloaded ({error}): fetch {url} on a machine with network "
                              "and give its path as --weights") from error
-    return path
-
-
-def _verified(path: Path, url: str, sha256: str) -> str:
-    """The file's digest. Raises ValueError where it does not begin with `sha256`."""
     if not (digest := sha256_of(path)).startswith(sha256):
         raise ValueError(f"{path} is not {url}: its sha256 begins with {digest[:8]}, not {sha256}; download it again "
                          "and give its path as --weights")
-    return digest
+    return path, digest
 
 
 def _unpickle(path: Path) -> object:

@@ -8,18 +8,23 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import PIL
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from sit_atconv.evaluation.extractors import Extractor
-from sit_atconv.evaluation.image_sets import ImageSet, digest_of
+from sit_atconv.evaluation.gaussians import Gaussian, Moments
+from sit_atconv.evaluation.image_sets import ImageSet, digest_of, evenly_spaced
 from sit_atconv.runtime.files import PARTIAL, write_aside
+from sit_atconv.runtime.processes import share, together
 
 SHARD = 1024  # images: what a kill may cost each process
 DAY = 86_400  # seconds
@@ -83,11 +88,11 @@ class FeatureShards:
     def __init__(
         self, folder: Path, extractor: Extractor, images: ImageSet, batch_size: int, device: torch.device | str
     ):
-        self.folder, self.extractor, self.images = Path(folder), extractor, images
+        self.folder, self.extractor, self.images = folder, extractor, images
         self.batch_size, self.device = batch_size, torch.device(device)
-        versions = {"torch": torch.__version__, "pillow": PIL.__version__}
-        self._settings = json.dumps({"extractor": extractor.describe(), "batch_size": batch_size,
-                                     "device": self.device.type, "versions": versions}, sort_keys=True)
+        self._settings = json.dumps({
+            "extractor": extractor.describe(), "batch_size": batch_size, "device": self.device.type,
+            "versions": {"torch": torch.__version__, "pillow": PIL.__version__}}, sort_keys=True)
 
     def __len__(self) -> int:
         return -(-len(self.images) // SHARD)
@@ -153,3 +158,65 @@ class FeatureShards:
 
     def _path(self, content: str) -> Path:
         return self.folder / f"{digest_of(self._settings, content)[:32]}.safetensors"
+
+
+@dataclass(frozen=True)
+class ExtractedFeatures:
+    """The features of a set of images.
+
+    Args:
+        shards: where they are kept.
+        contents: the digests of the images of each shard.
+    """
+
+    shards: FeatureShards
+    contents: list[str]
+
+    @property
+    def content(self) -> str:
+        """Digest of all images."""
+        return digest_of(*self.contents)
+
+    def load(self, output: str) -> Tensor:
+        """All of them, (N, D)."""
+        return self.shards.load(output, self.contents)
+
+    def load_spread(self, output: str, most: int) -> Tensor:
+        """`most` of them, from all over the set, or all."""
+        chosen = torch.tensor(evenly_spaced(len(self.shards.images), most))
+        parts = []
+        for number, content in enumerate(self.contents):
+            start, stop = self.shards.bounds(number)
+            here = chosen[(chosen >= start) & (chosen < stop)] - start
+            parts.append(self.shards.load(output, [content])[here])
+        return torch.cat(parts)
+
+    def gaussian(self, output: str) -> Gaussian:
+        """Fitted to all of them, one shard in memory at a time."""
+        first, *others = self.contents
+        features = self.shards.load(output, [first])
+        moments = Moments.of(features, features.double().mean(0))
+        for content in others:
+            moments += Moments.of(self.shards.load(output, [content]), moments.origin)
+        return moments.gaussian()
+
+
+def extract_together(shards: FeatureShards, state: PartialState) -> ExtractedFeatures:
+    """Extracts what is missing; each process takes every n-th shard.
+
+    Raises:
+        OSError: on all processes, what any of them met; or they do not see each other's files.
+    """
+    mine, made = share(range(len(shards)), state), []
+    num_images = sum(stop - start for start, stop in map(shards.bounds, mine))
+    with together(), tqdm(total=num_images, unit="image", desc=Path(shards.images.name).name,
+                          disable=not state.is_main_process) as progress:
+        shards.make_ready()
+        for number in mine:
+            made.append((number, shards.make(number, progress)))
+    contents = [content for _, content in sorted(gather_object(made))]
+    with together():
+        if state.is_main_process and not all(map(shards.has, contents)):
+            raise OSError(f"{shards.folder} lacks what other processes wrote: give --features a folder that all of "
+                          "them see")
+    return ExtractedFeatures(shards, contents)

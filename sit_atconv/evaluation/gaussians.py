@@ -15,17 +15,19 @@ class Gaussian:
     sigma: np.ndarray
 
 
+@dataclass(frozen=True)
 class Moments:
     """Number, sum and scatter of features (N, D), in float64 about a fixed origin; those of parts add and subtract."""
 
-    def __init__(self, origin: Tensor, num: int = 0, total: Tensor | float = 0.0, scatter: Tensor | float = 0.0):
-        self.origin, self.num, self.total, self.scatter = origin.double(), num, total, scatter
+    origin: Tensor
+    num: int
+    total: Tensor
+    scatter: Tensor
 
-    def add(self, features: Tensor) -> None:
-        centred = features.double() - self.origin
-        self.num += len(centred)
-        self.total = self.total + centred.sum(0)
-        self.scatter = self.scatter + centred.T @ centred
+    @classmethod
+    def of(cls, features: Tensor, origin: Tensor) -> "Moments":
+        centred = features.double() - origin
+        return cls(origin, len(centred), centred.sum(0), centred.T @ centred)
 
     def __sub__(self, part: "Moments") -> "Moments":
         return Moments(self.origin, self.num - part.num, self.total - part.total, self.scatter - part.scatter)
@@ -42,6 +44,4 @@ class Moments:
 
 def fit_gaussian(features: Tensor) -> Gaussian:
     """To features (N, D), N at least 2."""
-    moments = Moments(features.double().mean(0))
-    moments.add(features)
-    return moments.gaussian()
+    return Moments.of(features, features.double().mean(0)).gaussian()

@@ -76,7 +76,8 @@ class ImageSet:
     @cached_property
     def size(self) -> tuple[int, int]:
         """(H, W) of the first, which all must have."""
-        return tuple(self.read(0, 1).shape[-2:])
+        height, width = self.read(0, 1).shape[-2:]
+        return height, width
 
     def read(self, start: int, stop: int) -> Tensor:
         """Images start ... stop - 1, uint8 (B, 3, H, W). ValueError: one cannot be read, or is of another size."""
@@ -102,7 +103,7 @@ class ImageSet:
         """Digest of images start ... stop - 1: of their pixels, or of their files' bytes and the crop."""
         if isinstance(self.images, np.ndarray):
             pixels = np.ascontiguousarray(self.images[start:stop])
-            return digest_of(str(pixels.shape), hashlib.sha256(pixels).hexdigest())
+            return digest_of(str(pixels.shape), hashlib.sha256(pixels.data).hexdigest())
         with ThreadPoolExecutor() as pool:
             return digest_of(self.crop, *pool.map(sha256_of, map(Path, self.images[start:stop])))
 
@@ -175,31 +176,33 @@ def _open_npz(source: str, npz: ImageNpz) -> ImageSet:
         return ImageSet(source, images)
     labels = npz.read(LABELS)
     if labels.dtype.kind not in "iu" or labels.size != len(images):
-        warning = f"the labels of {source} are not known: {LABELS} is {labels.dtype} {labels.shape}"
-        return ImageSet(source, images, warnings=(f"{warning}, not {len(images)} whole numbers",))
+        return ImageSet(source, images, warnings=(
+            f"the labels of {source} are not known: {LABELS} is {labels.dtype} {labels.shape}, not {len(images)} whole "
+            "numbers",))
     return ImageSet(source, images, labels=labels.ravel().tolist())
 
 
 def _open_folder(source: str, folder: Path) -> ImageSet:
-    listing, labels = scan_images(folder), None
-    names = listing.names
+    listing = scan_images(folder)
     others = {suffix: count for suffix, count in listing.all_left_out().items() if suffix != ".json"}  # our records
-    warnings = (f"{source}: {left_out_line(others)}",) if others else ()
+    warnings = [f"{source}: {left_out_line(others)}"] if others else []
+    labels: list[int] | None = None
     if (folder / "dataset.json").is_file():
         try:
             labels = ImageFolder(folder, 1, keep_empty_classes=True).labels.tolist()
         except ValueError as error:
-            warnings += (f"the labels of {source} are not known: {' '.join(str(error).split())}",)
+            warnings.append(f"the labels of {source} are not known: {' '.join(str(error).split())}")
     else:
-        labels = _labels_of_subfolders(names)
+        labels = _labels_of_subfolders(listing.names)
     labels = labels if labels and len(set(labels)) > 1 else None
-    return ImageSet(source, [os.path.join(folder, name) for name in names], labels=labels, warnings=warnings)
+    paths = [os.path.join(folder, name) for name in listing.names]
+    return ImageSet(source, paths, labels=labels, warnings=tuple(warnings))
 
 
 def _labels_of_subfolders(names: Sequence[str]) -> list[int] | None:
     """Returns a number for each image's subfolder; None if there are images outside, or no subfolder is a class."""
-    folders = [name.split(os.sep)[0] if os.sep in name else None for name in names]
-    if None in folders or _are_parts_of_a_sequence(folders, names):
+    folders = [name.split(os.sep)[0] for name in names if os.sep in name]
+    if len(folders) < len(names) or _are_parts_of_a_sequence(folders, names):
         return None
     label = {folder: index for index, folder in enumerate(dict.fromkeys(folders))}
     return [label[folder] for folder in folders]
@@ -233,14 +236,10 @@ def _open_generated(source: str, folder: Path) -> ImageSet:
     if num_samples is None:
         raise ValueError(f"the samples in {folder} are not complete: run the same sample/generate.py again")
     npz = folder / NPZ
-    images = ImageNpz(npz).images() if npz.exists() else _paths(folder / "images")
+    images = ImageNpz(npz).images() if npz.exists() else [
+        os.path.join(folder, "images", name) for name in list_images(folder / "images")]  # a million Paths: 0.5 GB
     if len(images) != num_samples:
         raise ValueError(f"{folder} holds {len(images)} images, and its manifest says {num_samples}: run the same "
                          "sample/generate.py again")
     manifest |= {"sessions": sessions, "sampler": sampler}
     return ImageSet(source, images, labels=labels or None, manifest=manifest)
-
-
-def _paths(folder: Path) -> list[str]:
-    """Strings: of a million `Path`s every process would hold half a gigabyte."""
-    return [os.path.join(folder, name) for name in list_images(folder)]

@@ -68,17 +68,14 @@ def frechet(generated: Tensor, real: Gaussian, group: Tensor | None = None, prog
     """
     group = jackknife_groups(len(generated)) if group is None else group
     origin = generated[:BLOCK].double().mean(0)
-    parts = []
-    for g in range(GROUPS):
-        parts.append(Moments(origin))
-        parts[-1].add(generated[group == g])
-    whole = sum(parts, Moments(origin))
+    parts = [Moments.of(generated[group == g], origin) for g in range(GROUPS)]
+    whole = sum(parts[1:], parts[0])
     value = frechet_distance(whole.gaussian(), real)
     if len(generated) < 2 * GROUPS:
         return Score(value)
     root = _root(real.sigma)
-    parts = tqdm(parts, "error of the Frechet distance", unit="group", disable=not progress, leave=False)
-    without = [_frechet_by_root((whole - part).gaussian(), real, root) for part in parts]
+    bar = tqdm(parts, "error of the Frechet distance", unit="group", disable=not progress, leave=False)
+    without = [_frechet_by_root((whole - part).gaussian(), real, root) for part in bar]
     return Score(value, jackknife_error(without), without)
 
 
@@ -119,22 +116,22 @@ def kid(generated: Tensor, real: Tensor, group: Tensor | None = None, progress: 
     """
     size = min(KID_SUBSET, len(generated), len(real))
     has_error = size >= 2 * GROUPS
-    group = jackknife_groups(len(generated)) if group is None else group
-    generated, real, group = generated.numpy(), real.numpy(), group.numpy()
+    groups = (jackknife_groups(len(generated)) if group is None else group).numpy()
     random = np.random.RandomState(SEED)
     values, without = [], []
     for _ in tqdm(range(KID_SUBSETS), "KID", unit="subset", disable=not progress, leave=False):
         ours = random.choice(len(generated), size, replace=False)
         theirs = random.choice(len(real), size, replace=False)
-        x, y = generated[ours], real[theirs]
+        x, y = generated.numpy()[ours], real.numpy()[theirs]
         k_xx, k_xy, k_yy = kernel_poly(x, x), kernel_poly(x, y), kernel_poly(y, y)
         values.append(mmd2(k_xx, k_xy, k_yy))
         if has_error:
-            without.append(_mmd2_without_groups(k_xx, k_xy, k_yy, group[ours]))
+            without.append(_mmd2_without_groups(k_xx, k_xy, k_yy, groups[ours]))
+    value = float(np.mean(values))
     if not has_error:
-        return Score(float(np.mean(values)))
-    without = np.mean(without, axis=0).tolist()
-    return Score(float(np.mean(values)), jackknife_error(without), without)
+        return Score(value)
+    means = np.mean(without, axis=0).tolist()
+    return Score(value, jackknife_error(means), means)
 
 
 def _mmd2_without_groups(k_xx: np.ndarray, k_xy: np.ndarray, k_yy: np.ndarray, group: np.ndarray) -> np.ndarray:

@@ -12,8 +12,8 @@ import torch_fidelity
 from accelerate import PartialState
 
 from sit_atconv import __version__
-from sit_atconv.evaluation.extraction import ExtractedFeatures
 from sit_atconv.evaluation.extractors import Extractor
+from sit_atconv.evaluation.features import ExtractedFeatures
 from sit_atconv.evaluation.image_sets import ImageSet, digest_of, folder_of
 from sit_atconv.evaluation.metric_functions import METHOD, are_balanced
 from sit_atconv.evaluation.records import Evaluation, read_evaluation
@@ -21,12 +21,14 @@ from sit_atconv.evaluation.references import COMPARED, Reference
 
 
 def protocol(
-    samples: ImageSet, reference: Reference, theirs: ExtractedFeatures | None, extractor: Extractor, is_compared: bool
+    samples: ImageSet, reference: Reference, extractor: Extractor, theirs: ExtractedFeatures | None, is_compared: bool
 ) -> dict:
     """How it was measured: all that must agree where two evaluations are compared."""
     settings, images = samples.manifest.get("settings", {}), reference.images
     sampler = {name: settings[name] for name in samples.manifest.get("sampler", ()) if name in settings}
-    is_fitted = not reference.gaussians
+    compared = {}
+    if is_compared and images is not None and theirs is not None:
+        compared = {"compared": {"num": min(len(images), COMPARED), "content": theirs.content}}
     return {
         "samples": {
             "num": len(samples),
@@ -37,12 +39,12 @@ def protocol(
             "sampler": sampler or None,
         },
         "reference": {
-            "kind": "images" if is_fitted else "statistics",
+            "kind": "statistics" if reference.gaussians else "images",
             "num": reference.num_fitted,
             "content": reference.content() or (theirs.content if theirs else None),
-            "crop": images.crop if is_fitted else reference.recipe.get("crop"),
+            "crop": reference.recipe.get("crop") if reference.gaussians or images is None else images.crop,
         },
-        **({"compared": {"num": min(len(images), COMPARED), "content": theirs.content}} if is_compared else {}),
+        **compared,
         "extractor": extractor.describe(),
         "metrics": METHOD,
         "versions": {"torch_fidelity": torch_fidelity.__version__},

@@ -46,14 +46,14 @@ class Reference:
     @property
     def num_fitted(self) -> int | None:
         """Number of images behind the statistics; None where the file does not say."""
-        return self.recipe.get("num") if self.gaussians else len(self.images)
+        return self.recipe.get("num") if self.gaussians or self.images is None else len(self.images)
 
     def content(self) -> str | None:
         """Digest of the statistics; None where there are images alone."""
         if not self.gaussians:
             return None
         arrays = [array for gaussian in self.gaussians.values() for array in (gaussian.mu, gaussian.sigma)]
-        return digest_of(*(hashlib.sha256(np.ascontiguousarray(array)).hexdigest() for array in arrays))
+        return digest_of(*(hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in arrays))
 
 
 def open_reference(source: str, crop_to: int | None = None, max_megapixels: float = MAX_MEGAPIXELS) -> Reference:

@@ -18,7 +18,7 @@ from sit_atconv.evaluation.gaussians import Gaussian, fit_gaussian
 from sit_atconv.evaluation.image_sets import open_image_set
 from sit_atconv.evaluation.metric_functions import frechet, jackknife_groups
 from sit_atconv.flow import as_trained
-from sit_atconv.runtime.devices import on_cpu, prepare_device
+from sit_atconv.runtime.devices import on_cpu, open_device, prepare_device
 from sit_atconv.runtime.files import write_aside
 from sit_atconv.runtime.plots import save_solver_curves
 from sit_atconv.runtime.settings import differences
@@ -84,7 +84,7 @@ def compare_solvers(options: Options) -> dict:
         options = replace(options, cfg=1.0 if weights.null_label is None else DEFAULT_CFG)
     for sampler in plan(options):
         sampler.check(recipe.interpolant, recipe.prediction, weights.null_label)
-    device = torch.device("cpu") if on_cpu() else torch.accelerator.current_accelerator()
+    device = open_device("cpu" if on_cpu() else "auto")
     prepare_device(device)
     network = open_extractor(options.extractor, options.extractor_weights, device)
     out = Path(options.out)
@@ -145,8 +145,8 @@ def measure(
         seconds += time.perf_counter() - clock
         features.append(network(images.expand(-1, 3, -1, -1).to(device))["features"])
     score = frechet(torch.cat(features), real, jackknife_groups(options.num_samples, labels))
-    batches = len(features)
-    return Point(sampler.solver, sampler.shift, sampler.steps, model.evaluations / batches, score.value,
+    assert score.error is not None  # there are at least 100 samples
+    return Point(sampler.solver, sampler.shift, sampler.steps, model.evaluations / len(features), score.value,
                  score.error, options.num_samples / seconds)
 
 
