@@ -50,6 +50,6 @@ def test_errors(fails, runs, tmp_path):
     assert "ours has no KID: give --metric one of FID, or" in fails(main, [*runs, "--metric", "KID"])
     assert "ours has no fvd: give --metric one of FID, or" in fails(main, [*runs, "--metric", "fvd"])
     (tmp_path / "empty" / "folder").mkdir(parents=True)
-    assert "empty holds neither scores-*.json nor samples" in fails(main, [tmp_path / "empty"])
+    assert "empty contains neither scores-*.json nor samples" in fails(main, [tmp_path / "empty"])
     (tmp_path / "file").write_text("")
     assert "give another --out" in fails(main, [*runs, "--out", tmp_path / "file"])

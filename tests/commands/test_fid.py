@@ -232,13 +232,13 @@ def test_arguments_are_checked_before_anything_is_loaded(fails, npz, tmp_path, m
         (["--out", tmp_path / "nowhere" / "x.json"], "cannot be written"),
         (["--out", tmp_path], "cannot be written"),
         (["--make-reference", tmp_path / "x.npz"], "leave --samples out"),
-        (["--out", npz], "is what is to be read"),
+        (["--out", npz], "is an input of this command"),
         (["--out", "/dev/null"], "cannot be written"),
         (["--import", "no_such_module"], "the module no_such_module cannot be imported"),
     ]:
         assert message in fails(main, [*argv, *more])
     assert "--samples is missing" in fails(main, ["--reference", "digits"])
-    assert "is what is to be read" in fails(main, ["--make-reference", npz, "--reference", npz])
+    assert "is an input of this command" in fails(main, ["--make-reference", npz, "--reference", npz])
 
 
 def test_the_largest_file_that_is_read_is_an_option(fails, digit_folder, tmp_path, monkeypatch):

@@ -105,8 +105,8 @@ def test_records_are_compared_in_the_direction_of_the_metric(evaluate, forget, t
     compare([*argv, "closeness"])
     said = capsys.readouterr()
     assert "| closeness-digits | sure-digits | unsure-digits | difference in closeness-digits |" in said.out
-    assert ("no pareto.png: whether more or less of closeness-digits is better is not known: give --import MODULE, "
-            "where its metric is registered") in said.err
+    assert ("no pareto.png: it is unknown whether a higher closeness-digits is better: give --import MODULE, the "
+            "module that registers its metric") in said.err
     assert figures == {} and "| FD-digits-200 |" in said.out
 
 
@@ -118,5 +118,5 @@ def test_errors(fails, forget, tmp_path):
     assert "must be one of fid, sfid, is, prc, kid, near, or your own as module.NAME, not 'far'" in fails(
         main, [*argv, "far", "--import", "own_metric"])
     (tmp_path / "taken.py").write_text(OWN.replace('"near"', '"my_near"').replace('"closeness"', '"FD"'))
-    assert "two metrics have a score FD: give that of yours another name" in fails(
+    assert "two metrics have a score FD: rename the score of yours" in fails(
         main, [*argv, "fid", "--import", "taken"])

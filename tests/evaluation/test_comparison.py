@@ -121,9 +121,9 @@ def test_what_cannot_be_compared_is_named(save, tmp_path):
     (tmp_path / "list.json").write_text("[]")
     for sources, options, message in (
         ([tmp_path / "nowhere"], {}, "nowhere does not exist: give a JSON"),
-        ([tmp_path / "empty"], {}, r"empty holds neither scores-\*\.json nor samples: give a folder"),
-        ([tmp_path / "samples"], {}, "samples holds no scores-.*: evaluate it first"),
-        ([tmp_path / "list.json"], {}, "list.json is no evaluation"),
+        ([tmp_path / "empty"], {}, r"empty contains neither scores-\*\.json nor samples: give a folder"),
+        ([tmp_path / "samples"], {}, "samples contains no scores-.*: evaluate it first"),
+        ([tmp_path / "list.json"], {}, "list.json is not an evaluation"),
         ([tmp_path / "list.json", tmp_path / "empty", tmp_path / "empty"], {},
          r"none of these is an evaluation \(1 JSON file, 2 folders without scores-\*.json\): evaluate samples first"),
         (folders, {"names": ["a"]}, "1 names for 2 evaluations: give one for each of cfg1.5, cfg2$"),
@@ -144,7 +144,7 @@ def test_a_name_that_is_the_number_of_another_run_is_no_baseline(save):
     folders = save(record(), record(cfg=2.0))
     chosen = read_comparison(folders, ["2", "x"], "x", "FID", [])
     assert chosen.baseline is chosen.runs[1]
-    with pytest.raises(ValueError, match="--baseline 2 can be the run of this number, x, or the one of this name"):
+    with pytest.raises(ValueError, match="--baseline 2 is ambiguous: it is the number of run x and the name"):
         read_comparison(folders, ["2", "x"], "2", "FID", [])
     assert read_comparison(folders, ["1", "x"], "1", "FID", []).baseline.name == "1"
 
@@ -203,7 +203,7 @@ def test_below_the_table_stands_what_all_share_and_how_to_read_it(read):
     assert "- samples: num 1000, image size [8, 8], labels balanced\n" in text
     assert "\n- sampler: solver heun, cfg interval [0, 1]\n" in text
     assert "- reference: num 1797, content abababab\n- extractor: name inception, sha256 cdcdcdcd\n" in text
-    assert "the reference held fixed" in text and "2606.20536" in text and text.endswith(".\n")
+    assert "the reference is fixed" in text and "2606.20536" in text and text.endswith(".\n")
 
 
 def test_the_table_says_where_samples_were_drawn_if_not_all_in_one_place(read):
@@ -343,8 +343,8 @@ def test_charts_hold_what_is_measured_as_the_baseline_and_old_ones_go(charts, tm
     assert list(charts(record(), record(steps=25))[0]) == ["fid-steps.png", "pareto.png"]
     figures, said = charts(record(), record(steps=6, num=500), record(steps=25, reference="", solver="unipc"))
     assert figures == {} and sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.csv", "compare.md"]
-    assert "no pareto.png: fewer than two runs say their images per second" in said
-    assert "not in the charts, for another score, reference or extractor: heun6-n500, unipc25-n1000" in said
+    assert "no pareto.png: fewer than two runs record images per second" in said
+    assert "not in the charts (another score, reference or extractor): heun6-n500, unipc25-n1000" in said
     figures, _ = charts(record(step=1), record(step=2, cfg=2.0), record(step=3, cfg=3.0), metric="IS")
     assert list(figures) == ["pareto.png"] and "higher is better" in figures["pareto.png"].axes[0].get_ylabel()
 
@@ -396,8 +396,8 @@ def test_what_holds_no_record_is_passed_over_and_counted(save, tmp_path):
         (samples / name).mkdir()
     (samples / "other" / "manifest.json").touch()  # samples, which alone can be evaluated
     report = compare(sorted(samples.iterdir()), tmp_path / "out")
-    assert [line for line in report.messages if line.startswith("passed over")] == [
-        "passed over: 2 folders without scores-*.json, 2 JSON files, 1 file, 1 NPZ file, 2 PNG files (to evaluate "
+    assert [line for line in report.messages if line.startswith("skipped")] == [
+        "skipped: 2 folders without scores-*.json, 2 JSON files, 1 file, 1 NPZ file, 2 PNG files (to evaluate "
         f"{samples / 'other'}: {command('fid')} --samples {samples / 'other'} --reference "
         "REFERENCE)"]
     assert "| cfg1.5 (baseline) |" in report.table and "| cfg2 |" in report.table
@@ -409,10 +409,10 @@ def test_a_damaged_record_is_named_among_whatever_else(save, tmp_path, name):
     text = (folders[0] / "scores-inception.json").read_text()
     (tmp_path / name).write_text(text[: len(text) // 2])
     (tmp_path / "step.png").write_bytes(b"\x89")
-    with pytest.raises(ValueError, match=f"{name} is no evaluation"):
+    with pytest.raises(ValueError, match=f"{name} is not an evaluation"):
         read_all([*folders, tmp_path / name, tmp_path / "step.png"])
     (folders[0] / "scores-digits.json").write_text("")
-    with pytest.raises(ValueError, match=r"scores-digits\.json is no evaluation"):
+    with pytest.raises(ValueError, match=r"scores-digits\.json is not an evaluation"):
         read_all(folders)
 
 

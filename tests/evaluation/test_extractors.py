@@ -241,8 +241,8 @@ def test_weights_that_run_code_are_refused(tmp_path, as_published):
         (lambda f: torch.save({"a": torch.zeros(9999)}, f) or f.write_bytes(f.read_bytes()[:20_000]), "cannot be read"),
         (lambda f: f.write_bytes(b"<html>404</html>"), "cannot be read"),
         (lambda f: f.write_bytes(b""), "cannot be read"),
-        (lambda f: torch.save([torch.zeros(2)], f), "holds more than tensors by name"),
-        (lambda f: torch.save({"model": {"a": torch.zeros(2)}}, f), "holds more than tensors by name"),
+        (lambda f: torch.save([torch.zeros(2)], f), "holds more than named tensors"),
+        (lambda f: torch.save({"model": {"a": torch.zeros(2)}}, f), "holds more than named tensors"),
     ],
 )
 def test_files_that_hold_no_weights(tmp_path, as_published, make, message):

@@ -6,7 +6,7 @@ import torch
 from sit_atconv.data.images import load_digits
 from sit_atconv.evaluation import features as features_module
 from sit_atconv.evaluation.extractors import Extractor, open_extractor
-from sit_atconv.evaluation.features import FeatureShards, extract_features
+from sit_atconv.evaluation.features import ExtractedFeatures, FeatureShards, extract_features
 from sit_atconv.evaluation.image_sets import ImageSet
 from sit_atconv.runtime.files import PARTIAL
 
@@ -38,7 +38,7 @@ def shards(folder, watched, images=DIGITS, batch_size=16):
 
 def make_all(some_shards):
     contents = [some_shards.make(number) for number in range(len(some_shards))]
-    return some_shards.load("features", contents)
+    return ExtractedFeatures(some_shards, contents).load("features")
 
 
 def test_shards_hold_what_one_pass_gives(tmp_path):
@@ -99,10 +99,10 @@ def test_a_damaged_shard_is_made_again(tmp_path, damage):
 
 def test_a_shard_that_vanishes_is_named(tmp_path):
     made = shards(tmp_path, Watched())
-    contents = [made.make(0)]
+    content = made.make(0)
     next(tmp_path.glob("*.safetensors")).unlink()
     with pytest.raises(ValueError, match="give --features a folder that all processes see"):
-        made.load("features", contents)
+        made.load("features", content)
 
 
 def test_only_old_leftovers_are_cleared(tmp_path):

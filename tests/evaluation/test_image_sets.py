@@ -55,7 +55,7 @@ def test_labels_of_an_npz(tmp_path):
     np.savez(tmp_path / "other.npz", DIGITS[:4], np.zeros((2, 2, 7)))
     assert open_image_set(str(tmp_path / "labelled.npz")).labels == [3, 1, 2, 1]
     other = open_image_set(str(tmp_path / "other.npz"))
-    assert other.labels is None and other.warnings[0].endswith("arr_1 is float64 (2, 2, 7), not 4 whole numbers")
+    assert other.labels is None and other.warnings[0].endswith("arr_1 is float64 (2, 2, 7), not 4 integers")
     assert open_image_set(str(tmp_path / "labelled.npz")).first(2).labels == [3, 1]
 
 
@@ -94,7 +94,7 @@ def test_labels_that_do_not_fit_the_images_are_not_dropped_silently(tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": [["a.png", 1]]}))
     opened = write_in(tmp_path, "a.png", "b.png")
     assert opened.labels is None and len(opened) == 2
-    assert opened.warnings[0].startswith(f"the labels of {tmp_path} are not known: {tmp_path / 'dataset.json'} gives")
+    assert opened.warnings[0].startswith(f"the labels of {tmp_path} are unknown: {tmp_path / 'dataset.json'} gives")
 
 
 @pytest.mark.parametrize(("names", "message"), [
@@ -211,7 +211,7 @@ def test_a_folder_is_cropped_by_adms_rule(tmp_path):
     Image.fromarray(np.kron(DIGITS[0], np.ones((3, 5, 1), np.uint8))).save(tmp_path / "wide.png")
     images = open_image_set(str(tmp_path), crop_to=8)
     assert images.size == (8, 8) and torch.equal(images.read(0, 1)[0], read_image(tmp_path / "wide.png", 8))
-    with pytest.raises(ValueError, match="--image-size crops the images of a folder, and digits is none"):
+    with pytest.raises(ValueError, match="--image-size crops the images of a folder, and digits is not one"):
         open_image_set("digits", crop_to=8)
 
 
@@ -228,7 +228,7 @@ def test_samples_of_generate_and_their_manifest(generated):
 
 
 @pytest.mark.parametrize(("manifest", "message"), [
-    ({"complete": False}, "not complete: run the same sample/generate.py again"),
+    ({"complete": False}, "incomplete: run the same sample/generate.py again"),
     ({"settings": {"num_samples": 11}, "labels": []}, "holds 10 images, and its manifest says 11"),
     ({"settings": None}, "damaged"),
     ({"settings": {"num_samples": "many"}}, "damaged"),

@@ -31,7 +31,7 @@ def test_what_is_written_is_read_again(tmp_path):
     assert read_evaluation(tmp_path / "x.json") == evaluation()
     for text in ("{}", "[]", "no json", '{"scores": {"FID": 3}}', '{"scores": {}}'):
         (tmp_path / "x.json").write_text(text)
-        with pytest.raises(ValueError, match="no evaluation"):
+        with pytest.raises(ValueError, match="not an evaluation"):
             read_evaluation(tmp_path / "x.json")
 
 
@@ -54,7 +54,7 @@ def test_records_edited_by_hand_are_refused(tmp_path, edit):
     held = json.loads(evaluation().to_json())
     edit(held)
     (tmp_path / "x.json").write_text(json.dumps(held))
-    with pytest.raises(ValueError, match=r"x\.json is no evaluation"):
+    with pytest.raises(ValueError, match=r"x\.json is not an evaluation"):
         read_evaluation(tmp_path / "x.json")
 
 

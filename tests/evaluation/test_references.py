@@ -46,15 +46,15 @@ def test_others_statistics(tmp_path):
 
 @pytest.mark.parametrize(("arrays", "message"), [
     ({"mu": np.zeros(5)}, "no sigma"),
-    ({"labels": np.zeros(5)}, r"holds \['labels'\]: a reference has mu and sigma, or images as arr_0"),
+    ({"labels": np.zeros(5)}, r"contains \['labels'\]: give a file with mu and sigma, or images as arr_0"),
     (EYE | {"sigma": np.eye(4)}, r"\(5,\) and \(4, 4\), not \(D,\) and \(D, D\)"),
     (EYE | {"mu": np.full(5, np.nan)}, "are not finite"),
     (EYE | {"mu": np.zeros(5, complex)}, "complex128 and float64, not floating point"),
     (EYE | {"mu": np.array(list("abcde"))}, "not floating point"),
-    (EYE | {"sigma": -np.eye(5)}, "eigenvalues would not be negative"),
-    (EYE | {"sigma": np.triu(np.ones((5, 5))) + np.eye(5)}, "would be symmetric"),
-    (EYE | {"sigma": 1e200 * np.eye(5)}, "beyond 1e12"),
-    (EYE | {"mu": np.full(5, 1e200)}, "beyond 1e12"),
+    (EYE | {"sigma": -np.eye(5)}, "no negative eigenvalues"),
+    (EYE | {"sigma": np.triu(np.ones((5, 5))) + np.eye(5)}, "which is symmetric"),
+    (EYE | {"sigma": 1e200 * np.eye(5)}, "above 1e12"),
+    (EYE | {"mu": np.full(5, 1e200)}, "above 1e12"),
     (EYE | {"mu_s": np.zeros(3)}, "no sigma_s"),
     (EYE | {"arr_0": np.zeros((4, 8, 8, 3))}, "float64"),
 ])
@@ -73,7 +73,7 @@ def test_statistics_are_not_cropped(tmp_path):
 def test_a_recipe_that_is_none_is_named(tmp_path):
     for recipe in ("{", "null", "[]", '{"extractor": "x"}', '{"extractor": 3}', '{"num": "many"}'):
         np.savez(tmp_path / "x.npz", **EYE, recipe=np.array(recipe))
-        with pytest.raises(ValueError, match=r"recipe of .*x\.npz is not what --make-reference writes"):
+        with pytest.raises(ValueError, match=r"recipe of .*x\.npz is not one that --make-reference writes"):
             open_reference(str(tmp_path / "x.npz"))
     np.savez(tmp_path / "x.npz", **EYE, recipe=np.array(json.dumps({"num": 3})))
     assert open_reference(str(tmp_path / "x.npz")).recipe == {"num": 3}
