@@ -1,9 +1,4 @@
-"""Compares evaluations in a table and in charts.
-
-    python eval/compare.py RUN RUN ...
-
-The command itself is `sit_atconv/evaluation/compare.py`.
-"""
+"""Command `python eval/compare.py`; its code and usage are in sit_atconv/evaluation/compare.py."""
 
 from sit_atconv.evaluation.compare import main
 from sit_atconv.runtime.commands import run_command

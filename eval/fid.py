@@ -1,9 +1,4 @@
-"""Measures FID, Inception Score, precision, recall and KID of samples against a reference.
-
-    python eval/fid.py --samples SAMPLES --reference REFERENCE
-
-The command itself is `sit_atconv/evaluation/fid.py`.
-"""
+"""Command `python eval/fid.py`; its code and usage are in sit_atconv/evaluation/fid.py."""
 
 from sit_atconv.evaluation.fid import main
 from sit_atconv.runtime.commands import run_command

@@ -1,9 +1,4 @@
-"""Measures how many evaluations of the model each solver needs.
-
-    python eval/solvers.py --ckpt RUN --cfg 2 --out FOLDER
-
-The command itself is `sit_atconv/studies/solvers.py`.
-"""
+"""Command `python eval/solvers.py`; its code and usage are in sit_atconv/studies/solvers.py."""
 
 from sit_atconv.runtime.commands import run_command
 from sit_atconv.studies.solvers import main

@@ -1,9 +1,4 @@
-"""Times ATConv and attention side by side.
-
-    python eval/speed.py
-
-The command itself is `sit_atconv/speed/speed.py`.
-"""
+"""Command `python eval/speed.py`; its code and usage are in sit_atconv/speed/speed.py."""
 
 from sit_atconv.runtime.commands import run_command
 from sit_atconv.speed.speed import main

@@ -1,1 +1,1 @@
-"""Evaluation on torch-fidelity: image sets, feature extractors, and the metrics computed from features."""
+"""Evaluation by torch-fidelity: image sets, feature extractors, and metrics of features."""

@@ -1,4 +1,4 @@
-"""What an evaluation refuses, and what it warns of: images, statistics and extractor that do not fit each other."""
+"""Errors and warnings of an evaluation: images, statistics and extractor that do not fit each other."""
 
 import sys
 from collections import Counter
@@ -20,12 +20,12 @@ from sit_atconv.runtime.commands import is_main_process
 from sit_atconv.runtime.files import gigabytes
 
 LOSSY = {"JPEG", "MPO", "JPEG2000", "WEBP", "AVIF", "HEIF", "GIF"}  # Pillow's formats that lose detail or colours
-SINGULAR = ("no more than the {} features: their covariance is singular and the Frechet distance far too large; use "
-            "more images")
+SINGULAR = ("no more than the {} features: the covariance is singular and the Frechet distance far too large; "
+            "use more images")
 
 
 def check_fit(extractor: Extractor, samples: ImageSet, reference: Reference, device: torch.device) -> None:
-    """Raises ValueError where the first image shows that extractor, samples and reference do not fit."""
+    """Raises ValueError if extractor, samples and reference do not fit; runs the extractor on one image."""
     if not len(samples):
         raise ValueError(f"{samples.holds}, too few for any metric")
     made_with = reference.recipe.get("extractor", {})
@@ -36,56 +36,56 @@ def check_fit(extractor: Extractor, samples: ImageSet, reference: Reference, dev
     seen = extractor(samples.read(0, 1).to(device))
     for output, gaussian in reference.gaussians.items():
         if output in seen and seen[output].shape[1] != len(gaussian.mu):
-            raise ValueError(f"{NAMES[output][0]} of {reference.name} has {len(gaussian.mu)} values, and of extractor "
-                             f"{extractor.name!r} come {seen[output].shape[1]}: give another --reference or extractor")
+            raise ValueError(f"{NAMES[output][0]} of {reference.name} has {len(gaussian.mu)} values, but extractor "
+                             f"{extractor.name!r} gives {seen[output].shape[1]}: give another --reference or "
+                             "--extractor")
 
 
 def choose_metrics(
     asked: Sequence[str], extractor: Extractor, samples: ImageSet, reference: Reference
 ) -> list[Metric]:
-    """Returns those asked for, or else all that samples, reference and extractor allow, in the order of the table.
+    """Returns the metrics to compute, in the order of `METRICS`; reports those left out on stderr.
 
-    Names the others on stderr.
+    Args:
+        asked: metrics that the user asked for; empty means all that extractor, samples and reference allow.
 
     Raises:
-        ValueError: a metric that was asked for is unknown or not possible, and why; or none is possible that compares.
+        ValueError: a metric that was asked for is unknown or not possible, or no possible metric uses the reference.
     """
     wanted = [find_metric(name) for name in asked]
     names = Counter(name for metric in METRICS.values() for name in {*metric.scores, *metric.scores_elsewhere})
     if names.total() > len(names):
-        raise ValueError(f"two metrics have a score {names.most_common(1)[0][0]}: give that of yours another name")
+        raise ValueError(f"two metrics have a score {names.most_common(1)[0][0]}: rename the score of yours")
     metrics = {name: metric for name, metric in METRICS.items() if not asked or metric in wanted}
-    lacking = {name: _what_lacks(name, metric, extractor, samples, reference) for name, metric in metrics.items()}
-    if not asked and all(reasons := [lacking[name] for name, metric in metrics.items() if metric.reference]):
+    obstacles = {name: _obstacle(name, metric, extractor, samples, reference) for name, metric in metrics.items()}
+    if not asked and all(reasons := [obstacles[name] for name, metric in metrics.items() if metric.reference]):
         raise ValueError(f"no metric compares {samples.name} with {reference.name}: {reasons[0]}")
-    for name, reason in lacking.items():
+    for name, reason in obstacles.items():
         if reason and asked:
-            raise ValueError(f"there is no {name} of {samples.name}: {reason}")
+            raise ValueError(f"{name} of {samples.name} is not possible: {reason}")
         if reason and is_main_process():
             print(f"left out: {name}, since {reason}", file=sys.stderr)
-    return [metric for name, metric in metrics.items() if not lacking[name]]
+    return [metric for name, metric in metrics.items() if not obstacles[name]]
 
 
-def _what_lacks(
-    name: str, metric: Metric, extractor: Extractor, samples: ImageSet, reference: Reference
-) -> str | None:
-    """Returns why a metric is not possible, or None."""
+def _obstacle(name: str, metric: Metric, extractor: Extractor, samples: ImageSet, reference: Reference) -> str | None:
+    """Returns the reason why a metric is not possible, or None."""
     output = metric.features
     if output not in extractor.outputs:
         return f"extractor {extractor.name!r} has no {output.replace('spatial', 'spatial features')}"
     if metric.reference == "statistics" and reference.gaussians and output not in reference.gaussians:
-        return f"{reference.name} holds no {' and '.join(NAMES.get(output, ('mean', f'covariance of {output}')))}"
+        return f"{reference.name} has no {' and '.join(NAMES.get(output, ('mean', f'covariance of {output}')))}"
     if metric.reference == "images" and reference.images is None:
-        return f"{reference.name} holds no images"
-    is_of_images = metric.reference == "images" or (metric.reference and not reference.gaussians)
-    too_small = ["the reference " * (images is not samples) + images.holds
-                 for images in ([samples, reference.images] if is_of_images else [samples])
-                 if len(images) < metric.at_least]
-    return f"{' and '.join(too_small)}, and {name} needs {metric.at_least} at least" if too_small else None
+        return f"{reference.name} has no images"
+    sets = {"": samples}
+    if reference.images is not None and metric.reference and (metric.reference == "images" or not reference.gaussians):
+        sets["the reference "] = reference.images
+    too_small = [role + images.holds for role, images in sets.items() if len(images) < metric.at_least]
+    return f"{' and '.join(too_small)}, and {name} needs at least {metric.at_least}" if too_small else None
 
 
 class Warnings(list[str]):
-    """What was found wrong on the way: printed as it is added, and kept for the record."""
+    """Warnings of an evaluation, printed when they are added and kept for the record."""
 
     def add(self, message: str) -> None:
         self.append(message)
@@ -94,17 +94,17 @@ class Warnings(list[str]):
 
 
 def warn_of_images(samples: ImageSet, reference: Reference, warnings: Warnings) -> None:
-    """Warns of what can be known before any feature is extracted."""
+    """Adds the warnings that need no features."""
     for images in filter(None, (samples, reference.images)):
         for message in images.warnings:
             warnings.add(message)
-        in_memory = isinstance(images.images, np.ndarray) and not isinstance(images.images, np.memmap)
-        if in_memory and len(images) and images.name != "digits":
-            warnings.add(f"{images.name} is compressed, or in Fortran's order, and so read into the memory of every "
-                         f"process, {gigabytes(images.images.nbytes)}: written by np.savez it would stay on disk")
+        array = images.images
+        if isinstance(array, np.ndarray) and not isinstance(array, np.memmap) and images.name != "digits":
+            warnings.add(f"{images.name} is compressed or in Fortran order, so every process reads all of it into "
+                         f"memory ({gigabytes(array.nbytes)}): write it with np.savez to keep it on disk")
     if reference.images is not None and reference.images.size != samples.size:
-        warnings.add("the samples are {}x{} and the reference's images {}x{}: scores of two sizes are compared by no "
-                     "paper; --image-size crops a folder of references".format(*samples.size, *reference.images.size))
+        warnings.add("the samples are {}x{} and the reference's images {}x{}, and papers never compare two sizes: "
+                     "--image-size crops a reference folder".format(*samples.size, *reference.images.size))
     paths = () if isinstance(samples.images, np.ndarray) else samples.images
     if lossy := sorted(filter(is_lossy, {Path(path).suffix.lower() for path in paths})):
         warnings.add(f"samples are {', '.join(lossy)} files, whose compression changes every score: give PNGs or an "
@@ -112,31 +112,30 @@ def warn_of_images(samples: ImageSet, reference: Reference, warnings: Warnings) 
 
 
 def is_lossy(suffix: str) -> bool:
-    """Returns True for the suffixes, in small letters, of formats that change pixels when they are written."""
+    """True if files with this lower-case suffix are of a format that changes pixels."""
     return Image.registered_extensions().get(suffix) in LOSSY
 
 
 def warn_of_order(samples: ImageSet, all_samples: ImageSet, warnings: Warnings) -> None:
-    """Warns of sorted classes: `samples` are the first of `all_samples`, or all of them."""
-    if samples.labels is None:
+    """Warns of samples sorted by class; `samples` are the first of `all_samples`, or all of them."""
+    if samples.labels is None or all_samples.labels is None:
         return
-    are_sorted = "the samples are in the order of their labels or class folders, so that"
+    are_sorted = "the samples are in the order of their labels or class folders, so"
     remedy = "shuffle them (files are read in the order of their names)"
     if _lack_classes([np.arange(len(samples))], all_samples.labels):
         warnings.add(f"{are_sorted} the first {len(samples)} of {len(all_samples)} have few classes: {remedy}")
     if _lack_classes(chunks(len(samples)), samples.labels):
-        warnings.add(f"{are_sorted} a chunk of {IS_SPLIT} for the Inception Score has few classes and the score is far "
-                     f"too low: {remedy}")
+        warnings.add(f"{are_sorted} each chunk of {IS_SPLIT} for the Inception Score has few classes and the score is "
+                     f"far too low: {remedy}")
 
 
 def _lack_classes(parts: Sequence[np.ndarray], labels: Sequence[int]) -> bool:
-    """Returns True if parts of the samples, given by indices, have far fewer classes each than if shuffled.
+    """True if parts of the samples (indices) have far fewer classes each than if they were shuffled.
 
-    That is so in whichever order the classes are, and also for several sorted sets one after another.
+    It does not matter in which order the classes are, or whether several sorted sets follow each other.
     """
-    labels = np.asarray(labels)
     shuffled = np.random.RandomState(0).permutation(labels)
-    here, expected = (np.mean([_entropy(order[part]) for part in parts]) for order in (labels, shuffled))
+    here, expected = (np.mean([_entropy(order[part]) for part in parts]) for order in (np.asarray(labels), shuffled))
     return bool(expected - here > 0.1)  # nats: about 10 % of the Inception Score
 
 
@@ -148,7 +147,7 @@ def _entropy(labels: np.ndarray) -> float:
 def warn_of_features(
     features: Tensor, samples: ImageSet, reference: Reference, has_frechet: bool, warnings: Warnings
 ) -> None:
-    """Warns of covariances of too few images, and of copies among the samples."""
+    """Warns of covariances from too few images, and of copies among the samples."""
     num, width = features.shape
     if has_frechet and num <= width:
         warnings.add(f"{samples.holds}, {SINGULAR.format(width)}")
@@ -160,4 +159,4 @@ def warn_of_features(
     elif num_different < num:
         warnings.add(f"{num - num_different} of the {num} images of {samples.name} are copies of others")
     if num < 2 * GROUPS:
-        warnings.add(f"{num} samples are too few for a standard error: it takes {2 * GROUPS}")
+        warnings.add(f"{num} samples are too few for a standard error, which needs {2 * GROUPS}")

@@ -1,10 +1,11 @@
-"""Evaluations side by side: a table with differences and their errors, warnings where protocols differ, charts.
+"""Comparison of evaluations: a table with differences and errors, protocol warnings, charts.
 
     python eval/compare.py RUN RUN ...
 
-A RUN is a JSON that eval/fid.py wrote, or the folder of samples that it wrote to.
+A RUN is a JSON file that eval/fid.py wrote, or the folder of samples that contains it.
 """
 
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,14 +22,15 @@ def main(argv: list[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
     with user_errors():
         report = compare(options.runs, options.out, options.names, options.baseline, options.metric)
-    sys.stdout.reconfigure(errors="replace")  # a terminal may know neither ± nor →
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack ± and →
     print(report.table, end="")
     print("\n".join(report.messages), file=sys.stderr)
 
 
 @dataclass(frozen=True)
 class Report:
-    """The Markdown, and messages: how protocols differ, which charts were not drawn, what was written where."""
+    """The table as Markdown, and messages: different protocols, missing charts, written files."""
 
     table: str
     messages: list[str]
@@ -40,32 +42,31 @@ def compare(
     """Writes OUT/compare.md, OUT/compare.csv and the charts that have something to show.
 
     Args:
-        sources: files that eval/fid.py wrote, folders of samples with scores-*.json, and anything beside them that is
-            to be passed over.
-        out: where everything goes.
-        names: of the evaluations; None takes what distinguishes their paths.
-        baseline: number, from 1, or name of the run that the others are compared with.
-        metric: "FID" and so on, or a score's whole name, or a metric as eval/fid.py takes it.
+        sources: files that eval/fid.py wrote, or folders of samples with scores-*.json. Other files are skipped.
+        out: output folder.
+        names: one name for each evaluation; None uses the parts of their paths that differ.
+        baseline: number (from 1) or name of the run that the others are compared with.
+        metric: kind of score ("FID"), full name of a score ("FID-1000"), or a metric as in `eval/fid.py --metrics`.
 
     Raises:
-        ValueError: a source that holds no evaluation, names that do not fit, an unknown baseline or metric.
+        ValueError: a source holds no evaluation, the names do not fit, or baseline or metric is unknown.
         OSError: OUT cannot be written to.
     """
-    messages = []
+    messages: list[str] = []
     comparison = read_comparison(sources, names, baseline, metric, messages)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"{out} cannot be written to ({error.strerror or error}): give another --out") from error
-    from sit_atconv.evaluation.charts import draw  # matplotlib takes its time, and all that can be wrong is known now
+    from sit_atconv.evaluation.charts import draw  # matplotlib imports slowly; user errors have been reported by now
 
     table = to_markdown(comparison)
     write_aside(out / "compare.md", table)
     write_aside(out / "compare.csv", to_csv(comparison))
     charts, notes = draw(comparison, out)
-    baseline = comparison.baseline
-    warnings = [f"warning: {run.name} differs from {baseline.name}: {words}" for run in comparison.runs
-                if (words := in_words(baseline.evaluation, run.evaluation))]
+    first = comparison.baseline
+    warnings = [f"warning: {run.name} differs from {first.name}: {words}" for run in comparison.runs
+                if (words := in_words(first.evaluation, run.evaluation))]
     written = ", ".join(map(str, (out / "compare.md", out / "compare.csv", *charts)))
     return Report(table, [*messages, *warnings, *notes, f"written: {written}"])
 
@@ -74,19 +75,19 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog=command("compare"),
         usage="%(prog)s RUN [RUN ...] [--out DIR] [--names A B ...] [--baseline 1] [--metric FID]",
-        description="Compares evaluations: table on stdout, and in DIR as Markdown and CSV; charts of the metric "
-        "against sampler steps, guidance, training step and speed, where there is something to draw.",
+        description="Compares evaluations. Prints a table and writes it to DIR as Markdown and CSV, with charts of the "
+        "metric against sampler steps, guidance, training step and speed where at least two runs can be compared.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
-                        help="a JSON that eval/fid.py wrote, or a folder of samples with one or several scores-*.json")
+                        help="JSON file that eval/fid.py wrote, or a folder of samples with one or more scores-*.json")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), metavar="DIR",
-                        help="where tables and charts go")
+                        help="folder to write tables and charts to")
     parser.add_argument("--names", nargs="+", metavar="NAME",
-                        help="one for each evaluation; by default what distinguishes their paths")
-    parser.add_argument("--baseline", default="1", help="number or name of the run that all others are compared with")
+                        help="one name for each evaluation (default: the parts of their paths that differ)")
+    parser.add_argument("--baseline", default="1", help="number or name of the run to compare all others with")
     parser.add_argument("--metric", default="FID",
-                        help=f"compared and drawn: {', '.join(kinds_of_scores())}, a score's whole name, or your own "
-                        "metric, by the name of its score or as module.NAME")
+                        help=f"metric to compare and draw: {', '.join(kinds_of_scores())}, the full name of a score, "
+                        "or your own metric, by the name of its score or as module.NAME")
     add_import_option(parser)
     return parser
 

@@ -1,4 +1,4 @@
-"""Evaluations side by side: scores with their errors, differences to a baseline, what differs in how they were made."""
+"""Comparison of evaluations: scores and errors, differences to a baseline, differing protocols."""
 
 import csv
 import glob
@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,52 +27,52 @@ from sit_atconv.runtime.settings import flatten
 
 SAMPLER = "samples.sampler"
 NOTE = """\
-± is the standard error for the draw of the samples alone, the reference held fixed; that of a difference is taken in
-pairs where both runs drew the same noise and labels. Bold differences are beyond two standard errors. Nothing is
-subtracted where the number of samples, reference, extractor or image size has changed the score. Training again with
-another seed moves FID more than drawing again: gaps under about 1.3 % of FID are inconclusive without several training
-seeds (arXiv 2606.20536)."""
+± is the standard error for drawing other samples; the reference is fixed. Errors of differences are paired where both
+runs drew the same noise and labels. Bold differences exceed two standard errors. Where the number of samples,
+reference, extractor or image size has changed the score, there is no difference. Training with another seed moves FID
+more than drawing other samples: gaps under about 1.3 % of FID are inconclusive without several training seeds
+(arXiv 2606.20536)."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """An evaluation and what to call it."""
+    """An evaluation and its name in the comparison."""
 
     name: str
     evaluation: Evaluation
 
     @property
     def model(self) -> Path:
-        """The folder of the training run, as far as the paths tell."""
+        """Folder of the training run, as far as the recorded paths tell."""
         path = self.evaluation.subject.get("ckpt") or self.evaluation.subject.get("path") or ""
         return Path(re.sub(r"/(checkpoints/step-|samples/step)\d.*", "", path))
 
     @property
     def place(self) -> str | None:
-        """Where the samples were drawn: "cuda x 8"."""
+        """Hardware that drew the samples: "cuda x 8"."""
         device, processes = (self.evaluation.subject.get(name) for name in ("device", "processes"))
         return device and f"{device} x {processes or 1}"
 
     @property
     def speed(self) -> float | None:
-        """Images a second."""
+        """Images per second."""
         return self.evaluation.subject.get("images_per_second")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs, the one that the others are compared with, and by which of its scores: "FID-1000"."""
+    """Runs, the baseline among them, and the score that is compared: "FID-1000"."""
 
     runs: list[Run]
     baseline: Run
     metric: str
 
     def is_measured_alike(self, run: Run) -> bool:
-        """Whether its score may be subtracted from the baseline's."""
+        """True if the run's score may be subtracted from the baseline's."""
         return is_measured_alike(self.baseline.evaluation, run.evaluation, self.metric)
 
     def difference(self, run: Run) -> Score | None:
-        """Its score minus the baseline's; None where there is nothing to subtract."""
+        """Returns the run's score minus the baseline's, or None if they are not comparable."""
         if run is self.baseline or not self.is_measured_alike(run):
             return None
         return difference(run.evaluation, self.baseline.evaluation, self.metric)
@@ -81,7 +81,7 @@ class Comparison:
 def read_comparison(
     sources: Sequence[Path], names: Sequence[str] | None, baseline: str, metric: str, messages: list[str]
 ) -> Comparison:
-    """As `compare`, of which it is the part that reads; what it leaves out it says in `messages`."""
+    """Reads evaluations; takes arguments of `compare`, and appends skipped sources to `messages`."""
     paths = find_evaluations(sources, messages)
     evaluations = [read_evaluation(path) for path in paths]
     names = [" ".join(name.split()) for name in names or distinct_names(paths_to_name(paths))]  # on one line
@@ -94,38 +94,34 @@ def read_comparison(
     runs = [Run(name, evaluation) for name, evaluation in zip(names, evaluations, strict=True)]
     meant = [run for number, run in enumerate(runs, 1) if baseline in (str(number), run.name)]
     if len(meant) > 1:
-        raise ValueError(f"--baseline {baseline} can be the run of this number, {runs[int(baseline) - 1].name}, or the "
-                         "one of this name: give --names that are no numbers")
+        raise ValueError(f"--baseline {baseline} is ambiguous: it is the number of run {runs[int(baseline) - 1].name} "
+                         "and the name of another; give --names that are not numbers")
     if not meant:
         raise ValueError(f"there is no run {baseline!r} to be the baseline: give a number from 1 to {len(runs)}, or "
                          f"one of the names {', '.join(names)}")
-    chosen = meant[0]
-    scores = chosen.evaluation.scores
-    found = [metric] if metric in scores else [name for name in scores if kind_of(name) in _kinds(metric)]
+    scores = meant[0].evaluation.scores
+    kinds = find_metric(metric).scores if metric in METRICS or "." in metric else (metric,)
+    found = [metric] if metric in scores else [name for name in scores if kind_of(name) in kinds]
     if not found:
-        raise ValueError(f"the baseline {chosen.name} has no {metric}: give --metric one of "
+        raise ValueError(f"the baseline {meant[0].name} has no {metric}: give --metric one of "
                          f"{', '.join(scores)}, or another --baseline")
-    return Comparison(runs, chosen, found[0])
-
-
-def _kinds(metric: str) -> tuple[str, ...]:
-    """Returns the kinds of scores that --metric means: those of a metric as eval/fid.py takes it, or one kind."""
-    return find_metric(metric).scores if metric in METRICS or "." in metric else (metric,)
+    return Comparison(runs, meant[0], found[0])
 
 
 def find_evaluations(sources: Sequence[Path], messages: list[str]) -> list[Path]:
     """Returns the absolute paths of the evaluations, each file once.
 
-    Passes over sources without one, as the previews that `runs/*/samples/*` matches too, and tells `messages` how many.
+    Skips sources without one, such as the previews that `runs/*/samples/*` matches, and says so in `messages`.
 
     Raises:
-        ValueError: a source that does not exist, or none of them holds an evaluation.
+        ValueError: a source does not exist, or none of them contains an evaluation.
     """
-    found, others = {}, []
+    found: dict[Path, Path] = {}
+    others = []
     for source in map(Path, sources):
         if not source.exists():
-            raise ValueError(f"{source} does not exist: give a JSON that eval/fid.py wrote, or the folder of samples "
-                             "that it wrote to")
+            raise ValueError(f"{source} does not exist: give a JSON file that eval/fid.py wrote, or the folder of "
+                             "samples that contains it")
         is_meant = len(sources) == 1 and source.is_file()  # then `read_evaluation` says what is wrong with it
         files = evaluations_of(source) or ([source] if is_meant else [])
         for file in files:
@@ -133,37 +129,32 @@ def find_evaluations(sources: Sequence[Path], messages: list[str]) -> list[Path]
         if not files:
             others.append(source)
     if not found and len(others) == 1 and not any(path.is_file() for path in (others[0], *others[0].rglob("*"))):
-        raise ValueError(f"{others[0]} holds neither scores-*.json nor samples: give a folder of samples")
+        raise ValueError(f"{others[0]} contains neither scores-*.json nor samples: give a folder of samples")
     if not found and len(others) == 1:
-        raise ValueError(f"{others[0]} holds no scores-*.json: evaluate it first, {_evaluate(others[0])}")
+        raise ValueError(f"{others[0]} contains no scores-*.json: evaluate it first, {_evaluate(others[0])}")
     if not found:
         raise ValueError(f"none of these is an evaluation ({_counted(others)}): evaluate samples first, "
                          f"{_evaluate(Path('SAMPLES'))}")
     if others:
         folders = [f" (to evaluate {other}: {_evaluate(other)})" for other in others
                    if (other / "manifest.json").is_file()]
-        messages.append(f"passed over: {_counted(others)}{folders[0] if folders else ''}")
+        messages.append(f"skipped: {_counted(others)}{folders[0] if folders else ''}")
     return list(found.values())
 
 
 def evaluations_of(source: Path) -> list[Path]:
-    """Returns the files of a source that are evaluations or claim to be: a folder's, an .npz's, or the file itself."""
+    """Returns the files that look like evaluations: in a folder, beside an .npz, or the file itself."""
     if source.is_dir():
         return sorted(source.glob("scores-*.json"))
-    if _claims_to_be_evaluation(source):
+    if not source.is_file():  # opening a pipe would block forever
+        return []
+    is_json = source.suffix == ".json"
+    if is_json and re.search(r"(^|\.)scores-", source.name):
         return [source]
+    with open(source, "rb") as content:
+        if b'"scores"' in content.read(-1 if is_json else 4096):
+            return [source]
     return sorted(source.parent.glob(f"{glob.escape(source.stem)}.scores-*.json")) if source.suffix == ".npz" else []
-
-
-def _claims_to_be_evaluation(file: Path) -> bool:
-    """True for eval/fid.py's names and for files that hold "scores", at their start if they are no JSON."""
-    if not file.is_file():  # a pipe would wait for ever
-        return False
-    is_json = file.suffix == ".json"
-    if is_json and re.search(r"(^|\.)scores-", file.name):
-        return True
-    with open(file, "rb") as content:
-        return b'"scores"' in content.read(-1 if is_json else 4096)
 
 
 def _counted(sources: Sequence[Path]) -> str:
@@ -178,13 +169,13 @@ def _evaluate(samples: Path) -> str:
 
 
 def paths_to_name(files: Sequence[Path]) -> list[Path]:
-    """The folders of samples where each holds one of the files, else the files without .json."""
+    """Returns the parent folders of scores-*.json if no two files share one, else the files without .json."""
     one_each = len({file.parent for file in files}) == len(files)
     return [file.parent if one_each and file.name.startswith("scores-") else file.with_suffix("") for file in files]
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """What distinguishes them: the parts that are not the same in all, and of each what is not common between dashes.
+    """Returns short names: the parts of the paths that differ, without the words that all parts share.
 
     runs/net-a/samples/cfg1-heun25, runs/net-b/samples/cfg2-heun25 -> a/cfg1, b/cfg2
     """
@@ -193,14 +184,14 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     parts = [[part for part in path.parts if part != "samples"] for path in paths]
     above = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False)))
     depth = max(map(len, parts))
-    columns = zip(*[[""] * (depth - len(own)) + own[above:] for own in parts], strict=True)  # last parts are one column
-    columns = [_without_common(column) for column in columns if len({*column, ""}) > 2]
+    levels = zip(*[[""] * (depth - len(own)) + own[above:] for own in parts], strict=True)  # aligned at the last part
+    columns = [_without_common(level) for level in levels if len({*level, ""}) > 2]
     names = ["/".join(filter(None, row)) for row in zip(*columns, strict=True)]
     return names if len({*names, ""}) == len(paths) + 1 else list(map(str, paths))
 
 
 def _without_common(names: Sequence[str]) -> Sequence[str]:
-    """Without the words between dashes that are the same in all that have several."""
+    """Removes the words (separated by dashes) that all names of several words share."""
     words = [name.split("-") for name in names]
     several = [set(each) for each in words if len(each) > 1]
     common = set.intersection(*several) if several else set()
@@ -210,22 +201,22 @@ def _without_common(names: Sequence[str]) -> Sequence[str]:
 
 
 def in_words(a: Evaluation, b: Evaluation) -> str:
-    """How the protocol of b differs from that of a: "labels random → balanced; num 50000 → 10000"."""
+    """Returns the differences of two protocols in words: "labels random → balanced; num 50000 → 10000"."""
     found = protocol_differences(a, b)
-    known = ["known" if any(name.startswith(f"{SAMPLER}.") for name in flatten(e.protocol)) else "unknown"
-             for e in (a, b)]
-    if known[0] != known[1]:
-        found = {name: pair for name, pair in found.items() if not name.startswith(SAMPLER)} | {SAMPLER: known}
+    then, now = (any(name.startswith(f"{SAMPLER}.") for name in flatten(e.protocol)) for e in (a, b))
+    if then != now:
+        found = {name: pair for name, pair in found.items() if not name.startswith(SAMPLER)}
+        found[SAMPLER] = ("known", "unknown") if then else ("unknown", "known")
     return "; ".join(f"{short(name)} {said(old)} → {said(new)}" for name, (old, new) in found.items())
 
 
 def short(name: str) -> str:
-    """What to call a part of the protocol: "samples.sampler.cfg" is cfg, "reference.num" is reference num."""
+    """Shortens a name in a protocol: "samples.sampler.cfg" to "cfg", "reference.num" to "reference num"."""
     return name.removeprefix("samples.").removeprefix("sampler.").replace(".", " ").replace("_", " ")
 
 
 def said(value: object) -> str:
-    """A value of a protocol in a few characters."""
+    """Returns the value of a protocol entry in a few characters."""
     if isinstance(value, float):
         return f"{value:.10g}"
     if isinstance(value, list):
@@ -235,17 +226,17 @@ def said(value: object) -> str:
 
 
 def shared_protocol(runs: Sequence[Run]) -> dict[str, object]:
-    """Dotted name -> value, of what all have and agree in."""
+    """Returns the protocol entries that all runs agree in, as dotted name -> value."""
     first, *others = (flatten(run.evaluation.protocol) for run in runs)
     return {name: value for name, value in first.items()
             if value is not None and all(other.get(name) == value for other in others)}
 
 
 def rows(comparison: Comparison) -> list[dict[str, Score | float | str | None]]:
-    """The table: for each run its columns."""
+    """Returns the rows of the table, one for each run: column -> value."""
     runs, baseline = comparison.runs, comparison.baseline
-    names = dict.fromkeys(name for run in runs for name in run.evaluation.scores)
-    names = sorted(names, key=lambda name: [*kinds_of_scores(), kind_of(name)].index(kind_of(name)))
+    names = sorted(dict.fromkeys(name for run in runs for name in run.evaluation.scores),
+                   key=lambda name: [*kinds_of_scores(), kind_of(name)].index(kind_of(name)))
     show_place = len({run.place for run in runs}) > 1
     return [
         {
@@ -262,11 +253,11 @@ def rows(comparison: Comparison) -> list[dict[str, Score | float | str | None]]:
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """The table, what all runs share, and how to read it."""
-    table, shared = rows(comparison), {}
+    """Returns the table, the protocol entries that all runs share, and a note on reading it."""
+    table, shared = rows(comparison), defaultdict(list)
     for name, value in shared_protocol(comparison.runs).items():
         group, _, key = name.replace(SAMPLER, "sampler").partition(".")
-        shared.setdefault(group, []).append(f"{short(key)} {said(value)}".strip())
+        shared[group].append(f"{short(key)} {said(value)}".strip())
     cells = [[_cell(column, value) for column, value in row.items()] for row in table]
     for run, row in zip(comparison.runs, cells, strict=True):
         row[0] += " (baseline)" if run is comparison.baseline else ""
@@ -290,7 +281,7 @@ def _cell(column: str, value: Score | float | str | None) -> str:
 
 
 def to_csv(comparison: Comparison) -> str:
-    """The same table with all digits, each error in a column of its own."""
+    """Returns the table as CSV with all digits, and a column of its own for each error."""
     table = rows(comparison)
     scores = {column for row in table for column, value in row.items()
               if isinstance(value, Score) or column.startswith("difference")}
@@ -299,6 +290,9 @@ def to_csv(comparison: Comparison) -> str:
     writer.writerow([name for column in table[0] for name in
                      ((column, f"error of {column}") if column in scores else (column,))])
     for row in table:
-        writer.writerow([value for column, held in row.items() for value in
-                         ((held and held.value, held and held.error) if column in scores else (held,))])
+        cells: list[object] = []
+        for column, value in row.items():
+            pair = (value.value, value.error) if isinstance(value, Score) else (None, None)
+            cells += pair if column in scores else (value,)
+        writer.writerow(cells)
     return text.getvalue()

@@ -1,4 +1,4 @@
-"""From samples and a reference to scores, on several processes, after any kill."""
+"""Evaluation of samples against a reference, on several processes; an interrupted one resumes."""
 
 import contextlib
 import datetime
@@ -12,18 +12,10 @@ from accelerate import PartialState
 from torch import Tensor
 
 from sit_atconv.data import MAX_MEGAPIXELS
+from sit_atconv.evaluation import checks
 from sit_atconv.evaluation import protocol as record
-from sit_atconv.evaluation.checks import (
-    Warnings,
-    check_fit,
-    choose_metrics,
-    warn_of_features,
-    warn_of_images,
-    warn_of_order,
-)
-from sit_atconv.evaluation.extraction import ExtractedFeatures, extract_together
 from sit_atconv.evaluation.extractors import Extractor, open_extractor
-from sit_atconv.evaluation.features import FeatureShards
+from sit_atconv.evaluation.features import ExtractedFeatures, FeatureShards, extract_together
 from sit_atconv.evaluation.gaussians import Gaussian
 from sit_atconv.evaluation.image_sets import ImageSet, open_image_set
 from sit_atconv.evaluation.metric_functions import jackknife_groups
@@ -36,7 +28,7 @@ from sit_atconv.runtime.devices import on_cpu, prepare_device, return_freed_memo
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceOptions:
-    """A reference, and how features are extracted; the help of `eval/fid.py` says what each option means."""
+    """The reference and the extraction of features; `eval/fid.py --help` explains each option."""
 
     reference: str
     image_size: int | None = None
@@ -49,7 +41,7 @@ class ReferenceOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(ReferenceOptions):
-    """What to evaluate against it."""
+    """The samples to evaluate, and the options of the reference."""
 
     samples: str
     metrics: Sequence[str] = ()
@@ -60,32 +52,34 @@ def evaluate(options: EvaluateOptions) -> Evaluation | None:
     """Compares samples with a reference, on all processes together. After a kill, the same call resumes.
 
     Returns:
-        The scores and how they were measured; None on processes other than the main one.
+        The scores with their protocol; None except on rank 0.
 
     Raises:
-        ValueError: images, statistics or weights that are not available or do not fit each other, a metric that they do
-            not allow, or too few images for it.
-        OSError: what one of the processes met.
+        ValueError: images, statistics or weights are not available or do not fit each other, or do not allow a metric.
+        OSError: any process failed to read or write a file.
     """
     all_samples = open_image_set(options.samples, max_megapixels=options.max_megapixels)
     samples = all_samples.first(options.num_samples) if options.num_samples else all_samples
     reference = open_reference(options.reference, options.image_size, options.max_megapixels)
     state, extractor = _start(options)
-    check_fit(extractor, samples, reference, state.device)
-    chosen = choose_metrics(options.metrics, extractor, samples, reference)
-    warnings = Warnings()
-    warn_of_images(samples, reference, warnings)
-    warn_of_order(samples, all_samples, warnings)
-    ours = _extract(options, extractor, samples, state)
+    checks.check_fit(extractor, samples, reference, state.device)
+    chosen = checks.choose_metrics(options.metrics, extractor, samples, reference)
+
+    warnings = checks.Warnings()
+    checks.warn_of_images(samples, reference, warnings)
+    checks.warn_of_order(samples, all_samples, warnings)
+
+    ours, theirs = _extract(options, extractor, samples, state), None
     compared_with = {metric.reference for metric in chosen}
     is_needed = "images" in compared_with or ("statistics" in compared_with and not reference.gaussians)
-    theirs = _extract(options, extractor, reference.images, state) if is_needed else None
+    if is_needed and reference.images is not None:
+        theirs = _extract(options, extractor, reference.images, state)
     if not state.is_main_process:
         return None
     return_freed_memory()
     return Evaluation(
         _measure(chosen, ours, theirs, reference, warnings, state.device),
-        record.protocol(samples, reference, theirs, extractor, is_compared="images" in compared_with),
+        record.protocol(samples, reference, extractor, theirs, is_compared="images" in compared_with),
         record.subject(samples, reference, ours),
         record.environment(state, options.batch_size),
         list(warnings),
@@ -93,14 +87,14 @@ def evaluate(options: EvaluateOptions) -> Evaluation | None:
 
 
 def make_reference(options: ReferenceOptions, path: Path) -> dict | None:
-    """Writes the statistics of a set of images, as `open_reference` and ADM's evaluator read them.
+    """Writes the statistics of a set of images for `open_reference` and ADM's evaluator.
 
     Returns:
-        What the file says of itself, and None on processes other than the main one. Raises as `evaluate`.
+        The recipe stored in the file; None except on rank 0. Raises as `evaluate`.
     """
     images = open_image_set(options.reference, options.image_size, options.max_megapixels)
     if len(images) < 2:
-        raise ValueError(f"{images.holds}: statistics need 2 at least")
+        raise ValueError(f"{images.holds}: statistics need at least 2")
     state, extractor = _start(options)
     extracted = _extract(options, extractor, images, state)
     if not state.is_main_process:
@@ -117,8 +111,8 @@ def make_reference(options: ReferenceOptions, path: Path) -> dict | None:
 
 
 def _start(options: ReferenceOptions) -> tuple[PartialState, Extractor]:
-    state = PartialState(cpu=on_cpu(), timeout=datetime.timedelta(days=7))  # one may wait long for another's last shard
-    prepare_device(state.device, tf32=False)  # nor in the distances of precision and recall
+    state = PartialState(cpu=on_cpu(), timeout=datetime.timedelta(days=7))  # ranks wait for the slowest one
+    prepare_device(state.device, tf32=False)  # changes FID, precision and recall
     with state.local_main_process_first() if state.num_processes > 1 else contextlib.nullcontext():  # one downloads
         return state, open_extractor(options.extractor, options.weights, state.device)
 
@@ -126,38 +120,36 @@ def _start(options: ReferenceOptions) -> tuple[PartialState, Extractor]:
 def _extract(
     options: ReferenceOptions, extractor: Extractor, images: ImageSet, state: PartialState
 ) -> ExtractedFeatures:
-    return extract_together(FeatureShards(options.features, extractor, images, options.batch_size, state.device), state)
+    folder = Path(options.features)
+    return extract_together(FeatureShards(folder, extractor, images, options.batch_size, state.device), state)
 
 
 def _measure(
     chosen: Sequence[Metric], ours: ExtractedFeatures, theirs: ExtractedFeatures | None, reference: Reference,
-    warnings: Warnings, device: torch.device,
+    warnings: checks.Warnings, device: torch.device,
 ) -> dict[str, Score]:
-    """Returns the scores of the chosen metrics by name, in the order of the metrics."""
+    """Returns the scores of the chosen metrics by name, in the order of `chosen`."""
     samples, extractor = ours.shards.images, ours.shards.extractor
-    group = jackknife_groups(len(samples), _balanced_labels(samples))
+    are_random = samples.manifest.get("settings", {}).get("labels") == "random"  # even if they come out balanced
+    group = jackknife_groups(len(samples), None if are_random else samples.labels)
 
     @functools.cache
     def real(kind: str | None, output: str) -> Gaussian | Tensor | None:
-        if kind == "statistics":
-            return reference.gaussians.get(output) or theirs.gaussian(output)
-        return theirs.load_spread(output, COMPARED) if kind == "images" else None
+        if kind == "statistics" and reference.gaussians:
+            return reference.gaussians[output]
+        if kind is None or theirs is None:
+            return None
+        return theirs.gaussian(output) if kind == "statistics" else theirs.load_spread(output, COMPARED)
 
-    scores = {}
+    scores: dict[str, Score] = {}
     for output in dict.fromkeys(["features", *(metric.features for metric in chosen)]):
         generated = ours.load(output)
         if output == "features":
             has_frechet = any(metric.reference == "statistics" for metric in chosen)
-            warn_of_features(generated, samples, reference, has_frechet, warnings)
+            checks.warn_of_features(generated, samples, reference, has_frechet, warnings)
         for metric in chosen:
             if metric.features == output:
                 found = metric.measure(MetricInput(generated, real(metric.reference, output), group, device))
                 scores |= zip(metric.score_names(extractor.name, len(samples)), found, strict=True)
-        del generated  # before the next output is loaded
+        del generated  # frees its memory before the next output is loaded
     return {name: scores[name] for metric in chosen for name in metric.score_names(extractor.name, len(samples))}
-
-
-def _balanced_labels(samples: ImageSet) -> Sequence[int] | None:
-    """Returns None where they were drawn at random, even if they came out even."""
-    drawn = samples.manifest.get("settings", {}).get("labels", "balanced") == "random"
-    return None if drawn else samples.labels

@@ -1,4 +1,4 @@
-"""Feature extractors by name: Inception, DINOv2, the digits', and whatever was registered with torch-fidelity."""
+"""Feature extractors by name: Inception, DINOv2, digits, and those registered with torch-fidelity."""
 
 import contextlib
 from collections.abc import Callable
@@ -20,10 +20,10 @@ from sit_atconv.encoders.digit_features import WEIGHTS, DigitFeatures
 from sit_atconv.encoders.dinov2 import PUBLISHED_WIDTH, DINOv2
 from sit_atconv.runtime.files import sha256_of, sha256_of_state
 
-INCEPTION_SHA256 = "6726825d"  # how the digest of torch-fidelity's Inception begins, and its file's name ends
+INCEPTION_SHA256 = "6726825d"  # start of the digest of torch-fidelity's weights file
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 DINOV2_SHA256 = "d5383ea8"
-SPATIAL_CHANNELS = 7           # of Mixed_6d.branch1x1, at 17 x 17: 2,023 values, about as many as features
+SPATIAL_CHANNELS = 7           # of Mixed_6d.branch1x1, at 17 x 17: 2,023 values, about as many as `features` has
 
 if "digits" not in FEATURE_EXTRACTORS_REGISTRY:
     register_feature_extractor("digits", DigitFeatures)
@@ -31,14 +31,14 @@ if "digits" not in FEATURE_EXTRACTORS_REGISTRY:
 
 @dataclass(frozen=True)
 class Extractor:
-    """A network and what its outputs are.
+    """A feature network with named outputs.
 
     Args:
-        name: "inception", "dinov2" (of another width than ViT-L's "dinov2-384"), "digits" or a registered name.
-        network: uint8 (B, 3, H, W) -> a tuple of `outputs`, or of one tensor that serves as all of them.
-        sha256: digest of the weights file; where a network fetched its weights itself, of its parameters.
-        outputs: some of "features" (B, D), for distances; "logits" (B, K), for scores; "spatial" (B, S), for sFID.
-        resize: in words, how the network resizes images.
+        name: "inception", "dinov2" (with another width than ViT-L "dinov2-384"), "digits" or a registered name.
+        network: maps uint8 (B, 3, H, W) to a tuple of `outputs`, or of one tensor that is used for all of them.
+        sha256: digest of the weights file, or of the parameters if the network downloaded its weights itself.
+        outputs: some of "features" (B, D) for distances, "logits" (B, K) for scores, "spatial" (B, S) for sFID.
+        resize: how the network resizes images, in words.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Extractor:
     resize: str
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 (B, 3, H, W) -> output's name -> float32 (B, ...) on the CPU; computed without TF32."""
+        """Maps uint8 (B, 3, H, W) to {output: float32 (B, ...) on the CPU}, computed without TF32."""
         with _no_tf32(), torch.inference_mode():
             tensors = self.network(images)
         if len(tensors) == 1:
@@ -56,13 +56,13 @@ class Extractor:
         return {name: tensor.float().cpu() for name, tensor in zip(self.outputs, tensors, strict=True)}
 
     def describe(self) -> dict:
-        """What features depend on beside the images, for records and the names of caches."""
+        """Returns everything but the images that features depend on, for records and names of caches."""
         return {"name": self.name, "sha256": self.sha256, "outputs": list(self.outputs), "resize": self.resize}
 
 
 @contextlib.contextmanager
 def _no_tf32():
-    """cuDNN convolves in TF32 by default, which moves FID; what the caller had chosen comes back afterwards."""
+    """Switches TF32 off, which changes FID and is cuDNN's default, and restores the setting afterwards."""
     backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
     chosen = [backend.allow_tf32 for backend in backends]
     try:
@@ -78,12 +78,13 @@ def open_extractor(name: str, weights: str | None = None, device: torch.device |
     """Opens an extractor by name.
 
     Args:
-        name: "inception" (of ADM and torch-fidelity), "dinov2" (of FD-DINOv2), "digits" (8x8, shipped), or any name
-            registered with `torch_fidelity.register_feature_extractor`.
-        weights: path of its weights. None takes them from torch's hub cache, or downloads them into it.
+        name: "inception" (as in ADM and torch-fidelity), "dinov2" (as in FD-DINOv2), "digits" (8x8, shipped), or any
+            name registered with `torch_fidelity.register_feature_extractor`.
+        weights: path of its weights; None takes them from torch's hub cache, or downloads them into it.
+        device: device to move the network to.
 
     Raises:
-        ValueError: an unknown name, or weights that are missing, of another network, or not to be downloaded.
+        ValueError: the name is unknown, or the weights are missing, of another network, or cannot be downloaded.
     """
     if name not in (known := {"inception", "dinov2", *FEATURE_EXTRACTORS_REGISTRY}):
         raise ValueError(f"there is no extractor {name!r}: known are {', '.join(sorted(known))}")
@@ -92,46 +93,42 @@ def open_extractor(name: str, weights: str | None = None, device: torch.device |
         raise ValueError(f"there is no file {path}: give --weights the path of the weights of {name!r}")
     openers = {"inception": _open_inception, "dinov2": _open_dinov2, "digits": _open_digits}
     opened = openers[name](path) if name in openers else _open_registered(name, path)
+    assert isinstance(opened.network, nn.Module)
     opened.network.eval().requires_grad_(False).to(device)
     return opened
 
 
 class Inception(FeatureExtractorInceptionV3):
-    """torch-fidelity's Inception, with the spatial features of sFID (Nash et al., arXiv 2103.03841) as ADM takes them.
+    """Inception of torch-fidelity, with ADM's spatial features for sFID (arXiv 2103.03841).
 
-    uint8 (B, 3, H, W) -> the features it was opened for, and spatial (B, 2023).
+    Maps uint8 (B, 3, H, W) to the features that it was opened for, and spatial features (B, 2023).
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         seen = []
         with self.Mixed_6d.branch1x1.register_forward_hook(lambda *call: seen.append(call[-1])):
             outputs = super().forward(x)
-        spatial = seen[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1)     # (B, 17, 17, 7): TensorFlow's order
+        spatial = seen[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1)     # (B, 17, 17, 7), as in TensorFlow
         return *outputs, spatial.flatten(1)
 
 
 def _open_inception(path: Path | None) -> Extractor:
-    path = path or _cached(URL_INCEPTION_V3, INCEPTION_SHA256)
-    sha256 = _verified(path, URL_INCEPTION_V3, INCEPTION_SHA256)
-    _read(path, URL_INCEPTION_V3)  # torch-fidelity unpickles without restriction: we go first
+    path, sha256 = _published(path, URL_INCEPTION_V3, INCEPTION_SHA256)
+    _read(path, URL_INCEPTION_V3)  # checked here, since torch-fidelity unpickles without restriction
     network = _construct(Inception, "inception", ["2048", "logits_unbiased"], path)
     return Extractor(
         "inception", network, sha256, ("features", "logits", "spatial"), "299x299, bilinear as TensorFlow 1")
 
 
 def _open_dinov2(path: Path | None) -> Extractor:
-    if path:
-        sha256 = sha256_of(path)
-    else:
-        path = _cached(DINOV2_URL, DINOV2_SHA256)
-        sha256 = _verified(path, DINOV2_URL, DINOV2_SHA256)
-    weights = _read(path, DINOV2_URL, load_file if path.suffix == ".safetensors" else _unpickle)
+    path, sha256 = (path, sha256_of(path)) if path else _published(None, DINOV2_URL, DINOV2_SHA256)
+    weights = _read(path, DINOV2_URL, may_be_safetensors=True)
     try:
         network = DINOv2(weights)
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}; download {DINOV2_URL} and give its path as --weights"
                          ) from error
-    name = "dinov2" if network.width == PUBLISHED_WIDTH else f"dinov2-{network.width}"  # only one is FD-DINOv2
+    name = "dinov2" if network.width == PUBLISHED_WIDTH else f"dinov2-{network.width}"  # only ViT-L gives FD-DINOv2
     return Extractor(name, network, sha256, ("features",), "224x224, bicubic, antialiased")
 
 
@@ -145,11 +142,13 @@ def _open_digits(path: Path | None) -> Extractor:
 def _open_registered(name: str, path: Path | None) -> Extractor:
     kind = FEATURE_EXTRACTORS_REGISTRY[name]
     if path and issubclass(kind, FeatureExtractorInceptionV3 | FeatureExtractorVGG16):
-        _read(path, "its own weights")  # they too would unpickle without restriction
+        _read(path, "its own weights")  # checked here, since they unpickle without restriction
     layers = [kind.get_default_feature_layer_for_metric(metric) for metric in ("fid", "isc")]
-    network = _construct(kind, name, list(dict.fromkeys(layers)), path)  # torch-fidelity refuses a repetition
-    return Extractor(name, network, sha256_of(path) if path else _state_sha256(network), ("features", "logits"),
-                     "its own")
+    network = _construct(kind, name, list(dict.fromkeys(layers)), path)  # torch-fidelity refuses duplicates
+    sha256, state = sha256_of(path) if path else None, network.state_dict()
+    if state and not path:
+        sha256 = sha256_of_state(state, lambda name, x: f"{name} {x.dtype} {tuple(x.shape)}")
+    return Extractor(name, network, sha256, ("features", "logits"), "its own")
 
 
 def _construct(
@@ -164,14 +163,17 @@ def _construct(
     except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         remedy = (f"{path} does not hold its weights; give their path as --weights" if path else
-                  "it fetches its weights itself; open it once on a machine with network and copy torch's hub cache "
-                  "here, or give their path as --weights")
+                  "it downloads its weights itself; open it once on a machine with network and copy torch's hub cache "
+                  "here, or give the path of the weights as --weights")
         raise ValueError(f"the extractor {name!r} could not be opened ({reason}): {remedy}") from error
 
 
-def _cached(url: str, sha256: str) -> Path:
-    """The file of that URL in torch's hub cache, downloaded if it is not there yet."""
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+def _published(path: Path | None, url: str, sha256: str) -> tuple[Path, str]:
+    """Returns the weights published at `url` and their digest; downloads them if `path` is None.
+
+    ValueError: they cannot be downloaded, or their digest does not begin with `sha256`.
+    """
+    path = path or Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,34 +181,21 @@ def _cached(url: str, sha256: str) -> Path:
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{path.name} could not be downloaded ({error}): fetch {url} on a machine with network "
                              "and give its path as --weights") from error
-    return path
-
-
-def _verified(path: Path, url: str, sha256: str) -> str:
-    """The file's digest. Raises ValueError where it does not begin with `sha256`."""
     if not (digest := sha256_of(path)).startswith(sha256):
         raise ValueError(f"{path} is not {url}: its sha256 begins with {digest[:8]}, not {sha256}; download it again "
                          "and give its path as --weights")
-    return digest
+    return path, digest
 
 
-def _unpickle(path: Path) -> object:
-    return torch.load(path, weights_only=True, map_location="cpu")
-
-
-def _read(path: Path, url: str, load: Callable[[Path], object] = _unpickle) -> dict[str, Tensor]:
-    """Name -> tensor; no code in the file is run. Raises ValueError where it holds anything else."""
+def _read(path: Path, url: str, may_be_safetensors: bool = False) -> dict[str, Tensor]:
+    """Reads named tensors without running code in the file. ValueError: it contains anything else."""
     try:
-        weights = load(path)
-    except Exception as error:  # what a damaged file raises is anything
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}): it is cut short, no weights, or would run "
-                         f"code; download {url} and give its path as --weights") from error
+        if may_be_safetensors and path.suffix == ".safetensors":
+            return load_file(path)
+        weights = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # a damaged file may raise anything
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}): it is cut short, holds no weights, or "
+                         f"would run code; download {url} and give its path as --weights") from error
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise ValueError(f"{path} holds more than tensors by name: download {url} and give its path as --weights")
+        raise ValueError(f"{path} holds more than named tensors: download {url} and give its path as --weights")
     return weights
-
-
-def _state_sha256(network: nn.Module) -> str | None:
-    """Of the names, types, shapes and bytes of its parameters and buffers; None where it has none."""
-    state = network.state_dict()
-    return sha256_of_state(state, lambda name, x: f"{name} {x.dtype} {tuple(x.shape)}") if state else None

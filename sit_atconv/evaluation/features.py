@@ -1,4 +1,4 @@
-"""Features of sets of images, kept on disk in shards that are named by what they were made of."""
+"""Features of sets of images: extracted by several processes, cached on disk in shards."""
 
 import contextlib
 import json
@@ -6,22 +6,27 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import PIL
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from sit_atconv.evaluation.extractors import Extractor
-from sit_atconv.evaluation.image_sets import ImageSet, digest_of
+from sit_atconv.evaluation.gaussians import Gaussian, Moments
+from sit_atconv.evaluation.image_sets import ImageSet, digest_of, evenly_spaced
 from sit_atconv.runtime.files import PARTIAL, write_aside
+from sit_atconv.runtime.processes import share, together
 
-SHARD = 1024  # images: what a kill may cost each process
+SHARD = 1024  # images: a kill loses at most one shard per process
 DAY = 86_400  # seconds
 
 
@@ -30,13 +35,13 @@ def extract_features(
     extractor: Extractor, images: ImageSet, batch_size: int = 64, device: torch.device | str = "cpu",
     start: int = 0, stop: int | None = None, progress: tqdm | None = None,
 ) -> dict[str, Tensor]:
-    """One pass over images start ... stop - 1, in their order.
+    """Runs the extractor on images start ... stop - 1.
 
     Returns:
-        By output of the extractor, float32 (N, D) on the CPU.
+        For each output of the extractor, float32 (N, D) on the CPU.
 
     Raises:
-        ValueError: an image that cannot be read, or a feature that is not finite.
+        ValueError: an image cannot be read, or a feature is not finite.
     """
     parts = []
     stop = len(images) if stop is None else stop
@@ -49,12 +54,12 @@ def extract_features(
         if not values.isfinite().all():
             which = start + int((~values.isfinite().all(1)).nonzero()[0])
             raise ValueError(f"extractor {extractor.name!r} gives {name} of image {which} of {images.name} that are "
-                             "not finite: its weights are damaged")
+                             "not finite: its weights are damaged, give another file as --weights")
     return features
 
 
 def _read_ahead(images: ImageSet, start: int, stop: int, batch_size: int) -> Iterator[Tensor]:
-    """The batches of images; the next is read while one is worked on."""
+    """Yields batches of images, and reads the next one meanwhile."""
     with ThreadPoolExecutor(1) as reader:
         coming = None
         for first in range(start, stop, batch_size):
@@ -66,38 +71,38 @@ def _read_ahead(images: ImageSet, start: int, stop: int, batch_size: int) -> Ite
 
 
 class FeatureShards:
-    """The features of a set of images, `SHARD` images a file.
+    """Features of a set of images on disk, `SHARD` images per file.
 
-    A file's name is the digest of everything its content depends on: the images themselves, the extractor and its
-    weights, batch size, kind of device and versions. So a shard that is found under its name is always valid, whoever
-    wrote it, for whichever set of images; and one image or setting changed is another name.
+    The name of a file is the digest of everything that its content depends on: the images themselves, the extractor and
+    its weights, batch size, kind of device and versions. So an existing file is always valid, whichever command wrote
+    it, and a changed image or setting gives another name.
 
     Args:
-        folder: of the files; several commands may share it.
-        extractor: what sees the images.
-        images: what is seen.
-        batch_size: images at a time.
-        device: where the extractor lives.
+        folder: folder of the files; several commands may share it.
+        extractor: the network that computes the features.
+        images: the set of images.
+        batch_size: number of images per forward pass.
+        device: device of the extractor.
     """
 
     def __init__(
         self, folder: Path, extractor: Extractor, images: ImageSet, batch_size: int, device: torch.device | str
     ):
-        self.folder, self.extractor, self.images = Path(folder), extractor, images
+        self.folder, self.extractor, self.images = folder, extractor, images
         self.batch_size, self.device = batch_size, torch.device(device)
-        versions = {"torch": torch.__version__, "pillow": PIL.__version__}
-        self._settings = json.dumps({"extractor": extractor.describe(), "batch_size": batch_size,
-                                     "device": self.device.type, "versions": versions}, sort_keys=True)
+        self._settings = json.dumps({
+            "extractor": extractor.describe(), "batch_size": batch_size, "device": self.device.type,
+            "versions": {"torch": torch.__version__, "pillow": PIL.__version__}}, sort_keys=True)
 
     def __len__(self) -> int:
         return -(-len(self.images) // SHARD)
 
     def bounds(self, number: int) -> tuple[int, int]:
-        """The first image of a shard, and the first behind it."""
+        """Returns the first image of a shard, and the first one after it."""
         return number * SHARD, min((number + 1) * SHARD, len(self.images))
 
     def make(self, number: int, progress: tqdm | None = None) -> str:
-        """Extracts and writes a shard unless it is there; returns the digest of its images."""
+        """Extracts and writes a shard unless it exists; returns the digest of its images."""
         start, stop = self.bounds(number)
         content = self.images.content(start, stop)
         if self.has(content):
@@ -108,25 +113,18 @@ class FeatureShards:
         write_aside(self._path(content), save(features), writer=f"{socket.gethostname()}-{os.getpid()}-")
         return content
 
-    def load(self, name: str, contents: Sequence[str]) -> Tensor:
-        """One output, (N, D), of the shards whose images have these digests, one after another.
-
-        Raises:
-            ValueError: a shard is missing or damaged: other processes write to another disk, or somebody deletes.
-        """
-        parts = []
-        for content in contents:
-            path = self._path(content)
-            try:
-                with safe_open(path, "pt") as file:
-                    parts.append(file.get_tensor(name))
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{path} cannot be read ({error}): give --features a folder that all processes see, "
-                                 "and run the same command again") from error
-        return torch.cat(parts)
+    def load(self, name: str, content: str) -> Tensor:
+        """Returns one output (N, D) of the shard whose images have this digest. ValueError: it cannot be read."""
+        path = self._path(content)
+        try:
+            with safe_open(path, "pt") as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read ({error}): give --features a folder that all processes see, "
+                             "and run the same command again") from error
 
     def has(self, content: str) -> bool:
-        """Whether the shard whose images have this digest is there and can be read."""
+        """True if the shard whose images have this digest exists and can be read."""
         try:
             with safe_open(self._path(content), "pt") as file:
                 return set(file.keys()) == set(self.extractor.outputs)
@@ -134,11 +132,7 @@ class FeatureShards:
             return False
 
     def make_ready(self) -> None:
-        """Makes the folder, and clears it of what a process killed more than a day ago left half written.
-
-        Raises:
-            OSError: it cannot be written to.
-        """
+        """Makes the folder and deletes partial files older than a day. OSError: it cannot be written to."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
@@ -153,3 +147,60 @@ class FeatureShards:
 
     def _path(self, content: str) -> Path:
         return self.folder / f"{digest_of(self._settings, content)[:32]}.safetensors"
+
+
+@dataclass(frozen=True)
+class ExtractedFeatures:
+    """Complete features of a set of images; `contents` are the digests of the images of each shard."""
+
+    shards: FeatureShards
+    contents: list[str]
+
+    @property
+    def content(self) -> str:
+        """Digest of all images of the set."""
+        return digest_of(*self.contents)
+
+    def load(self, output: str) -> Tensor:
+        """Returns one output of all images, (N, D)."""
+        return torch.cat([self.shards.load(output, content) for content in self.contents])
+
+    def load_spread(self, output: str, most: int) -> Tensor:
+        """Returns one output of `most` images, evenly spaced over the set, or of all if there are fewer."""
+        chosen = torch.tensor(evenly_spaced(len(self.shards.images), most))
+        parts = []
+        for number, content in enumerate(self.contents):
+            start, stop = self.shards.bounds(number)
+            here = chosen[(chosen >= start) & (chosen < stop)] - start
+            parts.append(self.shards.load(output, content)[here])
+        return torch.cat(parts)
+
+    def gaussian(self, output: str) -> Gaussian:
+        """Fits a Gaussian to one output of all images, with one shard in memory at a time."""
+        first, *others = self.contents
+        features = self.shards.load(output, first)
+        moments = Moments.of(features, features.double().mean(0))
+        for content in others:
+            moments += Moments.of(self.shards.load(output, content), moments.origin)
+        return moments.gaussian()
+
+
+def extract_together(shards: FeatureShards, state: PartialState) -> ExtractedFeatures:
+    """Extracts missing shards; each process takes every n-th one.
+
+    Raises:
+        OSError: any process failed, or they do not see each other's files; raised on all of them.
+    """
+    mine, made = share(range(len(shards)), state), []
+    num_images = sum(stop - start for start, stop in map(shards.bounds, mine))
+    with together(), tqdm(total=num_images, unit="image", desc=Path(shards.images.name).name,
+                          disable=not state.is_main_process) as progress:
+        shards.make_ready()
+        for number in mine:
+            made.append((number, shards.make(number, progress)))
+    contents = [content for _, content in sorted(gather_object(made))]
+    with together():
+        if state.is_main_process and not all(map(shards.has, contents)):
+            raise OSError(f"{shards.folder} lacks files that other processes wrote: give --features a folder that "
+                          "all of them see")
+    return ExtractedFeatures(shards, contents)

@@ -1,4 +1,4 @@
-"""Gaussians fitted to features, from moments that add and subtract."""
+"""Gaussians fitted to features, by moments that can be added and subtracted."""
 
 from dataclasses import dataclass
 
@@ -15,17 +15,20 @@ class Gaussian:
     sigma: np.ndarray
 
 
+@dataclass(frozen=True)
 class Moments:
-    """Number, sum and scatter of features (N, D), in float64 about a fixed origin; those of parts add and subtract."""
+    """Count, sum (D,) and scatter matrix (D, D) of features minus `origin` (D,), in float64."""
 
-    def __init__(self, origin: Tensor, num: int = 0, total: Tensor | float = 0.0, scatter: Tensor | float = 0.0):
-        self.origin, self.num, self.total, self.scatter = origin.double(), num, total, scatter
+    origin: Tensor
+    num: int
+    total: Tensor
+    scatter: Tensor
 
-    def add(self, features: Tensor) -> None:
-        centred = features.double() - self.origin
-        self.num += len(centred)
-        self.total = self.total + centred.sum(0)
-        self.scatter = self.scatter + centred.T @ centred
+    @classmethod
+    def of(cls, features: Tensor, origin: Tensor) -> "Moments":
+        """Returns the moments of features (N, D)."""
+        centred = features.double() - origin
+        return cls(origin, len(centred), centred.sum(0), centred.T @ centred)
 
     def __sub__(self, part: "Moments") -> "Moments":
         return Moments(self.origin, self.num - part.num, self.total - part.total, self.scatter - part.scatter)
@@ -34,14 +37,12 @@ class Moments:
         return Moments(self.origin, self.num + part.num, self.total + part.total, self.scatter + part.scatter)
 
     def gaussian(self) -> Gaussian:
-        """With the unbiased covariance, as numpy's and ADM's."""
+        """Returns the Gaussian with the unbiased covariance, as numpy and ADM compute it."""
         mean = self.total / self.num
         sigma = (self.scatter - torch.outer(mean, self.total)) / (self.num - 1)
         return Gaussian((self.origin + mean).numpy(), sigma.numpy())
 
 
 def fit_gaussian(features: Tensor) -> Gaussian:
-    """To features (N, D), N at least 2."""
-    moments = Moments(features.double().mean(0))
-    moments.add(features)
-    return moments.gaussian()
+    """Fits a Gaussian to features (N, D), where N is at least 2."""
+    return Moments.of(features, features.double().mean(0)).gaussian()

@@ -1,4 +1,4 @@
-"""Sets of images to be evaluated: a folder, an `.npz`, what `sample/generate.py` wrote, or the embedded digits."""
+"""Sets of images to evaluate: a folder, an `.npz`, output of `sample/generate.py`, or the digits."""
 
 import hashlib
 import json
@@ -20,17 +20,17 @@ from sit_atconv.data.images import ImageFolder, left_out_line, list_images, load
 from sit_atconv.data.pixels import CROP_RULE, read_image
 from sit_atconv.runtime.files import sha256_of
 
-LABELS = "arr_1"  # where ADM's sampler puts them
-MANIFEST, NPZ = "manifest.json", "samples.npz"  # what sample/generate.py writes beside images/
+LABELS = "arr_1"  # as in ADM's files
+MANIFEST, NPZ = "manifest.json", "samples.npz"  # files that sample/generate.py writes beside images/
 DRAW = "draw samples from it with sample/generate.py --ckpt and give their folder"
-OTHERS = {  # what is in a folder that is no set of images, whatever pictures it shows -> what it is, and the remedy
+OTHERS = {  # file in a folder that is not a set of images, whatever pictures are in it -> its name and the remedy
     "shard-00000.safetensors": "a folder of latents: give the folder of images that was encoded",
     "checkpoints/step-*": f"a training run: {DRAW}",
     "*/images/000000.png": "a folder with several sets of samples: give one of its folders",
     "diffusion_pytorch_model.safetensors": f"a checkpoint or an exported model: {DRAW}",
     "*/diffusion_pytorch_model.safetensors": f"a checkpoint or an exported model: {DRAW}",
 }
-SAMPLER = [  # the sampler's among the settings of a manifest, where it does not list them itself
+SAMPLER = [  # settings of the sampler in manifests that do not list them themselves
     "cfg", "cfg_schedule", "cfg_channels", "cfg_interval", "solver", "steps", "shift", "times", "diffusion_form",
     "diffusion_norm", "last_step", "last_step_size", "dtype", "compile",
 ]
@@ -42,13 +42,13 @@ class ImageSet:
     """Images of one size, read some at a time.
 
     Args:
-        name: what the user called it.
-        images: an array (N, H, W, 3) uint8, in memory or on disk, or the paths of N images.
-        crop_to: the side that files are cropped to by ADM's rule; None takes them as they are.
-        labels: N whole numbers, or None where they are not known.
-        manifest: what `sample/generate.py` wrote about them, {} where it did not.
-        max_megapixels: size in millions of pixels above which a file is refused.
-        warnings: what the user should know of these images.
+        name: path or word that the user gave.
+        images: uint8 (N, H, W, 3), in memory or on disk, or the paths of N images.
+        crop_to: side in pixels to crop files to by ADM's rule; None leaves them as they are.
+        labels: N integers, or None if unknown.
+        manifest: manifest of `sample/generate.py`, or {}.
+        max_megapixels: largest accepted file, in millions of pixels.
+        warnings: problems of these images that the user should know.
     """
 
     name: str
@@ -63,23 +63,27 @@ class ImageSet:
         return len(self.images)
 
     def first(self, num: int) -> "ImageSet":
-        """ValueError: there are fewer."""
+        """Returns the first `num` images. ValueError: there are fewer."""
         if num > len(self):
             raise ValueError(f"{self.holds}, fewer than --num-samples {num}")
         return replace(self, images=self.images[:num], labels=None if self.labels is None else self.labels[:num])
 
     @property
     def holds(self) -> str:
-        """"runs/a/samples/x holds 60 images", as messages begin."""
+        """Start of messages: "runs/a/samples/x holds 60 images"."""
         return f"{self.name} holds {len(self)} image{'s' * (len(self) != 1)}"
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """(H, W) of the first, which all must have."""
-        return tuple(self.read(0, 1).shape[-2:])
+        """Height and width in pixels of the first image, which all must have."""
+        height, width = self.read(0, 1).shape[-2:]
+        return height, width
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Images start ... stop - 1, uint8 (B, 3, H, W). ValueError: one cannot be read, or is of another size."""
+        """Reads images start ... stop - 1, uint8 (B, 3, H, W).
+
+        ValueError: one cannot be read, or has another size.
+        """
         if isinstance(self.images, np.ndarray):
             return torch.from_numpy(np.array(self.images[start:stop])).permute(0, 3, 1, 2)
         with ThreadPoolExecutor() as pool:
@@ -88,8 +92,8 @@ class ImageSet:
         for path, picture in zip(self.images[start:stop], pictures, strict=True):
             if picture.shape != expected:
                 (_, h, w), (_, h0, w0) = picture.shape, expected
-                raise ValueError(f"{path} is {h}x{w}, and the first {h0}x{w0}: give images of one size (of a "
-                                 "reference, --image-size crops all to one)")
+                raise ValueError(f"{path} is {h}x{w}, and the first {h0}x{w0}: give images of one size, or crop "
+                                 "a reference with --image-size")
         return torch.stack(pictures)
 
     def _read_file(self, path: str) -> Tensor:
@@ -99,21 +103,21 @@ class ImageSet:
             raise ValueError(f"{path} {error}") from error
 
     def content(self, start: int, stop: int) -> str:
-        """Digest of images start ... stop - 1: of their pixels, or of their files' bytes and the crop."""
+        """Returns the digest of images start ... stop - 1: their pixels, or their files' bytes and the crop."""
         if isinstance(self.images, np.ndarray):
             pixels = np.ascontiguousarray(self.images[start:stop])
-            return digest_of(str(pixels.shape), hashlib.sha256(pixels).hexdigest())
+            return digest_of(str(pixels.shape), hashlib.sha256(pixels.data).hexdigest())
         with ThreadPoolExecutor() as pool:
             return digest_of(self.crop, *pool.map(sha256_of, map(Path, self.images[start:stop])))
 
     @property
     def crop(self) -> str:
-        """How files become images, in words."""
+        """Description of how files are cropped."""
         return f"{CROP_RULE}, to {self.crop_to}x{self.crop_to}" if self.crop_to else "none"
 
 
 def evenly_spaced(num: int, most: int) -> list[int]:
-    """`most` indices from all over `num`, or all of them."""
+    """Returns `most` indices, evenly spaced over `num`, or all if there are fewer."""
     return np.linspace(0, num - 1, min(most, num)).astype(int).tolist()
 
 
@@ -122,25 +126,25 @@ def digest_of(*parts: str) -> str:
 
 
 def open_image_set(source: str, crop_to: int | None = None, max_megapixels: float = MAX_MEGAPIXELS) -> ImageSet:
-    """The images that a path, or the word "digits", stands for.
+    """Opens the images at a path, or the digits.
 
     Args:
-        source: a folder of images, whose labels are those of its dataset.json or of its subfolders; an `.npz` with
-            `arr_0` uint8 (N, H, W, 3) and optionally labels `arr_1`; a folder that `sample/generate.py` wrote, or the
-            manifest or samples.npz in it (its samples.npz, or else its images/, and never the grid picture); or
-            "digits", scikit-learn's 1,797 as RGB.
-        crop_to: side that the images of a folder are cropped to, by ADM's rule.
-        max_megapixels: size in millions of pixels above which a file is refused.
+        source: a folder of images, with labels from its dataset.json or its subfolders; an `.npz` with `arr_0` uint8
+            (N, H, W, 3) and optionally labels `arr_1`; a folder that `sample/generate.py` wrote, or the manifest or
+            samples.npz in it (reads samples.npz, or else images/, never the grid picture); or "digits", scikit-learn's
+            1,797 digits as RGB.
+        crop_to: side in pixels to crop the images of a folder to, by ADM's rule.
+        max_megapixels: largest accepted file, in millions of pixels.
 
     Raises:
-        ValueError: nothing readable is there, the array is of another kind, or the folder is a training run, latents
+        ValueError: nothing there can be read, the array is of another kind, or the folder is a training run, latents
             or a checkpoint; the message says what was expected.
     """
     check_is_images(source)
     path = folder_of(Path(source))
     is_generated = (path / MANIFEST).is_file() and ((path / "images").is_dir() or (path / NPZ).is_file())
     if crop_to and (is_generated or not path.is_dir()):
-        raise ValueError(f"--image-size crops the images of a folder, and {source} is none")
+        raise ValueError(f"--image-size crops the images of a folder, and {source} is not one: leave it out")
     if source == "digits":
         return ImageSet(source, np.repeat(load_digits()[0][..., None], 3, axis=-1))
     if is_generated:
@@ -153,20 +157,20 @@ def open_image_set(source: str, crop_to: int | None = None, max_megapixels: floa
 
 
 def folder_of(path: Path) -> Path:
-    """Returns the folder that `sample/generate.py` wrote, for its manifest and its samples.npz; other paths stay."""
+    """Returns the folder of samples for its manifest or samples.npz, and any other path unchanged."""
     is_part = path.name == MANIFEST or (path.name == NPZ and path.with_name(MANIFEST).is_file())
     return path.parent if is_part else path
 
 
 def check_is_images(source: str) -> None:
-    """Raises ValueError for latents, a training run or a checkpoint in the place of images."""
+    """Raises ValueError if the path is latents, a training run or a checkpoint instead of images."""
     path = Path(source)
     if path.is_file() and path.suffix.lower() in WEIGHTS:
         raise ValueError(f"{source} is a file of weights: {DRAW}")
     if path.is_dir():
-        for pattern, what in OTHERS.items():
+        for pattern, kind in OTHERS.items():
             if next(path.glob(pattern), None):
-                raise ValueError(f"{source} is {what}")
+                raise ValueError(f"{source} is {kind}")
 
 
 def _open_npz(source: str, npz: ImageNpz) -> ImageSet:
@@ -175,40 +179,41 @@ def _open_npz(source: str, npz: ImageNpz) -> ImageSet:
         return ImageSet(source, images)
     labels = npz.read(LABELS)
     if labels.dtype.kind not in "iu" or labels.size != len(images):
-        warning = f"the labels of {source} are not known: {LABELS} is {labels.dtype} {labels.shape}"
-        return ImageSet(source, images, warnings=(f"{warning}, not {len(images)} whole numbers",))
+        found = f"{LABELS} is {labels.dtype} {labels.shape}, not {len(images)} integers"
+        return ImageSet(source, images, warnings=(f"the labels of {source} are unknown: {found}",))
     return ImageSet(source, images, labels=labels.ravel().tolist())
 
 
 def _open_folder(source: str, folder: Path) -> ImageSet:
-    listing, labels = scan_images(folder), None
-    names = listing.names
-    others = {suffix: count for suffix, count in listing.all_left_out().items() if suffix != ".json"}  # our records
-    warnings = (f"{source}: {left_out_line(others)}",) if others else ()
+    listing = scan_images(folder)
+    others = {suffix: count for suffix, count in listing.all_left_out().items() if suffix != ".json"}  # records
+    warnings = [f"{source}: {left_out_line(others)}"] if others else []
+    labels: list[int] | None = None
     if (folder / "dataset.json").is_file():
         try:
             labels = ImageFolder(folder, 1, keep_empty_classes=True).labels.tolist()
         except ValueError as error:
-            warnings += (f"the labels of {source} are not known: {' '.join(str(error).split())}",)
+            warnings.append(f"the labels of {source} are unknown: {' '.join(str(error).split())}")
     else:
-        labels = _labels_of_subfolders(names)
+        labels = _labels_of_subfolders(listing.names)
     labels = labels if labels and len(set(labels)) > 1 else None
-    return ImageSet(source, [os.path.join(folder, name) for name in names], labels=labels, warnings=warnings)
+    paths = [os.path.join(folder, name) for name in listing.names]
+    return ImageSet(source, paths, labels=labels, warnings=tuple(warnings))
 
 
 def _labels_of_subfolders(names: Sequence[str]) -> list[int] | None:
-    """Returns a number for each image's subfolder; None if there are images outside, or no subfolder is a class."""
-    folders = [name.split(os.sep)[0] if os.sep in name else None for name in names]
-    if None in folders or _are_parts_of_a_sequence(folders, names):
+    """Returns each image's subfolder as a number; None if one has no subfolder or these are not classes."""
+    folders = [name.split(os.sep)[0] for name in names if os.sep in name]
+    if len(folders) < len(names) or _are_parts_of_a_sequence(folders, names):
         return None
     label = {folder: index for index, folder in enumerate(dict.fromkeys(folders))}
     return [label[folder] for folder in folders]
 
 
 def _are_parts_of_a_sequence(folders: Sequence[str], names: Sequence[str]) -> bool:
-    """True if subfolders have the number of their first file, as in 001000/001000.png ... 001000/001999.png.
+    """True if each subfolder has the number of its first file: 001000/001000.png ... 001000/001999.png.
 
-    EDM's `--subdirs` writes samples so: each subfolder has all classes.
+    EDM's `--subdirs` writes such folders, which contain all classes.
     """
     stems = [os.path.splitext(os.path.basename(name))[0] for name in names]
     if not all(text.isascii() and text.isdigit() for text in (*set(folders), *stems)):
@@ -231,16 +236,14 @@ def _open_generated(source: str, folder: Path) -> ImageSet:
         raise ValueError(f"{folder / MANIFEST} is damaged ({error}): give the folder images/ alone, or run the "
                          "same sample/generate.py again") from error
     if num_samples is None:
-        raise ValueError(f"the samples in {folder} are not complete: run the same sample/generate.py again")
-    npz = folder / NPZ
-    images = ImageNpz(npz).images() if npz.exists() else _paths(folder / "images")
+        raise ValueError(f"the samples in {folder} are incomplete: run the same sample/generate.py again")
+    images: np.ndarray | list[str]
+    if (folder / NPZ).exists():
+        images = ImageNpz(folder / NPZ).images()
+    else:  # strings, since a million Paths would take 0.5 GB
+        images = [os.path.join(folder, "images", name) for name in list_images(folder / "images")]
     if len(images) != num_samples:
         raise ValueError(f"{folder} holds {len(images)} images, and its manifest says {num_samples}: run the same "
                          "sample/generate.py again")
     manifest |= {"sessions": sessions, "sampler": sampler}
     return ImageSet(source, images, labels=labels or None, manifest=manifest)
-
-
-def _paths(folder: Path) -> list[str]:
-    """Strings: of a million `Path`s every process would hold half a gigabyte."""
-    return [os.path.join(folder, name) for name in list_images(folder)]

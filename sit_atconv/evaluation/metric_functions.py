@@ -1,8 +1,8 @@
-"""FID, sFID, Inception Score, KID, precision and recall from features, by torch-fidelity's functions, with errors.
+"""FID, sFID, Inception Score, KID, precision and recall from features, by torch-fidelity, with errors.
 
-Each takes features (N, D) or logits (N, K) of N samples. Errors are for the draw of the samples, the reference held
-fixed: by a jackknife over `GROUPS` groups of samples, which follows the true spread where a bootstrap does not (it adds
-FID's bias once more). What else is known of a metric is in metrics.py.
+Each takes features (N, D) or logits (N, K) of N samples. Errors are standard errors for drawing other samples, with a
+fixed reference, by a jackknife over `GROUPS` groups of samples. It follows the true spread; a bootstrap does not, since
+it adds FID's bias once more. The table of metrics is in metrics.py.
 """
 
 import math
@@ -22,21 +22,21 @@ from sit_atconv.evaluation.gaussians import Gaussian, Moments
 from sit_atconv.evaluation.scores import Score, jackknife_error
 
 GROUPS = 20
-NEIGHBOURS = 3          # ADM's k, on the features of FID
-IS_SPLIT = 5000         # ADM takes chunks of 5,000 in the order of the file; torch-fidelity as many, but equal ones
+NEIGHBOURS = 3          # ADM's k
+IS_SPLIT = 5000         # ADM's chunks, in the order of the file; torch-fidelity takes equally many of equal size
 KID_SUBSET, KID_SUBSETS = 1000, 100
-SEED = 2020             # torch-fidelity's, of KID's subsets
+SEED = 2020             # torch-fidelity's seed of KID's subsets
 BLOCK = 1000            # images compared at a time for precision and recall: bounds memory
-METHOD = {              # what a protocol says of these
+METHOD = {              # these constants in a protocol
     "groups": GROUPS, "neighbours": NEIGHBOURS, "is_chunks": f"ceil(N / {IS_SPLIT}) in the order of the files",
     "kid_subset": KID_SUBSET, "kid_subsets": KID_SUBSETS, "seed": SEED,
 }
 
 
 def jackknife_groups(num: int, labels: Sequence[int] | None = None) -> Tensor:
-    """Group of each sample, (num,), of equal size: by index, or within each class where labels are balanced.
+    """Returns the group of each sample (num,): by index, or within each class if labels are balanced.
 
-    (Labels that were drawn at random are part of the draw, and so not balanced out.)
+    Labels drawn at random are part of the draw, so groups are not balanced by them.
     """
     group = torch.arange(num) % GROUPS
     if labels is None or not are_balanced(labels):
@@ -46,63 +46,60 @@ def jackknife_groups(num: int, labels: Sequence[int] | None = None) -> Tensor:
 
 
 def are_balanced(labels: Sequence[int]) -> bool:
-    """Whether every class that occurs does so equally often, to within one, and twice at least."""
+    """True if all classes that occur are equally frequent, to within one, and occur at least twice."""
     counts = np.unique(np.asarray(labels), return_counts=True)[1]
     return bool(counts.max() - counts.min() <= 1 and counts.min() > 1 and len(counts) > 1)
 
 
 def frechet_distance(generated: Gaussian, real: Gaussian) -> float:
-    """Between two Gaussians (arXiv 1706.08500, eq. 6), by torch-fidelity."""
+    """Returns the Frechet distance of two Gaussians (arXiv 1706.08500, eq. 6), by torch-fidelity."""
     statistics = [{"mu": gaussian.mu, "sigma": gaussian.sigma} for gaussian in (generated, real)]
     return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
 
 
 def frechet(generated: Tensor, real: Gaussian, group: Tensor | None = None, progress: bool = False) -> Score:
-    """Frechet distance and its error; no error below two samples a group.
+    """Returns the Frechet distance and its error, or no error for fewer than two samples per group.
 
     Args:
         generated: features (N, D).
-        real: of the reference, as `fit_gaussian` fits it to features.
-        group: of each sample, (N,), by `jackknife_groups`; None is by index.
-        progress: whether to show a bar.
+        real: Gaussian of the reference, as by `fit_gaussian`.
+        group: group of each sample (N,), as by `jackknife_groups`; None groups by index.
+        progress: True shows a progress bar.
     """
     group = jackknife_groups(len(generated)) if group is None else group
     origin = generated[:BLOCK].double().mean(0)
-    parts = []
-    for g in range(GROUPS):
-        parts.append(Moments(origin))
-        parts[-1].add(generated[group == g])
-    whole = sum(parts, Moments(origin))
+    parts = [Moments.of(generated[group == g], origin) for g in range(GROUPS)]
+    whole = sum(parts[1:], parts[0])
     value = frechet_distance(whole.gaussian(), real)
     if len(generated) < 2 * GROUPS:
         return Score(value)
     root = _root(real.sigma)
-    parts = tqdm(parts, "error of the Frechet distance", unit="group", disable=not progress, leave=False)
-    without = [_frechet_by_root((whole - part).gaussian(), real, root) for part in parts]
+    bar = tqdm(parts, "error of the Frechet distance", unit="group", disable=not progress, leave=False)
+    without = [_frechet_by_root((whole - part).gaussian(), real, root) for part in bar]
     return Score(value, jackknife_error(without), without)
 
 
 def _root(sigma: np.ndarray) -> np.ndarray:
-    """The symmetric square root of a covariance."""
+    """Returns the symmetric square root of a covariance."""
     values, vectors = np.linalg.eigh(sigma)
     return vectors * np.sqrt(values.clip(0)) @ vectors.T
 
 
 def _frechet_by_root(generated: Gaussian, real: Gaussian, root: np.ndarray) -> float:
-    """`frechet_distance` with the root of `real.sigma` at hand: three times as fast, by a symmetric problem."""
+    """Returns `frechet_distance`, three times as fast: `root` of `real.sigma` makes the problem symmetric."""
     shared = np.sqrt(np.linalg.eigvalsh(root @ generated.sigma @ root).clip(0)).sum()
     return float(((generated.mu - real.mu) ** 2).sum() + np.trace(generated.sigma) + np.trace(real.sigma) - 2 * shared)
 
 
 def chunks(num: int) -> list[np.ndarray]:
-    """Returns the indices of the samples in each of the equal chunks that the Inception Score is averaged over."""
+    """Returns the sample indices of each of the equal chunks that the Inception Score is averaged over."""
     return np.array_split(np.arange(num), math.ceil(num / IS_SPLIT))
 
 
 def inception_score(logits: Tensor) -> Score:
-    """Over ceil(N / 5,000) equal chunks in the order of the samples: ADM's, where 5,000 divides N.
+    """Returns the mean over ceil(N / 5,000) equal chunks in the order of the samples, and its error.
 
-    With the error of the mean of two chunks or more.
+    These are ADM's chunks if 5,000 divides N. A single chunk has no error.
     """
     splits = len(chunks(len(logits)))
     score = isc_features_to_metric(logits, splits, shuffle=False)
@@ -111,37 +108,37 @@ def inception_score(logits: Tensor) -> Score:
 
 
 def kid(generated: Tensor, real: Tensor, group: Tensor | None = None, progress: bool = False) -> Score:
-    """Kernel distance (arXiv 1801.01401) over torch-fidelity's subsets, and its error.
+    """Returns the kernel distance (arXiv 1801.01401) over torch-fidelity's subsets, and its error.
 
-    The usual "std" of KID is the spread over subsets, whose size decides it. The error here is that of the mean: each
-    group of samples is left out of all subsets, from whose kernel matrices its rows are taken away. No error where a
-    subset has fewer than two samples a group.
+    The usual "std" of KID is the spread over subsets, which depends on their size. The error here is the standard error
+    of the mean: the jackknife removes the rows of each group from the kernel matrices of all subsets. There is no error
+    if a subset has fewer than two samples per group.
     """
     size = min(KID_SUBSET, len(generated), len(real))
     has_error = size >= 2 * GROUPS
-    group = jackknife_groups(len(generated)) if group is None else group
-    generated, real, group = generated.numpy(), real.numpy(), group.numpy()
+    groups = (jackknife_groups(len(generated)) if group is None else group).numpy()
     random = np.random.RandomState(SEED)
     values, without = [], []
     for _ in tqdm(range(KID_SUBSETS), "KID", unit="subset", disable=not progress, leave=False):
         ours = random.choice(len(generated), size, replace=False)
         theirs = random.choice(len(real), size, replace=False)
-        x, y = generated[ours], real[theirs]
+        x, y = generated.numpy()[ours], real.numpy()[theirs]
         k_xx, k_xy, k_yy = kernel_poly(x, x), kernel_poly(x, y), kernel_poly(y, y)
         values.append(mmd2(k_xx, k_xy, k_yy))
         if has_error:
-            without.append(_mmd2_without_groups(k_xx, k_xy, k_yy, group[ours]))
+            without.append(_mmd2_without_groups(k_xx, k_xy, k_yy, groups[ours]))
+    value = float(np.mean(values))
     if not has_error:
-        return Score(float(np.mean(values)))
-    without = np.mean(without, axis=0).tolist()
-    return Score(float(np.mean(values)), jackknife_error(without), without)
+        return Score(value)
+    means = np.mean(without, axis=0).tolist()
+    return Score(value, jackknife_error(means), means)
 
 
 def _mmd2_without_groups(k_xx: np.ndarray, k_xy: np.ndarray, k_yy: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """The unbiased MMD^2 without each group of x, (GROUPS,)."""
+    """Returns the unbiased MMD^2 without each group of x, (GROUPS,)."""
     n, m = k_xy.shape
     member = np.eye(GROUPS)[group]                                      # (n, GROUPS)
-    sums = member.T @ k_xx @ member                                     # of kernels within and between groups
+    sums = member.T @ k_xx @ member                                     # kernels within and between groups
     diagonal, cross, sizes = member.T @ np.diagonal(k_xx), member.T @ k_xy.sum(1, dtype=np.float64), member.sum(0)
     left = n - sizes
     xx = (sums.sum() - 2 * sums.sum(1) + np.diagonal(sums)) - (diagonal.sum() - diagonal)
@@ -153,9 +150,9 @@ def _mmd2_without_groups(k_xx: np.ndarray, k_xy: np.ndarray, k_yy: np.ndarray, g
 def precision_recall(
     generated: Tensor, real: Tensor, device: torch.device | str = "cpu", progress: bool = False
 ) -> tuple[Score, Score]:
-    """Returns precision, of the samples, and recall, of the reference (arXiv 1904.06991), with k = 3."""
+    """Returns precision of the samples and recall of the reference (arXiv 1904.06991), with k = 3."""
     if progress:
-        print(f"precision and recall: {len(generated)} samples and {len(real)} images", file=sys.stderr)
+        print(f"precision and recall of {len(generated)} samples, {len(real)} reference images", file=sys.stderr)
     found = prc_features_to_metric(generated.to(device), real.to(device), prc_neighborhood=NEIGHBOURS,
                                    prc_batch_size=BLOCK, save_cpu_ram=True, verbose=False)
     return Score(found[KEY_METRIC_PRECISION]), Score(found[KEY_METRIC_RECALL])

@@ -1,7 +1,7 @@
-"""The table of metrics: what each computes, from which features, and how its scores are named and compared.
+"""Table of metrics: which features each uses, and how its scores are named and compared.
 
-Adding a metric is one entry here, or one that a module of the user's registers; commands, checks, records, tables and
-charts read it. This file imports no torch; the functions of ours are in metric_functions.py.
+A metric is one entry here, or one that a user's module registers; commands, checks, records, tables and charts read it.
+This file does not import torch; the functions are in metric_functions.py.
 """
 
 import math
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
     from sit_atconv.evaluation.gaussians import Gaussian
 
-FULL = 50_000  # samples of the FID that papers report
-ANYTHING = ("samples.num", "reference", "compared")  # what a score may depend on, for all that is known
+FULL = 50_000  # samples for the FID that papers report
+ANYTHING = ("samples.num", "reference", "compared")  # all that a score may depend on
 
 
 @dataclass(frozen=True)
 class MetricInput:
-    """What a metric is computed from.
+    """Input of a metric.
 
     Args:
-        generated: the extractor's output for the N samples, float32 (N, D).
-        real: what they are compared with, as `Metric.reference` says: a `Gaussian`, float32 (M, D), or None.
-        group: group of each sample, (N,), for standard errors by the jackknife.
-        device: for what takes long; `generated` and `real` are on the CPU.
+        generated: the extractor's output for the N samples, float32 (N, D), on the CPU.
+        real: the reference, as `Metric.reference` says: a `Gaussian`, float32 (M, D) on the CPU, or None.
+        group: group of each sample (N,), for standard errors by the jackknife.
+        device: device for slow computations.
     """
 
     generated: "Tensor"
@@ -41,19 +41,19 @@ class MetricInput:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A metric, which gives one score or several.
+    """A metric, which gives one or more scores.
 
     Args:
-        scores: names of its scores, identifiers: ("precision", "recall").
-        compute: takes a `MetricInput`; returns a `Score` or a number, or a tuple of one for each name.
-        higher_is_better: or lower.
-        features: the extractor's output that it takes: "features", "logits" or "spatial".
-        reference: what it compares samples with: "statistics", the Gaussian of the reference; "images", features of up
-            to 10,000 of its images; None, nothing.
-        at_least: number of images that it needs, of samples and of a reference that consists of images.
-        depends_on: parts of the protocol that change it, beside extractor, constants and image size.
-        scores_elsewhere: names of its scores with another extractor than Inception; () for the same names.
-        names_num_samples: True puts a number of samples other than 50,000 into the names, for a strong bias.
+        scores: names of its scores, which must be identifiers: ("precision", "recall").
+        compute: maps a `MetricInput` to a `Score` or number, or to a tuple with one for each name.
+        higher_is_better: False if lower scores are better.
+        features: output of the extractor that it uses: "features", "logits" or "spatial".
+        reference: "statistics" compares with the Gaussian of the reference, "images" with the features of up to 10,000
+            of its images, None with nothing.
+        at_least: smallest number of samples, and of reference images if the reference consists of images.
+        depends_on: parts of the protocol that change it, besides extractor, constants and image size.
+        scores_elsewhere: names of its scores with another extractor than Inception; () keeps the names.
+        names_num_samples: True appends a number of samples other than 50,000 to the names, since the bias is strong.
     """
 
     scores: tuple[str, ...]
@@ -69,12 +69,12 @@ class Metric:
     def __post_init__(self):
         object.__setattr__(self, "scores_elsewhere", self.scores_elsewhere or self.scores)
         if odd := [name for name in (*self.scores, *self.scores_elsewhere) if not name.isidentifier()]:
-            raise ValueError(f"the name of a score is an identifier, not {odd[0]!r}")
+            raise ValueError(f"the name of a score must be an identifier, not {odd[0]!r}")
         if self.reference not in (None, "statistics", "images"):
-            raise ValueError(f"the reference of a metric is 'statistics', 'images' or None, not {self.reference!r}")
+            raise ValueError(f"a metric's reference must be 'statistics', 'images' or None, not {self.reference!r}")
 
     def measure(self, inputs: MetricInput) -> tuple[Score, ...]:
-        """Returns a score for each of `scores`. ValueError: `compute` returned others, or one is not finite."""
+        """Returns one score per name. ValueError: `compute` returned another number, or one is not finite."""
         computed = self.compute(inputs)
         computed = computed if isinstance(computed, tuple) else (computed,)
         scores = tuple(each if isinstance(each, Score) else Score(float(each)) for each in computed)
@@ -84,10 +84,10 @@ class Metric:
         return scores
 
     def score_names(self, extractor: str, num_samples: int) -> list[str]:
-        """Returns what its scores deserve to be called: "FID", "FID-1000", "FD-dinov2".
+        """Returns the full names of its scores: "FID", "FID-1000", "FD-dinov2".
 
-        Frechet distances are biased by the number of samples, so it stands in the name where it is not 50,000; and no
-        number of another extractor has the name of Inception's.
+        Frechet distances are biased by the number of samples, so the name contains it unless it is 50,000. Scores of
+        other extractors have other names than Inception's.
         """
         names = self.scores if extractor == "inception" else [f"{name}-{extractor}" for name in self.scores_elsewhere]
         return [f"{name}-{num_samples}" if self.names_num_samples and num_samples != FULL else name for name in names]
@@ -99,16 +99,18 @@ def _functions():
     return metric_functions
 
 
+def _frechet(inputs: MetricInput) -> Score:
+    return _functions().frechet(inputs.generated, inputs.real, inputs.group, progress=True)
+
+
 METRICS = Table("metric", Metric, {  # in the order of records and tables
     "fid": Metric(
         scores=("FID",), scores_elsewhere=("FD",), names_num_samples=True, higher_is_better=False,
-        compute=lambda inputs: _functions().frechet(inputs.generated, inputs.real, inputs.group, progress=True),
-        reference="statistics", depends_on=("samples.num", "reference"),
+        compute=_frechet, reference="statistics", depends_on=("samples.num", "reference"),
     ),
     "sfid": Metric(
         scores=("sFID",), names_num_samples=True, higher_is_better=False,
-        compute=lambda inputs: _functions().frechet(inputs.generated, inputs.real, inputs.group, progress=True),
-        features="spatial", reference="statistics", depends_on=("samples.num", "reference"),
+        compute=_frechet, features="spatial", reference="statistics", depends_on=("samples.num", "reference"),
     ),
     "is": Metric(
         scores=("IS",), scores_elsewhere=("score",), higher_is_better=True,
@@ -130,21 +132,21 @@ METRICS = Table("metric", Metric, {  # in the order of records and tables
 
 
 def find_metric(name: str) -> Metric:
-    """Returns the metric that a user typed; one given by its path, `my_module.mine`, is imported and registered.
+    """Returns the metric that a user typed; imports and registers one given by its path, `my_module.mine`.
 
-    ValueError: there is none of that name.
+    ValueError: there is no such metric.
     """
     metric = METRICS.find(import_module_of(name))
     return metric if metric in METRICS.values() else METRICS.register(name.rpartition(".")[2], metric)
 
 
 def metric_of(score: str) -> Metric | None:
-    """Returns the metric that a score's name is of, "FID-digits-1000" too; None: of one that is not imported here."""
+    """Returns the metric of a score such as "FD-digits-1000", or None if it is not imported."""
     return next((metric for metric in METRICS.values() if kind_of(score) in metric.scores), None)
 
 
 def kind_of(score: str) -> str:
-    """Returns the name of a score without extractor and number: "FID" of "FID-1000" and of "FD-digits-1000"."""
+    """Returns a score's name without extractor and number: "FID" for "FID-1000" and "FD-digits-1000"."""
     first = score.split("-")[0]
     kinds = {there: here for metric in METRICS.values()
              for here, there in zip(metric.scores, metric.scores_elsewhere, strict=True)}

@@ -1,4 +1,4 @@
-"""What is written down of an evaluation: how it was made, of what, where; and into which file."""
+"""Record of an evaluation: its protocol, subject and environment, and the file it is written to."""
 
 import contextlib
 import datetime
@@ -12,8 +12,8 @@ import torch_fidelity
 from accelerate import PartialState
 
 from sit_atconv import __version__
-from sit_atconv.evaluation.extraction import ExtractedFeatures
 from sit_atconv.evaluation.extractors import Extractor
+from sit_atconv.evaluation.features import ExtractedFeatures
 from sit_atconv.evaluation.image_sets import ImageSet, digest_of, folder_of
 from sit_atconv.evaluation.metric_functions import METHOD, are_balanced
 from sit_atconv.evaluation.records import Evaluation, read_evaluation
@@ -21,12 +21,14 @@ from sit_atconv.evaluation.references import COMPARED, Reference
 
 
 def protocol(
-    samples: ImageSet, reference: Reference, theirs: ExtractedFeatures | None, extractor: Extractor, is_compared: bool
+    samples: ImageSet, reference: Reference, extractor: Extractor, theirs: ExtractedFeatures | None, is_compared: bool
 ) -> dict:
-    """How it was measured: all that must agree where two evaluations are compared."""
+    """Returns how an evaluation is measured: everything that must agree to compare two of them."""
     settings, images = samples.manifest.get("settings", {}), reference.images
     sampler = {name: settings[name] for name in samples.manifest.get("sampler", ()) if name in settings}
-    is_fitted = not reference.gaussians
+    compared = {}
+    if is_compared and images is not None and theirs is not None:
+        compared = {"compared": {"num": min(len(images), COMPARED), "content": theirs.content}}
     return {
         "samples": {
             "num": len(samples),
@@ -37,12 +39,12 @@ def protocol(
             "sampler": sampler or None,
         },
         "reference": {
-            "kind": "images" if is_fitted else "statistics",
+            "kind": "statistics" if reference.gaussians else "images",
             "num": reference.num_fitted,
             "content": reference.content() or (theirs.content if theirs else None),
-            "crop": images.crop if is_fitted else reference.recipe.get("crop"),
+            "crop": reference.recipe.get("crop") if reference.gaussians or images is None else images.crop,
         },
-        **({"compared": {"num": min(len(images), COMPARED), "content": theirs.content}} if is_compared else {}),
+        **compared,
         "extractor": extractor.describe(),
         "metrics": METHOD,
         "versions": {"torch_fidelity": torch_fidelity.__version__},
@@ -58,7 +60,7 @@ def _labels(samples: ImageSet) -> str | None:
 
 
 def subject(samples: ImageSet, reference: Reference, ours: ExtractedFeatures) -> dict:
-    """What was measured, as far as it is known."""
+    """Returns what is measured, as far as it is known."""
     manifest = samples.manifest
     settings, session = manifest.get("settings", {}), (manifest.get("sessions") or [{}])[-1]
     known = {
@@ -73,12 +75,12 @@ def subject(samples: ImageSet, reference: Reference, ours: ExtractedFeatures) ->
 
 
 def _absolute(source: str) -> str:
-    """Returns a path that means the same from every working directory; the word "digits" stays."""
+    """Returns the absolute path of a source, and "digits" unchanged."""
     return source if source == "digits" else os.path.abspath(source)
 
 
 def environment(state: PartialState, batch_size: int) -> dict:
-    """When and where, which should not matter."""
+    """Returns date, hardware and versions, which should not matter."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": state.device.type,
@@ -89,15 +91,15 @@ def environment(state: PartialState, batch_size: int) -> dict:
 
 
 def write_record(evaluation: Evaluation, out: str | None = None) -> Path:
-    """Writes an evaluation to OUT, or beside its samples as scores-EXTRACTOR-KEY.json; returns where.
+    """Writes an evaluation to OUT, or beside its samples as scores-EXTRACTOR-KEY.json; returns the path.
 
-    The key is of samples and protocol, so that evaluations of another kind stay; of the same one, scores that were not
-    measured this time do. Raises OSError where it cannot be written.
+    The key depends on samples and protocol, so that other evaluations are kept. From a record with the same key, scores
+    that were not measured this time are kept. OSError: the file cannot be written.
     """
     path = Path(out) if out else _beside_the_samples(evaluation)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not out:
-        with contextlib.suppress(ValueError):  # a damaged one is written anew
+        with contextlib.suppress(ValueError):  # a damaged record is replaced
             evaluation = evaluation.with_scores_of(read_evaluation(path))
     evaluation.save(path)
     return path

@@ -1,4 +1,4 @@
-"""What an evaluation found and all that could change it, as one JSON; and how two of them may be compared."""
+"""Records of evaluations as JSON: scores and everything that could change them; comparison of two."""
 
 import json
 import math
@@ -15,16 +15,16 @@ ALWAYS = ("extractor", "metrics", "samples.image_size")  # parts of the protocol
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation.
+    """Scores of one set of samples, and how they were measured.
 
     Args:
-        scores: by name: "FID", "FID-1000", "sFID", "IS", "precision", "recall", "KID"; with another extractor than
-            Inception "FD-NAME" and so on.
-        protocol: how it was measured: samples, reference, extractor, metrics, versions. Two that differ in it are not
-            comparable.
+        scores: scores by name: "FID", "FID-1000", "sFID", "IS", "precision", "recall", "KID"; with another extractor
+            than Inception "FD-NAME" and so on.
+        protocol: how it was measured: samples, reference, extractor, metrics, versions. Evaluations with different
+            protocols are not comparable.
         subject: what was measured: path and content of the samples, weights, step, seed, speed.
         environment: what should not matter: date, device, processes.
-        warnings: what was found wrong on the way.
+        warnings: warnings printed during the evaluation.
     """
 
     scores: dict[str, Score]
@@ -40,18 +40,18 @@ class Evaluation:
         write_aside(path, self.to_json() + "\n")
 
     def brief(self) -> "Evaluation":
-        """Returns the same without the values that lack a group, for people."""
+        """Returns the same evaluation without `Score.without_group`, for display."""
         return replace(self, scores={name: replace(score, without_group=[]) for name, score in self.scores.items()})
 
     def with_scores_of(self, earlier: "Evaluation") -> "Evaluation":
-        """Adds the other scores of an earlier evaluation, if that had the same samples and protocol."""
+        """Adds the other scores of an earlier evaluation if it had the same samples and protocol."""
         if self.subject.get("content") != earlier.subject.get("content") or protocol_differences(self, earlier):
             return self
         return replace(self, scores={**earlier.scores, **self.scores}, protocol={**earlier.protocol, **self.protocol})
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Reads a record, whose metrics need not be known here. ValueError: the file is not an evaluation."""
+    """Reads a record, whose metrics need not be imported. ValueError: the file is not an evaluation."""
     try:
         held = json.loads(path.read_text())
         scores = {name: Score(**score) for name, score in held.pop("scores").items()}
@@ -59,16 +59,16 @@ def read_evaluation(path: Path) -> Evaluation:
         _check_types(evaluation)
         return evaluation
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no evaluation as eval/fid.py writes it: give its --out, or the folder of samples "
-                         "that it was written to") from error
+        raise ValueError(f"{path} is not an evaluation that eval/fid.py wrote: give its --out, or the folder of "
+                         "samples that contains one") from error
 
 
 def _check_types(evaluation: Evaluation) -> None:
-    """Raises TypeError or ValueError for what no evaluation holds, as after editing by hand."""
+    """Raises TypeError or ValueError for invalid values, as after editing a record by hand."""
     numbers = [(score.value, score.error or 0.0, *score.without_group) for score in evaluation.scores.values()]
     if not all(math.isfinite(number) for each in numbers for number in each) or any(each[1] < 0 for each in numbers):
         raise ValueError("a score is not finite, or its error negative")
-    if odd := [name for name in evaluation.scores if not kind_of(name).isidentifier()]:  # it becomes part of a path
+    if odd := [name for name in evaluation.scores if not kind_of(name).isidentifier()]:  # a name becomes part of a path
         raise ValueError(f"no score is called {odd[0]}")
     facts = evaluation.subject | flatten(evaluation.protocol)
     texts = ("ckpt", "path", "device")
@@ -78,16 +78,16 @@ def _check_types(evaluation: Evaluation) -> None:
 
 
 def protocol_differences(a: Evaluation, b: Evaluation) -> dict[str, tuple]:
-    """Returns what differs in their protocols: dotted name -> (of a, of b); None where one says nothing.
+    """Returns the differences of two protocols: dotted name -> (value in a, value in b), None if missing.
 
-    A part that one of them lacks as a whole, as that of metrics that were not asked for, is no difference.
+    A part that one of them lacks entirely, such as that of a metric that was not asked for, is not a difference.
     """
     both = a.protocol.keys() & b.protocol.keys()
     return changed(*({part: facts for part, facts in e.protocol.items() if part in both} for e in (a, b)))
 
 
 def is_measured_alike(a: Evaluation, b: Evaluation, name: str) -> bool:
-    """Returns whether score `name` of one may be subtracted from the other's: all agrees that it depends on."""
+    """True if score `name` may be subtracted: everything that it depends on agrees."""
     metric = metric_of(name)
     matters = (*ALWAYS, *(metric.depends_on if metric else ANYTHING))
     return name in a.scores and name in b.scores and not any(
@@ -95,7 +95,7 @@ def is_measured_alike(a: Evaluation, b: Evaluation, name: str) -> bool:
 
 
 def are_paired(a: Evaluation, b: Evaluation) -> bool:
-    """Returns whether sample i of both was drawn from the same noise with the same label."""
+    """True if sample i of both was drawn from the same noise with the same label."""
     drawn = [[e.subject.get("seed"), *(flatten(e.protocol).get(f"samples.{name}") for name in
                                        ("num", "labels", "image_size"))] for e in (a, b)]
     return drawn[0] == drawn[1] and drawn[0][0] is not None
@@ -104,8 +104,8 @@ def are_paired(a: Evaluation, b: Evaluation) -> bool:
 def difference(a: Evaluation, b: Evaluation, name: str) -> Score:
     """Returns score `name` of a minus that of b, with the standard error of the difference.
 
-    Where both were drawn from the same noise and labels it is taken from the differences group by group, which is
-    what the two have not in common; else the two errors are independent and add up in squares.
+    If both were drawn from the same noise and labels, the error comes from the differences group by group, in which
+    shared noise cancels. Otherwise the two errors are independent and their squares add up.
     """
     ours, theirs = a.scores[name], b.scores[name]
     value = ours.value - theirs.value

@@ -1,4 +1,4 @@
-"""What samples are compared with: statistics as ADM publishes them, with images or without, or images alone."""
+"""References that samples are compared with: statistics in ADM's format, images, or both."""
 
 import hashlib
 import json
@@ -21,21 +21,20 @@ from sit_atconv.evaluation.image_sets import (
 )
 from sit_atconv.runtime.files import write_aside
 
-NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # of ADM's files
-RECIPE = "recipe"   # what --make-reference adds to them
-COMPARED = 10_000   # images for precision, recall and KID, from all over the set, as in ADM's files
+NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # in ADM's files
+RECIPE = "recipe"   # added by --make-reference
+COMPARED = 10_000   # images for precision, recall and KID, evenly spaced over the set; as many as in ADM's files
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with.
+    """Reference that samples are compared with.
 
     Args:
-        name: what the user called it.
-        gaussians: "features" for FID and "spatial" for sFID, where the file holds them; {} where they are to be fitted
-            to the images.
-        images: for precision, recall and KID; None where there are none.
-        recipe: what `--make-reference` wrote down; {} in others' files.
+        name: path or word that the user gave.
+        gaussians: "features" for FID and "spatial" for sFID, if the file has them; {} means to fit them to the images.
+        images: images for precision, recall and KID, or None.
+        recipe: recipe that `--make-reference` stored, {} in files of others.
     """
 
     name: str
@@ -45,38 +44,38 @@ class Reference:
 
     @property
     def num_fitted(self) -> int | None:
-        """Number of images behind the statistics; None where the file does not say."""
-        return self.recipe.get("num") if self.gaussians else len(self.images)
+        """Number of images that the statistics are fitted to; None if the file does not say."""
+        return self.recipe.get("num") if self.gaussians or self.images is None else len(self.images)
 
     def content(self) -> str | None:
-        """Digest of the statistics; None where there are images alone."""
+        """Returns the digest of the statistics, or None if there are only images."""
         if not self.gaussians:
             return None
         arrays = [array for gaussian in self.gaussians.values() for array in (gaussian.mu, gaussian.sigma)]
-        return digest_of(*(hashlib.sha256(np.ascontiguousarray(array)).hexdigest() for array in arrays))
+        return digest_of(*(hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in arrays))
 
 
 def open_reference(source: str, crop_to: int | None = None, max_megapixels: float = MAX_MEGAPIXELS) -> Reference:
-    """A reference: statistics as ADM publishes them, with images or without, or anything `open_image_set` takes.
+    """Opens statistics in ADM's format, with or without images, or anything that `open_image_set` accepts.
 
     Args:
-        source: an `.npz` with mu and sigma, for sFID mu_s and sigma_s, for precision, recall and KID images arr_0; or
-            images.
-        crop_to: side that the images of a folder are cropped to, by ADM's rule.
-        max_megapixels: size in millions of pixels above which a file is refused.
+        source: an `.npz` with mu and sigma, for sFID mu_s and sigma_s, and for precision, recall and KID images arr_0;
+            or images.
+        crop_to: side in pixels to crop the images of a folder to, by ADM's rule.
+        max_megapixels: largest accepted file, in millions of pixels.
 
     Raises:
-        ValueError: nothing of that kind is there, or the statistics are of impossible shapes or values.
+        ValueError: there is no reference, or the statistics have impossible shapes or values.
     """
     check_is_images(source)
     path = Path(source)
     npz = ImageNpz(path) if path.is_file() and folder_of(path) == path else None
     if npz is None or "mu" not in npz.names:
         if npz is not None and IMAGES not in npz.names:
-            raise ValueError(f"{source} holds {npz.names}: a reference has mu and sigma, or images as {IMAGES}")
+            raise ValueError(f"{source} contains {npz.names}: give a file with mu and sigma, or images as {IMAGES}")
         return Reference(source, {}, open_image_set(source, crop_to, max_megapixels))
     if crop_to:
-        raise ValueError(f"--image-size crops the images of a folder, and {source} holds statistics")
+        raise ValueError(f"--image-size crops the images of a folder, and {source} holds statistics: leave it out")
     gaussians = {output: _read_gaussian(npz, *names) for output, names in NAMES.items() if names[0] in npz.names}
     return Reference(source, gaussians, open_image_set(source) if IMAGES in npz.names else None, _read_recipe(npz))
 
@@ -94,13 +93,14 @@ def _read_gaussian(npz: ImageNpz, mu_name: str, sigma_name: str) -> Gaussian:
         mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
         scale = np.abs(np.diagonal(sigma)).max(initial=0)
         if max(scale, np.abs(mu).max(initial=0)) > 1e12:
-            fault = "reach beyond 1e12, which no features do"
+            fault = "have values above 1e12, unlike any features"
         elif np.abs(sigma - sigma.T).max(initial=0) > 1e-3 * scale:
-            fault = "are no mean and covariance, which would be symmetric"
+            fault = "are not a mean and a covariance, which is symmetric"
         elif np.linalg.eigvalsh(sigma).min(initial=0) < -1e-3 * scale:
-            fault = "are no mean and covariance, whose eigenvalues would not be negative"
+            fault = "are not a mean and a covariance, which has no negative eigenvalues"
     if fault:
-        raise ValueError(f"{mu_name} and {sigma_name} of {npz.path} {fault}: the file is damaged, or no reference")
+        raise ValueError(f"{mu_name} and {sigma_name} of {npz.path} {fault}: the file is damaged or not a reference, "
+                         "give another --reference")
     return Gaussian(mu, sigma)
 
 
@@ -111,11 +111,12 @@ def _read_recipe(npz: ImageNpz) -> dict:
         operator.index(recipe.get("num", 0))
         return recipe
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{RECIPE} of {npz.path} is not what --make-reference writes ({error})") from error
+        raise ValueError(f"{RECIPE} of {npz.path} is not one that --make-reference writes ({error}): give another "
+                         "--reference") from error
 
 
 def save_reference(path: Path, gaussians: dict[str, Gaussian], images: ImageSet, recipe: dict) -> None:
-    """Writes a file that `open_reference` and ADM's evaluator read; of the images, `COMPARED` from all over."""
+    """Writes a file for `open_reference` and ADM's evaluator, with up to `COMPARED` of the images."""
     chosen = evenly_spaced(len(images), COMPARED)
     arrays = {name: array for output, gaussian in gaussians.items()
               for name, array in zip(NAMES[output], (gaussian.mu, gaussian.sigma), strict=True)}

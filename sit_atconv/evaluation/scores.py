@@ -1,4 +1,4 @@
-"""A score: a number with its standard error."""
+"""Scores: numbers with their standard errors."""
 
 import math
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Score:
-    """A number and its uncertainty.
+    """A number and its standard error.
 
     Args:
-        value: what is reported.
-        error: its standard error for the draw of the samples, the reference held fixed; None where there is none.
-        without_group: the value without group 0, 1, ... of the samples, which the error comes from.
+        value: the reported number.
+        error: standard error for drawing other samples, with a fixed reference; None if unknown.
+        without_group: values without group 0, 1, ... of the samples, from which the error is computed.
     """
 
     value: float
@@ -27,10 +27,7 @@ class Score:
 
 
 def jackknife_error(without_group: Sequence[float]) -> float:
-    """Returns the standard error from the values without one group each.
-
-    The delete-a-group jackknife (Shao and Tu 1995, 2.3).
-    """
+    """Returns the standard error by the delete-a-group jackknife (Shao and Tu 1995, 2.3)."""
     groups = len(without_group)
     mean = math.fsum(without_group) / groups
     return math.sqrt((groups - 1) / groups * math.fsum((value - mean) ** 2 for value in without_group))

@@ -1,9 +1,9 @@
-"""Makes the weights of the extractor `digits`.
+"""Training of the extractor `digits`.
 
     python -m sit_atconv.evaluation.train_digit_features [--out FILE.safetensors]
 
-Trains `DigitClassifier` on 1,437 of scikit-learn's 1,797 digits for half a minute and prints its accuracy on the 360
-held out. Seeded; the shipped file says in its metadata which versions it came from.
+Trains `DigitClassifier` with a fixed seed on 1,437 of scikit-learn's 1,797 digits, in half a minute, and prints its
+accuracy on the other 360. The metadata of the shipped file name the versions it was made with.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SEED, EPOCHS, BATCH_SIZE, HELD_OUT = 0, 40, 64, 360
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the weights go (default: the shipped file)")
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="file for the weights (default: the shipped file)")
     out = parser.parse_args().out
 
     torch.manual_seed(SEED)

@@ -1,1 +1,1 @@
-"""Studies that run the other parts many times and report what they found."""
+"""Studies that run the other parts many times and report the results."""

@@ -1,4 +1,4 @@
-"""How many evaluations of the model are enough: quality and speed of every solver and grid, beside many Euler steps."""
+"""Quality and speed of solvers and grids by NFE, compared with many Euler steps."""
 
 import json
 import time
@@ -18,18 +18,18 @@ from sit_atconv.evaluation.gaussians import Gaussian, fit_gaussian
 from sit_atconv.evaluation.image_sets import open_image_set
 from sit_atconv.evaluation.metric_functions import frechet, jackknife_groups
 from sit_atconv.flow import as_trained
-from sit_atconv.runtime.devices import on_cpu, prepare_device
+from sit_atconv.runtime.devices import on_cpu, open_device, prepare_device
 from sit_atconv.runtime.files import write_aside
 from sit_atconv.runtime.plots import save_solver_curves
 from sit_atconv.runtime.settings import differences
 from sit_atconv.sampling import SOLVERS, Counted, Sampler, SampleStream
 
-DEFAULT_CFG = 2.0  # where the null label was trained
+DEFAULT_CFG = 2.0  # for models with a null label
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to compare; the help of `eval/solvers.py` says what each option means."""
+    """Options of `eval/solvers.py`, whose --help explains each."""
 
     ckpt: str
     out: str
@@ -48,13 +48,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Point:
-    """One solver on one grid.
+    """Result of one solver on one grid.
 
     Args:
-        evaluations: of the velocity, for each image.
+        evaluations: NFE, the number of evaluations of the velocity per image.
         distance: Frechet distance of the samples to the reference.
-        error: its standard error (jackknife).
-        images_per_second: of sampling alone.
+        error: standard error of `distance` (jackknife).
+        images_per_second: speed of sampling alone.
     """
 
     solver: str
@@ -67,16 +67,16 @@ class Point:
 
 
 def compare_solvers(options: Options) -> dict:
-    """Measures what is missing in OUT/solvers.json, and draws OUT/solvers.png and solvers.md.
+    """Measures the points missing in OUT/solvers.json, and writes OUT/solvers.png and solvers.md.
 
-    All samples come from the same noise and labels (balanced). Interrupted, the same call goes on.
+    All samples come from the same noise and balanced labels. After an interruption the same call resumes.
 
     Returns:
-        The content of solvers.json: settings, points, and which are enough (`is_enough`).
+        The content of solvers.json: settings, points, and those that are enough (`is_enough`).
 
     Raises:
-        ValueError: weights, reference or extractor that cannot be had, a solver that does not suit the model, or an
-            OUT that holds another comparison.
+        ValueError: weights, reference or extractor are not available, a solver does not suit the model, or OUT holds
+            another comparison.
     """
     weights = load_weights(options.ckpt)
     recipe = weights.recipe
@@ -84,7 +84,7 @@ def compare_solvers(options: Options) -> dict:
         options = replace(options, cfg=1.0 if weights.null_label is None else DEFAULT_CFG)
     for sampler in plan(options):
         sampler.check(recipe.interpolant, recipe.prediction, weights.null_label)
-    device = torch.device("cpu") if on_cpu() else torch.accelerator.current_accelerator()
+    device = open_device("cpu" if on_cpu() else "auto")
     prepare_device(device)
     network = open_extractor(options.extractor, options.extractor_weights, device)
     out = Path(options.out)
@@ -98,7 +98,7 @@ def compare_solvers(options: Options) -> dict:
     if missing:
         reference = extract_features(network, open_image_set(options.reference), options.batch_size, device)
         real = fit_gaussian(reference["features"])
-        remedy = f"Give --ckpt what python -m sit_atconv.convert {options.ckpt} OUT --vae PATH writes"
+        remedy = f"Give --ckpt the folder that python -m sit_atconv.convert {options.ckpt} OUT --vae PATH writes"
         codec = open_codec(recipe.codec, remedy=remedy).to(device)
         warm_up = replace(options, num_samples=options.batch_size)
         measure(Sampler(cfg=options.cfg, solver="euler", steps=1), weights, codec, network, real, warm_up, device)
@@ -109,7 +109,7 @@ def compare_solvers(options: Options) -> dict:
 
 
 def plan(options: Options) -> list[Sampler]:
-    """Euler on its fine grid first, then all others, each once."""
+    """Returns the samplers to measure, without duplicates: the Euler baseline, then all others."""
     samplers = [Sampler(cfg=options.cfg, solver="euler", steps=options.baseline)] + [
         Sampler(cfg=options.cfg, solver=solver, steps=steps, shift=shift)
         for solver in options.solvers
@@ -125,11 +125,7 @@ def measure(
     sampler: Sampler, weights: Weights, codec: Codec, network: Extractor, real: Gaussian, options: Options,
     device: torch.device,
 ) -> Point:
-    """Draws the samples, keeps their features alone, and takes the time of sampling.
-
-    Args:
-        real: fitted to the features of the reference.
-    """
+    """Draws samples, measures their speed, and compares their features with `real`, the reference."""
     recipe, config = weights.recipe, weights.model.config
     model = Counted(weights.model.to(device))
     features, labels, seconds = [], [], 0.0
@@ -145,13 +141,13 @@ def measure(
         seconds += time.perf_counter() - clock
         features.append(network(images.expand(-1, 3, -1, -1).to(device))["features"])
     score = frechet(torch.cat(features), real, jackknife_groups(options.num_samples, labels))
-    batches = len(features)
-    return Point(sampler.solver, sampler.shift, sampler.steps, model.evaluations / batches, score.value,
+    assert score.error is not None  # there are at least 100 samples
+    return Point(sampler.solver, sampler.shift, sampler.steps, model.evaluations / len(features), score.value,
                  score.error, options.num_samples / seconds)
 
 
 def is_enough(point: Point, baseline: Point) -> bool:
-    """Whether its distance is within two standard errors of the baseline's, or below it."""
+    """True if the distance is at most two standard errors above the baseline's."""
     return point.distance <= baseline.distance + 2 * baseline.error
 
 
@@ -181,7 +177,7 @@ def _write(path: Path, settings: dict, points: list[Point]) -> dict:
 
 
 def table(points: list[Point]) -> str:
-    """Markdown: for each solver and grid the distance at each number of evaluations, in bold where it is enough."""
+    """Returns Markdown: the distance of each solver and grid by NFE, in bold where it is enough."""
     baseline, others = points[0], points[1:]
     columns = sorted({point.evaluations for point in others})
     lines = [

@@ -1,4 +1,4 @@
-"""The command that compares evaluations; how it compares is tested in tests/evaluation/test_comparison.py."""
+"""Command that compares evaluations; tests/evaluation/test_comparison.py tests the comparison."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ def runs(tmp_path):
     return [tmp_path / "ours", tmp_path / "theirs" / "scores-inception.json"]
 
 
-def test_it_prints_the_table_draws_and_needs_no_torch(runs, tmp_path):
+def test_the_command_prints_a_table_and_draws_without_torch(runs, tmp_path):
     code = (f"import runpy, sys\nsys.argv = {[COMPARE, *map(str, runs)]!r}\nsys.modules['torch'] = None\n"
             f"runpy.run_path({str(ROOT / COMPARE)!r}, run_name='__main__')")
     done = subprocess.run(python("-c", code), cwd=tmp_path, capture_output=True, text=True)
@@ -35,13 +35,13 @@ def test_it_prints_the_table_draws_and_needs_no_torch(runs, tmp_path):
                                             "runs/compare/pareto.png")
 
 
-def test_a_terminal_that_knows_no_arrows(runs, tmp_path):
+def test_a_terminal_without_arrows_gets_question_marks(runs, tmp_path):
     ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(python(ROOT / COMPARE, *runs), cwd=tmp_path, capture_output=True, text=True, env=ascii_only)
     assert done.returncode == 0 and "| theirs | 2.50 ? 0.10 |" in done.stdout, done.stderr
 
 
-def test_errors(fails, runs, tmp_path):
+def test_errors_name_the_remedy(fails, runs, tmp_path):
     main = load_command(COMPARE).main
     assert "the following arguments are required: RUN" in fails(main, [])
     assert "nowhere does not exist" in fails(main, [tmp_path / "nowhere"])
@@ -50,6 +50,6 @@ def test_errors(fails, runs, tmp_path):
     assert "ours has no KID: give --metric one of FID, or" in fails(main, [*runs, "--metric", "KID"])
     assert "ours has no fvd: give --metric one of FID, or" in fails(main, [*runs, "--metric", "fvd"])
     (tmp_path / "empty" / "folder").mkdir(parents=True)
-    assert "empty holds neither scores-*.json nor samples" in fails(main, [tmp_path / "empty"])
+    assert "empty contains neither scores-*.json nor samples" in fails(main, [tmp_path / "empty"])
     (tmp_path / "file").write_text("")
     assert "give another --out" in fails(main, [*runs, "--out", tmp_path / "file"])

@@ -1,5 +1,6 @@
 import json
 import os
+import pty
 import subprocess
 import sys
 
@@ -8,7 +9,9 @@ import pytest
 
 from sit_atconv.data.image_npz import write_npz
 from sit_atconv.data.images import load_digits
+from sit_atconv.evaluation.fid import to_table
 from sit_atconv.evaluation.records import read_evaluation
+from sit_atconv.evaluation.scores import Score
 from tests.conftest import ROOT, load_command, python
 
 FID = "eval/fid.py"
@@ -31,22 +34,56 @@ def quick_argv(samples, work):
     return digits_argv(samples, work, "--metrics", "fid", "is", "prc", "--batch-size", 4)
 
 
-def test_one_json_object_on_stdout_and_the_scores_on_stderr(npz, tmp_path):
+def test_a_pipe_gets_one_json_object_and_stderr_the_scores(npz, tmp_path):
     argv = ["--samples", npz, "--reference", "digits", "--extractor", "digits"]
     done = subprocess.run(python(ROOT / FID, *argv), cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert 0 < result["scores"]["FD-digits-400"]["value"] < 2
     [record] = npz.parent.glob("samples.scores-digits-*.json")
-    written = read_evaluation(record)  # and the values without each group, which only programs read
+    written = read_evaluation(record)  # this one has the values without each group, too
     assert result == json.loads(written.brief().to_json()) and str(record) in done.stderr
     assert len(written.scores["FD-digits-400"].without_group) == 20
     assert f"FD-digits-400            {written.scores['FD-digits-400']}" in done.stderr
     assert "±" in done.stderr and list((tmp_path / "runs" / "features").iterdir())
 
 
-def test_samples_of_generate(launch, tiny_run, tmp_path, capsys):
-    """The labelled picture beside the samples is not one of them; the record lies there too and is found again."""
+def test_a_terminal_gets_a_table_and_the_path_of_the_record(npz, tmp_path):
+    """The JSON record is written as well; stderr does not repeat the scores."""
+    terminal, stdout = pty.openpty()
+    argv = digits_argv(npz, tmp_path, "--metrics", "fid", "is")
+    done = subprocess.run(python(ROOT / FID, *argv), stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(stdout)
+    assert done.returncode == 0, done.stderr
+    head, *lines, path = os.read(terminal, 10_000).decode().splitlines()
+    os.close(terminal)
+    scores = read_evaluation(tmp_path / "scores.json").scores
+    assert head.split() == ["metric", "value", "error"] and path == f"record: {tmp_path / 'scores.json'}"
+    assert [line.split() for line in lines] == [[name, *str(score).split(" ± ")] for name, score in scores.items()]
+    assert "FD-digits-400" not in done.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_json_can_be_asked_for_on_a_terminal(npz, tmp_path, monkeypatch, capsys, options):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    common = ["--reference", "digits", "--extractor", "digits", "--features", str(tmp_path / "features"), *options]
+    load_command(FID).main(["--samples", str(npz), "--out", str(tmp_path / "scores.json"), "--metrics", "is", *common])
+    scores = capsys.readouterr().out
+    load_command(FID).main(["--make-reference", str(tmp_path / "r.npz"), *common])
+    reference = capsys.readouterr().out
+    if options:
+        assert "score-digits" in json.loads(scores)["scores"] and json.loads(reference)["num"] == 1797
+    else:
+        assert scores.startswith("metric") and reference == f"statistics of 1797 images: {tmp_path / 'r.npz'}\n"
+
+
+def test_the_columns_of_the_table_are_aligned():
+    assert to_table({"FD-digits-1000": Score(2.1134, 0.0987), "IS": Score(215.25)}) == (
+        "metric          value  error\nFD-digits-1000  2.113  0.099\nIS              215.2")
+
+
+def test_samples_of_generate_py(launch, tiny_run, tmp_path, capsys):
+    """The grid picture is not evaluated; the second run replaces the record beside the samples."""
     out = tmp_path / "samples"
     argv = ["--ckpt", tiny_run, "--steps", 1, "--num-samples", 60, "--labels", "balanced", "--seed", 3, "--out", out]
     codes, output = launch("sample/generate.py", argv)
@@ -76,7 +113,7 @@ def test_a_reference_is_made_and_used(npz, tmp_path, capsys):
 
 
 def test_references_are_cropped(digit_folder, tmp_path, capsys):
-    """Of 16x16 to 8x8."""
+    """Images of 16x16 are cropped to 8x8."""
     load_command(FID).main(["--make-reference", str(tmp_path / "r.npz"), "--reference", str(digit_folder),
                             "--image-size", "8", "--extractor", "digits", "--features", str(tmp_path / "features")])
     recipe = json.loads(capsys.readouterr().out)
@@ -85,11 +122,11 @@ def test_references_are_cropped(digit_folder, tmp_path, capsys):
         assert file["arr_0"].shape == (120, 8, 8, 3)
 
 
-# ------------------------------------------------------------------------------------ several processes, and kills
+# ------------------------------------------------------------------------------------ several processes and kills
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """Digits for six shards, the last of them short."""
+    """Digits for six shards, the last of which is short."""
     path = tmp_path_factory.mktemp("large") / "samples.npz"
     images = np.random.default_rng(0).choice(DIGITS, 5200)
     np.savez(path, images ^ np.random.default_rng(1).integers(0, 8, images.shape, dtype=np.uint8))
@@ -104,7 +141,7 @@ def undisturbed(launch, large, tmp_path_factory):
     return read_evaluation(work / "scores.json")
 
 
-def test_two_processes_find_the_same(launch, large, undisturbed, tmp_path):
+def test_two_processes_give_the_same_scores(launch, large, undisturbed, tmp_path):
     codes, output = launch(FID, quick_argv(large, tmp_path), processes=2)
     assert codes == [0, 0], output
     found = read_evaluation(tmp_path / "scores.json")
@@ -122,8 +159,8 @@ def same_after(launch, large, undisturbed, work, processes=1):
     return output
 
 
-def test_killed_over_the_work(launch, large, undisturbed, tmp_path):
-    """Five times, at one image after another: what was done is not done again, and the result is the same bitwise."""
+def test_five_kills_during_extraction_lose_nothing(launch, large, undisturbed, tmp_path):
+    """Finished shards are not extracted again, and the result is bitwise the same."""
     for count, kill_at in enumerate((64, 1040, 2060, 3090, 4110)):
         codes, _ = launch(FID, quick_argv(large, tmp_path), kill_at=kill_at)
         assert codes == [-9], kill_at
@@ -132,7 +169,7 @@ def test_killed_over_the_work(launch, large, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("number", [2, 5, 22])
-def test_killed_at_a_write(launch, large, undisturbed, tmp_path, number):
+def test_a_kill_before_a_write_loses_nothing(launch, large, undisturbed, tmp_path, number):
     codes, _ = launch(FID, quick_argv(large, tmp_path), die=number, work=tmp_path)
     assert codes == [-9]
     same_after(launch, large, undisturbed, tmp_path)
@@ -140,8 +177,8 @@ def test_killed_at_a_write(launch, large, undisturbed, tmp_path, number):
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("every", [pytest.param(7, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.scale)])
-def test_killed_at_writes(launch, large, undisturbed, tmp_path, processes, every):
-    """Before files are opened, renamed or made, until there is none left."""
+def test_kills_before_every_write_lose_nothing(launch, large, undisturbed, tmp_path, processes, every):
+    """Kills before each opening, renaming or making of a file until the command succeeds."""
     for number in range(1, 99, every):
         work = tmp_path / str(number)
         work.mkdir()
@@ -160,8 +197,8 @@ def test_killed_at_writes(launch, large, undisturbed, tmp_path, processes, every
     assert number > 10
 
 
-def test_a_fault_of_one_process_ends_all(launch, tmp_path):
-    """Its image cannot be read; the message is said once."""
+def test_an_error_in_one_process_ends_all(launch, tmp_path):
+    """One process cannot read its image; the message appears once."""
     from PIL import Image
 
     (tmp_path / "images").mkdir()
@@ -195,16 +232,16 @@ def test_arguments_are_checked_before_anything_is_loaded(fails, npz, tmp_path, m
         (["--out", tmp_path / "nowhere" / "x.json"], "cannot be written"),
         (["--out", tmp_path], "cannot be written"),
         (["--make-reference", tmp_path / "x.npz"], "leave --samples out"),
-        (["--out", npz], "is what is to be read"),
+        (["--out", npz], "is an input of this command"),
         (["--out", "/dev/null"], "cannot be written"),
         (["--import", "no_such_module"], "the module no_such_module cannot be imported"),
     ]:
         assert message in fails(main, [*argv, *more])
     assert "--samples is missing" in fails(main, ["--reference", "digits"])
-    assert "is what is to be read" in fails(main, ["--make-reference", npz, "--reference", npz])
+    assert "is an input of this command" in fails(main, ["--make-reference", npz, "--reference", npz])
 
 
-def test_the_largest_file_that_is_read_is_an_option(fails, digit_folder, tmp_path, monkeypatch):
+def test_max_megapixels_limits_image_files(fails, digit_folder, tmp_path, monkeypatch):
     from sit_atconv.data import MAX_MEGAPIXELS
 
     def read(path, size, max_megapixels):
@@ -216,7 +253,7 @@ def test_the_largest_file_that_is_read_is_an_option(fails, digit_folder, tmp_pat
         assert f"000.png has more than {limit} megapixels" in fails(load_command(FID).main, argv)
 
 
-def test_the_scores_are_printed_even_where_they_cannot_be_written(npz, tmp_path, monkeypatch, capsys):
+def test_scores_are_printed_even_if_the_record_cannot_be_written(npz, tmp_path, monkeypatch, capsys):
     def full(*args):
         raise OSError("disk full")
 
@@ -237,7 +274,7 @@ def test_a_closed_pipe_does_not_lose_the_record(npz, tmp_path, monkeypatch, caps
     assert read_evaluation(tmp_path / "scores.json").scores["score-digits"].value > 1
 
 
-def test_extractors_of_a_module(npz, tmp_path, monkeypatch, capsys):
+def test_an_imported_module_registers_an_extractor(npz, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "module_of_a_test.py").write_text(
         "from torch_fidelity import register_feature_extractor\n"
@@ -248,7 +285,7 @@ def test_extractors_of_a_module(npz, tmp_path, monkeypatch, capsys):
     assert list(json.loads(capsys.readouterr().out)["scores"]) == ["FD-mine-400"]
 
 
-def test_ctrl_c(monkeypatch, npz, tmp_path, fails):
+def test_ctrl_c_ends_the_command_with_one_line(monkeypatch, npz, tmp_path, fails):
     def interrupted(*args):
         raise KeyboardInterrupt
 
@@ -262,7 +299,7 @@ def test_a_full_disk_loses_nothing(launch, large, undisturbed, tmp_path):
     same_after(launch, large, undisturbed, tmp_path)
 
 
-def test_errors(fails, npz, tmp_path, monkeypatch):
+def test_errors_name_the_remedy(fails, npz, tmp_path, monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
@@ -314,7 +351,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.scale
 def test_fifty_thousand_images_of_256_pixels_in_bounded_memory(tmp_path):
-    """All metrics, against a reference of as many images, with an extractor of Inception's widths."""
+    """Measures all metrics against as many reference images, with an extractor of Inception's widths."""
     rng = np.random.default_rng(0)
     images = (rng.integers(0, 256, (256, 256, 3), dtype=np.uint8) for _ in range(50_000))
     write_npz(tmp_path / "x.npz", images, (50_000, 256, 256, 3))

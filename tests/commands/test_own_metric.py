@@ -1,4 +1,4 @@
-"""A metric of a user's module in the commands that evaluate and compare: nothing of ours knows of it."""
+"""Metric from a user's module in eval/fid.py and eval/compare.py, without changes to the package."""
 
 import json
 import sys
@@ -34,7 +34,7 @@ DIGITS = np.repeat(load_digits()[0][..., None], 3, axis=-1)
 
 @pytest.fixture
 def forget(tmp_path, monkeypatch):
-    """forget(): as in a new process, which has not imported the module."""
+    """forget() restores the state of a new process that has not imported the module."""
     (tmp_path / "own_metric.py").write_text(OWN)
     np.savez(tmp_path / "reference.npz", DIGITS[:400])
     monkeypatch.chdir(tmp_path)
@@ -50,7 +50,7 @@ def forget(tmp_path, monkeypatch):
 
 @pytest.fixture
 def evaluate(forget, tmp_path):
-    """evaluate(name, first, ...) -> the record of 200 digits from that one on."""
+    """evaluate(name, first, ...) evaluates 200 digits starting at `first`; returns the record."""
 
     def run(name, first, *more):
         np.savez(tmp_path / f"{name}.npz", DIGITS[first : first + 200])
@@ -60,7 +60,7 @@ def evaluate(forget, tmp_path):
     return run
 
 
-def test_a_registered_metric_is_one_among_all(evaluate, capsys):
+def test_a_registered_metric_is_computed_by_default(evaluate, capsys):
     found = evaluate("all", 0, "--import", "own_metric")
     assert list(found.scores) == ["FD-digits-200", "score-digits", "precision-digits", "recall-digits", "KD-digits",
                                   "closeness-digits"]
@@ -69,7 +69,7 @@ def test_a_registered_metric_is_one_among_all(evaluate, capsys):
     assert list(json.loads(capsys.readouterr().out)["scores"]) == list(found.scores)
 
 
-def test_a_metric_by_its_path_is_added_to_the_record(evaluate, forget, tmp_path):
+def test_a_metric_given_by_path_is_added_to_the_record(evaluate, forget, tmp_path):
     options = ("--metrics", "own_metric.sure", "fid")
     assert list(evaluate("one", 0, *options).scores) == ["FD-digits-200", "sure-digits", "unsure-digits"]
     forget()
@@ -105,12 +105,12 @@ def test_records_are_compared_in_the_direction_of_the_metric(evaluate, forget, t
     compare([*argv, "closeness"])
     said = capsys.readouterr()
     assert "| closeness-digits | sure-digits | unsure-digits | difference in closeness-digits |" in said.out
-    assert ("no pareto.png: whether more or less of closeness-digits is better is not known: give --import MODULE, "
-            "where its metric is registered") in said.err
+    assert ("no pareto.png: it is unknown whether a higher closeness-digits is better: give --import MODULE, the "
+            "module that registers its metric") in said.err
     assert figures == {} and "| FD-digits-200 |" in said.out
 
 
-def test_errors(fails, forget, tmp_path):
+def test_errors_name_the_remedy(fails, forget, tmp_path):
     main = load_command("eval/fid.py").main
     argv = ["--samples", "reference.npz", *COMMON, "--metrics"]
     assert "no module named 'own_metrics'" in fails(main, [*argv, "own_metrics.sure"]).lower()
@@ -118,5 +118,5 @@ def test_errors(fails, forget, tmp_path):
     assert "must be one of fid, sfid, is, prc, kid, near, or your own as module.NAME, not 'far'" in fails(
         main, [*argv, "far", "--import", "own_metric"])
     (tmp_path / "taken.py").write_text(OWN.replace('"near"', '"my_near"').replace('"closeness"', '"FD"'))
-    assert "two metrics have a score FD: give that of yours another name" in fails(
+    assert "two metrics have a score FD: rename the score of yours" in fails(
         main, [*argv, "fid", "--import", "taken"])

@@ -32,7 +32,7 @@ FOLDER = "step0400000-cfg{cfg:g}-{solver}{steps}-balanced-seed0-n{num}"
 
 def record(fid=3.0, model="atconv", step=400000, cfg=1.5, solver="heun", steps=12, num=1000, labels="balanced",
            reference="ab" * 32, seed=0, device="cuda", **subject):
-    """Groups of the samples differ as they do for all of the same noise, and a little on their own."""
+    """Returns an evaluation whose group values share the noise of all others and have a little of their own."""
     without = [fid + 0.3 * math.sin(i) + 0.02 * math.cos(i * fid) for i in range(20)]
     sampler = {"cfg": cfg, "solver": solver, "steps": steps, "times": None, "cfg_interval": [0.0, 1.0]}
     return Evaluation(
@@ -52,7 +52,7 @@ def named(**evaluations):
 
 @pytest.fixture
 def save(tmp_path):
-    """save(evaluation, ...) -> the folders of samples that hold them."""
+    """save(evaluation, ...) writes evaluations and returns their folders of samples."""
 
     def write(*evaluations):
         folders = []
@@ -91,7 +91,7 @@ def test_the_model_is_the_folder_of_its_run(subject, model):
     (["runs/net-a/samples/cfg1-heun12/scores-x", "runs/net-b/samples/cfg1-heun12/scores-x"], ["a", "b"]),
     (["runs/a/samples/cfg1-n5/scores-x", "runs/b/samples/cfg2-n5/scores-x"], ["a/cfg1", "b/cfg2"]),
     (["s/cfg1/scores-digits", "s/cfg1/scores-inception"], ["digits", "inception"]),
-    (["s/cfg1/scores-x", "s/cfg1-compiled/scores-x"], ["cfg1", "cfg1-compiled"]),  # one would have no name left
+    (["s/cfg1/scores-x", "s/cfg1-compiled/scores-x"], ["cfg1", "cfg1-compiled"]),  # "cfg1" alone would become empty
     (["s/a-b/scores-x", "s/b-a/scores-x"], ["a-b", "b-a"]),
     (["published/scores-x", "runs/x/samples/cfg1-n5/scores-x", "runs/x/samples/cfg2-n5/scores-x"],
      ["published", "cfg1", "cfg2"]),
@@ -101,7 +101,7 @@ def test_the_model_is_the_folder_of_its_run(subject, model):
     (["s/a/scores-x", "elsewhere/s/a/scores-x"], ["s/a", "elsewhere/s/a"]),
     (["runs/x/samples/cfg1-heun12/scores-x"], ["cfg1-heun12"]), (["runs/x/mine"], ["mine"]),
 ])
-def test_names_are_what_distinguishes_the_paths(paths, names):
+def test_names_are_the_parts_of_the_paths_that_differ(paths, names):
     assert distinct_names(paths_to_name([Path(path + ".json") for path in paths])) == names
 
 
@@ -113,7 +113,7 @@ def test_each_file_is_read_once_and_a_folder_may_hold_several(save):
     assert [run.name for run in found.runs] == ["digits", "inception"]
 
 
-def test_what_cannot_be_compared_is_named(save, tmp_path):
+def test_errors_name_what_cannot_be_compared(save, tmp_path):
     folders = save(record(), record(cfg=2.0))
     (tmp_path / "empty").mkdir()
     (tmp_path / "samples").mkdir()
@@ -121,9 +121,9 @@ def test_what_cannot_be_compared_is_named(save, tmp_path):
     (tmp_path / "list.json").write_text("[]")
     for sources, options, message in (
         ([tmp_path / "nowhere"], {}, "nowhere does not exist: give a JSON"),
-        ([tmp_path / "empty"], {}, r"empty holds neither scores-\*\.json nor samples: give a folder"),
-        ([tmp_path / "samples"], {}, "samples holds no scores-.*: evaluate it first"),
-        ([tmp_path / "list.json"], {}, "list.json is no evaluation"),
+        ([tmp_path / "empty"], {}, r"empty contains neither scores-\*\.json nor samples: give a folder"),
+        ([tmp_path / "samples"], {}, "samples contains no scores-.*: evaluate it first"),
+        ([tmp_path / "list.json"], {}, "list.json is not an evaluation"),
         ([tmp_path / "list.json", tmp_path / "empty", tmp_path / "empty"], {},
          r"none of these is an evaluation \(1 JSON file, 2 folders without scores-\*.json\): evaluate samples first"),
         (folders, {"names": ["a"]}, "1 names for 2 evaluations: give one for each of cfg1.5, cfg2$"),
@@ -140,11 +140,11 @@ def test_what_cannot_be_compared_is_named(save, tmp_path):
         compare(folders, tmp_path / "file")
 
 
-def test_a_name_that_is_the_number_of_another_run_is_no_baseline(save):
+def test_a_baseline_that_is_both_a_name_and_a_number_is_ambiguous(save):
     folders = save(record(), record(cfg=2.0))
     chosen = read_comparison(folders, ["2", "x"], "x", "FID", [])
     assert chosen.baseline is chosen.runs[1]
-    with pytest.raises(ValueError, match="--baseline 2 can be the run of this number, x, or the one of this name"):
+    with pytest.raises(ValueError, match="--baseline 2 is ambiguous: it is the number of run x and the name"):
         read_comparison(folders, ["2", "x"], "2", "FID", [])
     assert read_comparison(folders, ["1", "x"], "1", "FID", []).baseline.name == "1"
 
@@ -155,7 +155,7 @@ def test_the_baseline_is_the_first_or_chosen_by_number_or_name(read):
         assert read(*both, baseline=given).baseline.name == name
 
 
-def test_the_metric_is_found_under_the_name_that_it_has(read):
+def test_the_metric_is_found_by_kind_or_full_name(read):
     digits = record()
     digits.scores.update({"FD-digits-1000": Score(7.0), "score-digits": Score(2.0)})
     assert read(digits).metric == "FID-1000"
@@ -164,7 +164,7 @@ def test_the_metric_is_found_under_the_name_that_it_has(read):
     assert read(digits).metric == "FD-digits-1000" and read(digits, metric="IS").metric == "score-digits"
 
 
-def test_differences_are_taken_in_pairs_and_only_between_what_is_measured_alike(read):
+def test_differences_are_paired_and_need_the_same_measurement(read):
     base, better = record(3.0), record(2.5, cfg=2.0)
     others = [record(2.5, cfg=3.0, seed=1), record(2.0, num=500, cfg=4.0), record(2.0, reference="", cfg=5.0)]
     none, paired, independent, fewer, other = column(read(base, better, *others), "difference in FID-1000")
@@ -176,7 +176,7 @@ def test_differences_are_taken_in_pairs_and_only_between_what_is_measured_alike(
     assert [gap and gap.value for gap in column(read(better, base, baseline="2"), "difference")] == [-0.5, None]
 
 
-def test_the_table_says_scores_errors_and_what_is_beyond_two_of_them(read):
+def test_the_table_has_scores_and_errors_and_bold_differences_beyond_two_errors(read):
     runs = [record(3.0), record(2.5, cfg=2.0), record(2.99, cfg=3.0),
             record(1.0, cfg=4.0, num=500, images_per_second=None)]
     comparison = read(*runs)
@@ -198,20 +198,20 @@ def test_the_table_says_scores_errors_and_what_is_beyond_two_of_them(read):
     assert " **+0.500 ± " in to_markdown(read(runs[1], runs[0]))
 
 
-def test_below_the_table_stands_what_all_share_and_how_to_read_it(read):
+def test_shared_settings_and_a_note_follow_the_table(read):
     text = to_markdown(read(record(), record(cfg=2.0), record(cfg=2.0, steps=25)))
     assert "- samples: num 1000, image size [8, 8], labels balanced\n" in text
     assert "\n- sampler: solver heun, cfg interval [0, 1]\n" in text
     assert "- reference: num 1797, content abababab\n- extractor: name inception, sha256 cdcdcdcd\n" in text
-    assert "the reference held fixed" in text and "2606.20536" in text and text.endswith(".\n")
+    assert "the reference is fixed" in text and "2606.20536" in text and text.endswith(".\n")
 
 
-def test_the_table_says_where_samples_were_drawn_if_not_all_in_one_place(read):
+def test_the_table_has_the_hardware_if_it_differs(read):
     assert column(read(record(), record(cfg=2.0, device="cpu")), "sampled on") == ["cuda x 1", "cpu x 1"]
     assert "sampled on" not in to_markdown(read(record(), record(cfg=2.0)))
 
 
-def test_the_csv_has_all_digits_and_errors_of_their_own(read):
+def test_the_csv_has_all_digits_and_a_column_for_each_error(read):
     runs = [record(3.0), record(2.0 + 1 / 3, cfg=2.0), record(num=50, cfg=3.0)]
     comparison = read(*runs)
     first, better, fewer = csv.DictReader(io.StringIO(to_csv(comparison)))
@@ -224,7 +224,7 @@ def test_the_csv_has_all_digits_and_errors_of_their_own(read):
     assert (first["name"], first["error of recall"], first["training step"]) == ("cfg1.5-n1000", "", "400000")
 
 
-def test_differences_of_protocols_are_said_briefly():
+def test_protocol_differences_in_words_are_short():
     base = record(num=50_000)
     assert in_words(base, base) == ""
     assert in_words(base, record(num=10_000, labels="random")) == "num 50000 → 10000; labels balanced → random"
@@ -238,7 +238,7 @@ def test_differences_of_protocols_are_said_briefly():
     assert in_words(base, times).startswith("times none → [0, 0.02, ") and len(in_words(base, times)) < 60
 
 
-def test_lines_join_runs_that_agree_in_all_else():
+def test_lines_join_runs_that_agree_in_everything_else():
     runs = named(
         a=record(steps=25), b=record(steps=6), c=record(cfg=2.0, steps=6), d=record(steps=50, seed=1),
         e=record(reference=""), f=record(step=1), g=record(model="attention"), h=record(model="attention", steps=25),
@@ -260,13 +260,13 @@ def test_lines_join_runs_that_agree_in_all_else():
                                        ("atconv", "cfg 1.5", [(1, "y"), (2, "x")])]
 
 
-def test_lines_of_two_averages_of_one_run_are_told_apart():
+def test_lines_of_two_emas_of_one_run_have_different_labels():
     runs = named(a=record(steps=6), b=record(), c=record(steps=6, weights="ema"), d=record(weights="ema"))
     labels = [label for _, label, _ in trend(runs, "samples.sampler.steps")]
     assert labels == ["weights atconv 400000", "weights ema"]
 
 
-def test_the_front_is_what_no_other_beats():
+def test_the_pareto_front_holds_points_that_no_other_beats():
     points = [(1, 5.0), (2, 4.0), (2, 6.0), (4, 4.5), (8, 9.0), (3, 4.5), (0.5, 4.0)]
     assert pareto_front(points) == [(2, 4.0), (4, 4.5), (8, 9.0)]
     assert pareto_front(points, higher=True) == [(8, 9.0)]
@@ -275,7 +275,7 @@ def test_the_front_is_what_no_other_beats():
 
 @pytest.fixture
 def charts(save, tmp_path, monkeypatch):
-    """charts(record, ..., metric=...) -> {file name: drawn figure}, what is said."""
+    """charts(record, ..., metric=...) returns {file name: drawn figure} and all messages."""
 
     def draw(*evaluations, metric="FID"):
         figures = {}
@@ -288,7 +288,7 @@ def charts(save, tmp_path, monkeypatch):
 
 
 def lines_of(figure):
-    """Label -> points and bars."""
+    """Returns label -> (points, lengths of error bars)."""
     axes, = figure.axes
     return {bars.get_label(): (bars[0].get_xydata().tolist(), [segment[1][1] - segment[0][1] for segment in
                                                               bars[2][0].get_segments()]) for bars in axes.containers}
@@ -316,7 +316,7 @@ def test_charts_show_scores_with_two_standard_errors(charts):
     assert list(colors) == ["atconv", "attention"] and len(set(colors.values())) == 2
 
 
-def test_the_pareto_chart_names_all_points_and_has_other_machines_off_its_front(charts):
+def test_the_pareto_chart_names_all_points_and_keeps_other_hardware_off_its_front(charts):
     runs = [record(3 + 0.01 * i, cfg=1 + i / 8, steps=10 + i // 6, solver="a_long_name") for i in range(9)]
     elsewhere = record(1.0, cfg=9.0, steps=1, device="cpu", solver="a_long_name_of_a_solver")
     figures, said = charts(*runs, elsewhere)
@@ -326,7 +326,7 @@ def test_the_pareto_chart_names_all_points_and_has_other_machines_off_its_front(
     figure.draw(renderer)
     labels = [text for text in axes.texts if isinstance(text, Annotation)]
     assert len({label.get_text() for label in labels}) == 10 and axes.get_xscale() == "log"
-    boxes = [Text.get_window_extent(label, renderer) for label in labels]  # without their lines
+    boxes = [Text.get_window_extent(label, renderer) for label in labels]  # without the connecting lines
     assert [(a, b) for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)] == []
     assert all(figure.bbox.containsx(box.x1) and figure.bbox.containsy(box.y0) for box in boxes)
     assert [label.xy for label in labels] == [(e.subject["images_per_second"], e.scores["FID-1000"].value)
@@ -339,17 +339,17 @@ def test_the_pareto_chart_names_all_points_and_has_other_machines_off_its_front(
     assert names == ["Pareto front on cuda x 1", "sampled on cpu x 1: speed not comparable"]
 
 
-def test_charts_hold_what_is_measured_as_the_baseline_and_old_ones_go(charts, tmp_path):
+def test_charts_need_the_measurement_of_the_baseline_and_old_charts_are_deleted(charts, tmp_path):
     assert list(charts(record(), record(steps=25))[0]) == ["fid-steps.png", "pareto.png"]
     figures, said = charts(record(), record(steps=6, num=500), record(steps=25, reference="", solver="unipc"))
     assert figures == {} and sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.csv", "compare.md"]
-    assert "no pareto.png: fewer than two runs say their images per second" in said
-    assert "not in the charts, for another score, reference or extractor: heun6-n500, unipc25-n1000" in said
+    assert "no pareto.png: fewer than two runs record images per second" in said
+    assert "not in the charts (another score, reference or extractor): heun6-n500, unipc25-n1000" in said
     figures, _ = charts(record(step=1), record(step=2, cfg=2.0), record(step=3, cfg=3.0), metric="IS")
     assert list(figures) == ["pareto.png"] and "higher is better" in figures["pareto.png"].axes[0].get_ylabel()
 
 
-def test_training_is_drawn_against_steps(charts, save, tmp_path):
+def test_the_training_chart_has_steps_on_its_x_axis(charts, save, tmp_path):
     early = save(record(4.0, step=200_000))[0]
     (tmp_path / "early").mkdir()
     (early / "scores-inception.json").rename(tmp_path / "early" / "scores-inception.json")
@@ -359,14 +359,14 @@ def test_training_is_drawn_against_steps(charts, save, tmp_path):
     assert not any(line.startswith("warning") for line in report.messages)
 
 
-def test_each_run_of_another_protocol_is_warned_of_in_a_line(save, tmp_path):
+def test_each_run_with_another_protocol_gets_one_warning(save, tmp_path):
     runs = save(record(), record(cfg=2.0, steps=25, labels="random"), record(solver="euler", step=1))
     report = compare(runs, tmp_path / "out", names=["a", "b", "c"])
     assert report.messages[:2] == ["warning: b differs from a: labels balanced → random; cfg 1.5 → 2; steps 12 → 25",
                                    "warning: c differs from a: solver heun → euler"]
     assert (tmp_path / "out" / "compare.md").read_text() == report.table and "| a (baseline) | 3." in report.table
     assert report.messages[-1].startswith(f"written: {tmp_path / 'out' / 'compare.md'}, ")
-    assert json.loads((runs[0] / "scores-inception.json").read_text())["scores"]  # and what is read is left alone
+    assert json.loads((runs[0] / "scores-inception.json").read_text())["scores"]  # the input is unchanged
 
 
 @pytest.mark.parametrize(("metric", "part", "is_alike"), [
@@ -374,8 +374,8 @@ def test_each_run_of_another_protocol_is_warned_of_in_a_line(save, tmp_path):
     ("recall", "compared", False), ("IS", "reference", True), ("IS", "compared", True), ("IS", "extractor", False),
     ("recall", "metrics", False), ("IS", "samples", False), ("recall", "samples", False),
 ])
-def test_a_score_is_subtracted_where_all_agrees_that_it_depends_on(metric, part, is_alike):
-    """FID on the statistics, precision and recall on the images beside them, IS on neither; all on how it is done."""
+def test_a_score_is_subtracted_if_everything_it_depends_on_agrees(metric, part, is_alike):
+    """FID depends on the statistics, precision and recall on the compared images, IS on neither; all on the method."""
     a, b = record(), record()
     for evaluation, value in ((a, 3), (b, 5)):
         evaluation.protocol.update(compared={}, metrics={})
@@ -384,8 +384,8 @@ def test_a_score_is_subtracted_where_all_agrees_that_it_depends_on(metric, part,
     assert Comparison(runs, runs[0], metric).is_measured_alike(runs[1]) == is_alike
 
 
-def test_what_holds_no_record_is_passed_over_and_counted(save, tmp_path):
-    """As `runs/*/samples/*` finds it in a training run: previews, and samples that were not evaluated."""
+def test_sources_without_a_record_are_skipped_and_counted(save, tmp_path):
+    """Such as previews and samples that were not evaluated, which `runs/*/samples/*` matches."""
     folders = save(record(), record(cfg=2.0))
     samples = folders[0].parent
     for name in ("step-1.png", "step-2.png", "samples.npz", "no suffix"):
@@ -394,25 +394,25 @@ def test_what_holds_no_record_is_passed_over_and_counted(save, tmp_path):
     (samples / "list.json").write_text("not closed: [")
     for name in ("empty [1]", "other"):
         (samples / name).mkdir()
-    (samples / "other" / "manifest.json").touch()  # samples, which alone can be evaluated
+    (samples / "other" / "manifest.json").touch()  # only this one looks like samples
     report = compare(sorted(samples.iterdir()), tmp_path / "out")
-    assert [line for line in report.messages if line.startswith("passed over")] == [
-        "passed over: 2 folders without scores-*.json, 2 JSON files, 1 file, 1 NPZ file, 2 PNG files (to evaluate "
+    assert [line for line in report.messages if line.startswith("skipped")] == [
+        "skipped: 2 folders without scores-*.json, 2 JSON files, 1 file, 1 NPZ file, 2 PNG files (to evaluate "
         f"{samples / 'other'}: {command('fid')} --samples {samples / 'other'} --reference "
         "REFERENCE)"]
     assert "| cfg1.5 (baseline) |" in report.table and "| cfg2 |" in report.table
 
 
 @pytest.mark.parametrize("name", ["scores-digits-1.json", "x.scores-digits-1.json", "mine.json", "mine.txt"])
-def test_a_damaged_record_is_named_among_whatever_else(save, tmp_path, name):
+def test_a_damaged_record_is_an_error_even_among_other_files(save, tmp_path, name):
     folders = save(record())
     text = (folders[0] / "scores-inception.json").read_text()
     (tmp_path / name).write_text(text[: len(text) // 2])
     (tmp_path / "step.png").write_bytes(b"\x89")
-    with pytest.raises(ValueError, match=f"{name} is no evaluation"):
+    with pytest.raises(ValueError, match=f"{name} is not an evaluation"):
         read_all([*folders, tmp_path / name, tmp_path / "step.png"])
     (folders[0] / "scores-digits.json").write_text("")
-    with pytest.raises(ValueError, match=r"scores-digits\.json is no evaluation"):
+    with pytest.raises(ValueError, match=r"scores-digits\.json is not an evaluation"):
         read_all(folders)
 
 
@@ -421,7 +421,7 @@ def read_all(sources):
 
 
 def test_the_records_of_an_npz_are_found_by_its_name(tmp_path):
-    """Also if the name would match others as a pattern."""
+    """This includes names that are glob patterns."""
     for name in ("x[1]", "x1"):
         (tmp_path / f"{name}.npz").write_bytes(b"PK")
         record().save(tmp_path / f"{name}.scores-inception-1.json")
@@ -435,8 +435,8 @@ def test_a_record_under_any_name_is_found(tmp_path):
     assert len(read_all([tmp_path / "mine.txt", tmp_path / "b.json"]).runs) == 2
 
 
-def test_names_may_hold_anything(save, tmp_path):
-    """A formula that is none, what Markdown takes for a column, and a new line."""
+def test_names_may_contain_any_character(save, tmp_path):
+    """The names hold a broken formula, a column separator of Markdown, and a line break."""
     folders = save(record(), record(cfg=2.0), record(cfg=2.5))
     report = compare(folders, tmp_path / "out", names=["$x_{$", "a|b", "a\nc"])
     assert "| $x_{$ (baseline) |" in report.table and "| a\\|b |" in report.table and "| a c |" in report.table

@@ -1,4 +1,4 @@
-"""Evaluations whole, in this process."""
+"""Whole evaluations, in this process."""
 
 import json
 import re
@@ -29,7 +29,7 @@ DIGITS = np.repeat(load_digits()[0][..., None], 3, axis=-1)[np.random.default_rn
 
 @pytest.fixture
 def npz(tmp_path):
-    """npz(images, name) -> its path."""
+    """npz(images, name) writes a file and returns its path."""
 
     def write(images, name="x.npz", **arrays):
         np.savez(tmp_path / name, *([] if images is None else [images]), **arrays)
@@ -40,7 +40,7 @@ def npz(tmp_path):
 
 @pytest.fixture
 def options(tmp_path, npz):
-    """300 digits against 400 others."""
+    """Options that compare 300 digits with 400 others."""
     return EvaluateOptions(samples=npz(DIGITS[:300], "a.npz"), reference=npz(DIGITS[300:700], "b.npz"),
                            extractor="digits", features=str(tmp_path / "features"))
 
@@ -61,7 +61,7 @@ def values(evaluation):
     return {name: score.value for name, score in evaluation.scores.items()}
 
 
-def test_scores_have_names_of_their_own_and_errors(options):
+def test_scores_have_names_and_errors(options):
     found = evaluate(options)
     assert set(found.scores) == {"FD-digits-300", "score-digits", "precision-digits", "recall-digits", "KD-digits"}
     for name in ("FD-digits-300", "KD-digits"):
@@ -71,7 +71,7 @@ def test_scores_have_names_of_their_own_and_errors(options):
     assert write_record(found).name.startswith("a.scores-digits-")
 
 
-def test_statistics_give_what_their_images_gave(options, tmp_path):
+def test_statistics_give_the_same_scores_as_their_images(options, tmp_path):
     direct = evaluate(options)
     recipe = make_reference(of_reference(options), tmp_path / "reference.npz")
     assert recipe["num"] == 400 and recipe["extractor"]["name"] == "digits"
@@ -81,7 +81,7 @@ def test_statistics_give_what_their_images_gave(options, tmp_path):
     assert by_statistics.protocol["reference"]["num"] == 400
 
 
-def test_a_folder_and_an_npz_of_the_same_images_are_the_same(options, tmp_path):
+def test_a_folder_and_an_npz_of_the_same_images_have_the_same_scores(options, tmp_path):
     for i, image in enumerate(DIGITS[:300]):
         (tmp_path / "a").mkdir(exist_ok=True)
         Image.fromarray(image).save(tmp_path / "a" / f"{i:04d}.png")
@@ -89,18 +89,18 @@ def test_a_folder_and_an_npz_of_the_same_images_are_the_same(options, tmp_path):
     assert folder.scores == evaluate(options).scores
 
 
-def test_shards_of_both_sets_are_one_pass(options, pixels, monkeypatch):
-    """Bitwise the same whether extracted or read again, and the same pass as one whole."""
+def test_shards_give_the_same_scores_as_one_pass(options, pixels, monkeypatch):
+    """Features read from disk give bitwise the same scores as extracted ones."""
     whole = evaluate(replace(options, extractor="pixels"))
     monkeypatch.setattr(features, "SHARD", 128)
     first = evaluate(replace(options, extractor="pixels"))
     seen = pixels.seen
     again = evaluate(replace(options, extractor="pixels"))
-    assert again.scores == first.scores and pixels.seen == seen + 1  # the first look at one image
+    assert again.scores == first.scores and pixels.seen == seen + 1  # the check of one image
     assert values(first) == pytest.approx(values(whole), rel=1e-9)
 
 
-def test_only_some_reference_images_are_compared_where_there_are_many(options, monkeypatch):
+def test_large_references_are_compared_by_some_of_their_images(options, monkeypatch):
     for module in ("evaluate", "protocol"):
         monkeypatch.setattr(f"sit_atconv.evaluation.{module}.COMPARED", 300)
     found = evaluate(replace(options, metrics=["prc", "fid"]))
@@ -108,12 +108,12 @@ def test_only_some_reference_images_are_compared_where_there_are_many(options, m
     assert values(found)["recall-digits"] * 300 == pytest.approx(round(values(found)["recall-digits"] * 300), abs=1e-4)
 
 
-def test_the_first_samples_alone(options):
+def test_num_samples_evaluates_the_first_ones(options):
     found = evaluate(replace(options, num_samples=100, metrics=["fid"]))
     assert list(found.scores) == ["FD-digits-100"]
 
 
-def test_protocols_that_differ(options, npz):
+def test_other_samples_and_references_change_the_protocol(options, npz):
     base = evaluate(replace(options, metrics=["fid"]))
     fewer = evaluate(replace(options, metrics=["fid"], num_samples=200))
     assert set(protocol_differences(base, fewer)) == {"samples.num"}
@@ -122,14 +122,14 @@ def test_protocols_that_differ(options, npz):
     assert difference(base, other, "FD-digits-300").error > 0
 
 
-def test_metrics_that_were_not_asked_for_are_no_difference(options, tmp_path):
+def test_other_metrics_do_not_change_the_protocol(options, tmp_path):
     make_reference(of_reference(options), tmp_path / "r.npz")
     options = replace(options, reference=str(tmp_path / "r.npz"))
     few, many = evaluate(replace(options, metrics=["fid"])), evaluate(options)
     assert "compared" not in few.protocol and "compared" in many.protocol and not protocol_differences(few, many)
 
 
-def test_a_manifest_is_the_protocol(options, tmp_path):
+def test_the_protocol_contains_the_manifest(options, tmp_path):
     folder = tmp_path / "samples"
     (folder / "images").mkdir(parents=True)
     np.savez(folder / "samples.npz", DIGITS[:300])
@@ -144,9 +144,9 @@ def test_a_manifest_is_the_protocol(options, tmp_path):
         "codec": {"kind": "identity"}, "sampler": {"solver": "heun", "cfg": 2.0, "steps": 12}}
     assert found.subject["seed"] == 7 and found.subject["step"] == 400 and found.subject["processes"] == 2
     assert found.scores["FD-digits-300"].error != evaluate(replace(options, metrics=["fid"])).scores[
-        "FD-digits-300"].error  # groups within the classes
+        "FD-digits-300"].error  # its groups are balanced over the classes
     assert write_record(found).parent == folder
-    listed = {"sampler": ["solver", "steps", "cfg", "absent"]}  # as new manifests say themselves
+    listed = {"sampler": ["solver", "steps", "cfg", "absent"]}  # as in new manifests
     (folder / "manifest.json").write_text(json.dumps(manifest | listed))
     assert evaluate(replace(options, samples=str(folder), metrics=["fid"])).protocol == found.protocol
     (folder / "manifest.json").write_text(json.dumps({**manifest, "sampler": ["seed"]}))
@@ -157,25 +157,25 @@ def test_a_manifest_is_the_protocol(options, tmp_path):
     assert of_npz.protocol == found.protocol and write_record(of_npz) == write_record(found)
 
 
-# --------------------------------------------------------------------------------------------- what is not possible
+# --------------------------------------------------------------------------------------------- errors and warnings
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"samples": "none"}, "holds 0 images, too few"),
-    ({"samples": "one"}, r"no metric compares .*: \S*/one\.npz holds 1 image, and fid needs 2 at least"),
-    ({"reference": "one"}, r"no metric compares .*: the reference \S*/one\.npz holds 1 image, and fid needs 2"),
-    ({"reference": "none"}, r"no metric compares .*: the reference \S*/none\.npz holds 0 images, and fid needs 2"),
+    ({"samples": "one"}, r"no metric compares .*: \S*/one\.npz holds 1 image, and fid needs at least 2"),
+    ({"reference": "one"}, r"no metric compares .*: the reference \S*/one\.npz holds 1 image, and fid needs"),
+    ({"reference": "none"}, r"no metric compares .*: the reference \S*/none\.npz holds 0 images, and fid needs"),
     ({"samples": "one", "reference": "none"}, r"holds 1 image and the reference \S* holds 0 images, and fid"),
-    ({"samples": "three", "metrics": ["prc"]}, r"no prc of .*: \S*/three\.npz holds 3 images, and prc needs 4"),
-    ({"reference": "three", "metrics": ["prc"]}, r"no prc of .*: the reference \S*/three\.npz holds 3 images, and prc"),
-    ({"samples": "one", "metrics": ["fid"]}, "no fid of .* holds 1 image, and fid needs 2 at least"),
+    ({"samples": "three", "metrics": ["prc"]}, r"prc of .* not possible: \S*/three\.npz holds 3 images, .* at least 4"),
+    ({"reference": "three", "metrics": ["prc"]}, r"prc of .* not possible: the reference \S*/three\.npz holds 3"),
+    ({"samples": "one", "metrics": ["fid"]}, "fid of .* is not possible: .* holds 1 image, and fid needs at least 2"),
     ({"samples": "wide"}, "for 8x8 images, not 16x16"),
     ({"metrics": ["fvd"]}, "not 'fvd'"),
-    ({"metrics": ["sfid"]}, "no sfid of .*: extractor 'digits' has no spatial features"),
-    ({"reference": "statistics", "metrics": ["prc"]}, "no prc of .* holds no images"),
-    ({"reference": "inception"}, "mu of .* has 2048 values, and of extractor 'digits' come 48"),
+    ({"metrics": ["sfid"]}, "sfid of .* is not possible: extractor 'digits' has no spatial features"),
+    ({"reference": "statistics", "metrics": ["prc"]}, "prc of .* is not possible: .* has no images"),
+    ({"reference": "inception"}, "mu of .* has 2048 values, but extractor 'digits' gives 48"),
     ({"extractor": "clip9"}, r"no extractor 'clip9'.*digits.*inception"),
 ])
-def test_what_is_not_possible_is_named(options, npz, change, message):
+def test_impossible_evaluations_are_named(options, npz, change, message):
     made = {
         "none": lambda: npz(DIGITS[:0], "none.npz"), "one": lambda: npz(DIGITS[:1], "one.npz"),
         "three": lambda: npz(DIGITS[:3], "three.npz"),
@@ -190,15 +190,15 @@ def test_what_is_not_possible_is_named(options, npz, change, message):
         evaluate(replace(options, **change))
 
 
-def test_a_reference_of_other_weights_is_refused(options, tmp_path, npz):
+def test_a_reference_made_with_other_weights_is_refused(options, tmp_path, npz):
     recipe = json.dumps({"extractor": {"name": "digits", "sha256": "0000"}})
     np.savez(tmp_path / "r.npz", mu=np.zeros(48), sigma=np.eye(48), recipe=np.array(recipe))
     with pytest.raises(ValueError, match=r"made with an extractor of sha256 '0000', and this one has '9c94"):
         evaluate(replace(options, reference=str(tmp_path / "r.npz")))
 
 
-def test_a_reference_fitted_to_too_few_images_is_warned_of(options, npz, tmp_path):
-    """As images and as statistics."""
+def test_a_reference_fitted_to_too_few_images_gives_a_warning(options, npz, tmp_path):
+    """This holds for images and for statistics."""
     options = replace(options, reference=npz(DIGITS[300:340], "few.npz"), metrics=["fid"])
     make_reference(of_reference(options), tmp_path / "r.npz")
     for reference in (options.reference, str(tmp_path / "r.npz")):
@@ -206,7 +206,7 @@ def test_a_reference_fitted_to_too_few_images_is_warned_of(options, npz, tmp_pat
         assert warning.startswith(f"{reference} is fitted to 40 images, no more than the 48 features")
 
 
-def test_what_is_left_out_is_said(options, tmp_path, capsys):
+def test_metrics_left_out_are_reported(options, tmp_path, capsys):
     np.savez(tmp_path / "r.npz", mu=np.zeros(48), sigma=np.eye(48))
     found = evaluate(replace(options, reference=str(tmp_path / "r.npz")))
     assert set(found.scores) == {"FD-digits-300", "score-digits"}
@@ -220,10 +220,10 @@ def test_what_is_left_out_is_said(options, tmp_path, capsys):
     ("equal", "all 60 images of .* are equal"),
     ("copies", "20 of the 60 images of .* are copies of others"),
     ("large", "the samples are 16x16 and the reference's images 8x8"),
-    ("compressed", r"x\.npz is compressed.* read into the memory of every process, 0\.0 MB"),
+    ("compressed", r"x\.npz is compressed.* every process reads all of it into memory \(0\.0 MB\)"),
     (".jpg", "samples are .jpg files, whose compression changes every score"),
 ])
-def test_what_is_suspicious_is_warned_of_and_written_down(options, npz, pixels, samples, message, capsys, tmp_path):
+def test_suspicious_samples_give_a_warning_that_is_recorded(options, npz, pixels, samples, message, capsys, tmp_path):
     images = {".jpg": DIGITS[:60], "compressed": DIGITS[:60], "few": DIGITS[:20], "equal": DIGITS[:1].repeat(60, 0),
               "copies": np.concatenate([DIGITS[:40], DIGITS[:20]]),
               "large": DIGITS[:60].repeat(2, 1).repeat(2, 2)}[samples]
@@ -239,32 +239,32 @@ def test_what_is_suspicious_is_warned_of_and_written_down(options, npz, pixels, 
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_formats_that_lose_detail():
+def test_lossy_formats():
     lossy = {suffix for suffix in Image.registered_extensions() if is_lossy(suffix)}
     assert {".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".gif", ".jp2"} <= lossy
     assert not lossy & {".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".tga"} and not is_lossy(".npy")
 
 
-def test_nothing_is_warned_of_without_reason(options, capsys):
+def test_good_samples_give_no_warning(options, capsys):
     found = evaluate(options)
     assert found.warnings == [] and "warning" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("labels", "is_warned_of"), [
-    (np.arange(300) // 30, True), (9 - np.arange(300) // 30, True),  # whatever the order of the classes
-    (np.array([0, 1, 10, 2])[np.arange(300) // 75], True),  # folders named by numbers, in the order of their names
-    (np.arange(300) % 150 // 15, True),  # by each of two processes
+    (np.arange(300) // 30, True), (9 - np.arange(300) // 30, True),  # in any order of the classes
+    (np.array([0, 1, 10, 2])[np.arange(300) // 75], True),  # numbered folders in the order of their names
+    (np.arange(300) % 150 // 15, True),  # two processes wrote sorted samples
     (np.arange(300) % 10, False), (np.zeros(300, int), False),
     (np.random.RandomState(0).randint(0, 99, 300), False), (np.arange(300), False),  # few or one of each class
 ])
-def test_samples_in_the_order_of_their_labels(options, npz, pixels, monkeypatch, labels, is_warned_of):
+def test_samples_sorted_by_label_give_a_warning(options, npz, pixels, monkeypatch, labels, is_warned_of):
     monkeypatch.setattr("sit_atconv.evaluation.metric_functions.IS_SPLIT", 100)
     found = evaluate(replace(options, samples=npz(DIGITS[:300], arr_1=labels), metrics=["is"])).warnings
     assert ["order of their labels" in warning for warning in found] == [True] * is_warned_of
 
 
 def test_the_first_of_sorted_samples_have_few_classes(options, npz):
-    """FID, too, would be of these classes alone."""
+    """FID would cover only these classes, too."""
     of_sorted = npz(DIGITS[:300], arr_1=np.arange(300) // 30)
     found = evaluate(replace(options, samples=of_sorted, metrics=["is"], num_samples=100)).warnings
     assert "the first 100 of 300 have few classes" in found[0] and len(found) == 1
@@ -274,7 +274,7 @@ def test_the_first_of_sorted_samples_have_few_classes(options, npz):
 
 @pytest.fixture
 def class_folders(tmp_path):
-    """300 digits in ten folders named 0 ... 9, and the labels."""
+    """Folder with 300 digits in ten subfolders 0 ... 9, and their labels."""
     labels = np.arange(300) // 30
     for i, label in enumerate(labels):
         (tmp_path / "classes" / str(label)).mkdir(parents=True, exist_ok=True)
@@ -282,8 +282,8 @@ def class_folders(tmp_path):
     return tmp_path / "classes", labels
 
 
-def test_class_folders_are_labels(options, npz, class_folders, monkeypatch):
-    """Everything that depends on labels is that of the same images with the labels in arr_1."""
+def test_class_folders_give_labels(options, npz, class_folders, monkeypatch):
+    """The evaluation equals that of an .npz with the labels in arr_1."""
     folder, labels = class_folders
     metrics = ["fid", "is"]
     of_array = evaluate(replace(options, samples=npz(DIGITS[:300], arr_1=labels), metrics=metrics))
@@ -294,7 +294,7 @@ def test_class_folders_are_labels(options, npz, class_folders, monkeypatch):
     assert "class folders" in evaluate(replace(options, samples=str(folder), metrics=metrics)).warnings[0]
 
 
-def test_a_record_from_before_class_folders_were_labels_is_still_compared(options, class_folders):
+def test_an_old_record_without_labels_of_class_folders_is_still_compared(options, class_folders):
     now = evaluate(replace(options, samples=str(class_folders[0]), metrics=["fid"]))
     before = replace(now, protocol={**now.protocol, "samples": {**now.protocol["samples"], "labels": None}})
     assert protocol_differences(before, now) == {"samples.labels": (None, "balanced")}
@@ -306,7 +306,7 @@ def test_a_record_from_before_class_folders_were_labels_is_still_compared(option
 
 @pytest.fixture
 def three_outputs(monkeypatch):
-    """An extractor with all outputs of Inception, each of its own, and what it sees in digits."""
+    """Makes an extractor with all outputs of Inception, each different; returns its features of digits."""
     from sit_atconv.evaluation.extractors import Extractor
 
     def network(x):
@@ -318,7 +318,7 @@ def three_outputs(monkeypatch):
     return lambda images: extractor(torch.from_numpy(images).permute(0, 3, 1, 2))
 
 
-def test_each_score_is_of_its_own_features(options, three_outputs, monkeypatch):
+def test_each_score_uses_its_own_features(options, three_outputs, monkeypatch):
     monkeypatch.setattr(features, "SHARD", 128)
     ours, real = three_outputs(DIGITS[:300]), three_outputs(DIGITS[300:700])
     found = values(evaluate(options))
@@ -334,10 +334,10 @@ def test_each_score_is_of_its_own_features(options, three_outputs, monkeypatch):
     }, rel=1e-6)
 
 
-def test_statistics_are_taken_where_there_are_some_and_images_only_for_what_compares_them(
+def test_statistics_are_preferred_to_images(
     options, three_outputs, tmp_path
 ):
-    """As in ADM's file, whose images are a fifth of what its statistics are of."""
+    """As in ADM's file, which contains only a fifth of the images behind its statistics."""
     ours, real = three_outputs(DIGITS[:300]), three_outputs(DIGITS[300:])
     fitted = {"features": fit_gaussian(real["features"]), "spatial": fit_gaussian(real["spatial"])}
     save_reference(tmp_path / "r.npz", fitted, ImageSet("x", DIGITS[300:700]), {})
@@ -348,7 +348,7 @@ def test_statistics_are_taken_where_there_are_some_and_images_only_for_what_comp
     assert found["recall"] == metrics.precision_recall(ours["features"], compared)[1].value
 
 
-def test_images_that_are_compared_come_from_all_over(options, three_outputs, monkeypatch):
+def test_compared_images_are_evenly_spaced(options, three_outputs, monkeypatch):
     monkeypatch.setattr(features, "SHARD", 128)
     monkeypatch.setattr("sit_atconv.evaluation.evaluate.COMPARED", 57)
     real = three_outputs(DIGITS[300:700])["features"][evenly_spaced(400, 57)]
@@ -358,7 +358,7 @@ def test_images_that_are_compared_come_from_all_over(options, three_outputs, mon
 
 def test_the_inception_score_needs_no_reference(options, pixels):
     evaluate(replace(options, extractor="pixels", metrics=["is"]))
-    assert pixels.seen == 300 + 1  # and the first look
+    assert pixels.seen == 300 + 1  # and the check of one image
 
 
 # ------------------------------------------------------------------------------------------------------- the record
@@ -377,7 +377,7 @@ def test_a_second_call_with_other_metrics_adds_to_the_record(options, tmp_path, 
     assert write_record(evaluate(replace(options, num_samples=200))) != path
 
 
-def test_a_record_means_the_same_from_everywhere(options, tmp_path):
+def test_a_record_holds_absolute_paths(options, tmp_path):
     with working_folder(tmp_path):
         found = evaluate(replace(options, samples="a.npz", reference="b.npz", metrics=["is"]))
         assert write_record(found).is_relative_to(tmp_path)
@@ -385,7 +385,7 @@ def test_a_record_means_the_same_from_everywhere(options, tmp_path):
     assert evaluate(replace(options, reference="digits", metrics=["is"])).subject["reference"] == "digits"
 
 
-def test_labels_drawn_at_random_are_not_balanced_even_if_they_come_out_even(options, tmp_path):
+def test_random_labels_are_not_balanced_even_if_equally_frequent(options, tmp_path):
     folder = tmp_path / "samples"
     (folder / "images").mkdir(parents=True)
     np.savez(folder / "samples.npz", DIGITS[:300])

@@ -17,12 +17,12 @@ from tests.pixel_features import Pixels
 
 @pytest.fixture(scope="module")
 def images():
-    """Noise, uint8 (2, 3, 250, 270): every filter shows on it."""
+    """Noise, uint8 (2, 3, 250, 270), on which every resizing filter gives another result."""
     return torch.randint(0, 256, (2, 3, 250, 270), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 class Payload:
-    """Writes a file when it is unpickled."""
+    """Object that writes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -35,7 +35,7 @@ def offline(*args, **kwargs):
     raise URLError("no route")
 
 
-# ----------------------------------------------------------------------------------------------------- any network
+# ----------------------------------------------------------------------------------------------------- any extractor
 
 def test_outputs_have_names_and_are_float32():
     def network(x):
@@ -53,7 +53,7 @@ def test_outputs_have_names_and_are_float32():
 
 @pytest.fixture
 def tf32():
-    """cuDNN and cuBLAS with TF32 switched on."""
+    """Switches TF32 on for cuDNN and cuBLAS."""
     backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [backend.allow_tf32 for backend in backends]
     for backend in backends:
@@ -63,7 +63,7 @@ def tf32():
         backend.allow_tf32 = allowed
 
 
-def test_features_are_extracted_without_tf32_and_the_callers_choice_comes_back(tf32):
+def test_tf32_is_off_during_extraction_and_restored_afterwards(tf32):
     seen = []
 
     def network(images):
@@ -91,7 +91,7 @@ def test_unknown_names_and_missing_files(tmp_path):
             open_extractor(name, str(tmp_path / "nowhere"))
 
 
-# ----------------------------------------------------------------------------------------------------- registered ones
+# ------------------------------------------------------------------------------------------- registered extractors
 
 class Two(Pixels):
     @staticmethod
@@ -108,7 +108,7 @@ class Two(Pixels):
 
 
 class Scaled(Pixels):
-    """With a parameter, of a file or as it is set here."""
+    """Extractor with a parameter, set here or read from a file."""
 
     scale = 1.0
 
@@ -131,7 +131,7 @@ class Downloads(Pixels):
 
 @pytest.fixture
 def register():
-    """register(kind) -> its name."""
+    """register(kind) registers an extractor and returns its name."""
     names = []
 
     def run(kind):
@@ -152,12 +152,12 @@ def test_one_tensor_serves_as_features_and_logits(register):
     assert opened.resize == "its own"
 
 
-def test_features_are_what_fid_takes_and_logits_what_the_score_takes(register):
+def test_features_and_logits_are_the_layers_of_fid_and_inception_score(register):
     outputs = open_extractor(register(Two))(torch.full((2, 3, 1, 1), 200, dtype=torch.uint8))
     assert outputs["features"].tolist() == [[55] * 3] * 2 and outputs["logits"].tolist() == [[200] * 3] * 2
 
 
-def test_other_parameters_are_another_digest(register, monkeypatch, tmp_path):
+def test_other_parameters_have_another_digest(register, monkeypatch, tmp_path):
     name = register(Scaled)
     first, again = open_extractor(name).sha256, open_extractor(name).sha256
     monkeypatch.setattr(Scaled, "scale", 2.0)
@@ -174,13 +174,13 @@ def test_other_parameters_are_another_digest(register, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("error", [URLError("no route"), RuntimeError("no internet\nconnection")])
-def test_registered_ones_that_cannot_download(register, monkeypatch, error):
+def test_registered_extractors_that_cannot_download(register, monkeypatch, error):
     monkeypatch.setattr(Downloads, "error", error)
     with pytest.raises(ValueError, match=r"could not be opened \(.*no (route|internet).*\).* network .*--weights"):
         open_extractor(register(Downloads))
 
 
-def test_registered_ones_that_take_no_weights(register, monkeypatch, tmp_path):
+def test_registered_extractors_that_take_no_weights(register, monkeypatch, tmp_path):
     (tmp_path / "w").write_bytes(b"")
     with pytest.raises(ValueError, match="takes no weights from a file: leave out --weights"):
         open_extractor(register(Pixels), str(tmp_path / "w"))
@@ -193,7 +193,7 @@ def test_registered_ones_that_take_no_weights(register, monkeypatch, tmp_path):
 
 @pytest.fixture
 def as_published(monkeypatch):
-    """as_published(path): that file passes for the published weights."""
+    """as_published(path) makes that file pass for the published weights."""
     return lambda path: monkeypatch.setattr(extractors, "INCEPTION_SHA256", sha256_of(path)[:8])
 
 
@@ -214,7 +214,7 @@ def test_inception(inception_file, as_published, images):
     branch = branches[0].tolist()  # (2, 192, 17, 17)
     channels_last = [[branch[b][c][i][j] for i in range(17) for j in range(17) for c in range(7)] for b in range(2)]
     assert outputs["spatial"].tolist() == channels_last
-    assert len(set(channels_last[0])) > 500  # it can tell orders apart
+    assert len(set(channels_last[0])) > 500  # other orders would give other values
 
     theirs = extractors.FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], str(inception_file))(images)
     assert torch.equal(outputs["features"], theirs[0]) and torch.equal(outputs["logits"], theirs[1])
@@ -241,8 +241,8 @@ def test_weights_that_run_code_are_refused(tmp_path, as_published):
         (lambda f: torch.save({"a": torch.zeros(9999)}, f) or f.write_bytes(f.read_bytes()[:20_000]), "cannot be read"),
         (lambda f: f.write_bytes(b"<html>404</html>"), "cannot be read"),
         (lambda f: f.write_bytes(b""), "cannot be read"),
-        (lambda f: torch.save([torch.zeros(2)], f), "holds more than tensors by name"),
-        (lambda f: torch.save({"model": {"a": torch.zeros(2)}}, f), "holds more than tensors by name"),
+        (lambda f: torch.save([torch.zeros(2)], f), "holds more than named tensors"),
+        (lambda f: torch.save({"model": {"a": torch.zeros(2)}}, f), "holds more than named tensors"),
     ],
 )
 def test_files_that_hold_no_weights(tmp_path, as_published, make, message):
@@ -254,7 +254,7 @@ def test_files_that_hold_no_weights(tmp_path, as_published, make, message):
             open_extractor(extractor, str(path))
 
 
-def test_inception_with_other_names(tmp_path, as_published):
+def test_inception_weights_with_other_names_are_refused(tmp_path, as_published):
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "weights.pth")
     as_published(tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=r"weights\.pth does not hold its weights") as raised:
@@ -263,7 +263,7 @@ def test_inception_with_other_names(tmp_path, as_published):
 
 
 @pytest.mark.parametrize(("name", "file"), [("inception", "weights-inception"), ("dinov2", "dinov2_vitl14_pretrain")])
-def test_without_network_the_remedy_is_named(monkeypatch, tmp_path, name, file):
+def test_the_error_without_network_names_the_remedy(monkeypatch, tmp_path, name, file):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(ValueError, match=rf"{file}.*could not be downloaded.*fetch https.*{file}.*--weights"):
@@ -272,7 +272,7 @@ def test_without_network_the_remedy_is_named(monkeypatch, tmp_path, name, file):
 
 # ----------------------------------------------------------------------------------------------------- DINOv2
 
-def test_dinov2_from_metas_file_and_from_timms(tmp_path, images):
+def test_dinov2_reads_files_of_meta_and_timm(tmp_path, images):
     torch.save(weights := make_dinov2(), tmp_path / "meta.pth")
     save_file(as_timm(weights), tmp_path / "timm.safetensors")
     results = []
@@ -286,12 +286,12 @@ def test_dinov2_from_metas_file_and_from_timms(tmp_path, images):
     assert torch.equal(*results) and relative_error(results[0], cls_token(weights, images)) < 1e-5
 
 
-def test_only_the_published_width_bears_the_published_name(tmp_path):
+def test_only_the_published_width_has_the_published_name(tmp_path):
     save_file(as_timm(make_dinov2(width=1024, depth=1, side=16)), tmp_path / "timm.safetensors")
     assert open_extractor("dinov2", str(tmp_path / "timm.safetensors")).name == "dinov2"
 
 
-def test_another_transformer_is_named_with_its_file(tmp_path):
+def test_the_error_for_another_transformer_names_its_file(tmp_path):
     torch.save(make_dinov2(depth=1) | {"head.weight": torch.zeros(10, 128)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other\.pth cannot be used: its head.weight .*without registers; download"):
         open_extractor("dinov2", str(tmp_path / "other.pth"))

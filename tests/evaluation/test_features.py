@@ -6,7 +6,7 @@ import torch
 from sit_atconv.data.images import load_digits
 from sit_atconv.evaluation import features as features_module
 from sit_atconv.evaluation.extractors import Extractor, open_extractor
-from sit_atconv.evaluation.features import FeatureShards, extract_features
+from sit_atconv.evaluation.features import ExtractedFeatures, FeatureShards, extract_features
 from sit_atconv.evaluation.image_sets import ImageSet
 from sit_atconv.runtime.files import PARTIAL
 
@@ -19,7 +19,7 @@ def small_shards(monkeypatch):
 
 
 class Watched:
-    """The digits' extractor, and how many images it has seen."""
+    """Extractor of the digits that counts the images it has seen."""
 
     def __init__(self, **changes):
         self.seen = 0
@@ -38,10 +38,10 @@ def shards(folder, watched, images=DIGITS, batch_size=16):
 
 def make_all(some_shards):
     contents = [some_shards.make(number) for number in range(len(some_shards))]
-    return some_shards.load("features", contents)
+    return ExtractedFeatures(some_shards, contents).load("features")
 
 
-def test_shards_hold_what_one_pass_gives(tmp_path):
+def test_shards_hold_the_features_of_one_pass(tmp_path):
     watched = Watched()
     made = make_all(shards(tmp_path, watched))
     direct = extract_features(watched.extractor, ImageSet("digits", DIGITS), 16)["features"]
@@ -49,7 +49,7 @@ def test_shards_hold_what_one_pass_gives(tmp_path):
     torch.testing.assert_close(made, direct, rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_there_is_not_extracted_again(tmp_path):
+def test_existing_shards_are_not_extracted_again(tmp_path):
     first, second = Watched(), Watched()
     made = make_all(shards(tmp_path, first))
     assert first.seen == 100
@@ -58,8 +58,8 @@ def test_what_is_there_is_not_extracted_again(tmp_path):
 
 @pytest.mark.parametrize(
     "change", ["pixel", "order", "count", "weights", "name", "resize", "batch size", "version", "device"])
-def test_what_has_changed_is(tmp_path, change, monkeypatch):
-    """An image of the first shard, or anything else that features depend on."""
+def test_changed_settings_or_images_are_extracted_again(tmp_path, change, monkeypatch):
+    """Changes an image of the first shard, or something else that features depend on."""
     make_all(shards(tmp_path, Watched()))
     images, batch_size = DIGITS.copy(), 16
     described = {"weights": {"sha256": "abd"}, "name": {"name": "x"}, "resize": {"resize": "x"}}
@@ -97,18 +97,18 @@ def test_a_damaged_shard_is_made_again(tmp_path, damage):
     assert torch.equal(make_all(shards(tmp_path, second)), made) and second.seen in (20, 40)
 
 
-def test_a_shard_that_vanishes_is_named(tmp_path):
+def test_a_missing_shard_is_named(tmp_path):
     made = shards(tmp_path, Watched())
-    contents = [made.make(0)]
+    content = made.make(0)
     next(tmp_path.glob("*.safetensors")).unlink()
     with pytest.raises(ValueError, match="give --features a folder that all processes see"):
-        made.load("features", contents)
+        made.load("features", content)
 
 
-def test_only_old_leftovers_are_cleared(tmp_path):
+def test_only_old_partial_files_are_deleted(tmp_path):
     import os
 
-    old, new = tmp_path / f"{PARTIAL}old", tmp_path / f"{PARTIAL}new"  # of somebody at work
+    old, new = tmp_path / f"{PARTIAL}old", tmp_path / f"{PARTIAL}new"  # `new` may belong to a running process
     old.touch()
     new.touch()
     os.utime(old, (0, 0))

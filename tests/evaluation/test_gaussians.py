@@ -14,9 +14,7 @@ def test_a_gaussian_is_numpys_mean_and_covariance():
 
 def test_moments_of_parts_add_and_subtract():
     features = torch.randn(90, 4) + 50
-    parts = [Moments(features[0]) for _ in range(3)]
-    for part, piece in zip(parts, features.split([20, 30, 40]), strict=True):
-        part.add(piece)
+    parts = [Moments.of(piece, features[0].double()) for piece in features.split([20, 30, 40])]
     whole = parts[0] + parts[1] + parts[2]
     for moments, rows in [(whole, features), (whole - parts[1], torch.cat([features[:20], features[50:]]))]:
         gaussian, direct = moments.gaussian(), fit_gaussian(rows)

@@ -27,7 +27,7 @@ def write_pngs(folder, images):
 
 @pytest.fixture
 def generated(tmp_path):
-    """generated(**manifest) -> a folder as generate.py leaves it, of ten images, a labelled picture beside them."""
+    """generated(**manifest) writes ten images, a manifest and a grid picture, as generate.py does."""
 
     def make(**manifest):
         write_pngs(tmp_path / "images", DIGITS[:10])
@@ -39,7 +39,7 @@ def generated(tmp_path):
     return make
 
 
-def test_an_npz_stays_on_disk_and_a_compressed_one_is_the_same(tmp_path):
+def test_an_npz_stays_on_disk_and_a_compressed_one_gives_the_same_images(tmp_path):
     images = DIGITS[:10]
     np.savez(tmp_path / "second.npz", labels=np.arange(10), arr_0=images)
     np.savez_compressed(tmp_path / "compressed.npz", images)
@@ -55,7 +55,7 @@ def test_labels_of_an_npz(tmp_path):
     np.savez(tmp_path / "other.npz", DIGITS[:4], np.zeros((2, 2, 7)))
     assert open_image_set(str(tmp_path / "labelled.npz")).labels == [3, 1, 2, 1]
     other = open_image_set(str(tmp_path / "other.npz"))
-    assert other.labels is None and other.warnings[0].endswith("arr_1 is float64 (2, 2, 7), not 4 whole numbers")
+    assert other.labels is None and other.warnings[0].endswith("arr_1 is float64 (2, 2, 7), not 4 integers")
     assert open_image_set(str(tmp_path / "labelled.npz")).first(2).labels == [3, 1]
 
 
@@ -68,7 +68,7 @@ def write_in(folder, *names):
 
 @pytest.mark.parametrize(("names", "labels"), [
     (["cat/1.png", "cat/2.png", "dog/1.png"], [0, 0, 1]),
-    (["10/a/1.png", "2/b/1.png", "2/c/1.png"], [0, 1, 1]),  # the first level alone
+    (["10/a/1.png", "2/b/1.png", "2/c/1.png"], [0, 1, 1]),  # only the first level
     (["0/0001.png", "1/0002.png", "1/0003.png"], [0, 1, 1]),
     (["1.png", "2.png"], None),
     (["cat/1.png", "cat/2.png"], None),
@@ -90,23 +90,23 @@ def test_labels_of_a_dataset_json(tmp_path):
     assert opened.first(2).images == [str(tmp_path / name) for name in names[:2]]
 
 
-def test_labels_that_do_not_fit_the_images_are_not_dropped_silently(tmp_path):
+def test_labels_that_do_not_fit_the_images_give_a_warning(tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": [["a.png", 1]]}))
     opened = write_in(tmp_path, "a.png", "b.png")
     assert opened.labels is None and len(opened) == 2
-    assert opened.warnings[0].startswith(f"the labels of {tmp_path} are not known: {tmp_path / 'dataset.json'} gives")
+    assert opened.warnings[0].startswith(f"the labels of {tmp_path} are unknown: {tmp_path / 'dataset.json'} gives")
 
 
 @pytest.mark.parametrize(("names", "message"), [
     (["preview.png", "index.json", "shard-00000.safetensors"], "is a folder of latents: give the folder of images"),
-    (["preview.png", "shard-00000.safetensors"], "is a folder of latents"),  # not complete
+    (["preview.png", "shard-00000.safetensors"], "is a folder of latents"),  # incomplete
     (["loss.png", "samples/step-2.png", "checkpoints/step-0000002/state.json"], "is a training run: draw samples"),
     (["step-2.png", "a/manifest.json", "a/grid.png", "a/images/000000.png"], "several sets of samples: give one of"),
     (["ema/diffusion_pytorch_model.safetensors"], "is a checkpoint or an exported model: draw samples"),
     (["diffusion_pytorch_model.safetensors", "grid.png"], "is a checkpoint or an exported model"),
 ])
 @pytest.mark.parametrize("open_source", [open_image_set, open_reference])
-def test_other_folders_than_of_images_are_named(tmp_path, names, message, open_source):
+def test_folders_that_are_not_images_are_named(tmp_path, names, message, open_source):
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(DIGITS[0]).save(tmp_path / name) if name.endswith("png") else (tmp_path / name).touch()
@@ -114,7 +114,7 @@ def test_other_folders_than_of_images_are_named(tmp_path, names, message, open_s
         open_source(str(tmp_path))
 
 
-def test_a_stray_manifest_among_images_is_no_folder_of_samples(tmp_path):
+def test_a_stray_manifest_does_not_make_a_folder_of_samples(tmp_path):
     (tmp_path / "a").mkdir()
     Image.fromarray(DIGITS[0]).save(tmp_path / "a" / "0.png")
     (tmp_path / "a" / "manifest.json").touch()
@@ -122,7 +122,7 @@ def test_a_stray_manifest_among_images_is_no_folder_of_samples(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_weights_are_no_images(tmp_path, suffix):
+def test_weights_are_not_images(tmp_path, suffix):
     path = tmp_path / f"x{suffix}"
     torch.save({"a": torch.zeros(1)}, path)
     for open_source in (open_image_set, open_reference):
@@ -130,8 +130,8 @@ def test_weights_are_no_images(tmp_path, suffix):
             open_source(str(path))
 
 
-def test_files_of_more_pixels_than_allowed_are_refused(tmp_path, monkeypatch):
-    """The limit reaches the reader from everywhere that opens images."""
+def test_files_with_too_many_pixels_are_refused(tmp_path, monkeypatch):
+    """Every function that opens images passes the limit on."""
     limits = []
     monkeypatch.setattr("sit_atconv.evaluation.image_sets.read_image",
                         lambda path, size, limit: limits.append(limit) or torch.zeros(3, 8, 8))
@@ -144,7 +144,7 @@ def test_files_of_more_pixels_than_allowed_are_refused(tmp_path, monkeypatch):
     assert limits == [9, 7, 9, 7]
 
 
-def test_an_array_larger_than_memory_is_named(tmp_path, monkeypatch):
+def test_an_array_larger_than_memory_is_an_error(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise MemoryError("Unable to allocate 9.8 GiB")
 
@@ -173,14 +173,14 @@ def test_arrays_of_another_kind_are_named(tmp_path, make, message):
 
 
 def damage(path):
-    """A compressed npz whose content is overwritten in the middle."""
+    """Writes a compressed npz whose middle is overwritten."""
     np.savez_compressed(path, np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8))
     content = bytearray(path.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 64] = bytes(64)
     path.write_bytes(content)
 
 
-def test_images_of_several_sizes_are_named_wherever_reading_begins(tmp_path):
+def test_images_of_several_sizes_are_named_from_any_start(tmp_path):
     write_pngs(tmp_path, DIGITS[:3])
     Image.new("RGB", (9, 9)).save(tmp_path / "000003.png")
     images = open_image_set(str(tmp_path))
@@ -211,7 +211,7 @@ def test_a_folder_is_cropped_by_adms_rule(tmp_path):
     Image.fromarray(np.kron(DIGITS[0], np.ones((3, 5, 1), np.uint8))).save(tmp_path / "wide.png")
     images = open_image_set(str(tmp_path), crop_to=8)
     assert images.size == (8, 8) and torch.equal(images.read(0, 1)[0], read_image(tmp_path / "wide.png", 8))
-    with pytest.raises(ValueError, match="--image-size crops the images of a folder, and digits is none"):
+    with pytest.raises(ValueError, match="--image-size crops the images of a folder, and digits is not one"):
         open_image_set("digits", crop_to=8)
 
 
@@ -219,16 +219,16 @@ def test_samples_of_generate_and_their_manifest(generated):
     folder = generated()
     for source in (folder, folder / "manifest.json"):
         images = open_image_set(str(source))
-        assert [path.split("/")[-2] for path in images.images] == ["images"] * 10  # not the labelled picture
+        assert [path.split("/")[-2] for path in images.images] == ["images"] * 10  # not the grid picture
         assert images.labels == [*range(10)] and images.manifest["settings"] == {"num_samples": 10}
     np.savez(folder / "samples.npz", DIGITS[:10])
     assert isinstance(open_image_set(str(folder)).images, np.memmap)
-    shutil.rmtree(folder / "images")  # and not the picture that is left
+    shutil.rmtree(folder / "images")  # not the remaining grid picture
     assert isinstance(open_image_set(str(folder)).images, np.memmap)
 
 
 @pytest.mark.parametrize(("manifest", "message"), [
-    ({"complete": False}, "not complete: run the same sample/generate.py again"),
+    ({"complete": False}, "incomplete: run the same sample/generate.py again"),
     ({"settings": {"num_samples": 11}, "labels": []}, "holds 10 images, and its manifest says 11"),
     ({"settings": None}, "damaged"),
     ({"settings": {"num_samples": "many"}}, "damaged"),
@@ -243,8 +243,8 @@ def test_incomplete_samples_are_not_evaluated(generated, manifest, message):
         open_image_set(str(generated(**manifest)))
 
 
-def test_the_content_is_that_of_every_image(tmp_path):
-    """Of the same size and date, one pixel apart."""
+def test_the_digest_depends_on_every_image(tmp_path):
+    """One pixel changes while size and date of the file stay."""
     import os
 
     write_pngs(tmp_path / "a", DIGITS[:4])
@@ -267,13 +267,13 @@ def test_the_content_is_that_of_every_image(tmp_path):
     assert len(contents) == 3
 
 
-def test_fewer_images_than_asked_for(generated):
+def test_too_few_images_for_num_samples(generated):
     with pytest.raises(ValueError, match="holds 10 images, fewer than --num-samples 11"):
         open_image_set(str(generated())).first(11)
 
 
 def test_an_npz_cut_short_is_named(tmp_path):
-    """Its header promises more images than there are."""
+    """Its header declares more images than the file has."""
     path = tmp_path / "x.npz"
     with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (99, 8, 8, 3)})

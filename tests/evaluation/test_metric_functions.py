@@ -16,7 +16,7 @@ from sit_atconv.evaluation.image_sets import ImageSet
 
 @pytest.fixture(scope="module")
 def digits():
-    """Two parts of the digits, shuffled: uint8 (300, 8, 8, 3) and (400, 8, 8, 3)."""
+    """Two shuffled parts of the digits: uint8 (300, 8, 8, 3) and (400, 8, 8, 3)."""
     images = np.repeat(load_digits()[0][..., None], 3, axis=-1)[np.random.default_rng(0).permutation(1797)]
     return images[:300], images[300:700]
 
@@ -39,7 +39,7 @@ class Images(torch.utils.data.Dataset):
 
 
 def compare_with_torch_fidelity(generated: dict, real: dict, theirs: dict):
-    """Ours, from features, and theirs, from the same images."""
+    """Compares our scores from features with torch-fidelity's from the same images."""
     group = metrics.jackknife_groups(len(generated["features"]))
     precision, recall = metrics.precision_recall(generated["features"], real["features"])
     ours = {
@@ -67,7 +67,7 @@ def test_agrees_with_torch_fidelity_on_digits(digits, features):
 
 @pytest.mark.slow
 def test_agrees_with_torch_fidelity_on_inceptions_graph(digits, inception_file, monkeypatch):
-    """The true network with random weights."""
+    """Uses the real network with random weights."""
     from sit_atconv.evaluation import extractors
 
     monkeypatch.setattr(extractors, "INCEPTION_SHA256", extractors.sha256_of(inception_file)[:8])
@@ -80,7 +80,7 @@ def test_agrees_with_torch_fidelity_on_inceptions_graph(digits, inception_file, 
     compare_with_torch_fidelity(*ours, theirs)
 
 
-def test_the_registered_extractor_is_the_one_compared(features):
+def test_torch_fidelity_uses_our_registered_extractor(features):
     assert "digits" in FEATURE_EXTRACTORS_REGISTRY
     assert features[0]["features"].shape == (300, 48) and features[0]["logits"].shape == (300, 10)
 
@@ -94,14 +94,14 @@ def test_frechet_distance_of_gaussians():
     assert abs(metrics.frechet_distance(fit_gaussian(a), fit_gaussian(a))) < 1e-8
 
 
-def test_its_fast_form_is_equal(features):
+def test_the_fast_frechet_distance_is_equal(features):
     generated, real = (fit_gaussian(part["features"]) for part in features)
     fast = metrics._frechet_by_root(generated, real, metrics._root(real.sigma))
     assert fast == pytest.approx(metrics.frechet_distance(generated, real), rel=1e-8)
 
 
-def test_single_precision_statistics_are_cast(features):
-    """torch-fidelity asserts equal dtypes; published statistics are of either."""
+def test_single_precision_statistics_give_the_same_distance(features):
+    """torch-fidelity needs equal dtypes, and published statistics have float32 or float64."""
     generated, real = (fit_gaussian(part["features"]) for part in features)
     single = Gaussian(*(array.astype(np.float32).astype(np.float64) for array in (real.mu, real.sigma)))
     assert metrics.frechet_distance(generated, single) == pytest.approx(
@@ -131,7 +131,7 @@ def test_the_digits_distance_tells_good_from_bad():
 # ---------------------------------------------------------------------------------------------- standard errors
 
 def test_the_jackknife_follows_the_true_spread_of_the_frechet_distance():
-    """Of 200 sets of samples in 16 dimensions, so large that the distance is 10 times its bias."""
+    """200 sets of samples in 16 dimensions, whose distance is 10 times its bias."""
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(16, 16, generator=generator) / 4
     real = Gaussian(np.zeros(16), np.eye(16))
@@ -144,8 +144,8 @@ def test_the_jackknife_follows_the_true_spread_of_the_frechet_distance():
     assert np.mean([score.error for score in scores]) == pytest.approx(values.std(ddof=1), rel=0.2)
 
 
-def test_at_its_bias_the_jackknife_is_too_large():
-    """Of samples of the reference's own distribution: what the docs warn of."""
+def test_the_jackknife_is_too_large_where_the_distance_is_only_bias():
+    """The samples have the reference's own distribution, as in docs/evaluation.md."""
     generator = torch.Generator().manual_seed(0)
     real, group = Gaussian(np.zeros(16), np.eye(16)), metrics.jackknife_groups(1000)
     scores = [metrics.frechet(torch.randn(1000, 16, generator=generator), real, group) for _ in range(300)]
@@ -154,7 +154,7 @@ def test_at_its_bias_the_jackknife_is_too_large():
 
 
 @pytest.mark.parametrize("shift", [0.1, 0.5])
-def test_the_error_of_kid_is_no_spread_over_subsets(monkeypatch, shift):
+def test_the_error_of_kid_is_its_true_spread(monkeypatch, shift):
     monkeypatch.setattr(metrics, "KID_SUBSETS", 12)
     monkeypatch.setattr(metrics, "KID_SUBSET", 200)
     generator = torch.Generator().manual_seed(0)
@@ -180,7 +180,7 @@ def test_kid_without_a_group_is_kid_of_the_rest(features):
         assert without[g] == pytest.approx(by_hand, rel=1e-9)
 
 
-def test_groups_are_of_equal_size_and_balanced_labels_are_spread_over_them():
+def test_groups_are_equal_in_size_and_balanced_over_labels():
     labels = torch.randperm(400).remainder(8).tolist()  # 50 of each
     group = metrics.jackknife_groups(400, labels)
     counts = torch.zeros(8, metrics.GROUPS).index_put_((torch.tensor(labels), group), torch.ones(400), accumulate=True)
@@ -202,24 +202,24 @@ def test_few_samples_have_no_error(features):
 
 # ----------------------------------------------------------------------------- Inception Score, precision, recall
 
-def test_inception_score_is_taken_in_chunks_in_the_order_of_the_file():
+def test_inception_score_uses_chunks_in_the_order_of_the_file():
     logits = torch.eye(10).repeat_interleave(1000, 0) * 20  # 10,000 sorted by class: two chunks of five classes each
     score = metrics.inception_score(logits)
     assert score.value == pytest.approx(5, rel=0.01) and score.error == pytest.approx(0, abs=1e-3)
     assert metrics.inception_score(logits[torch.randperm(10_000)]).value == pytest.approx(10, rel=0.01)
-    assert metrics.inception_score(logits[::2]).error is None  # one chunk
-    assert metrics.inception_score(logits[:7500]).value == pytest.approx(4.24, rel=0.01)  # two of 3,750
+    assert metrics.inception_score(logits[::2]).error is None  # a single chunk
+    assert metrics.inception_score(logits[:7500]).value == pytest.approx(4.24, rel=0.01)  # two chunks of 3,750
     assert metrics.inception_score(logits[:7500]).error is not None
 
 
-def test_its_error_is_that_of_a_mean_of_chunks():
+def test_the_error_of_inception_score_is_that_of_a_mean_of_chunks():
     logits = torch.cat([torch.randn(5000, 10) * scale for scale in (1, 2, 3, 4)])
     chunks = [metrics.inception_score(chunk).value for chunk in logits.split(5000)]
     assert metrics.inception_score(logits).error == pytest.approx(np.std(chunks, ddof=1) / math.sqrt(4), rel=1e-6)
 
 
 def test_precision_is_of_the_samples_and_recall_of_the_reference():
-    """One digit alone is precise and forgets nine of ten."""
+    """Samples of one digit only have high precision and low recall."""
     images, labels = load_digits()
     network = open_extractor("digits")
     rgb = np.repeat(images[..., None], 3, axis=-1)
@@ -230,14 +230,14 @@ def test_precision_is_of_the_samples_and_recall_of_the_reference():
 
 
 def test_a_neighbourhood_reaches_to_the_third_neighbour():
-    """Real points at 0, 1, 2, 3, 10: the ball of 0 reaches to 3, of 10 to 1."""
+    """Real points are 0, 1, 2, 3, 10: the ball around 0 reaches to 3, the one around 10 to 1."""
     real = torch.tensor([[0.0], [1.0], [2.0], [3.0], [10.0]])
     generated = torch.tensor([[-2.9], [-3.1], [18.9], [19.1]])
     assert metrics.precision_recall(generated, real)[0].value == 0.5
 
 
-def test_balanced_labels_make_smaller_errors_which_are_true():
-    """Eight classes far apart, equally often: their proportions are no part of the draw."""
+def test_balanced_labels_give_smaller_and_correct_errors():
+    """Eight distant classes are equally frequent, so their proportions are not random."""
     generator = torch.Generator().manual_seed(0)
     means = 2 * torch.randn(8, 6, generator=generator)
     labels = torch.arange(8).repeat(100)[torch.randperm(800, generator=generator)].tolist()

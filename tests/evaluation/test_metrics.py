@@ -1,4 +1,4 @@
-"""The table of metrics; the functions of ours are tested in test_metric_functions.py."""
+"""Table of metrics; test_metric_functions.py tests the functions."""
 
 import pytest
 import torch
@@ -18,21 +18,21 @@ from sit_atconv.evaluation.scores import Score
         ("is", "digits", 50_000, ["score-digits"]), ("fid", "clip-vit-b-32", 9, ["FD-clip-vit-b-32-9"]),
     ],
 )
-def test_names(metric, extractor, num, names):
-    """No number of another extractor or of few samples is called FID; each name leads back to its metric."""
+def test_score_names_and_their_metrics(metric, extractor, num, names):
+    """Only 50,000 samples and Inception give "FID"; each name leads back to its metric."""
     assert METRICS[metric].score_names(extractor, num) == names
     assert [metric_of(name) for name in names] == [METRICS[metric]] * len(names)
     assert [kind_of(name) for name in names] == list(METRICS[metric].scores)
 
 
-def test_names_of_metrics_that_are_not_known():
+def test_names_of_unknown_metrics():
     assert metric_of("gap-digits") is None and kind_of("gap-digits") == "gap"
     for name in ("fvd", "FID"):
         with pytest.raises(ValueError, match=f"metric must be one of fid, sfid, is, prc, kid, or .* not '{name}'"):
             find_metric(name)
 
 
-def test_a_neighbour_needs_an_image_more():
+def test_precision_needs_one_image_more_than_neighbours():
     assert METRICS["prc"].at_least == NEIGHBOURS + 1
 
 
@@ -54,6 +54,6 @@ def test_scores_are_what_the_function_returned():
     ({"scores_elsewhere": ("a/b",)}, "identifier, not 'a/b'"),
     ({"reference": "image"}, "'statistics', 'images' or None, not 'image'"),
 ])
-def test_entries_that_are_refused(options, message):
+def test_invalid_metrics_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Metric(**{"scores": ("a",), "compute": print, "higher_is_better": True} | options)

@@ -26,12 +26,12 @@ def test_scores_are_printed_to_two_digits_of_their_error():
     assert str(Score(1.5, 0.0)) == "1.5" and str(Score(1.5, math.nan)) == "1.5"
 
 
-def test_what_is_written_is_read_again(tmp_path):
+def test_a_record_survives_writing_and_reading(tmp_path):
     evaluation().save(tmp_path / "x.json")
     assert read_evaluation(tmp_path / "x.json") == evaluation()
     for text in ("{}", "[]", "no json", '{"scores": {"FID": 3}}', '{"scores": {}}'):
         (tmp_path / "x.json").write_text(text)
-        with pytest.raises(ValueError, match="no evaluation"):
+        with pytest.raises(ValueError, match="not an evaluation"):
             read_evaluation(tmp_path / "x.json")
 
 
@@ -54,12 +54,12 @@ def test_records_edited_by_hand_are_refused(tmp_path, edit):
     held = json.loads(evaluation().to_json())
     edit(held)
     (tmp_path / "x.json").write_text(json.dumps(held))
-    with pytest.raises(ValueError, match=r"x\.json is no evaluation"):
+    with pytest.raises(ValueError, match=r"x\.json is not an evaluation"):
         read_evaluation(tmp_path / "x.json")
 
 
-def test_scores_of_metrics_that_are_not_known_here_are_read(tmp_path):
-    """They may depend on anything."""
+def test_scores_of_unknown_metrics_are_read(tmp_path):
+    """They count as depending on the whole protocol."""
     held = json.loads(evaluation().to_json())
     held["scores"]["FVD-digits"] = {"value": 3.0}
     (tmp_path / "x.json").write_text(json.dumps(held))
@@ -71,8 +71,8 @@ def test_scores_of_metrics_that_are_not_known_here_are_read(tmp_path):
                                      "FVD-digits")
 
 
-def test_scores_of_another_call_are_kept():
-    """Of the same samples and protocol, and the newer of each; of others nothing."""
+def test_scores_of_an_earlier_record_are_kept():
+    """Only if samples and protocol are the same; newer scores replace older ones."""
     first, second, other = evaluation(), evaluation((3.0, 3.0)), evaluation(num=7)
     for each, content in ((first, "a"), (second, "a"), (other, "a")):
         each.subject["content"] = content
@@ -99,7 +99,7 @@ def test_the_jackknife_of_a_mean_is_its_standard_error():
     assert jackknife_error(without) == pytest.approx(values.std(ddof=1) / 20, rel=1e-9)
 
 
-def test_samples_of_the_same_noise_are_compared_in_pairs():
+def test_samples_from_the_same_noise_are_compared_in_pairs():
     a, b = evaluation((2.0, 2.2, 1.8)), evaluation((1.0, 1.2, 0.8))
     assert difference(a, b, "FID-1000").value == pytest.approx(1)
     assert difference(a, b, "FID-1000").error == pytest.approx(0, abs=1e-12)

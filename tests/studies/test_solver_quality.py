@@ -1,4 +1,4 @@
-"""Comparing solvers: what is drawn, resumed and called enough."""
+"""Comparison of solvers: its table, its resume, and the solvers that are enough."""
 
 import json
 
@@ -10,7 +10,7 @@ from sit_atconv.studies.solvers import make_parser
 
 
 def options(**given) -> Options:
-    """Those of the command by default, and these."""
+    """Returns the default options of the command, changed by `given`."""
     return Options(**vars(make_parser().parse_args(["--ckpt", "run", "--out", "out"])) | given)
 
 
@@ -23,14 +23,14 @@ def test_enough_is_within_two_standard_errors_of_the_baseline():
     assert [is_enough(point(d), baseline) for d in (1.5, 2.19, 2.21)] == [True, True, False]
 
 
-def test_solvers_are_given_equal_numbers_of_evaluations():
+def test_solvers_get_equal_nfe():
     samplers = list(plan(options(solvers=("euler", "heun"), evaluations=(1, 8), shifts=(1.0, 2.0))))
     assert [(s.solver, s.steps, s.shift) for s in samplers] == [
         ("euler", 250, 1.0), ("euler", 1, 1.0), ("euler", 8, 1.0), ("euler", 1, 2.0), ("euler", 8, 2.0),
         ("heun", 4, 1.0), ("heun", 4, 2.0)]
 
 
-def test_the_table_marks_what_is_enough():
+def test_the_table_marks_solvers_that_are_enough():
     points = [point(2.0, steps=250, evaluations=250), point(3.0), point(2.1, solver="heun", shift=2.0, evaluations=12)]
     lines = table(points).splitlines()
     assert lines[0] == "Euler, 250 steps: 2.00 +- 0.10, 10.0 images/s"
@@ -38,7 +38,7 @@ def test_the_table_marks_what_is_enough():
                          "| heun | 2 |  | **2.10** |"]
 
 
-def test_a_comparison_goes_on_where_it_was(tiny_run, tmp_path):
+def test_an_interrupted_comparison_resumes(tiny_run, tmp_path):
     same = dict(ckpt=str(tiny_run), out=str(tmp_path / "out"), num_samples=100, baseline=6, shifts=(1.0,))
     first = compare_solvers(options(solvers=("heun",), evaluations=(4,), **same))
     assert [(p["solver"], p["steps"], p["evaluations"]) for p in first["points"]] == [("euler", 6, 6), ("heun", 2, 4)]
