@@ -97,6 +97,17 @@ def test_a_half_finished_run_resumes_to_the_same_weights(launch, old):
         assert [line.get(name, 0) for line in ours] == pytest.approx([line.get(name, 0) for line in theirs], rel=1e-5)
 
 
+def test_a_run_of_a_later_version_is_refused_with_its_number(old, fails):
+    """Its checkpoint is not damaged: it stays where it is, and no earlier one is resumed from."""
+    file = old / "half" / "checkpoints" / "step-0000040" / "state.json"
+    state = json.loads(file.read_text())
+    state["digests"] = state.pop("sha256")
+    file.write_text(json.dumps(state | {"versions": {"sit_atconv": "9.1"}}))
+    error = fails(load_command(TRAIN).main, [*TRAINING, "--out", "half"])
+    assert "has digests" in error and "it was written by 9.1; install that version or a later one" in error
+    assert file.is_file()
+
+
 def test_the_options_of_an_old_run_are_compared(old, run, fails):
     output, _ = run(TRAIN, [*TRAINING, "--out", "finished"])
     assert "finished is complete: 48 steps" in output
@@ -122,6 +133,14 @@ def test_old_weights_give_the_same_images(old, run, name, argv):
         (old / "sit.pt").write_bytes(lzma.decompress((old / "sit.pt.xz").read_bytes()))
     run(GENERATE, ["--num-samples", 12, "--steps", 6, "--out", "drawn", *argv])
     assert_same_images(read_npz(old / "drawn" / "samples.npz"), read_npz(old / "expected" / f"{name}.npz"))
+
+
+def test_weights_of_a_later_version_are_refused_with_its_number(old, fails):
+    file = old / "hybrid" / "recipe.json"
+    recipe = json.loads(file.read_text())
+    file.write_text(json.dumps(recipe | {"sigma_data": 0.5, "versions": {"sit_atconv": "9.1"}}))
+    error = fails(load_command(GENERATE).main, ["--ckpt", "hybrid"])
+    assert "has sigma_data" in error and "it was written by 9.1; install that version or a later one" in error
 
 
 def test_an_old_pipeline_gives_the_same_images(old):

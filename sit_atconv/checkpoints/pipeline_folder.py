@@ -1,4 +1,4 @@
-"""Weights read from the folder of a diffusers pipeline, as `convert --to pipeline` and `save_pretrained` write it.
+"""Weights in the folder of a diffusers pipeline, written by `convert --to pipeline` or `save_pretrained`.
 
     model_index.json  transformer/  vae/ (none in pixel space)  scheduler/
 """
@@ -12,13 +12,12 @@ from sit_atconv.data.codecs import IdentityCodec, VAECodec
 
 
 def load_pipeline(folder: Path) -> Weights:
-    """Reads the model, its recipe and its VAE.
+    """Loads the model, its recipe and its VAE.
 
-    What pipelines of earlier versions do not say (step, EMA decay, whether the null label was trained) is taken for
-    not known.
+    Fields that pipelines of earlier versions lack (step, EMA decay, training of the null label) count as not known.
 
     Raises:
-        ValueError: it is another pipeline than `SiTPipeline`, or is incomplete or damaged.
+        ValueError: the folder is not a `SiTPipeline`, or is incomplete or damaged.
     """
     with damage_named(folder):
         index = json.loads((folder / "model_index.json").read_text())
@@ -26,7 +25,7 @@ def load_pipeline(folder: Path) -> Weights:
         names, empty = index.get("id2label") or {}, index.get("empty_classes") or {}
         kind = index.get("_class_name")
     if transformer[1] != "SiT":
-        raise ValueError(f"{folder} is a {kind}, and no SiTPipeline: give a pipeline with a SiT")
+        raise ValueError(f"{folder} is a {kind}, not a SiTPipeline: give a pipeline with a SiT")
     model = load_model(folder / "transformer")
     codec = VAECodec(str(folder / "vae")) if vae[0] else IdentityCodec(model.config.in_channels)
     recipe = Recipe(
@@ -40,5 +39,5 @@ def load_pipeline(folder: Path) -> Weights:
         empty_classes=sorted(map(int, empty)),
         ema_known=index.get("ema_known", False),
     )
-    notes = () if names else (f"{folder} does not name its classes: they are known by their numbers alone",)
+    notes = () if names else (f"{folder} does not name its classes: refer to them by number",)
     return Weights(model, recipe, folder, notes)

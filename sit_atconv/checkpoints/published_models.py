@@ -182,7 +182,7 @@ def _names(path: Path, args: dict, given: list[str] | None, num_classes: int) ->
     theirs = said_names(args, num_classes)
     if given is None:
         names = theirs or [str(label) for label in range(num_classes)]
-        return names, [] if theirs else [f"{path} does not name its classes: they are known by their numbers alone"]
+        return names, [] if theirs else [f"{path} does not name its classes: refer to them by number"]
     if len(given) != num_classes:
         raise ValueError(f"{path} knows {num_classes} classes, and {len(given)} names are given")
     changed = changed_names(theirs or given, given)

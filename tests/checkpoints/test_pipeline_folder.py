@@ -75,7 +75,7 @@ def test_weights_in_all_forms_that_diffusers_writes(tmp_path, options):
 def test_shards_that_diffusers_does_not_read(tmp_path):
     pipeline = SiTPipeline(randomised(in_channels=3), FlowMatchEulerDiscreteScheduler())
     pipeline.save_pretrained(tmp_path / "pipe", max_shard_size="100KB", safe_serialization=False)
-    with pytest.raises(ValueError, match=r"transformer are shards of \.bin, .*: save them as \.safetensors"):
+    with pytest.raises(ValueError, match=r"transformer are \.bin shards, .*: save them as \.safetensors"):
         load_weights(str(tmp_path / "pipe"))
 
 
@@ -102,7 +102,7 @@ def test_other_pipelines_and_damaged_ones_are_told_apart(vae, tmp_path):
     export_pipeline(weights_of(VAECodec(str(vae))), tmp_path / "pipe")
     for name, break_it, message in [
         ("foreign", lambda f: (f / "model_index.json").write_text('{"_class_name": "DiTPipeline"}'),
-         "is a DiTPipeline, and no SiTPipeline"),
+         "is a DiTPipeline, not a SiTPipeline"),
         ("cut", lambda f: (f / "model_index.json").write_text("{"), "incomplete or damaged"),
         ("empty", lambda f: (f / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b""),
          "incomplete or damaged"),
@@ -113,7 +113,7 @@ def test_other_pipelines_and_damaged_ones_are_told_apart(vae, tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             load_weights(str(copy))
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="vae holds an AutoencoderKL, and no SiT"):
+    with pytest.raises(ValueError, match="vae is of class AutoencoderKL: give a folder with a SiT"):
         load_weights(str(tmp_path / "pipe" / "vae"))
     with pytest.raises(ValueError, match="is a file of exported weights: give its folder"):
         load_weights(str(tmp_path / "pipe" / "transformer" / "diffusion_pytorch_model.safetensors"))
@@ -153,7 +153,7 @@ def test_a_folder_of_save_pretrained_says_what_is_assumed_of_it(tmp_path):
     model.save_pretrained(tmp_path / "bare")
     weights = load_weights(str(tmp_path / "bare"), vae="identity")
     assert weights.notes == (
-        f"{tmp_path}/bare does not name its classes: they are known by their numbers alone",
+        f"{tmp_path}/bare does not name its classes: refer to them by number",
         f"{tmp_path}/bare does not say how it was trained: taken as linear path, velocity prediction; say otherwise "
         "with python -m sit_atconv.convert --path, --prediction",
     )

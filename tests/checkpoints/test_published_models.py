@@ -178,7 +178,7 @@ def test_what_a_bare_file_does_not_say_is_said(tmp_path):
     save_file(small("attention").state_dict(), tmp_path / "a.safetensors")
     weights = load(tmp_path / "a.safetensors", "SiT-Tiny/2", prediction="noise")
     names, flow = weights.notes
-    assert names == f"{tmp_path}/a.safetensors does not name its classes: they are known by their numbers alone"
+    assert names == f"{tmp_path}/a.safetensors does not name its classes: refer to them by number"
     assert flow == (f"{tmp_path}/a.safetensors does not say how it was trained: taken as linear path; say otherwise "
                     "with python -m sit_atconv.convert --path")
     assert weights.recipe.average is None and weights.recipe.ema_decay is None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import shutil
 from unittest.mock import Mock
 
@@ -150,6 +151,20 @@ def test_where_none_is_sound_nothing_begins_afresh(tmp_path, state):
     with pytest.raises(ValueError, match=r"no checkpoint of .*step-0000004: optimizer.safetensors is not as it was"):
         find_resumable(tmp_path)
     assert find_resumable(tmp_path / "elsewhere") == Resumable(None, 0, {})
+
+
+@pytest.mark.parametrize(("fields", "fault"), [
+    ({"shards": 2}, "has shards, which"),
+    ({"computed_on": None}, "has no computed_on, which"),
+    ({"sha256": {"model/0.safetensors": ""}}, "has no model/diffusion_pytorch_model.safetensors, which"),
+])
+def test_a_checkpoint_of_a_later_version_is_refused_not_damaged(tmp_path, state, fields, fault):
+    save_checkpoint(tmp_path, state, recipe(3), keep=2)
+    file = save_checkpoint(tmp_path, state, recipe(4), keep=2) / "state.json"
+    content = json.loads(file.read_text()) | {"versions": {"sit_atconv": "9.1"}} | fields
+    file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+    with pytest.raises(ValueError, match=rf"step-0000004/state\.json {fault} .* by 9\.1; install that version or a l"):
+        find_resumable(tmp_path)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, state):

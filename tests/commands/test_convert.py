@@ -139,7 +139,7 @@ def test_what_is_not_known_is_not_claimed(notes, tmp_path, fails):
     lines, said = notes(tmp_path / "bare", tmp_path / "ours", "--vae", "identity", "--path", "gvp")
     assert lines[0] == (f"{tmp_path}/ours: weights of {tmp_path}/bare (whether they are averaged is not said), 10 "
                         "classes and a null label")
-    assert said == [f"note: {tmp_path}/bare does not name its classes: they are known by their numbers alone",
+    assert said == [f"note: {tmp_path}/bare does not name its classes: refer to them by number",
                     f"note: {tmp_path}/bare does not say how it was trained: taken as velocity prediction; say "
                     "otherwise with python -m sit_atconv.convert --prediction"]
     again = load_weights(str(tmp_path / "ours"))
