@@ -154,8 +154,8 @@ def test_a_folder_of_save_pretrained_says_what_is_assumed_of_it(tmp_path):
     weights = load_weights(str(tmp_path / "bare"), vae="identity")
     assert weights.notes == (
         f"{tmp_path}/bare does not name its classes: refer to them by number",
-        f"{tmp_path}/bare does not say how it was trained: taken as linear path, velocity prediction; say otherwise "
-        "with python -m sit_atconv.convert --path, --prediction",
+        f"{tmp_path}/bare does not say how it was trained: assuming --path linear, --prediction velocity; to "
+        "change this, use these options of python -m sit_atconv.convert",
     )
     assert weights.recipe.average is None and weights.home == tmp_path / "bare" and len(weights.identity()) == 64
     assert weights.recipe.null_label_trained is None
@@ -163,7 +163,7 @@ def test_a_folder_of_save_pretrained_says_what_is_assumed_of_it(tmp_path):
                            num_classes=10)
     assert (given.recipe.interpolant, given.recipe.prediction, given.recipe.class_names) == ("gvp", "score", NAMES)
     assert not given.notes
-    with pytest.raises(ValueError, match=r"knows 10 classes by its config\.json, which --num-classes 9 contradicts"):
+    with pytest.raises(ValueError, match=r"config\.json in .*bare has 10 classes, which contradicts --num-classes 9"):
         load_published(tmp_path / "bare", vae="identity", num_classes=9)
     (tmp_path / "bare" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="incomplete or damaged"):

@@ -114,7 +114,7 @@ def test_repas_weights_keep_their_dtype(tmp_path, weights):
 
 def test_repas_weights_must_be_whole(tmp_path, weights):
     partial = {name: t for name, t in as_repa(weights, convolutions=True).items() if name != "final_layer.linear.bias"}
-    with pytest.raises(ValueError, match=r"repa\.pt .*has no final_layer\.linear\.bias"):
+    with pytest.raises(ValueError, match=r"repa\.pt has REPA's form but no final_layer\.linear\.bias"):
         read_published(training_file(tmp_path / "repa.pt", partial))
 
 
@@ -146,7 +146,7 @@ def test_files_without_weights_say_what_they_hold(tmp_path):
     assert "(Tensor)" in one_line(tmp_path / "tensor.pt")
     torch.save({}, tmp_path / "empty.pt")
     assert "(dict)" in one_line(tmp_path / "empty.pt")
-    assert "is no file" in one_line(tmp_path / "nowhere.pt")
+    assert "is not a file" in one_line(tmp_path / "nowhere.pt")
 
 
 @pytest.mark.parametrize("zipped", [True, False])

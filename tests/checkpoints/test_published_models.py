@@ -135,7 +135,7 @@ def test_as_trained_and_half_precision(tmp_path):
     bias = [weights.model.final_layer.linear.bias for weights in (averaged, trained)]
     assert (bias[1] - bias[0]).mean() > 0.9 and trained.recipe.ema_decay is None
     torch.save({"ema": theirs.state_dict()}, tmp_path / "b.pt")
-    with pytest.raises(ValueError, match="EMA weights alone: leave --no-ema out"):
+    with pytest.raises(ValueError, match="holds only EMA weights: leave out --no-ema"):
         load(tmp_path / "b.pt", ema=False)
 
 
@@ -157,7 +157,7 @@ def test_arguments_are_believed_in_whatever_they_are_kept(tmp_path, wrap):
     weights = load(tmp_path / "a.pt")
     assert (weights.recipe.interpolant, weights.recipe.prediction) == ("gvp", "noise")
     assert weights.model.config.input_size == 8 and weights.recipe.null_label_trained is False
-    assert weights.null_label is None and not any("taken as" in note for note in weights.notes)
+    assert weights.null_label is None and not any("assuming" in note for note in weights.notes)
 
 
 @pytest.mark.parametrize("args", [
@@ -168,7 +168,7 @@ def test_a_dit_is_no_flow(tmp_path, args):
     tensors, path = small("attention").state_dict(), tmp_path / ("fast-DiT-S-8.pt" if args is None else "a.pt")
     torch.save({"ema": tensors} if args is None else {"ema": tensors, "args": args}, path)
     for read in (lambda: load(path, "SiT-Tiny/2", prediction="velocity"), lambda: load_weights(str(path))):
-        with pytest.raises(ValueError, match="a DiT predicts noise, and its variance, on DDPM's discrete steps"):
+        with pytest.raises(ValueError, match="a DiT predicts noise and variance on the discrete steps of DDPM"):
             read()
     torch.save({"ema": tensors, "args": argparse.Namespace(model="SiT-Tiny/2")}, tmp_path / "DiT-as-a-flow.pt")
     assert load(tmp_path / "DiT-as-a-flow.pt").model.config.mixer == "attention"
@@ -179,8 +179,8 @@ def test_what_a_bare_file_does_not_say_is_said(tmp_path):
     weights = load(tmp_path / "a.safetensors", "SiT-Tiny/2", prediction="noise")
     names, flow = weights.notes
     assert names == f"{tmp_path}/a.safetensors does not name its classes: refer to them by number"
-    assert flow == (f"{tmp_path}/a.safetensors does not say how it was trained: taken as linear path; say otherwise "
-                    "with python -m sit_atconv.convert --path")
+    assert flow == (f"{tmp_path}/a.safetensors does not say how it was trained: assuming --path linear; to "
+                    "change this, use these options of python -m sit_atconv.convert")
     assert weights.recipe.average is None and weights.recipe.ema_decay is None
     assert weights.recipe.null_label_trained is True  # SiT has the row only where it is trained
 
@@ -191,7 +191,7 @@ def test_the_names_that_a_file_holds(tmp_path):
     assert load(path).recipe.class_names == theirs and len(load(path).notes) == 1
     given = load(path, class_names=theirs[::-1])
     assert given.recipe.class_names == theirs[::-1] and given.notes[0] == (
-        f"the names given are not those of {path}: label 0 is 'class 0' there, 'class 9' here (and 9 more)")
+        f"the given class names are not those of {path}: label 0 is 'class 0' there, 'class 9' here (and 9 more)")
 
 
 # -------------------------------------------------------------------------------------------------------- the way back
@@ -250,14 +250,14 @@ def test_repas_models_without_positions_have_a_table_of_zeros(tmp_path):
 @pytest.mark.parametrize(
     ("form", "mixer", "options", "message"),
     [
-        ("sit", "atconv", dict(kernel_act="silu"), "form has kernel_act gelu_tanh alone, and this model has silu"),
-        ("sit", "hybrid", dict(kernel_pool="grid"), "SiT's form has kernel_pool raster alone"),
-        ("repa", "atconv", dict(learn_sigma=False), "REPA's form has kernel_act silu alone"),
-        ("repa", "attention", dict(learn_sigma=True), "REPA's form has learn_sigma False alone"),
-        ("sit", "attention", dict(num_heads=2), "names a preset, and none has depth 4, width 128.* with 2 heads"),
-        ("sit", "attention", dict(depth=3), "names a preset, and none has depth 3, width 128, patch 2"),
+        ("sit", "atconv", dict(kernel_act="silu"), "form needs kernel_act gelu_tanh, but this model has silu"),
+        ("sit", "hybrid", dict(kernel_pool="grid"), "SiT's form needs kernel_pool raster"),
+        ("repa", "atconv", dict(learn_sigma=False), "REPA's form needs kernel_act silu"),
+        ("repa", "attention", dict(learn_sigma=True), "REPA's form needs learn_sigma False"),
+        ("sit", "attention", dict(num_heads=2), "names a preset, but none has depth 4, width 128.* with 2 heads"),
+        ("sit", "attention", dict(depth=3), "names a preset, but none has depth 3, width 128, patch 2"),
         ("sit", "attention", dict(prediction="data"), "SiT's form has no prediction data"),
-        ("repa", "attention", dict(learn_sigma=False, interpolant="vp"), "REPA's form has no path_type vp"),
+        ("repa", "attention", dict(learn_sigma=False, interpolant="vp"), "REPA's form has no interpolant vp"),
     ],
 )
 def test_what_a_form_cannot_hold_is_refused(tmp_path, form, mixer, options, message):
@@ -283,10 +283,10 @@ def test_a_missing_model_is_asked_for_by_name(tmp_path):
     for mixer, preset in PRESETS.items():
         save_file(small(mixer).state_dict(), tmp_path / "a.safetensors")
         message = one_line(tmp_path / "a.safetensors")
-        assert "does not say which model" in message
-        assert message.endswith(f"give --model {preset}, which has their shapes")
+        assert "does not say which preset" in message
+        assert message.endswith(f"give --model {preset}, which fits")
     save_file(small("atconv", depth=3).state_dict(), tmp_path / "a.safetensors")
-    assert "no --model has their depth 3, width 128, patch 2 and mixers atconv" in one_line(tmp_path / "a.safetensors")
+    assert "no preset has their depth 3, width 128, patch 2 and mixers atconv" in one_line(tmp_path / "a.safetensors")
     assert "there is no preset 'SiT-XXL/2'; near it: " in one_line(tmp_path / "a.safetensors", "SiT-XXL/2")
 
 
@@ -310,24 +310,24 @@ def test_missing_and_unexpected_tensors_are_listed(tmp_path):
     save_file(tensors, tmp_path / "a.safetensors")
     message = one_line(tmp_path / "a.safetensors", "SiT-ATConv-Tiny/2")
     assert "t_embedder.mlp.2.bias missing there, (128,) here; extra.weight (128,) there, none here" in message
-    assert message.endswith("give a file of whole weights")
+    assert message.endswith("give a file with all weights")
 
 
 def test_other_errors_name_value_and_remedy(tmp_path, vae):
     path, preset = published(small("attention"), tmp_path / "a.pt"), "SiT-Tiny/2"
     for num_classes in (9, 12):
-        assert f"a table of 11 labels, which is not that of {num_classes} classes" in one_line(
+        assert f"a table of 11 labels, which does not fit {num_classes} classes" in one_line(
             path, preset, num_classes=num_classes)
-    assert "knows 10 classes, and 2 names are given" in one_line(path, preset, class_names=["a", "b"])
+    assert "has 10 classes, but 2 names are given" in one_line(path, preset, class_names=["a", "b"])
     three = published(small("attention", in_channels=3), tmp_path / "b.pt")
-    assert f"takes 3 channels, and the VAE {vae} gives 4: give the --vae" in one_line(three, preset, vae=str(vae))
+    assert f"takes 3 channels, but the VAE {vae} gives 4: give the --vae" in one_line(three, preset, vae=str(vae))
     assert f"no VAE could be loaded from '{tmp_path}'" in one_line(path, preset, vae=str(tmp_path))
     odd = published(small("attention"), tmp_path / "c.pt", path_type="spiral")
     assert "'spiral', which is none of Linear, GVP, VP: " in one_line(odd, preset)
     save_file({"conv_in.weight": torch.ones(3, 3)}, tmp_path / "d.safetensors")
-    assert "no weights of a SiT: x_embedder.proj.weight is missing" in one_line(tmp_path / "d.safetensors", preset)
+    assert "weights that are not a SiT's: x_embedder.proj.weight is missing" in one_line(tmp_path / "d.safetensors", preset)
     (tmp_path / "e.pt").write_bytes(bytes(range(256)))
-    assert "is no checkpoint" in one_line(tmp_path / "e.pt", preset)
+    assert "is not a checkpoint" in one_line(tmp_path / "e.pt", preset)
 
 
 def test_options_of_files_are_refused_elsewhere_and_those_of_runs_here(tmp_path):
@@ -349,12 +349,12 @@ def test_options_of_files_are_refused_elsewhere_and_those_of_runs_here(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "tensor", "message"), [
-    ("blocks.9999999999.x", torch.zeros(1), r"its blocks are not 0 \.\.\. 4, but go up to 9999999999"),
+    ("blocks.9999999999.x", torch.zeros(1), r"its 5 blocks are numbered up to 9999999999"),
     ("pos_embed", torch.zeros(()), "pos_embed is missing or of another shape"),
     ("x_embedder.proj.weight", torch.zeros(0, 4, 2, 2), r"x_embedder\.proj\.weight is missing or of another shape"),
     ("final_layer.linear.bias", torch.zeros(16, dtype=torch.int8), r"final_layer\.linear\.bias is torch\.int8"),
-    ("final_layer.linear.bias", torch.zeros(16).to_sparse(), "weights are dense floating-point numbers"),
-    ("final_layer.linear.bias", torch.full((16,), math.nan), "numbers that are not finite, in final_layer"),
+    ("final_layer.linear.bias", torch.zeros(16).to_sparse(), "weights must be dense floating-point numbers"),
+    ("final_layer.linear.bias", torch.full((16,), math.nan), "numbers that are not finite, first in final_layer"),
     ("module.final_layer.linear.bias", torch.zeros(16), "two of its names are the same"),
 ])
 def test_odd_tensors_are_named(tmp_path, name, tensor, message):
@@ -368,5 +368,5 @@ def test_odd_tensors_are_named(tmp_path, name, tensor, message):
 def test_odd_numbers_of_classes_are_named(tmp_path, num_classes):
     weights = SiT.from_preset("SiT-ATConv-Tiny/2", num_classes=10).state_dict()
     torch.save({"ema": weights, "args": argparse.Namespace(num_classes=num_classes)}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"which is no number: let python -m sit_atconv\.convert --num-classes say"):
+    with pytest.raises(ValueError, match=r"which is not a whole number: use python .*convert with --num-classes"):
         load_published(tmp_path / "a.pt", "SiT-ATConv-Tiny/2", vae="identity")

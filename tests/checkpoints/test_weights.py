@@ -41,7 +41,7 @@ def test_where_there_is_nothing_to_load(tmp_path, monkeypatch):
     (tmp_path / "file.bin").write_bytes(b"\x00" * 99)
     for ckpt, message in [
         (tmp_path / "nowhere", "neither a folder here"), (tmp_path / "empty", "is an empty folder"),
-        (tmp_path / "other", "holds no weights"), (tmp_path / "file.bin", "is no checkpoint"),
+        (tmp_path / "other", "holds no weights"), (tmp_path / "file.bin", "is not a checkpoint"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_weights(str(ckpt))

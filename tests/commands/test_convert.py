@@ -80,7 +80,7 @@ def test_ema_weights_in_sits_form_are_not_called_trained(convert, tiny_run, tmp_
     assert lines[1].split()[-1] == f"{tmp_path}/run"
     error = fails(load_command("sit_atconv/convert.py").main, [
         tmp_path / "run.pt", tmp_path / "out", "--no-ema"])
-    assert "holds the EMA weights of decay" in error and "alone: leave --no-ema out" in error
+    assert "holds only EMA weights, of decay" in error and "leave out --no-ema" in error
 
 
 def test_the_name_to_read_back_to_is_free(convert, tiny_run, tmp_path):
@@ -140,8 +140,8 @@ def test_what_is_not_known_is_not_claimed(notes, tmp_path, fails):
     assert lines[0] == (f"{tmp_path}/ours: weights of {tmp_path}/bare (whether they are averaged is not said), 10 "
                         "classes and a null label")
     assert said == [f"note: {tmp_path}/bare does not name its classes: refer to them by number",
-                    f"note: {tmp_path}/bare does not say how it was trained: taken as velocity prediction; say "
-                    "otherwise with python -m sit_atconv.convert --prediction"]
+                    f"note: {tmp_path}/bare does not say how it was trained: assuming --prediction velocity; "
+                    "to change this, use these options of python -m sit_atconv.convert"]
     again = load_weights(str(tmp_path / "ours"))
     assert again.recipe.average is None and again.recipe.interpolant == "gvp" and not again.notes
 
@@ -197,7 +197,7 @@ def test_errors_name_value_and_remedy(fails, tmp_path, tiny_run):
         ([source, source, "--model", "SiT-Tiny/2"], "a.pt is not an empty folder"),
         ([tiny_run, source, "--to", "sit"], "a.pt exists: give another OUT"),
         ([tiny_run, out, "--to", "sit"], "give an OUT that ends in .pt"),
-        ([tiny_run, tmp_path / "b.pt", "--to", "repa"], "REPA's form has kernel_act silu alone"),
+        ([tiny_run, tmp_path / "b.pt", "--to", "repa"], "REPA's form needs kernel_act silu"),
         ([tiny_run, out, "--model", "SiT-Tiny/2"], "--model SiT-Tiny/2 is for files of published weights"),
         ([tiny_run, out, "--path", "gvp"], "--path is for files of published weights"),
         ([tiny_run, out, "--ema", "0.5"], "has no average of decay 0.5"),

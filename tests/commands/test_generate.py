@@ -346,7 +346,7 @@ def test_errors_name_value_and_remedy(fails, tiny_run, tmp_path, monkeypatch):
         (["--ckpt", tmp_path / "nowhere"], "neither a folder here"),
         (["--ckpt", "owner/no-such-model"], "owner/no-such-model"),
         (["--ckpt", tmp_path / "empty"], "is an empty folder"),
-        (["--ckpt", tmp_path / "bytes"], "is no checkpoint"),
+        (["--ckpt", tmp_path / "bytes"], "is not a checkpoint"),
         (["--ckpt", tiny_run, "--classes", "3", "10"], "class 10 is out of range: the model knows 0 ... 9"),
         (["--ckpt", tiny_run, "--classes", "-1"], "class -1 is out of range"),
         (["--ckpt", tiny_run, "--cfg", "four"], "'four' is not a finite number"),
