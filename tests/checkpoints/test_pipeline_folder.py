@@ -53,7 +53,7 @@ def test_a_pipeline_and_back(vae, tmp_path, space):
             assert load_weights("saved").recipe.codec["source"] == str(tmp_path / "elsewhere" / "saved" / "vae")
     export_weights(again, tmp_path / "ours")
     assert_same(load_weights(str(tmp_path / "ours"), ema=0.99), weights)
-    with pytest.raises(ValueError, match=r"decay 0\.99 alone: leave --no-ema out"):
+    with pytest.raises(ValueError, match=r"of decay 0\.99: leave out --no-ema"):
         locate_weights(str(tmp_path / "ours"), ema=False)
 
 

@@ -325,7 +325,7 @@ def test_other_errors_name_value_and_remedy(tmp_path, vae):
     odd = published(small("attention"), tmp_path / "c.pt", path_type="spiral")
     assert "'spiral', which is none of Linear, GVP, VP: " in one_line(odd, preset)
     save_file({"conv_in.weight": torch.ones(3, 3)}, tmp_path / "d.safetensors")
-    assert "weights that are not a SiT's: x_embedder.proj.weight is missing" in one_line(tmp_path / "d.safetensors", preset)
+    assert "not a SiT's: x_embedder.proj.weight is missing" in one_line(tmp_path / "d.safetensors", preset)
     (tmp_path / "e.pt").write_bytes(bytes(range(256)))
     assert "is not a checkpoint" in one_line(tmp_path / "e.pt", preset)
 
@@ -340,9 +340,9 @@ def test_options_of_files_are_refused_elsewhere_and_those_of_runs_here(tmp_path)
     for ckpt, options, message in [
         ("ours", dict(model="SiT-Tiny/2"), r"--model SiT-Tiny/2 is for files .* config\.json"),
         ("ours", dict(vae="nowhere"), r"--vae nowhere: there is no folder nowhere"),
-        ("ours", dict(ema=0.5), r"has no average of decay 0\.5: give one of 0\.9999"),
+        ("ours", dict(ema=0.5), r"has no EMA of decay 0\.5: give one of 0\.9999"),
         ("ours/diffusion_pytorch_model.safetensors", {}, "is a file of exported weights: give its folder"),
-        ("a.pt", dict(ema=0.5), r"names no decay of its average: leave --ema 0\.5 out"),
+        ("a.pt", dict(ema=0.5), r"without a choice of EMA decays: leave out --ema 0\.5"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_weights(str(tmp_path / ckpt), **options)

@@ -95,14 +95,14 @@ def test_another_class_count(start, published, there):
     net = fresh()
     lines, changed, before = start(randomised(num_classes=5), net, published)
     assert changed == before.keys() - {TABLE}
-    assert lines[1:] == [f"the label table starts afresh: {there} there, 10 classes and the null label here"]
+    assert lines[1:] == [f"the label table starts from scratch: {there} there, 10 classes and the null label here"]
 
 
 def test_as_many_rows_of_another_class_count(start):
     """Ten classes and a null label are not eleven classes."""
     lines, changed, _ = start(randomised(), fresh(num_classes=11, has_null_label=False))
     assert TABLE not in changed
-    assert lines[1:] == ["the label table starts afresh: 10 classes there, 11 classes here"]
+    assert lines[1:] == ["the label table starts from scratch: 10 classes there, 11 classes here"]
 
 
 @pytest.mark.parametrize("published", [True, False])
@@ -111,7 +111,7 @@ def test_a_null_label_gained(start, published):
     lines, _, before = start(theirs, net, published)
     table = net.state_dict()[TABLE]
     assert torch.equal(table[:10], theirs.state_dict()[TABLE]) and torch.equal(table[10], before[TABLE][10])
-    assert len(lines) == 2 and "null label's row starts afresh" in lines[1]
+    assert len(lines) == 2 and "null label's row starts from scratch" in lines[1]
 
 
 @pytest.mark.parametrize("published", [True, False])
@@ -167,9 +167,10 @@ def test_a_file_that_says_what_it_is(tmp_path):
     begun = start_from(net, str(tmp_path / "a.pt"), "linear", "velocity", CODEC, class_names=NAMES)
     assert torch.equal(net.state_dict()[TABLE][:10], theirs.state_dict()[TABLE][:10].flip(0))
     assert "rows follow the class names" in begun.lines[1]
-    assert begun.lines[2:] == ["the interpolant is gvp there, linear here"] and begun.null_label_trained is False
+    assert begun.lines[2:] == ["the weights were trained with other settings: interpolant gvp -> linear"]
+    assert begun.null_label_trained is False
     eleven = start_from(fresh(num_classes=11, has_null_label=False), str(tmp_path / "a.pt"), "gvp", "velocity", CODEC)
-    assert "the label table starts afresh: 10 classes there, 11 classes here" in eleven.lines
+    assert "the label table starts from scratch: 10 classes there, 11 classes here" in eleven.lines
 
 
 @pytest.mark.parametrize(("trained", "there", "here", "kept"), [
@@ -219,7 +220,7 @@ def test_a_learned_position_table_is_copied(start, dtype):
     theirs.pos_embed.data += 0.01
     lines, _, before = start(theirs, net, published=True)
     assert torch.equal(net.pos_embed, theirs.pos_embed.float()) and not net.pos_embed.requires_grad
-    assert len(lines) == 2 and "learned" in lines[1] and f"{len(before)} of {len(before)} " in lines[0]
+    assert len(lines) == 2 and "it was trained" in lines[1] and f"{len(before)} of {len(before)} " in lines[0]
 
 
 # ------------------------------------------------------------------------------------------------- mixers
@@ -240,7 +241,7 @@ def mixer_names(net, *blocks):
          "mixers of all 4 blocks (attention with qk_norm there, attention here)"),
     ],
 )
-def test_other_mixers_start_afresh_as_a_whole(start, there, here, fresh_blocks, line):
+def test_other_mixers_start_from_scratch_as_a_whole(start, there, here, fresh_blocks, line):
     """Both kinds have attn.proj of the same shape, which means something else in the other."""
     common = dict(depth=4, use_pos_embed=False)
     theirs, net = randomised(**common, **there), fresh(**common, **here)
@@ -248,19 +249,19 @@ def test_other_mixers_start_afresh_as_a_whole(start, there, here, fresh_blocks, 
     left = mixer_names(net, *fresh_blocks)
     assert left and not left & changed
     assert_kept(net, theirs, set(before) - left)
-    assert len(lines) == 2 and lines[1].startswith(line) and lines[1].endswith(" start afresh"), lines
+    assert len(lines) == 2 and lines[1].startswith(line) and lines[1].endswith(" start from scratch"), lines
     assert f": {len(before) - len(left)} of {len(before)} tensors kept" in lines[0]
 
 
 @pytest.mark.parametrize("published", [True, False])
-def test_a_mixer_of_the_users_own_starts_afresh_or_is_kept(start, monkeypatch, published):
+def test_a_mixer_of_the_users_own_starts_from_scratch_or_is_kept(start, monkeypatch, published):
     """Its tensors have the names and shapes of attention's, so that a file of them shows attention."""
     build = MIXERS["attention"].build
     monkeypatch.setitem(MIXERS._entries, "linear", Mixer(build, parameters=MIXERS["attention"].parameters))
     theirs, net = randomised(mixer="linear"), fresh(mixer="attention", use_pos_embed=False)
     lines, changed, _ = start(theirs, net, published)
     assert (mixer_names(net, 0, 1) <= changed) == published
-    assert published or lines[1] == "mixers of all 2 blocks (linear there, attention here) start afresh"
+    assert published or lines[1] == "mixers of all 2 blocks (linear there, attention here) start from scratch"
     if not published:
         lines, changed, before = start(theirs, again := fresh(mixer="linear"))
         assert len(lines) == 1
@@ -315,8 +316,8 @@ def test_learn_sigma_on_one_side(start, learned_there, published):
     lines, _, before = start(theirs, net, published)
     x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([3, 10])
     assert torch.equal(net(x, t, y), theirs(x, t, y))  # the channels that are not dropped
-    assert len(lines) == 2 and "4 channels of learn_sigma" in lines[1]
-    assert ("left out" if learned_there else "start afresh") in lines[1]
+    assert len(lines) == 2 and "4 learn_sigma channels" in lines[1]
+    assert ("left out" if learned_there else "start from scratch") in lines[1]
     if not learned_there:
         second_half = net.final_layer.linear.weight.reshape(4, 8, 48)[:, 4:]
         assert (second_half == 7).all() and f"{len(before)} of {len(before)} " in lines[0]
@@ -324,15 +325,14 @@ def test_learn_sigma_on_one_side(start, learned_there, published):
 
 # ------------------------------------------------------------------------------------------------- differences
 
-def test_another_recipe_is_said(start):
+def test_other_settings_of_the_training_are_named(start):
     vae = {"kind": "autoencoder_kl", "source": "a", "weights": "c" * 64, "channels": 4, "scale": 0.18, "shift": 0.0}
     other = vae | {"source": "b", "scale": 0.5, "weights": "d" * 64, "unknown": 1}
     recipe = dataclasses.replace(RECIPE, codec=vae)
     lines, _, _ = start(randomised(), fresh(), recipe=recipe, flow_path="gvp", prediction="noise", codec=other)
     assert lines[1:] == [
-        "the interpolant is linear there, gvp here", "the prediction is velocity there, noise here",
-        f"the codec is another: weights {'c' * 12} there, {'d' * 12} here; scale 0.18 there, 0.5 here",
-    ]
+        "the weights were trained with other settings: interpolant linear -> gvp, prediction velocity -> noise, "
+        f"codec.weights {'c' * 12} -> {'d' * 12}, codec.scale 0.18 -> 0.5"]
     assert len(start(randomised(), fresh(), recipe=recipe, codec=vae | {"source": "elsewhere"})[0]) == 1
 
 

@@ -27,9 +27,9 @@ def test_one_of_several_averages(tmp_path, state):
     for ckpt in (tmp_path, checkpoint):
         for decay, folder in [(0.99, "ema"), (0.9, "ema-0.9"), (True, "ema"), (False, "model")]:
             assert load_weights(str(ckpt), ema=decay).path == checkpoint / folder
-        with pytest.raises(ValueError, match=r"has no average of decay 0\.5: give one of 0\.99, 0\.9$"):
+        with pytest.raises(ValueError, match=r"has no EMA of decay 0\.5: give one of 0\.99, 0\.9$"):
             load_weights(str(ckpt), ema=0.5)
-    with pytest.raises(ValueError, match=r"has no average of decay 0\.5: it has none"):
+    with pytest.raises(ValueError, match=r"has no EMA of decay 0\.5: it has none"):
         load_weights(str(checkpoint / "model"), ema=0.5)
 
 

@@ -200,7 +200,7 @@ def test_errors_name_value_and_remedy(fails, tmp_path, tiny_run):
         ([tiny_run, tmp_path / "b.pt", "--to", "repa"], "REPA's form needs kernel_act silu"),
         ([tiny_run, out, "--model", "SiT-Tiny/2"], "--model SiT-Tiny/2 is for files of published weights"),
         ([tiny_run, out, "--path", "gvp"], "--path is for files of published weights"),
-        ([tiny_run, out, "--ema", "0.5"], "has no average of decay 0.5"),
+        ([tiny_run, out, "--ema", "0.5"], "has no EMA of decay 0.5"),
         ([source, out, "--model", "SiT-Tiny/2", "--class-names", tmp_path / "nowhere"], "nowhere"),
     ]:
         assert message in fails(main, argv), argv

@@ -365,7 +365,7 @@ def test_errors_name_value_and_remedy(fails, tiny_run, tmp_path, monkeypatch):
         (["--ckpt", tiny_run, "--classes", "3", "--labels", "balanced"], "contradict each other"),
         (["--ckpt", tiny_run, "--num-samples", "1000000000000"], "needs 384000.0 GB"),
         (["--ckpt", tiny_run, "--model", "SiT-XL/2"], "--model SiT-XL/2 is for files"),
-        (["--ckpt", tiny_run, "--ema", "0.5"], "no average of decay 0.5"),
+        (["--ckpt", tiny_run, "--ema", "0.5"], "no EMA of decay 0.5"),
         (["--ckpt", tiny_run, "--weak", tmp_path / "nowhere"], "neither a folder here"),
         ([], "--ckpt"),
     ]:

@@ -489,7 +489,7 @@ def test_starting_from_another_run_says_aloud_what_begins_afresh(launch, tiny_ru
             tiny_run, "--train.batch_size", 64, "--out", tmp_path / "run"]
     codes, output = launch(TRAIN, [*argv, "--train.steps", 1])
     assert codes == [0] and f"started from {tiny_run} (EMA, step 4)" in output, output
-    assert "mixers of all 4 blocks (3x3 ATConv there, attention here) start afresh" in output
+    assert "mixers of all 4 blocks (3x3 ATConv there, attention here) start from scratch" in output
     there = SiT.from_pretrained(tiny_run / "checkpoints" / "step-0000004" / "ema").state_dict()
     here = SiT.from_pretrained(tmp_path / "run" / "checkpoints" / "step-0000001" / "model").state_dict()
     shared = [name for name in there if ".attn." not in name and name in here]
