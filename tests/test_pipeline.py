@@ -246,7 +246,7 @@ def test_noise_sizes_and_outputs(vae):
     assert picture.size == (16, 16) and picture.mode == "RGB"
     for wrong, message in [
         (dict(height=10), "sides must be divisible by 4"),
-        (dict(latents=NOISE), r"latents are \(3, 4, 8, 8\), and must be \(1, 4, 8, 8\)"),
+        (dict(latents=NOISE), r"latents are \(3, 4, 8, 8\), but must be \(1, 4, 8, 8\)"),
         (dict(generator=[torch.Generator()] * 2), "2 generators were given for 1 images"),
         (dict(output_type="png"), "output_type must be one of"),
         (dict(num_inference_steps=0), "at least 1"),
@@ -258,7 +258,7 @@ def test_noise_sizes_and_outputs(vae):
 def test_what_is_no_flow_along_a_straight_line_is_refused():
     with pytest.raises(ValueError, match=r"DDIMScheduler does not .* use UniPCMultistepScheduler\(prediction_type="):
         make_pipeline(DDIMScheduler())
-    with pytest.raises(ValueError, match="know the linear path alone, and the model was trained on 'gvp'"):
+    with pytest.raises(ValueError, match="support only the linear interpolant, but the model was trained on 'gvp'"):
         make_pipeline(interpolant="gvp")
     pipeline = make_pipeline()
     for options in (dict(), dict(use_flow_sigmas=True), dict(prediction_type="flow_prediction")):
@@ -361,7 +361,7 @@ def test_to_the_hub_and_back(exported, tmp_path, monkeypatch):
 
 def test_an_export_is_whole_or_not_there(vae, tmp_path, monkeypatch):
     codec, folder = VAECodec(str(vae)), tmp_path / "exported"
-    with pytest.raises(ValueError, match="linear path alone"):
+    with pytest.raises(ValueError, match="only the linear interpolant"):
         export_pipeline(weights_of(codec, "vp"), folder)
     with monkeypatch.context() as patch:
         patch.setattr(AutoencoderKL, "save_pretrained", lambda *args, **options: os.listdir("/nowhere"))
@@ -371,5 +371,5 @@ def test_an_export_is_whole_or_not_there(vae, tmp_path, monkeypatch):
     export_pipeline(weights_of(codec), folder)
     assert list(tmp_path.iterdir()) == [folder]
     assert len({path.stat().st_mode for path in folder.rglob("*.*")}) == 1
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="exists already"):
         export_pipeline(weights_of(codec), folder)

@@ -1,4 +1,4 @@
-"""Exported weights: a diffusers model folder with a recipe, which sampling needs no further options for.
+"""Exported weights: a diffusers model folder with a recipe, so that sampling needs no options.
 
     config.json  diffusion_pytorch_model.safetensors  recipe.json
 """

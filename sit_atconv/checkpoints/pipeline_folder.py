@@ -1,4 +1,4 @@
-"""Weights in the folder of a diffusers pipeline, written by `convert --to pipeline` or `save_pretrained`.
+"""Weights in a diffusers pipeline folder, written by `convert --to pipeline` or `save_pretrained`.
 
     model_index.json  transformer/  vae/ (none in pixel space)  scheduler/
 """

@@ -1,4 +1,4 @@
-"""Published weights: training files of SiT and REPA, and bare state dicts, read without running their code.
+"""Published weights: training files of SiT and REPA, and bare state dicts, read without running code.
 
     {"model": ..., "ema": ..., "opt": ..., "args": Namespace or dict}        or        {"blocks.0. ...": tensor, ...}
 """
@@ -84,7 +84,7 @@ def read_published(path: Path, ema: bool = True) -> Published:
 
 
 def _flat(args: object) -> dict:
-    """Returns arguments as a dict, with those of nested groups if their name has the same value in all groups."""
+    """Returns arguments as a dict, with those of nested groups that have the same value in all groups."""
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(args, dict):
         return {}
@@ -177,7 +177,7 @@ def to_repa(tensors: dict[str, Tensor], num_tokens: int) -> dict[str, Tensor]:
 
 
 def _reverse_time(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Turns the weights of v(x, t) into those of -v(x, 1 - t), from REPA's time (0 is data) to ours and back.
+    """Turns the weights of v(x, t) into those of -v(x, 1 - t): from REPA's time to ours and back.
 
     The features of 1 - t are linear in those of t: with the angle f of t = 1, cos(f - ft) = cos f cos ft + sin f sin ft
     and sin(f - ft) = sin f cos ft - cos f sin ft. So changing the first layer after them is exact, and doing it twice

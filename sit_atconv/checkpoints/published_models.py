@@ -65,7 +65,7 @@ def load_published(
     class_names: list[str] | None = None,
     num_classes: int | None = None,
 ) -> Weights:
-    """Loads a model, in float32, from a file that `read_published` reads or from a folder without a recipe.
+    """Loads a model in float32 from a file that `read_published` reads or a folder without a recipe.
 
     An option that is None comes from the file's training arguments. The defaults below apply if these lack it too.
 
@@ -275,9 +275,10 @@ def _spoken(shown: dict) -> str:
 # -------------------------------------------------------------------------------------------------------- saving
 
 def save_published(weights: Weights, path: Path, form: str) -> str:
-    """Writes a file for SiT's or REPA's code and `load_published`: "model" and "ema" (the same), and "args".
+    """Writes a file that SiT's or REPA's code and `load_published` can read.
 
-    It holds all of the recipe; of the VAE only its place and checksum.
+    Its keys are "model", "ema" (the same weights) and "args". These hold the whole recipe, but of the VAE only its path
+    and checksum.
 
     Args:
         weights: returned by `load_weights`.

@@ -65,14 +65,14 @@ class Recipe:
         return "as trained" if self.ema_decay is None else "EMA"
 
     def save(self, folder: Path) -> None:
-        """Writes recipe.json, without newer fields that have their default, so that earlier versions can read it."""
+        """Writes recipe.json; newer fields are left out at their default, so that earlier versions read it."""
         newer = {"objective", "backbone"}
         content = {name: value for name, value in dataclasses.asdict(self).items() if name not in newer or value}
         (folder / "recipe.json").write_text(json.dumps(content, indent=1))
 
 
 def check_fields(content: dict, known: Iterable[str], file: Path) -> None:
-    """Raises ValueError if the content of a file has fields that only a later version of this package knows."""
+    """Raises ValueError if the content of a file has fields that only a later version knows."""
     if unknown := sorted(content.keys() - set(known)):
         raise later_version(file, f"has {', '.join(unknown)}, which sit_atconv {__version__} does not know", content)
 

@@ -19,7 +19,7 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Returns the complete checkpoints, oldest first. (While written or deleted they have another name.)"""
+    """Returns the complete checkpoints, oldest first; one being written or deleted has another name."""
     found = [path for path in run.glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(found, key=checkpoint_step)
 

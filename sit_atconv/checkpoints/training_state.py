@@ -32,7 +32,9 @@ STATE_FIELDS = ("step", "sha256", "computed_on", "scaler", "optimizer", "version
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The objects that a checkpoint restores; data order, noise, times and learning rate follow from (seed, step).
+    """The objects that a checkpoint restores.
+
+    Data order, noise, times and learning rate follow from (seed, step).
 
     Args:
         model: the model being trained, unwrapped.
@@ -169,14 +171,14 @@ def _optimizer_tensors(state: TrainingState) -> "dict[str, torch.Tensor]":
 
 
 def _optimizer_numbers(optimizer: "torch.optim.Optimizer") -> list[dict]:
-    """Returns for each parameter group the numbers that the optimizer has changed itself; options are left out."""
+    """Returns for each parameter group the numbers, other than options, that the optimizer has changed."""
     options = {"lr", "weight_decay"}
     return [{name: value for name, value in group.items() if isinstance(value, int | float) and name not in options
              and optimizer.defaults.get(name, value) != value} for group in optimizer.param_groups]
 
 
 def _auxiliary_tensors(auxiliary: "torch.nn.Module") -> "dict[str, torch.Tensor]":
-    """Returns the tensors to save: all but frozen ones, such as an encoder's, which training does not change."""
+    """Returns the tensors to save: all but frozen ones, such as those of an encoder."""
     frozen = {name for name, p in auxiliary.named_parameters() if not p.requires_grad}
     return {name: tensor.contiguous() for name, tensor in auxiliary.state_dict().items() if name not in frozen}
 

@@ -74,9 +74,10 @@ def start_from(
     net: SiT, ckpt: str, flow_path: str, prediction: str, codec: dict, *, class_names: list[str] | None = None,
     objective: dict | None = None,
 ) -> Start:
-    """Copies into `net` the tensors of `ckpt` that have the same name and shape; the others keep their initial values.
+    """Copies into `net` the tensors of `ckpt` that have the same name and shape.
 
-    Differences in class count, resolution, mixers and `learn_sigma` are allowed; any other difference is an error.
+    The other tensors keep their initial values. The models may differ in class count, resolution, mixers and
+    `learn_sigma`; any other difference is an error.
 
     Args:
         net: the model, changed in place, completely or not at all.
@@ -207,7 +208,7 @@ def _blocks(blocks: list[int], depth: int) -> str:
 
 
 def _label_table(net: SiT, fresh: Tensor, source: Source, class_names: list[str] | None) -> Special:
-    """Copies the label table, its rows ordered by the class names here, if the number of classes is the same."""
+    """Copies the label table, its rows in the order of the class names, if the class count is the same."""
     table, classes = source.tensors.get(LABELS), net.config.num_classes
     if table is None or table.shape[1:] != fresh.shape[1:]:
         return Special()  # the error is that of any other tensor
@@ -238,14 +239,14 @@ def _keeps_null_label(net: SiT, source: Source) -> bool:
 
 
 def _num_classes(source: Source, expected: int) -> int | None:
-    """Returns the number of classes of the weights; if they do not record it, `expected` if it fits their rows."""
+    """Returns the weights' number of classes: recorded, or `expected` if their rows allow it, or None."""
     if "num_classes" in source.config:
         return source.config["num_classes"]
     return expected if len(source.tensors[LABELS]) - expected in (0, 1) else None
 
 
 def _output_layer(net: SiT, here: dict[str, Tensor], there: dict[str, Tensor]) -> Special:
-    """Copies the channels that both models have if only one has `learn_sigma`: of rows (p, q, c), the first of c."""
+    """Copies the shared output channels, the first c of rows (p, q, c), if only one has `learn_sigma`."""
     p, channels, ours = net.config.patch_size, net.config.in_channels, len(here[OUTPUT[1]])
     theirs = p * p * channels * (1 if net.config.learn_sigma else 2)
     if any(name not in there or there[name].shape != (theirs, *here[name].shape[1:]) for name in OUTPUT):

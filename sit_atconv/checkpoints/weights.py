@@ -1,4 +1,4 @@
-"""Weights for `--ckpt`: a run, checkpoint, exported folder, pipeline, published file, or hub id of these."""
+"""Weights for `--ckpt`: a run, checkpoint, export, pipeline, published file, or a hub id of these."""
 
 import dataclasses
 import json
