@@ -59,8 +59,6 @@ class SiTPipeline(DiffusionPipeline):
     _optional_components = ["vae"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
     _guidance_scale: float
-    _interrupt: bool
-    _num_timesteps: int
 
     def __init__(
         self,
@@ -88,22 +86,13 @@ class SiTPipeline(DiffusionPipeline):
         )
 
     @classmethod
-    def download(
-        cls,
-        pretrained_model_name: str,
-        *,
-        revision: str | None = None,
-        cache_dir: str | None = None,
-        force_download: bool = False,
-        local_files_only: bool | None = None,
-        token: str | bool | None = None,
-        **ignored,
-    ) -> str:
-        """Downloads a pipeline from the hub and returns its folder; diffusers' own method refuses our model class."""
-        here = hub_options(pretrained_model_name)["local_files_only"]
+    def download(cls, pretrained_model_name: str, **options) -> str:
+        """Downloads a pipeline and returns its folder; the method of diffusers refuses our model class."""
+        is_local = hub_options(pretrained_model_name)["local_files_only"] or options.get("local_files_only")
         return snapshot_download(
-            pretrained_model_name, revision=revision, cache_dir=cache_dir, force_download=force_download,
-            local_files_only=here or bool(local_files_only), token=token, allow_patterns=["*.json", "*.safetensors"],
+            pretrained_model_name, revision=options.get("revision"), cache_dir=options.get("cache_dir"),
+            token=options.get("token"), force_download=bool(options.get("force_download")),
+            local_files_only=bool(is_local), allow_patterns=["*.json", "*.safetensors"],
         )
 
     @torch.no_grad()
@@ -224,7 +213,7 @@ class SiTPipeline(DiffusionPipeline):
         return config.in_channels, height // self.downsample, width // self.downsample
 
     def _noise(self, shape: tuple[int, ...], generator, latents: Tensor | None, device: torch.device) -> Tensor:
-        """Returns the initial noise, float32 for any dtype of the model, as all samples until they are decoded."""
+        """Returns the initial noise. Samples are float32, whatever the model's dtype, until decoded."""
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators were given for {shape[0]} images: give one for each")
         if latents is None:

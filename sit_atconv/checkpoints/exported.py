@@ -1,6 +1,7 @@
-"""Exported weights: a diffusers model folder with a recipe, so that sampling needs no options.
+"""Exported weights, which sampling needs no options for: a model and its recipe, or a pipeline.
 
     config.json  diffusion_pytorch_model.safetensors  recipe.json
+    model_index.json  transformer/  vae/ (none in pixel space)  scheduler/
 """
 
 import contextlib
@@ -141,17 +142,49 @@ def load_exported(folder: Path) -> Weights:
 
 def _run_drops_no_labels(folder: Path) -> bool:
     """True if config.yaml of the run says so; recipes older than 2026-11-25 do not."""
-    folder = folder.resolve()
-    config = folder.parent.parent.parent / "config.yaml"
-    if folder.parent.parent.name != "checkpoints" or not config.is_file():
-        return False
     import yaml
 
+    checkpoints = folder.resolve().parent.parent
     try:
-        options = yaml.safe_load(config.read_text())
-        return options["flow"]["class_dropout_prob"] == 0 and options.get("init_from") is None
+        options = yaml.safe_load((checkpoints.parent / "config.yaml").read_text())
+        drops_none = options["flow"]["class_dropout_prob"] == 0 and options.get("init_from") is None
+        return checkpoints.name == "checkpoints" and drops_none
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return False
+
+
+def load_pipeline(folder: Path) -> Weights:
+    """Loads a pipeline that `convert --to pipeline` or `save_pretrained` wrote.
+
+    Fields that pipelines of earlier versions lack (step, EMA decay, training of the null label) count as not known.
+
+    Raises:
+        ValueError: the folder is not a `SiTPipeline`, or is incomplete or damaged.
+    """
+    from sit_atconv.data.codecs import IdentityCodec, VAECodec
+
+    with damage_named(folder):
+        index = json.loads((folder / "model_index.json").read_text())
+        transformer, vae = index.get("transformer") or [None, None], index.get("vae") or [None, None]
+        names, empty = index.get("id2label") or {}, index.get("empty_classes") or {}
+        kind = index.get("_class_name")
+    if transformer[1] != "SiT":
+        raise ValueError(f"{folder} is a {kind}, not a SiTPipeline: give a pipeline with a SiT")
+    model = load_model(folder / "transformer")
+    codec = VAECodec(str(folder / "vae")) if vae[0] else IdentityCodec(model.config.in_channels)
+    recipe = Recipe(
+        index.get("interpolant", "linear"),
+        index.get("prediction", "velocity"),
+        codec.describe(),
+        [names.get(str(label), str(label)) for label in range(model.config.num_classes)],
+        step=index.get("step") or 0,
+        ema_decay=index.get("ema_decay"),
+        null_label_trained=index.get("null_label_trained"),
+        empty_classes=sorted(map(int, empty)),
+        ema_known=index.get("ema_known", False),
+    )
+    notes = () if names else (f"{folder} does not name its classes: refer to them by number",)
+    return Weights(model, recipe, folder, notes)
 
 
 def is_pipeline(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 REPA_OPTIONS = {"kernel_act": "silu"}  # of REPA's port of ATConv: no tensor shows it
-WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DistributedDataParallel and torch.compile give to names
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # prefixes that DistributedDataParallel and torch.compile add
 POINTWISE = re.compile(r"blocks\.\d+\.attn\.(kernel_proj|x_proj|proj)\.weight")  # 1x1 convolutions in REPA's port
 
 
@@ -68,9 +68,9 @@ def read_published(path: Path, ema: bool = True) -> Published:
         if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.is_meta:
             raise ValueError(f"{path} cannot be used: {name} is {tensor.dtype}, {tensor.layout} on {tensor.device}: "
                              "weights must be dense floating-point numbers")
-    named = [_unwrapped(name) for name in tensors]
+    named = [WRAPPERS.sub("", name) for name in tensors]
     if len(set(named)) < len(named):
-        raise ValueError(f"{path} cannot be used: without {' and '.join(WRAPPERS)} two of its names are the same")
+        raise ValueError(f"{path} cannot be used: without module. and _orig_mod. two of its names are the same")
     tensors = dict(zip(named, tensors.values(), strict=True))
     repa = args.get("prediction") == "v" or any(
         name.startswith("projectors.") or _is_pointwise(name, tensor) for name, tensor in tensors.items())
@@ -135,12 +135,6 @@ def _read(path: Path) -> object:
 def _is_state_dict(content: object) -> TypeGuard[dict[str, Tensor]]:
     return (isinstance(content, dict) and len(content) > 0
             and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()))
-
-
-def _unwrapped(name: str) -> str:
-    while name.startswith(WRAPPERS):
-        name = name.split(".", 1)[1]
-    return name
 
 
 def _is_pointwise(name: str, tensor: Tensor) -> bool:

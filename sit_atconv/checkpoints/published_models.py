@@ -227,7 +227,13 @@ def _file_options(
     }
     if POSITIONS in tensors:
         options["input_size"] = math.isqrt(tensors[POSITIONS].shape[1]) * options["patch_size"]
-    _check_same(path, tensors, options, shown)
+    with torch.device("meta"):
+        expected = SiT(**options).state_dict()
+    if wrong := list_differences(tensors, expected):
+        fitting = fitting_preset(shown)
+        same = all(options[key] == shown[key] for key in ("depth", "hidden_size", "patch_size", "mixer"))
+        remedy = "give a file with all weights" if same else f"give --model {fitting}" if fitting else "no preset fits"
+        raise ValueError(f"the weights of {path} are of another model: {wrong}. They have {_spoken(shown)}: {remedy}")
     return options
 
 
@@ -245,26 +251,14 @@ def _preset_options(path: Path, preset: str | None, published: Published, shown:
 
 def _classes(path: Path, num_rows: int, args: dict, given: int | None) -> dict:
     """Returns the number of classes and whether the label table has one more row, for the null label."""
-    num_classes = given if given is not None else args.get("num_classes")
-    if num_classes is not None and type(num_classes) is not int:
+    num_classes = next(n for n in (given, args.get("num_classes"), max(1, num_rows - 1)) if n is not None)
+    if type(num_classes) is not int:
         raise ValueError(f"{path} was trained with num_classes {num_classes!r}, which is not a whole number: use "
                          "python -m sit_atconv.convert with --num-classes")
-    if num_classes is None:
-        num_classes = max(1, num_rows - 1)
     if num_rows - num_classes not in (0, 1):
         raise ValueError(f"{path} has a table of {num_rows} labels, which does not fit {num_classes} classes with or "
                          "without a null label: use python -m sit_atconv.convert with --num-classes")
     return {"num_classes": num_classes, "has_null_label": num_rows > num_classes}
-
-
-def _check_same(path: Path, tensors: dict[str, Tensor], options: dict, shown: dict) -> None:
-    with torch.device("meta"):
-        expected = SiT(**options).state_dict()
-    if wrong := list_differences(tensors, expected):
-        fitting = fitting_preset(shown)
-        same = all(options[key] == shown[key] for key in ("depth", "hidden_size", "patch_size", "mixer"))
-        remedy = "give a file with all weights" if same else f"give --model {fitting}" if fitting else "no preset fits"
-        raise ValueError(f"the weights of {path} are of another model: {wrong}. They have {_spoken(shown)}: {remedy}")
 
 
 def _spoken(shown: dict) -> str:

@@ -119,7 +119,9 @@ def start_from(
         *_training_differences(source, _training(flow_path, prediction, objective, codec)),
         *_class_name_differences(net, source, class_names),
     ]
-    return Start(lines, source.null_label_trained if _keeps_null_label(net, source) else False)
+    classes = net.config.num_classes
+    kept = net.config.has_null_label and _num_classes(source, classes) == classes < len(source.tensors[LABELS])
+    return Start(lines, source.null_label_trained if kept else False)
 
 
 def _open(ckpt: str) -> Source:
@@ -197,12 +199,8 @@ def _blocks(blocks: list[int], depth: int) -> str:
     steps = {b - a for a, b in itertools.pairwise(blocks)}
     if len(blocks) > 3 and len(steps) == 1 and steps != {1}:
         return f"blocks {blocks[0]}, {blocks[1]}, ..., {blocks[-1]}"
-    runs: list[list[int]] = []
-    for i in blocks:
-        if runs and runs[-1][-1] == i - 1:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
+    numbered = itertools.groupby(enumerate(blocks), lambda pair: pair[1] - pair[0])  # consecutive blocks share this
+    runs = [[i for _, i in run] for _, run in numbered]
     spoken = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
     return f"block{'s' if len(blocks) > 1 else ''} {spoken}"
 
@@ -230,12 +228,6 @@ def _label_table(net: SiT, fresh: Tensor, source: Source, class_names: list[str]
     else:
         value[classes:] = table[classes:]
     return Special({LABELS}, {LABELS: value}, lines)
-
-
-def _keeps_null_label(net: SiT, source: Source) -> bool:
-    """True if the model's row for the null label comes from the weights."""
-    classes = net.config.num_classes
-    return net.config.has_null_label and _num_classes(source, classes) == classes < len(source.tensors[LABELS])
 
 
 def _num_classes(source: Source, expected: int) -> int | None:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from sit_atconv.checkpoints.exported import Weights, is_pipeline, load_exported
+from sit_atconv.checkpoints.exported import Weights, is_pipeline, load_exported, load_pipeline
 from sit_atconv.checkpoints.recipe import Recipe
 from sit_atconv.checkpoints.run_folder import newest_checkpoint
 from sit_atconv.runtime.files import hub_options
@@ -71,12 +71,7 @@ def load_weights(ckpt: str, ema: bool | float = True, *, model: str | None = Non
         from sit_atconv.checkpoints.published_models import load_published
 
         return load_published(path, model, vae=vae, ema=ema is not False)
-    if is_pipeline(path):
-        from sit_atconv.checkpoints.pipeline_folder import load_pipeline
-
-        weights = load_pipeline(path)
-    else:
-        weights = load_exported(path)
+    weights = load_pipeline(path) if is_pipeline(path) else load_exported(path)
     return weights if vae is None else dataclasses.replace(weights, recipe=_with_vae(weights.recipe, vae, ckpt))
 
 

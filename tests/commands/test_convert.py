@@ -100,7 +100,7 @@ def test_the_vae_comes_back_from_sits_form_or_is_said_to_be_gone(convert, tiny_r
         load_weights(str(tmp_path / "a.pt"), vae=str(make_vae(seed=1)))
     here.rename(tmp_path / "there")
     lines = convert(tmp_path / "ours", tmp_path / "b.pt", "--to", "sit")
-    assert lines[-1] == f"its VAE is not at {here} any more: give --vae where the file is read"
+    assert lines[-1] == f"its VAE is not at {here} any more: give --vae when you use the file"
     assert load_weights(str(tmp_path / "b.pt"), vae=str(tmp_path / "there")).recipe.codec["source"].endswith("there")
 
 
@@ -137,8 +137,8 @@ def test_a_pipeline_to_ours(convert, tiny_run, tmp_path, fails):
 def test_what_is_not_known_is_not_claimed(notes, tmp_path, fails):
     small("attention").save_pretrained(tmp_path / "bare")
     lines, said = notes(tmp_path / "bare", tmp_path / "ours", "--vae", "identity", "--path", "gvp")
-    assert lines[0] == (f"{tmp_path}/ours: weights of {tmp_path}/bare (whether they are averaged is not said), 10 "
-                        "classes and a null label")
+    assert lines[0] == (f"{tmp_path}/ours: weights of {tmp_path}/bare (it is not known whether they are EMA weights), "
+                        "10 classes and a null label")
     assert said == [f"note: {tmp_path}/bare does not name its classes: refer to them by number",
                     f"note: {tmp_path}/bare does not say how it was trained: assuming --prediction velocity; "
                     "to change this, use these options of python -m sit_atconv.convert"]
@@ -155,7 +155,7 @@ def test_class_names_of_a_file(notes, tmp_path, fails):
     argv = [source, tmp_path / "out", "--vae", "identity", "--class-names", names]
     assert notes(*argv)[1] == ["note: 'caf\u00e9' names labels 8, 9: choose among them by number"]
     assert load_weights(str(tmp_path / "out")).recipe.class_names == [line.strip() for line in lines]
-    for content, message in ((b"a\n\nb\n", "line 2 of --class-names"), (b"\n", "line 1 of"), (b"\xff\xfe", "no UTF-8")):
+    for content, message in ((b"a\n\nb\n", "line 2 of --class"), (b"\n", "line 1 of"), (b"\xff\xfe", "not UTF-8")):
         names.write_bytes(content)
         assert message in fails(load_command(CONVERT).main, [source, tmp_path / "other", *argv[2:]])
 
@@ -212,7 +212,7 @@ def test_forms_that_lose_a_users_own_objective_are_refused(convert, tiny_run, tm
     save_weights(weights.model, dataclasses.replace(weights.recipe, objective=objective), tmp_path / "own")
     for form in ("sit", "repa", "pipeline"):
         error = fails(load_command(CONVERT).main, [tmp_path / "own", tmp_path / "out.pt", "--to", form])
-        assert f"--to {form} does not say that these weights need mine.Objective: convert them to ours" in error
+        assert f"--to {form} cannot record that these weights need mine.Objective: use --to ours" in error
     assert not (tmp_path / "out.pt").exists()
     convert(tmp_path / "own", tmp_path / "ours")
     assert load_weights(str(tmp_path / "ours")).recipe.objective == objective
