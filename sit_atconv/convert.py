@@ -140,8 +140,8 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument("source", metavar="SOURCE",
                         help="the weights to convert: a file of published weights (.pt, .safetensors), or any --ckpt "
-                        "of sample/generate.py: a run, a checkpoint, an exported folder, a pipeline, a hub id, a folder "
-                        "of SiT.save_pretrained")
+                        "of sample/generate.py: a run, a checkpoint, an exported folder, a pipeline, a hub id, a "
+                        "folder of SiT.save_pretrained")
     parser.add_argument("out", type=Path, metavar="OUT",
                         help="the folder to write, new or empty; for sit and repa a new .pt file")
     parser.add_argument("--to", choices=("ours", "sit", "repa", "pipeline"), default="ours",

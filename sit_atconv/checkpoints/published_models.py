@@ -24,7 +24,8 @@ from sit_atconv.runtime.files import check_room, write_aside
 
 EMA_DECAY = 0.9999  # of SiT, REPA and ATConv's ports of both; their files do not record it
 VAES = {"ema": DEFAULT_VAE, "mse": "stabilityai/sd-vae-ft-mse"}  # SiT's and DiT's names
-FLOW = {"interpolant": ("path_type", "--path"), "prediction": ("prediction", "--prediction")}  # argument, our option
+FLOW = {"interpolant": ("path_type", "--path", "linear"),  # training argument, our option, default
+        "prediction": ("prediction", "--prediction", "velocity")}
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ def load_published(
                              f"--num-classes {num_classes}: leave that out")
     else:
         published = read_published(path, ema)
-        tensors = _finite(path, published.tensors)
+        tensors = {name: tensor.float() for name, tensor in published.tensors.items()}
+        if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{path} holds numbers that are not finite, first in {broken[0]}: its training has failed")
         options = _file_options(path, tensors, published, preset, num_classes)
     args = published.args
     if not ema and _ema_decay(args) is not None and "ema_known" in args:
@@ -103,9 +106,8 @@ def load_published(
     # Find the settings of the training.
     names, notes = _names(path, args, class_names, options["num_classes"])
     given = {name: value for name, value in (("interpolant", interpolant), ("prediction", prediction)) if value}
-    flow = said_flow(path, published, FLOW.keys() - given.keys()) | given
-    assumed = [f"{FLOW[name][1]} {value}" for name, value in (("interpolant", "linear"), ("prediction", "velocity"))
-               if name not in flow]
+    known = said_flow(path, published, FLOW.keys() - given.keys()) | given
+    assumed = [f"{option} {default}" for name, (_, option, default) in FLOW.items() if name not in known]
     codec_there = _said_codec(args)
     if vae is None and not codec_there and (vae := VAES.get(str(args.get("vae")))) is None:
         vae = DEFAULT_VAE
@@ -131,8 +133,8 @@ def load_published(
             model = SiT(**options)
         model.load_state_dict(tensors, assign=True)
     recipe = Recipe(
-        flow.get("interpolant", "linear"),
-        flow.get("prediction", "velocity"),
+        known.get("interpolant", "linear"),
+        known.get("prediction", "velocity"),
         codec.describe(),
         names,
         step=args["step"] if isinstance(args.get("step"), int) else 0,  # SiT's and REPA's files do not record it
@@ -179,7 +181,7 @@ def said_flow(path: Path, published: Published, wanted: Iterable[str] = tuple(FL
     """
     flow, form = {}, FORMS["repa" if published.repa else "sit"]
     for name in wanted:
-        argument, option = FLOW[name]
+        argument, option, _ = FLOW[name]
         if (theirs := published.args.get(argument)) is None:
             continue
         names = form.names[name]
@@ -201,14 +203,6 @@ def _names(path: Path, args: dict, given: list[str] | None, num_classes: int) ->
         raise ValueError(f"{path} has {num_classes} classes, but {len(given)} names are given")
     changed = changed_names(theirs or given, given)
     return given, [f"the given class names are not those of {path}: {changed}"] if changed else []
-
-
-def _finite(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors in float32. ValueError: numbers that are not finite."""
-    tensors = {name: tensor.float() for name, tensor in tensors.items()}
-    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{path} holds numbers that are not finite, first in {broken[0]}: its training has failed")
-    return tensors
 
 
 def _file_options(
@@ -300,7 +294,7 @@ def save_published(weights: Weights, path: Path, form: str) -> str:
         if config[name] != value:
             raise ValueError(f"{theirs.owner}'s form needs {name} {value}, but this model has {config[name]}")
     named = {}
-    for name, (argument, _) in FLOW.items():
+    for name, (argument, *_) in FLOW.items():
         ours = getattr(recipe, name)
         if ours not in theirs.names[name].values():
             raise ValueError(f"{theirs.owner}'s form has no {name} {ours}")

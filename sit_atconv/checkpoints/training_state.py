@@ -27,14 +27,14 @@ if TYPE_CHECKING:  # importing torch takes seconds: functions that find a checkp
 
 AUXILIARY_FILE = "auxiliary.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FIELDS = ("step", "sha256", "computed_on", "scaler", "optimizer", "versions")  # the first three always
+STATE_FIELDS = ("step", "sha256", "computed_on", "scaler", "optimizer", "versions")  # every checkpoint has the first three
 
 
 @dataclass(frozen=True)
 class TrainingState:
     """The objects that a checkpoint restores.
 
-    Data order, noise, times and learning rate follow from (seed, step).
+    Data order, noise, times and learning rate are not saved: they follow from (seed, step).
 
     Args:
         model: the model being trained, unwrapped.
@@ -190,7 +190,7 @@ class Resumable:
     """The checkpoint that a run resumes from.
 
     Args:
-        checkpoint: the newest sound checkpoint, or None if there are no checkpoints.
+        checkpoint: the newest intact checkpoint, or None if there are no checkpoints.
         step: its step, or 0.
         damaged: newer checkpoints -> their damage.
     """
@@ -204,7 +204,7 @@ def find_resumable(run: Path) -> Resumable:
     """Finds the newest checkpoint whose files all have their checksums.
 
     Raises:
-        ValueError: there are checkpoints and none is sound, or a later version wrote the newest.
+        ValueError: there are checkpoints but none is intact, or a later version wrote the newest.
     """
     damaged: dict[Path, str] = {}
     for checkpoint in reversed(list_checkpoints(run)):

@@ -1,4 +1,4 @@
-"""What `convert --to pipeline` and `save_pretrained` wrote is read again, with all that the recipe holds."""
+"""Pipelines of `convert --to pipeline` and `save_pretrained` are loaded with their whole recipe."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def weights_of(codec, **options) -> Weights:
 
 
 def assert_same(a: Weights, b: Weights):
-    """But for where the VAE is."""
+    """Compares tensors and recipes, but not the path of the VAE."""
     tensors = b.model.state_dict()
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in a.model.state_dict().items())
     recipes = [dataclasses.asdict(weights.recipe) for weights in (a, b)]
@@ -38,7 +38,7 @@ def assert_same(a: Weights, b: Weights):
 
 
 @pytest.mark.parametrize("space", ["latent", "pixel"])
-def test_a_pipeline_and_back(vae, tmp_path, space):
+def test_a_pipeline_is_loaded_with_its_recipe(vae, tmp_path, space):
     weights = weights_of(VAECodec(str(vae)) if space == "latent" else IdentityCodec(3))
     export_pipeline(weights, tmp_path / "pipe")
     os.renames(tmp_path / "pipe", tmp_path / "elsewhere" / "pipe")
@@ -61,7 +61,7 @@ def test_a_pipeline_and_back(vae, tmp_path, space):
     dict(variant="fp16"), dict(max_shard_size="100KB"), dict(safe_serialization=False),
     dict(max_shard_size="100KB", variant="fp16"),
 ])
-def test_weights_in_all_forms_that_diffusers_writes(tmp_path, options):
+def test_all_formats_that_diffusers_writes_are_loaded(tmp_path, options):
     weights = weights_of(IdentityCodec(3))
     pipeline = SiTPipeline(weights.model, FlowMatchEulerDiscreteScheduler(), prediction="noise")
     pipeline.save_pretrained(tmp_path / "pipe", **options)
@@ -72,20 +72,20 @@ def test_weights_in_all_forms_that_diffusers_writes(tmp_path, options):
     assert again.identity() != load_weights(str(tmp_path / "other")).identity()
 
 
-def test_shards_that_diffusers_does_not_read(tmp_path):
+def test_shards_that_diffusers_cannot_read_are_refused(tmp_path):
     pipeline = SiTPipeline(randomised(in_channels=3), FlowMatchEulerDiscreteScheduler())
     pipeline.save_pretrained(tmp_path / "pipe", max_shard_size="100KB", safe_serialization=False)
     with pytest.raises(ValueError, match=r"transformer are \.bin shards, .*: save them as \.safetensors"):
         load_weights(str(tmp_path / "pipe"))
 
 
-def test_half_precision_becomes_float32(tmp_path):
+def test_half_precision_weights_are_loaded_in_float32(tmp_path):
     pipeline = SiTPipeline(randomised(in_channels=3).half(), FlowMatchEulerDiscreteScheduler())
     pipeline.save_pretrained(tmp_path / "pipe")
     assert load_weights(str(tmp_path / "pipe")).model.dtype is torch.float32
 
 
-def test_what_an_earlier_pipeline_does_not_say_is_not_known(tmp_path):
+def test_fields_that_an_earlier_pipeline_lacks_are_not_known(tmp_path):
     export_pipeline(weights_of(IdentityCodec(3)), tmp_path / "pipe")
     file = tmp_path / "pipe" / "model_index.json"
     index = json.loads(file.read_text())
@@ -98,7 +98,7 @@ def test_what_an_earlier_pipeline_does_not_say_is_not_known(tmp_path):
     assert "does not name its classes" in weights.notes[0]
 
 
-def test_other_pipelines_and_damaged_ones_are_told_apart(vae, tmp_path):
+def test_errors_of_other_pipelines_and_of_damaged_ones_differ(vae, tmp_path):
     export_pipeline(weights_of(VAECodec(str(vae))), tmp_path / "pipe")
     for name, break_it, message in [
         ("foreign", lambda f: (f / "model_index.json").write_text('{"_class_name": "DiTPipeline"}'),
@@ -121,7 +121,7 @@ def test_other_pipelines_and_damaged_ones_are_told_apart(vae, tmp_path):
 
 # ------------------------------------------------------------------------------------------- where the VAE is now
 
-def test_a_vae_that_has_moved(vae, make_vae, tmp_path):
+def test_a_vae_that_has_moved_is_given_by_option(vae, make_vae, tmp_path):
     shutil.copytree(vae, tmp_path / "first")
     with working_folder(tmp_path):
         weights = weights_of(VAECodec("first"))
@@ -148,7 +148,7 @@ def test_a_vae_that_has_moved(vae, make_vae, tmp_path):
 
 # ------------------------------------------------------------------------------------- a model without a recipe
 
-def test_a_folder_of_save_pretrained_says_what_is_assumed_of_it(tmp_path):
+def test_a_folder_of_save_pretrained_has_notes_on_what_is_assumed(tmp_path):
     model = randomised()
     model.save_pretrained(tmp_path / "bare")
     weights = load_weights(str(tmp_path / "bare"), vae="identity")

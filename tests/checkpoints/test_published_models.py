@@ -1,3 +1,5 @@
+"""Models from published files, files from our models, and errors that name the remedy."""
+
 import argparse
 import dataclasses
 import itertools
@@ -26,12 +28,12 @@ def small(mixer, **options):
 
 
 def repa_model(mixer, **options):
-    """A network as REPA trains it: t = 1 is noise, and its output is noise - data."""
+    """Returns a network as REPA trains it: t = 1 is noise, and its output is noise - data."""
     return small(mixer, **{"learn_sigma": False, "use_pos_embed": True, "kernel_act": "silu", **options})
 
 
 def published(net, path, form="sit", **args):
-    """A training file, as SiT and REPA write them, of a network in their convention."""
+    """Writes a training file in the format of SiT or REPA for a network with their convention."""
     tensors = {**net.state_dict()}
     if form == "repa":
         for name in tensors:
@@ -84,8 +86,8 @@ def test_every_published_form_gives_the_same_output(tmp_path, form, mixer, optio
 
 
 @pytest.mark.parametrize("mixer", PRESETS)
-def test_the_trajectory_is_that_of_repas_sampler(tmp_path, mixer):
-    """REPA's own direction, with its network as trained and nothing reversed: from t = 1, noise, to t = 0, data."""
+def test_trajectories_equal_those_of_repas_sampler(tmp_path, mixer):
+    """REPA's sampler goes from t = 1, noise, to t = 0, data, with the network as trained."""
     theirs = repa_model(mixer)
     ours = load(published(theirs, tmp_path / "a.pt", "repa"), PRESETS[mixer]).model
     noise, _, y = BATCH
@@ -105,7 +107,7 @@ def test_the_trajectory_is_that_of_repas_sampler(tmp_path, mixer):
         assert (a - b).abs().max() < 1e-4
 
 
-def test_what_the_training_arguments_say(tmp_path, vae):
+def test_settings_come_from_the_training_arguments_or_from_options(tmp_path, vae):
     args = dict(model="SiT-ATConv-Tiny/2", num_classes=11, image_size=32, path_type="GVP", prediction="noise")
     path = published(small("atconv"), tmp_path / "a.pt", **args)
     weights = load_published(path, vae=str(vae))
@@ -120,13 +122,13 @@ def test_what_the_training_arguments_say(tmp_path, vae):
 
 
 @pytest.mark.parametrize("mixer", PRESETS)
-def test_mixers_are_those_of_the_tensors_where_the_files_own_name_misleads(tmp_path, mixer):
+def test_mixers_come_from_the_tensors_even_if_the_preset_is_wrong(tmp_path, mixer):
     """REPA's port has presets named ATConv whose blocks are attention."""
     path = published(repa_model(mixer), tmp_path / "a.pt", "repa", model="SiT-ATConv-Tiny/2", prediction="v")
     assert load(path).model.config.mixer == mixer
 
 
-def test_as_trained_and_half_precision(tmp_path):
+def test_weights_as_trained_and_half_precision_weights_are_loaded(tmp_path):
     theirs = small("atconv").bfloat16()
     path = published(theirs, tmp_path / "a.pt", model="SiT-ATConv-Tiny/2")
     averaged, trained = (load(path, ema=ema) for ema in (True, False))
@@ -139,7 +141,7 @@ def test_as_trained_and_half_precision(tmp_path):
         load(tmp_path / "b.pt", ema=False)
 
 
-def test_load_weights_takes_a_file_like_anything_else(tmp_path, vae):
+def test_load_weights_takes_a_file(tmp_path, vae):
     path = published(small("attention"), tmp_path / "0400000.pt")
     weights = load_weights(str(path), model="SiT-Tiny/2", vae=str(vae))
     assert weights.home == tmp_path / "0400000" and weights.identity() == sha256_of(path)
@@ -150,7 +152,7 @@ def test_load_weights_takes_a_file_like_anything_else(tmp_path, vae):
     lambda args: argparse.Namespace(**args), dict,
     lambda args: {"seed": 0, "model": args["model"], "transport": args, "data": argparse.Namespace(**args)},
 ])
-def test_arguments_are_believed_in_whatever_they_are_kept(tmp_path, wrap):
+def test_training_arguments_are_read_from_namespaces_dicts_and_groups(tmp_path, wrap):
     args = dict(model="SiT-ATConv-Tiny/2", num_classes=10, image_size=8, path_type="GVP", prediction="noise",
                 cfg_prob=0)
     torch.save({"ema": small("atconv").state_dict(), "args": wrap(args)}, tmp_path / "a.pt")
@@ -163,8 +165,8 @@ def test_arguments_are_believed_in_whatever_they_are_kept(tmp_path, wrap):
 @pytest.mark.parametrize("args", [
     argparse.Namespace(model="DiT-S/8", image_size=64), {"model": "dit-s/8"}, {"model": {"name": "DiT-S/8"}},
     {"model": "models.DiT_S_8"}, None])
-def test_a_dit_is_no_flow(tmp_path, args):
-    """Its tensors have a SiT's names and shapes; without arguments the file's name is all that tells."""
+def test_a_dit_is_refused(tmp_path, args):
+    """Its tensors have the names and shapes of a SiT's; without arguments only the file's name tells."""
     tensors, path = small("attention").state_dict(), tmp_path / ("fast-DiT-S-8.pt" if args is None else "a.pt")
     torch.save({"ema": tensors} if args is None else {"ema": tensors, "args": args}, path)
     for read in (lambda: load(path, "SiT-Tiny/2", prediction="velocity"), lambda: load_weights(str(path))):
@@ -174,7 +176,7 @@ def test_a_dit_is_no_flow(tmp_path, args):
     assert load(tmp_path / "DiT-as-a-flow.pt").model.config.mixer == "attention"
 
 
-def test_what_a_bare_file_does_not_say_is_said(tmp_path):
+def test_notes_say_what_is_assumed_of_a_bare_file(tmp_path):
     save_file(small("attention").state_dict(), tmp_path / "a.safetensors")
     weights = load(tmp_path / "a.safetensors", "SiT-Tiny/2", prediction="noise")
     names, flow = weights.notes
@@ -185,7 +187,7 @@ def test_what_a_bare_file_does_not_say_is_said(tmp_path):
     assert weights.recipe.null_label_trained is True  # SiT has the row only where it is trained
 
 
-def test_the_names_that_a_file_holds(tmp_path):
+def test_class_names_come_from_the_file_or_from_an_option(tmp_path):
     theirs = [f"class {i}" for i in range(10)]
     path = published(small("attention"), tmp_path / "a.pt", model="SiT-Tiny/2", class_names=theirs)
     assert load(path).recipe.class_names == theirs and len(load(path).notes) == 1
@@ -202,7 +204,7 @@ def test_the_names_that_a_file_holds(tmp_path):
      ("repa", "attention", {}), ("repa", "atconv", {}), ("repa", "hybrid", {}),
      ("repa", "atconv", dict(num_classes=1, has_null_label=False))],
 )
-def test_there_and_back_is_exact(tmp_path, form, mixer, options):
+def test_loading_and_saving_restores_the_file(tmp_path, form, mixer, options):
     theirs = (small if form == "sit" else repa_model)(mixer, **options)
     path = published(theirs, tmp_path / "a.pt", form, num_classes=theirs.config.num_classes, image_size=8)
     weights = load(path, PRESETS[mixer])
@@ -226,7 +228,7 @@ def test_there_and_back_is_exact(tmp_path, form, mixer, options):
     dict(empty_classes=[2, 3], ema_decay=0.99, interpolant="gvp"),
     dict(ema_decay=None, ema_known=False),
 ])
-def test_the_recipe_there_and_back_is_exact(tmp_path, recipe):
+def test_saving_and_loading_restores_the_recipe(tmp_path, recipe):
     weights = load(published(small("attention"), tmp_path / "a.pt"), "SiT-Tiny/2")
     weights = dataclasses.replace(weights, recipe=dataclasses.replace(weights.recipe, **recipe))
     save_published(weights, tmp_path / "b.pt", "sit")
@@ -234,8 +236,8 @@ def test_the_recipe_there_and_back_is_exact(tmp_path, recipe):
     assert again.recipe == weights.recipe and not again.notes
 
 
-def test_repas_models_without_positions_have_a_table_of_zeros(tmp_path):
-    """They add a table whatever it is; at another resolution ours must go on without."""
+def test_repas_models_without_positions_get_a_table_of_zeros(tmp_path):
+    """REPA's models always add a table; loaded again, ours must work without one at other resolutions."""
     model = repa_model("atconv", use_pos_embed=False)
     path = published(model, tmp_path / "a.pt", "repa", image_size=8)
     save_published(load(path, PRESETS["atconv"]), tmp_path / "b.pt", "repa")
@@ -260,7 +262,7 @@ def test_repas_models_without_positions_have_a_table_of_zeros(tmp_path):
         ("repa", "attention", dict(learn_sigma=False, interpolant="vp"), "REPA's form has no interpolant vp"),
     ],
 )
-def test_what_a_form_cannot_hold_is_refused(tmp_path, form, mixer, options, message):
+def test_models_that_a_form_cannot_express_are_refused(tmp_path, form, mixer, options, message):
     recipe = {name: options.pop(name) for name in ("prediction", "interpolant") if name in options}
     weights = load(published(small("attention"), tmp_path / "a.pt"), PRESETS["attention"], **recipe)
     object.__setattr__(weights, "model", small(mixer, **options))
@@ -279,7 +281,7 @@ def one_line(path, *args, vae="identity", **kwargs) -> str:
     return message
 
 
-def test_a_missing_model_is_asked_for_by_name(tmp_path):
+def test_the_error_without_a_preset_names_the_one_that_fits(tmp_path):
     for mixer, preset in PRESETS.items():
         save_file(small(mixer).state_dict(), tmp_path / "a.safetensors")
         message = one_line(tmp_path / "a.safetensors")
@@ -330,7 +332,7 @@ def test_other_errors_name_value_and_remedy(tmp_path, vae):
     assert "is not a checkpoint" in one_line(tmp_path / "e.pt", preset)
 
 
-def test_options_of_files_are_refused_elsewhere_and_those_of_runs_here(tmp_path):
+def test_options_of_files_and_of_runs_are_refused_for_the_other(tmp_path):
     from sit_atconv.checkpoints.exported import export_weights
 
     path = published(small("attention"), tmp_path / "a.pt")

@@ -1,4 +1,4 @@
-"""What --ckpt means."""
+"""Weights that --ckpt names."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from sit_atconv.checkpoints.weights import load_weights
 from tests.checkpoints.conftest import recipe
 
 
-def test_weights_say_what_they_are(tmp_path, state):
+def test_ema_weights_and_weights_as_trained_of_a_run_are_loaded(tmp_path, state):
     save_checkpoint(tmp_path, state, recipe(7), keep=2)
     averaged, online = load_weights(str(tmp_path)), load_weights(str(tmp_path), ema=False)
     assert averaged.recipe.ema_decay == 0.99 and online.recipe.ema_decay is None and averaged.home == tmp_path
@@ -22,7 +22,7 @@ def test_weights_say_what_they_are(tmp_path, state):
     assert averaged.identity() != online.identity()
 
 
-def test_one_of_several_averages(tmp_path, state):
+def test_an_ema_is_chosen_by_its_decay(tmp_path, state):
     checkpoint = save_checkpoint(tmp_path, state, recipe(7), keep=2)
     for ckpt in (tmp_path, checkpoint):
         for decay, folder in [(0.99, "ema"), (0.9, "ema-0.9"), (True, "ema"), (False, "model")]:
@@ -33,7 +33,7 @@ def test_one_of_several_averages(tmp_path, state):
         load_weights(str(checkpoint / "model"), ema=0.5)
 
 
-def test_where_there_is_nothing_to_load(tmp_path, monkeypatch):
+def test_errors_say_why_nothing_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
