@@ -235,7 +235,7 @@ def _damage(checkpoint: Path) -> str | None:
     if missing:
         return f"state.json is damaged: it has no {missing[0]}"
     if content["step"] != checkpoint_step(checkpoint):
-        return f"state.json is missing: this one is of step {content['step']}"
+        return f"its state.json is of step {content['step']}"
     for name, sha256 in sums.items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"

@@ -124,7 +124,7 @@ def _ema_decay(folder: Path) -> float | None:
     try:
         file = folder / ("model_index.json" if is_pipeline(folder) else "recipe.json")
         return json.loads(file.read_text())["ema_decay"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

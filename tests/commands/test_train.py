@@ -721,7 +721,7 @@ def test_a_finished_run_sets_aside_what_is_damaged_beyond_its_end(tiny_run, tmp_
     shutil.copytree(checkpoints / "step-0000004", checkpoints / "step-0000006")
     load_command(TRAIN).main([*TINY_RUN, "--out", str(run)])
     said = capsys.readouterr()
-    assert "step-0000006 is damaged: state.json is missing: the one there is of step 4" in said.err
+    assert "step-0000006 is damaged: its state.json is of step 4" in said.err
     assert "is complete: 4 steps" in said.out and (checkpoints / "damaged-step-0000006").is_dir()
 
 
