@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # importing torch takes seconds: functions that find a checkp
 
 AUXILIARY_FILE = "auxiliary.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FIELDS = ("step", "sha256", "computed_on", "scaler", "optimizer", "versions")  # every checkpoint has the first three
+STATE_FIELDS = ("step", "sha256", "computed_on", "scaler", "optimizer", "versions")  # three required, then optional
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,8 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(tmp_path, st
     DAMAGE[damage](newest := save_checkpoint(tmp_path, state, recipe(4), keep=2))
     found = find_resumable(tmp_path)
     assert (found.checkpoint, found.step, list(found.damaged)) == (sound, 3, [newest])
-    assert any(word in found.damaged[newest] for word in ("missing", "damaged", "not as it was written", "is of step 3"))
+    words = ("missing", "damaged", "not as it was written", "is of step 3")
+    assert any(word in found.damaged[newest] for word in words)
     for _ in range(2):  # once more with what was set aside before
         assert set_aside(newest).name == "damaged-step-0000004" and find_resumable(tmp_path).damaged == {}
         newest.write_text("")
