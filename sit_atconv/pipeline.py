@@ -1,8 +1,9 @@
-"""The model as a diffusers pipeline: schedulers, devices, offloading, saving and the hub are those of diffusers."""
+"""The model as a diffusers pipeline, with the schedulers, offloading and hub access of diffusers."""
 
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import diffusers
 import numpy as np
@@ -18,6 +19,7 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
+from PIL.Image import Image
 from torch import Tensor
 
 from sit_atconv.checkpoints.exported import Weights
@@ -34,28 +36,29 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class SiTPipeline(DiffusionPipeline):
-    """Class labels to images, with any flow scheduler of diffusers.
+    """Pipeline from class labels to images, with any flow scheduler of diffusers.
 
-    Schedulers go from sigma = 1 (noise) to sigma = 0 (data) along noise - data: t = 1 - sigma, and minus our velocity.
+    Schedulers go from sigma = 1 (noise) to sigma = 0 (data) with velocity noise - data: t = 1 - sigma, and the sign of
+    our velocity changes.
 
     Args:
         transformer: the model.
-        scheduler: FlowMatchEuler, FlowMatchHeun, or one such as UniPC and DPM++ with flow sigmas.
-        vae: what decodes its latents; None in pixel space.
-        prediction: what the model's output stands for: "velocity", "noise", "score" or "data".
-        interpolant: the path it was trained on, "linear".
-        id2label: class names by label, {"0": "tench", ...}. (A list would pass for a component when loaded.)
-        step, ema_decay, null_label_trained, ema_known: as `Recipe` has them, so that the folder can be read again;
-            None where they are not known.
-        empty_classes: those of `Recipe`, in the form of `id2label`.
+        scheduler: FlowMatchEuler, FlowMatchHeun, or another one with flow sigmas, such as UniPC and DPM++.
+        vae: the VAE that decodes the latents; None in pixel space.
+        prediction: meaning of the model's output: "velocity", "noise", "score" or "data".
+        interpolant: the interpolant of its training; only "linear" is supported.
+        id2label: class names by label, {"0": "tench", ...}. (diffusers would take a list for a component.)
+        step, ema_decay, null_label_trained, ema_known: as in `Recipe`, which is restored from them; None if not known.
+        empty_classes: as in `Recipe`, in the form of `id2label`.
 
     Raises:
-        ValueError: another path than the linear one, or a scheduler that is not set up for flows.
+        ValueError: another interpolant than linear, or a scheduler that is not set up for flows.
     """
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+    _guidance_scale: float
 
     def __init__(
         self,
@@ -73,8 +76,8 @@ class SiTPipeline(DiffusionPipeline):
     ):
         super().__init__()
         if interpolant != "linear":
-            raise ValueError(f"schedulers of diffusers know the linear path alone, and the model was trained on "
-                             f"{interpolant!r}: sample it with sample/generate.py")
+            raise ValueError("the schedulers of diffusers support only the linear interpolant, but the model was "
+                             f"trained on {interpolant!r}: sample it with sample/generate.py")
         check_scheduler(scheduler)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(
@@ -83,22 +86,13 @@ class SiTPipeline(DiffusionPipeline):
         )
 
     @classmethod
-    def download(
-        cls,
-        pretrained_model_name: str,
-        *,
-        revision: str | None = None,
-        cache_dir: str | None = None,
-        force_download: bool = False,
-        local_files_only: bool | None = None,
-        token: str | bool | None = None,
-        **ignored,
-    ) -> str:
-        """A hub id to its folder on this disk. (diffusers' own refuses models that are not of its libraries.)"""
-        here = hub_options(pretrained_model_name)["local_files_only"]
+    def download(cls, pretrained_model_name: str, **options) -> str:
+        """Downloads a pipeline and returns its folder; the method of diffusers refuses our model class."""
+        is_local = hub_options(pretrained_model_name)["local_files_only"] or options.get("local_files_only")
         return snapshot_download(
-            pretrained_model_name, revision=revision, cache_dir=cache_dir, force_download=force_download,
-            local_files_only=here or bool(local_files_only), token=token, allow_patterns=["*.json", "*.safetensors"],
+            pretrained_model_name, revision=options.get("revision"), cache_dir=options.get("cache_dir"),
+            token=options.get("token"), force_download=bool(options.get("force_download")),
+            local_files_only=bool(is_local), allow_patterns=["*.json", "*.safetensors"],
         )
 
     @torch.no_grad()
@@ -117,23 +111,25 @@ class SiTPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
-        """
+        """Draws images of the given classes.
+
         Args:
             class_labels: one class or several, each a label (int) or a class name (str).
-            guidance_scale: 1 is off; None is 4, or 1 without a trained null label.
-            num_inference_steps: the scheduler's steps, uniform in t where it takes sigmas; its own grid elsewhere.
-            generator: of the noise, one for all images or one for each.
-            guidance_interval: guidance is on where lo <= t < hi.
-            height, width: of the images, in pixels; None is the size seen in training.
-            latents: the noise itself (B, C, h, w).
-            output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1]; "latent" (B, C, h, w) undecoded.
-            return_dict: whether the images come in an `ImagePipelineOutput` or in a tuple.
-            callback_on_step_end: called after each step as (pipeline, step, timestep, tensors), as by all pipelines of
-                diffusers. It may return other tensors, set `_guidance_scale`, or set `_interrupt` to skip what is left.
-            callback_on_step_end_tensor_inputs: names of the tensors that it gets: "latents".
+            guidance_scale: scale of classifier-free guidance; 1 is off, None is 4, or 1 without a trained null label.
+            num_inference_steps: steps of the scheduler: uniform in t if it takes sigmas, else on its own grid.
+            generator: random generator of the noise: one for all images or one for each.
+            guidance_interval: (lo, hi), guidance is on where lo <= t < hi.
+            height, width: size of the images in pixels; None is the size of the training images.
+            latents: initial noise (B, C, h, w), instead of a generator.
+            output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1]; "latent" (B, C, h, w) not decoded.
+            return_dict: True returns an `ImagePipelineOutput`, False a tuple.
+            callback_on_step_end: called after each step as (pipeline, step, timestep, tensors), as in all pipelines of
+                diffusers. It may return other tensors, set `_guidance_scale`, or set `_interrupt` to skip the remaining
+                steps.
+            callback_on_step_end_tensor_inputs: names of the tensors for the callback; only "latents" is possible.
 
         Raises:
-            ValueError: unknown labels, sizes that do not fit, guidance that is impossible (`check_guidance`), or a
+            ValueError: unknown labels, sizes that do not fit, guidance that is not possible (`check_guidance`), or a
                 scheduler that is not set up for flows.
         """
         check_scheduler(self.scheduler)
@@ -153,7 +149,7 @@ class SiTPipeline(DiffusionPipeline):
         is_asked = guidance_interval != (0.0, 1.0)
         scale = default_cfg(null_label, is_asked=is_asked) if guidance_scale is None else guidance_scale
         check_guidance(scale, null_label, interval=guidance_interval)
-        cfg = scale if null_label is None else lambda t: self._guidance_scale  # which a callback may change
+        cfg = scale if null_label is None else lambda t: self._guidance_scale  # a callback may change it
         velocity = guided(model, y, cfg=cfg, interval=guidance_interval)
 
         t0, t1 = interpolant.interval(prediction)
@@ -170,14 +166,8 @@ class SiTPipeline(DiffusionPipeline):
                 x = (callback_on_step_end(self, step, timestep, tensors) or tensors).get("latents", x)
                 check_guidance(self._guidance_scale, null_label)
 
-        images = x if output_type == "latent" else self.codec.decode(x).expand(-1, 3, -1, -1)  # greyscale repeated
+        images = self._decode(x, output_type)
         self.maybe_free_model_hooks()
-        if output_type == "pil":
-            images = [to_pil(image) for image in to_uint8(images).cpu()]
-        elif output_type != "latent":
-            images = (images / 2 + 0.5).clamp(0, 1)
-        if output_type == "np":
-            images = images.permute(0, 2, 3, 1).cpu().numpy()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @property
@@ -194,24 +184,25 @@ class SiTPipeline(DiffusionPipeline):
 
     @property
     def codec(self) -> Codec:
-        """The codec of the VAE, or that of pixel space."""
+        """The codec of the VAE, or the identity codec in pixel space."""
         return IdentityCodec(self.transformer.config.in_channels) if self.vae is None else VAECodec.of(self.vae)
 
     @property
     def downsample(self) -> int:
-        """Pixels for each latent, along a side."""
+        """Pixels per latent along a side."""
         return self.codec.downsample
 
     def label_ids(self, class_labels: int | str | Sequence[int | str]) -> list[int]:
-        """Returns the labels of classes given by label (int) or name (str). ValueError: as `class_label`."""
-        if isinstance(class_labels, str) or np.ndim(class_labels) == 0:
-            class_labels = [class_labels]
-        class_labels = list(class_labels)
-        if not class_labels:
+        """Returns the labels of classes given by label (int) or name (str). ValueError: as in `class_label`."""
+        if isinstance(class_labels, int | str) or np.ndim(class_labels) == 0:
+            wanted = [cast("int | str", class_labels)]  # or an integer of NumPy or torch
+        else:
+            wanted = list(class_labels)
+        if not wanted:
             raise ValueError("class_labels is empty: give a label for each image")
         given = self.config.id2label or {}
         class_names = [given.get(str(label), str(label)) for label in range(self.transformer.config.num_classes)]
-        return [class_label(label, class_names) for label in class_labels]
+        return [class_label(label, class_names) for label in wanted]
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         config = self.transformer.config
@@ -222,35 +213,47 @@ class SiTPipeline(DiffusionPipeline):
         return config.in_channels, height // self.downsample, width // self.downsample
 
     def _noise(self, shape: tuple[int, ...], generator, latents: Tensor | None, device: torch.device) -> Tensor:
-        """Float32 whatever the model's dtype, as the samples are until they are decoded."""
+        """Returns the initial noise. Samples are float32, whatever the model's dtype, until decoded."""
         if isinstance(generator, list) and len(generator) != shape[0]:
-            raise ValueError(f"{len(generator)} generators were given for {shape[0]} images")
+            raise ValueError(f"{len(generator)} generators were given for {shape[0]} images: give one for each")
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if latents.shape != shape:
-            raise ValueError(f"latents are {tuple(latents.shape)}, and must be {shape}")
+            raise ValueError(f"latents are {tuple(latents.shape)}, but must be {shape}")
         return latents.to(device, torch.float32)
 
+    def _decode(self, x: Tensor, output_type: str) -> Tensor | np.ndarray | list[Image]:
+        if output_type == "latent":
+            return x
+        images = self.codec.decode(x).expand(-1, 3, -1, -1)  # greyscale becomes RGB
+        if output_type == "pil":
+            return [to_pil(image) for image in to_uint8(images).cpu()]
+        images = (images / 2 + 0.5).clamp(0, 1)
+        return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
     def _set_timesteps(self, num_steps: int, t0: float, t1: float) -> Tensor:
-        """The scheduler's grid, and the time of each of its evaluations (timesteps may be integers): float64, exactly
-        ours where it takes our grid, so that an edge of the guidance interval falls on the same side."""
+        """Sets the scheduler's grid and returns the time of each of its evaluations, in float64.
+
+        The times equal ours exactly if the scheduler takes our grid, so that an edge of the guidance interval falls on
+        the same side. (The scheduler's timesteps may be integers.)
+        """
         ours = time_grid(num_steps, t0, t1)[:-1]
         if "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters:
             self.scheduler.set_timesteps(sigmas=(1 - ours).numpy())
         else:
             self.scheduler.set_timesteps(num_steps)
-        self.scheduler.set_begin_index(0)  # or it would look a step up by its timestep, which need not be the only one
+        self.scheduler.set_begin_index(0)  # otherwise it finds a step by its timestep, which several steps may have
         times = 1 - self.scheduler.sigmas[: len(self.scheduler.timesteps)].double()
         if len(times) == len(ours) and torch.allclose(times, ours, rtol=0, atol=2e-6):
             return ours
         return times.mul(1e6).round().div(1e6).clamp(t0, t1)
 
 
-diffusers.SiTPipeline = SiTPipeline  # where DiffusionPipeline.from_pretrained looks for the class named in a folder
+diffusers.SiTPipeline = SiTPipeline  # DiffusionPipeline.from_pretrained looks here for the class named in a folder
 
 
 def check_scheduler(scheduler: SchedulerMixin) -> None:
-    """Raises ValueError for a scheduler that does not integrate a flow; the message says which do."""
+    """Raises ValueError for a scheduler that does not integrate a flow; the message names one that does."""
     config = scheduler.config
     if isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)):
         return
@@ -263,25 +266,26 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
 
 
 def export_pipeline(weights: Weights, folder: Path) -> None:
-    """Writes a folder that `SiTPipeline.from_pretrained` reads, whole or not at all.
+    """Writes a folder for `SiTPipeline.from_pretrained`, completely or not at all.
 
     Args:
-        weights: as `load_weights` returns them.
-        folder: where it shall lie; there must be nothing yet, or an empty folder.
+        weights: returned by `load_weights`.
+        folder: the folder to write; it must be new or empty.
 
     Raises:
-        ValueError: something is there, the VAE is not the one trained with, or the path is not linear.
-        OSError: the disk is full, ...
+        ValueError: the folder is not empty, the VAE is not the one of the training, or a pipeline cannot express the
+            interpolant, objective, backbone or codec.
+        OSError: the folder cannot be written.
     """
     recipe = weights.recipe
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already: give another folder, or delete it")
+        raise ValueError(f"{folder} exists already: give another folder, or delete it")
     if recipe.objective or recipe.backbone:
-        raise ValueError("a pipeline knows no objective or backbone of a user's own: sample with sample/generate.py")
+        raise ValueError("a pipeline does not support your own objective or backbone: sample with sample/generate.py")
     codec = open_codec(recipe.codec)
     if type(codec) not in (IdentityCodec, VAECodec):
-        raise ValueError(f"a pipeline of diffusers decodes with an AutoencoderKL, and these weights were trained with "
-                         f"the codec {recipe.codec['kind']}: sample them with sample/generate.py")
+        raise ValueError("a pipeline decodes with an AutoencoderKL, but these weights were trained with the codec "
+                         f"{recipe.codec['kind']}: sample them with sample/generate.py")
     pipeline = SiTPipeline(
         weights.model,
         FlowMatchEulerDiscreteScheduler(),

@@ -39,7 +39,7 @@ ENCODING = ["--images", "images", "--vae", "vae", "--out", "latents", "--image-s
 
 @pytest.fixture
 def old(tmp_path, monkeypatch):
-    """A copy of the old files, which is the working folder."""
+    """A copy of the old files; it is the working folder."""
     folder = shutil.copytree(FIXTURES, tmp_path / "old")
     monkeypatch.chdir(folder)
     return folder
@@ -61,7 +61,7 @@ def run(capsys):
 
 
 def assert_same_images(images: np.ndarray, expected: np.ndarray) -> None:
-    """To one grey level."""
+    """Allows a difference of one grey level."""
     assert images.shape == expected.shape and np.abs(images.astype(int) - expected).max() <= 1
 
 
@@ -82,7 +82,7 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------------------------------------------------- runs
 
 def test_a_half_finished_run_resumes_to_the_same_weights(launch, old):
-    """The command that started it, killed at step 44 after the checkpoint of step 40."""
+    """The run was killed at step 44, after the checkpoint of step 40; the same command resumes it."""
     codes, output = launch(TRAIN, [*TRAINING, "--out", "half"])
     assert codes == [0] and "step 40 of 48" in output and "half is complete: 48 steps" in output, output
     ours, theirs = (tensors_of(old / run / "checkpoints" / "step-0000048") for run in ("half", "finished"))
@@ -95,6 +95,17 @@ def test_a_half_finished_run_resumes_to_the_same_weights(launch, old):
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(4, 49, 4))
     for name in ("loss", "grad_norm", "held_out_loss"):
         assert [line.get(name, 0) for line in ours] == pytest.approx([line.get(name, 0) for line in theirs], rel=1e-5)
+
+
+def test_a_run_of_a_later_version_is_refused_with_its_number(old, fails):
+    """Its checkpoint is not set aside as damaged."""
+    file = old / "half" / "checkpoints" / "step-0000040" / "state.json"
+    state = json.loads(file.read_text())
+    state["digests"] = state.pop("sha256")
+    file.write_text(json.dumps(state | {"versions": {"sit_atconv": "9.1"}}))
+    error = fails(load_command(TRAIN).main, [*TRAINING, "--out", "half"])
+    assert "has digests" in error and "it was written by 9.1; install that version or a later one" in error
+    assert file.is_file()
 
 
 def test_the_options_of_an_old_run_are_compared(old, run, fails):
@@ -124,6 +135,14 @@ def test_old_weights_give_the_same_images(old, run, name, argv):
     assert_same_images(read_npz(old / "drawn" / "samples.npz"), read_npz(old / "expected" / f"{name}.npz"))
 
 
+def test_weights_of_a_later_version_are_refused_with_its_number(old, fails):
+    file = old / "hybrid" / "recipe.json"
+    recipe = json.loads(file.read_text())
+    file.write_text(json.dumps(recipe | {"sigma_data": 0.5, "versions": {"sit_atconv": "9.1"}}))
+    error = fails(load_command(GENERATE).main, ["--ckpt", "hybrid"])
+    assert "has sigma_data" in error and "it was written by 9.1; install that version or a later one" in error
+
+
 def test_an_old_pipeline_gives_the_same_images(old):
     pipeline = SiTPipeline.from_pretrained(old / "pipeline")
     images = pipeline(class_labels=[3, 7], guidance_scale=2.0, num_inference_steps=4,
@@ -134,8 +153,8 @@ def test_an_old_pipeline_gives_the_same_images(old):
     assert weights.recipe.null_label_trained and weights.recipe.class_names[7] == "digit 7"
 
 
-def test_a_half_full_folder_of_samples_is_completed(old, run):
-    """Found by its settings, and equal to the folder that was never interrupted."""
+def test_a_partial_folder_of_samples_is_completed(old, run):
+    """It is found by its settings, and equals a folder that was never interrupted."""
     [folder] = (old / "finished" / "samples").iterdir()
     before = {path.name: path.read_bytes() for path in (folder / "images").iterdir()}
     assert len(before) == 37
@@ -173,7 +192,7 @@ def test_old_latents_are_verified_and_trained_on(launch, old, run):
     assert codes == [0] and "24 images of 10 classes as 4x8x8" in output and "run is complete" in output, output
 
 
-def test_half_encoded_latents_are_completed(old, run):
+def test_partial_latents_are_completed(old, run):
     latents, lost = old / "latents", old / "latents" / "shard-00003.safetensors"
     (latents / "index.json").unlink()
     lost.unlink()

@@ -1,4 +1,4 @@
-"""The diffusers pipeline gives our samples, and does all that a pipeline does."""
+"""The diffusers pipeline draws the same samples as our solvers and supports the features of pipelines."""
 
 import os
 import sys
@@ -57,7 +57,7 @@ def load(folder, **options) -> SiTPipeline:
 
 
 def draw(pipeline, **options) -> np.ndarray:
-    """(3, H, W, 3) in [0, 1]"""
+    """Returns three images (3, H, W, 3) in [0, 1]."""
     return pipeline(LABELS, num_inference_steps=3, latents=NOISE, output_type="np", **options).images
 
 
@@ -70,7 +70,7 @@ def draw(pipeline, **options) -> np.ndarray:
         (DPMSolverMultistepScheduler(**FLOW), "dpm++", 12),
     ],
 )
-def test_images_are_those_of_our_solvers(make_vae, scheduler, solver, num_steps):
+def test_images_equal_those_of_our_solvers(make_vae, scheduler, solver, num_steps):
     vae = make_vae(shift_factor=2.0)
     pipeline, y = make_pipeline(scheduler, vae), torch.tensor(LABELS)
     pipeline.transformer.final_layer.linear.weight.data *= 10  # so strong that another grid or order would be seen
@@ -83,7 +83,7 @@ def test_images_are_those_of_our_solvers(make_vae, scheduler, solver, num_steps)
     assert (images.int() - expected.int()).abs().max() <= 1
 
 
-def test_heun_is_nearer_to_the_solution_than_euler_at_equal_cost():
+def test_heun_is_more_accurate_than_euler_at_equal_cost():
     pipeline, y = make_pipeline(), torch.tensor(LABELS)
     with torch.no_grad():
         solution = sample_ode(guided(pipeline.transformer, y, cfg=2.0), NOISE, solver="heun", num_steps=50)
@@ -97,7 +97,7 @@ def test_heun_is_nearer_to_the_solution_than_euler_at_equal_cost():
 
 
 class ModelOfGaussian(SiT):
-    """What is to be predicted where the data are normal with standard deviation 0.5: noise z becomes 0.5 z."""
+    """Exact model of normal data with standard deviation 0.5: noise z becomes 0.5 z."""
 
     prediction = "velocity"
 
@@ -113,7 +113,7 @@ class ModelOfGaussian(SiT):
     [FlowMatchEulerDiscreteScheduler(), FlowMatchHeunDiscreteScheduler(), UniPCMultistepScheduler(**FLOW),
      DPMSolverMultistepScheduler(**FLOW)],
 )
-def test_models_of_noise_and_more_steps_than_a_scheduler_has_timesteps(scheduler, prediction, num_steps):
+def test_noise_prediction_and_more_steps_than_scheduler_timesteps(scheduler, prediction, num_steps):
     model = ModelOfGaussian(input_size=8, hidden_size=16, depth=1, num_heads=1, num_classes=10)
     model.prediction = prediction
     pipeline = SiTPipeline(model, scheduler, prediction=prediction)
@@ -122,7 +122,7 @@ def test_models_of_noise_and_more_steps_than_a_scheduler_has_timesteps(scheduler
     assert relative_error(z, 0.5 * NOISE) < 0.03
 
 
-def test_guidance_where_it_is_asked_for():
+def test_guidance_is_on_only_inside_its_interval():
     pipeline, sizes = make_pipeline(), []
     pipeline.transformer.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     for options in (dict(guidance_interval=(0.3, 0.7)), dict(guidance_scale=1.0), dict()):
@@ -140,7 +140,7 @@ def test_guidance_where_it_is_asked_for():
         pipeline(5, guidance_scale=2.0)
 
 
-def test_a_null_label_that_was_never_trained_guides_nothing():
+def test_guidance_needs_a_trained_null_label():
     pipeline, sizes = make_pipeline(null_label_trained=False), []
     pipeline.transformer.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     pipeline(5, num_inference_steps=2, output_type="latent")
@@ -153,12 +153,12 @@ def test_a_null_label_that_was_never_trained_guides_nothing():
 @pytest.mark.parametrize("options", [
     dict(guidance_interval=(0.8, 0.2)), dict(guidance_interval=(0.3, 1.2)), dict(guidance_interval=(0.5, 0.5)),
     dict(guidance_interval=None), dict(guidance_scale=float("nan")), dict(guidance_scale=float("inf"))])
-def test_guidance_that_is_nonsense_is_refused(options):
+def test_invalid_guidance_is_refused(options):
     with pytest.raises(ValueError, match=r"two increasing times in \[0, 1\]|must be a finite number"):
         make_pipeline()(3, num_inference_steps=1, output_type="latent", **options)
 
 
-def test_callbacks_see_and_change_every_step():
+def test_callbacks_can_read_and_change_every_step():
     pipeline, seen, sizes = make_pipeline(), [], []
     pipeline.transformer.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
 
@@ -198,7 +198,7 @@ def test_callbacks_see_and_change_every_step():
         pipeline(5, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["prompt_embeds"], **options)
 
 
-def test_diffusers_own_callbacks_name_their_tensors():
+def test_callback_classes_of_diffusers_work():
     class Doubles(PipelineCallback):
         tensor_inputs = ["latents"]  # noqa: RUF012
 
@@ -212,7 +212,7 @@ def test_diffusers_own_callbacks_name_their_tensors():
         assert torch.equal(changed, 2 * pipeline(5, **options).images)
 
 
-def test_labels_by_number_and_name():
+def test_labels_are_given_by_number_or_name():
     by_number = make_pipeline(id2label={"0": "1", "1": "10", "2": "2"})  # as folders were once sorted
     assert by_number.label_ids([1, "1", "10", 2]) == [1, 0, 1, 2]
     pipeline = make_pipeline(id2label={str(i): name for i, name in enumerate(NAMES)})
@@ -246,7 +246,7 @@ def test_noise_sizes_and_outputs(vae):
     assert picture.size == (16, 16) and picture.mode == "RGB"
     for wrong, message in [
         (dict(height=10), "sides must be divisible by 4"),
-        (dict(latents=NOISE), r"latents are \(3, 4, 8, 8\), and must be \(1, 4, 8, 8\)"),
+        (dict(latents=NOISE), r"latents are \(3, 4, 8, 8\), but must be \(1, 4, 8, 8\)"),
         (dict(generator=[torch.Generator()] * 2), "2 generators were given for 1 images"),
         (dict(output_type="png"), "output_type must be one of"),
         (dict(num_inference_steps=0), "at least 1"),
@@ -255,10 +255,10 @@ def test_noise_sizes_and_outputs(vae):
             pipeline(3, **wrong)
 
 
-def test_what_is_no_flow_along_a_straight_line_is_refused():
+def test_only_flow_schedulers_and_the_linear_interpolant_are_taken():
     with pytest.raises(ValueError, match=r"DDIMScheduler does not .* use UniPCMultistepScheduler\(prediction_type="):
         make_pipeline(DDIMScheduler())
-    with pytest.raises(ValueError, match="know the linear path alone, and the model was trained on 'gvp'"):
+    with pytest.raises(ValueError, match="support only the linear interpolant, but the model was trained on 'gvp'"):
         make_pipeline(interpolant="gvp")
     pipeline = make_pipeline()
     for options in (dict(), dict(use_flow_sigmas=True), dict(prediction_type="flow_prediction")):
@@ -313,7 +313,7 @@ def test_pixel_space_has_no_vae_and_gives_rgb(tmp_path):
         assert pixels.shape == (8, 8, 3) and np.ptp(pixels, axis=2).max() == 0 < np.ptp(pixels)
 
 
-def test_dtypes(exported):
+def test_half_precision_images_are_close(exported):
     expected = draw(load(exported))
     converted = load(exported).to("cpu").to(torch.bfloat16)
     for pipeline in (converted, load(exported, torch_dtype=torch.bfloat16)):
@@ -321,8 +321,8 @@ def test_dtypes(exported):
         assert 0 < np.abs(draw(pipeline) - expected).mean() < 0.02
 
 
-def test_offloading(exported, monkeypatch):
-    """To the CPU, where there is no accelerator: the hooks are the same."""
+def test_offloading_gives_the_same_images(exported, monkeypatch):
+    """Offloads to the CPU, where the hooks are the same."""
     pipeline = load(exported)
     expected = draw(pipeline)
     pipeline.enable_model_cpu_offload(device="cpu")
@@ -340,7 +340,7 @@ def test_offloading(exported, monkeypatch):
     assert torch.equal(images, expected)
 
 
-def test_to_the_hub_and_back(exported, tmp_path, monkeypatch):
+def test_a_pipeline_is_uploaded_and_downloaded(exported, tmp_path, monkeypatch):
     from diffusers.utils import hub_utils
 
     def upload(self, folder, repo_id, **options):
@@ -359,9 +359,9 @@ def test_to_the_hub_and_back(exported, tmp_path, monkeypatch):
     assert np.array_equal(draw(load("me/digits")), draw(load(exported)))
 
 
-def test_an_export_is_whole_or_not_there(vae, tmp_path, monkeypatch):
+def test_an_export_is_complete_or_not_there(vae, tmp_path, monkeypatch):
     codec, folder = VAECodec(str(vae)), tmp_path / "exported"
-    with pytest.raises(ValueError, match="linear path alone"):
+    with pytest.raises(ValueError, match="only the linear interpolant"):
         export_pipeline(weights_of(codec, "vp"), folder)
     with monkeypatch.context() as patch:
         patch.setattr(AutoencoderKL, "save_pretrained", lambda *args, **options: os.listdir("/nowhere"))
@@ -371,5 +371,5 @@ def test_an_export_is_whole_or_not_there(vae, tmp_path, monkeypatch):
     export_pipeline(weights_of(codec), folder)
     assert list(tmp_path.iterdir()) == [folder]
     assert len({path.stat().st_mode for path in folder.rglob("*.*")}) == 1
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="exists already"):
         export_pipeline(weights_of(codec), folder)

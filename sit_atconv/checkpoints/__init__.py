@@ -1,1 +1,1 @@
-"""What a run leaves on disk: training state to resume from, and weights that say how to sample from them."""
+"""Training state to resume from, and weights that record how to sample from them."""

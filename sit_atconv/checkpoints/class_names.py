@@ -1,4 +1,4 @@
-"""Class names of weights compared with those of a file or of data: label i need not be the same class on both sides."""
+"""Comparison of class names: weights and data may give the same label to different classes."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from sit_atconv.runtime.names import normal
 
 
 def changed_names(there: Sequence[str], here: Sequence[str]) -> str | None:
-    """The first label whose name is another, and how many more there are; None where all are the same."""
+    """Describes the first label whose name differs, and counts the others; None if no name differs."""
     changed = [(i, a, b) for i, (a, b) in enumerate(zip(there, here, strict=False)) if normal(a) != normal(b)]
     if not changed:
         return None
@@ -16,7 +16,7 @@ def changed_names(there: Sequence[str], here: Sequence[str]) -> str | None:
 
 
 def labels_there(there: Sequence[str], here: Sequence[str]) -> list[int] | None:
-    """For each name here its label there; None unless both name the same classes, each once."""
+    """Returns the label in `there` of each name in `here`; None unless both name the same classes once."""
     labels = {normal(name): label for label, name in enumerate(there)}
     wanted = [normal(name) for name in here]
     if not len(there) == len(here) == len(labels) == len(set(wanted)) or labels.keys() != set(wanted):

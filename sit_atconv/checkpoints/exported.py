@@ -1,6 +1,7 @@
-"""Exported weights: a diffusers model folder and its recipe, so that sampling needs no remembered flag.
+"""Exported weights, which sampling needs no options for: a model and its recipe, or a pipeline.
 
     config.json  diffusion_pytorch_model.safetensors  recipe.json
+    model_index.json  transformer/  vae/ (none in pixel space)  scheduler/
 """
 
 import contextlib
@@ -11,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sit_atconv import __version__
-from sit_atconv.checkpoints.recipe import Recipe
+from sit_atconv.checkpoints.recipe import Recipe, check_fields
 from sit_atconv.checkpoints.run_folder import newest_checkpoint
 from sit_atconv.runtime.files import check_room, sha256_of, weights_variant, write_folder_aside
 
-if TYPE_CHECKING:  # finding weights must not wait for torch: it is imported where it is used
+if TYPE_CHECKING:  # importing torch takes seconds: functions import it only when they load weights
     from sit_atconv.models import SiT
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -24,13 +24,13 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 @dataclass(frozen=True)
 class Weights:
-    """A loaded model and where it came from.
+    """A loaded model and its origin.
 
     Args:
-        model: on the CPU, in float32.
-        recipe: how it was trained, and so how to sample from it.
-        path: the folder or the published file of both.
-        notes: what the user must hear of them, a line each: what had to be assumed, dropped or reordered.
+        model: the model, on the CPU in float32.
+        recipe: settings for sampling from it.
+        path: folder or published file that both come from.
+        notes: lines for the user: what had to be assumed.
     """
 
     model: "SiT"
@@ -40,36 +40,33 @@ class Weights:
 
     @property
     def null_label(self) -> int | None:
-        """As `Recipe.null_label_of`."""
+        """The label that guidance uses as "no class", or None."""
         return self.recipe.null_label_of(self.model)
 
     @property
     def home(self) -> Path:
-        """Where what is made from these weights goes by default.
-
-        Their run, or the folder itself; of a published file, its path without the suffix.
-        """
+        """Default folder for the results: the run, else the weights' folder, or a file's path without suffix."""
         if self.path.is_file():
             return self.path.with_suffix("")
         run = self.path.parent.parent.parent
         return run if newest_checkpoint(run) else self.path
 
     def identity(self) -> str:
-        """sha256 of the weights, over all shards, or of the published file."""
+        """Returns the sha256 of the weights, over all shards, or of the published file."""
         if self.path.is_file():
             return sha256_of(self.path)
         folder = self.path / "transformer" if is_pipeline(self.path) else self.path
         return sha256_of(*(sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))))
 
 
-def save_weights(model, recipe: Recipe, folder: Path) -> None:
-    """Writes the model and its recipe into a folder that `SiT.from_pretrained` and `load_weights` read."""
+def save_weights(model: "SiT", recipe: Recipe, folder: Path) -> None:
+    """Writes the model and its recipe into a folder, for `SiT.from_pretrained` and `load_weights`."""
     model.save_pretrained(folder)
     recipe.save(folder)
 
 
 def export_weights(weights: Weights, folder: Path) -> None:
-    """`save_weights` of what was loaded, whole or not at all.
+    """Writes loaded weights into a new folder, which is complete or not there.
 
     Raises:
         ValueError: the disk has too little room.
@@ -80,14 +77,14 @@ def export_weights(weights: Weights, folder: Path) -> None:
 
 
 def load_model(folder: Path, backbone: str | None = None) -> "SiT":
-    """The model of a folder of config.json and weights, in float32 on the CPU.
+    """Loads a model from a folder with config.json and weights, in float32 on the CPU.
 
     Args:
-        folder: of the weights.
-        backbone: class path of a model other than `SiT`, as `Recipe` has it.
+        folder: the folder.
+        backbone: class path of a model other than `SiT`, as in `Recipe`.
 
     Raises:
-        ValueError: it is of another class, incomplete or damaged, or the module of its class is not imported.
+        ValueError: the model has another class, is incomplete or damaged, or the module of its class is not imported.
     """
     import torch
 
@@ -97,11 +94,11 @@ def load_model(folder: Path, backbone: str | None = None) -> "SiT":
     with damage_named(folder):
         kind = json.loads((folder / "config.json").read_text()).get("_class_name", "SiT")
     if kind != model_class.__name__:
-        raise ValueError(f"{folder} holds an {kind}, and no SiT: give a folder of one")
+        raise ValueError(f"the model in {folder} is of class {kind}: give a folder with a {model_class.__name__}")
     pickled = not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin"))
     if pickled and any(folder.glob("*-of-*.bin")):
-        raise ValueError(f"the weights in {folder} are shards of .bin, which diffusers writes and does not read: save "
-                         "them as .safetensors (safe_serialization)")
+        raise ValueError(f"the weights in {folder} are .bin shards, which diffusers can write but not read: save them "
+                         "as .safetensors (safe_serialization=True)")
     with damage_named(folder):
         model, report = model_class.from_pretrained(
             folder, torch_dtype=torch.float32, variant=weights_variant(folder), output_loading_info=True,
@@ -113,7 +110,7 @@ def load_model(folder: Path, backbone: str | None = None) -> "SiT":
 
 @contextlib.contextmanager
 def damage_named(folder: Path) -> Iterator[None]:
-    """Turns whatever a reader raises for a missing or truncated file of `folder` into a ValueError."""
+    """Turns any error from reading the files of `folder` into a ValueError that names the folder."""
     try:
         yield
     except Exception as error:
@@ -128,39 +125,68 @@ def load_exported(folder: Path) -> Weights:
     Raises:
         ValueError: it is incomplete or damaged, its files do not fit each other, or a later version wrote it.
     """
+    file = folder / "recipe.json"
     with damage_named(folder):
-        content = json.loads((folder / "recipe.json").read_text())
-        unknown = sorted(content.keys() - {field.name for field in dataclasses.fields(Recipe)})
-    if unknown:
-        wrote = dict(content.get("versions") or {}).get("sit_atconv", "a later one")
-        raise ValueError(f"the recipe.json in {folder} has {', '.join(unknown)}, which sit_atconv {__version__} does "
-                         f"not know: it was written by {wrote}; install that version or a later one")
+        content = dict(json.loads(file.read_text()))
+    check_fields(content, [field.name for field in dataclasses.fields(Recipe)], file)
     with damage_named(folder):
         recipe = Recipe(**content)
     if recipe.null_label_trained is None and _run_drops_no_labels(folder):
         recipe = dataclasses.replace(recipe, null_label_trained=False)
     model = load_model(folder, recipe.backbone)
     if len(recipe.class_names) != model.config.num_classes:
-        raise ValueError(f"the recipe.json in {folder} names {len(recipe.class_names)} classes, and its config.json "
-                         f"knows {model.config.num_classes}: export the weights again")
+        raise ValueError(f"recipe.json in {folder} names {len(recipe.class_names)} classes, but config.json has "
+                         f"{model.config.num_classes}: export the weights again")
     return Weights(model, recipe, folder)
 
 
 def _run_drops_no_labels(folder: Path) -> bool:
-    """True for the checkpoints of a run that says so itself: their recipes did not before 2026-11-25."""
-    folder = folder.resolve()
-    config = folder.parent.parent.parent / "config.yaml"
-    if folder.parent.parent.name != "checkpoints" or not config.is_file():
-        return False
+    """True if config.yaml of the run says so; recipes older than 2026-11-25 do not."""
     import yaml
 
+    checkpoints = folder.resolve().parent.parent
     try:
-        options = yaml.safe_load(config.read_text())
-        return options["flow"]["class_dropout_prob"] == 0 and options.get("init_from") is None
+        options = yaml.safe_load((checkpoints.parent / "config.yaml").read_text())
+        drops_none = options["flow"]["class_dropout_prob"] == 0 and options.get("init_from") is None
+        return checkpoints.name == "checkpoints" and drops_none
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return False
 
 
+def load_pipeline(folder: Path) -> Weights:
+    """Loads a pipeline that `convert --to pipeline` or `save_pretrained` wrote.
+
+    Fields that pipelines of earlier versions lack (step, EMA decay, training of the null label) count as not known.
+
+    Raises:
+        ValueError: the folder is not a `SiTPipeline`, or is incomplete or damaged.
+    """
+    from sit_atconv.data.codecs import IdentityCodec, VAECodec
+
+    with damage_named(folder):
+        index = json.loads((folder / "model_index.json").read_text())
+        transformer, vae = index.get("transformer") or [None, None], index.get("vae") or [None, None]
+        names, empty = index.get("id2label") or {}, index.get("empty_classes") or {}
+        kind = index.get("_class_name")
+    if transformer[1] != "SiT":
+        raise ValueError(f"{folder} is a {kind}, not a SiTPipeline: give a pipeline with a SiT")
+    model = load_model(folder / "transformer")
+    codec = VAECodec(str(folder / "vae")) if vae[0] else IdentityCodec(model.config.in_channels)
+    recipe = Recipe(
+        index.get("interpolant", "linear"),
+        index.get("prediction", "velocity"),
+        codec.describe(),
+        [names.get(str(label), str(label)) for label in range(model.config.num_classes)],
+        step=index.get("step") or 0,
+        ema_decay=index.get("ema_decay"),
+        null_label_trained=index.get("null_label_trained"),
+        empty_classes=sorted(map(int, empty)),
+        ema_known=index.get("ema_known", False),
+    )
+    notes = () if names else (f"{folder} does not name its classes: refer to them by number",)
+    return Weights(model, recipe, folder, notes)
+
+
 def is_pipeline(folder: Path) -> bool:
-    """Whether a folder is that of a diffusers pipeline, whichever."""
+    """True if the folder is a diffusers pipeline of any kind."""
     return (folder / "model_index.json").is_file()

@@ -1,4 +1,4 @@
-"""Weights as others publish them: training files of SiT and REPA, and bare state dicts, read without running code.
+"""Published weights: training files of SiT and REPA, and bare state dicts, read without running code.
 
     {"model": ..., "ema": ..., "opt": ..., "args": Namespace or dict}        or        {"blocks.0. ...": tensor, ...}
 """
@@ -9,6 +9,7 @@ import re
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -16,19 +17,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 REPA_OPTIONS = {"kernel_act": "silu"}  # of REPA's port of ATConv: no tensor shows it
-WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # prefixes that DistributedDataParallel and torch.compile add
 POINTWISE = re.compile(r"blocks\.\d+\.attn\.(kernel_proj|x_proj|proj)\.weight")  # 1x1 convolutions in REPA's port
 
 
 @dataclass(frozen=True)
 class Published:
-    """What a file of published weights holds, in our names and our direction of time.
+    """Weights of a published file, with our names and our direction of time.
 
     Args:
         tensors: name -> tensor, on the CPU.
-        ema: whether these are the averaged weights or those as trained; None where the file does not say.
-        repa: whether they came in REPA's convention, and were converted.
-        args: the arguments they were trained with, those of nested groups too; none where the file does not say.
+        ema: True for EMA weights, False for the weights as trained, None if the file does not say.
+        repa: True if the file had REPA's convention and was converted.
+        args: training arguments with those of nested groups; empty if the file has none.
     """
 
     tensors: dict[str, Tensor]
@@ -40,54 +41,50 @@ class Published:
 def read_published(path: Path, ema: bool = True) -> Published:
     """Reads a `.safetensors` file, or anything that `torch.save` wrote (`.pt`, `.pth`, `.ckpt`).
 
-    REPA's weights are recognised by `projectors.*`, by ATConv's projections as 1x1 convolutions, or by the training
-    arguments, which call the prediction "v". (A bare state dict of REPA with attention alone, its projectors removed,
-    cannot be told from SiT's.)
+    REPA's weights are recognised by `projectors.*`, by ATConv's projections as 1x1 convolutions, or by the prediction
+    "v" in the training arguments. (A bare state dict of REPA with only attention and without projectors looks like
+    SiT's.)
 
     Args:
-        path: of the file.
-        ema: of a training file, the EMA weights where there are any, or those as trained.
+        path: the file.
+        ema: True takes the EMA weights of a training file if it has any, False those as trained.
 
     Raises:
-        ValueError: there is no such file, it is damaged, it would run code, it does not hold the weights asked for, or
-            these are of a DiT.
+        ValueError: the file is missing or damaged, would run code, lacks the weights asked for, or is a DiT's.
     """
     content = _read(path)
-    keys = list(content) if isinstance(content, dict) else []
-    parts = [key for key in ("ema", "model") if key in keys and _is_state_dict(content[key])]
+    held = content if isinstance(content, dict) else {}
+    parts = [key for key in ("ema", "model") if _is_state_dict(held.get(key))]
     if not ema and parts == ["ema"]:
-        raise ValueError(f"{path} holds the EMA weights alone: leave --no-ema out")
+        raise ValueError(f"{path} holds only EMA weights: leave out --no-ema")
     part = (parts[0] if ema else "model") if parts else None
-    tensors = content[part] if part else content
+    tensors = held[part] if part else content
     if not _is_state_dict(tensors):
-        held = f"only {', '.join(map(str, keys[:5]))}" if keys else type(content).__name__
-        raise ValueError(f"{path} holds no weights ({held}): give a file with 'ema' or 'model' in it, or a state dict")
-    args = _flat(content.get("args"))
+        kind = f"only {', '.join(map(str, [*held][:5]))}" if held else type(content).__name__
+        raise ValueError(f"{path} holds no weights ({kind}): give a file with 'ema' or 'model' in it, or a state dict")
+    args = _flat(held.get("args"))
     _refuse_dit(path, args)
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.is_meta:
-            raise ValueError(f"{path} is not loaded: {name} is {tensor.dtype}, {tensor.layout} on {tensor.device}, and "
-                             "weights are dense floating-point numbers")
-    named = [_unwrapped(name) for name in tensors]
+            raise ValueError(f"{path} cannot be used: {name} is {tensor.dtype}, {tensor.layout} on {tensor.device}: "
+                             "weights must be dense floating-point numbers")
+    named = [WRAPPERS.sub("", name) for name in tensors]
     if len(set(named)) < len(named):
-        raise ValueError(f"{path} is not loaded: without {' and '.join(WRAPPERS)} two of its names are the same")
+        raise ValueError(f"{path} cannot be used: without module. and _orig_mod. two of its names are the same")
     tensors = dict(zip(named, tensors.values(), strict=True))
     repa = args.get("prediction") == "v" or any(
         name.startswith("projectors.") or _is_pointwise(name, tensor) for name, tensor in tensors.items())
     if repa:
         try:
             tensors = _from_repa(tensors)
-        except KeyError as error:
-            raise ValueError(f"{path} is of REPA's form but has no {error.args[0]}: give a file of whole "
-                             "weights") from error
-        except (IndexError, RuntimeError) as error:
-            raise ValueError(f"{path} is of REPA's form but for the shapes of its time embedding: give a file of whole "
-                             "weights") from error
+        except (KeyError, IndexError, RuntimeError) as error:
+            fault = f"no {error.args[0]}" if isinstance(error, KeyError) else "a time embedding of another shape"
+            raise ValueError(f"{path} has REPA's form but {fault}: give a file with all weights") from error
     return Published(tensors, {"ema": True, "model": False, None: None}[part], repa, args)
 
 
 def _flat(args: object) -> dict:
-    """A Namespace or dict of arguments as a dict, with those of its groups whose name has one value in all of them."""
+    """Returns arguments as a dict, with those of nested groups that have the same value in all groups."""
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(args, dict):
         return {}
@@ -101,50 +98,43 @@ def _flat(args: object) -> dict:
 
 
 def _refuse_dit(path: Path, args: dict) -> None:
-    """Raises ValueError for a DiT, by its arguments, or by its file's name where they say nothing.
+    """Raises ValueError if the arguments, or without any the file's name, say DiT.
 
-    Its tensors have the names and shapes of a SiT's.
+    A DiT's tensors have the names and shapes of a SiT's.
     """
-    said = [str(args[key]) for key in ("model", "model_name", "arch", "name") if key in args]
+    said = " ".join(str(args[key]) for key in ("model", "model_name", "arch", "name") if key in args)
     is_said = bool(said) or "path_type" in args
-    name = " ".join(said) if is_said else path.name
-    if re.search(r"(?<![a-z])dit(?![a-z])", name, re.IGNORECASE):
-        says, remedy = (f"args say {name}", "") if is_said else (
-            "file's name says DiT", ", or rename the file if it was trained as a flow")
-        raise ValueError(f"{path} is not loaded: its {says}, and a DiT predicts noise, and its variance, on DDPM's "
-                         f"discrete steps, which is no flow. Give weights of a SiT{remedy}")
+    if re.search(r"(?<![a-z])dit(?![a-z])", said if is_said else path.name, re.IGNORECASE):
+        source, remedy = (f"args say {said}", "") if is_said else (
+            "file name says DiT", ", or rename the file if it was trained as a flow")
+        raise ValueError(f"{path} cannot be used: its {source}, and a DiT predicts noise and variance on the discrete "
+                         f"steps of DDPM, not a flow. Give weights of a SiT{remedy}")
 
 
 def _read(path: Path) -> object:
     if not path.is_file():
-        raise ValueError(f"{path} is no file: give a .pt or .safetensors file")
+        raise ValueError(f"{path} is not a file: give a .pt or .safetensors file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        mapped = zipfile.is_zipfile(path)  # the older format cannot be; the optimizer's state then stays on the disk
+        mapped = zipfile.is_zipfile(path)  # so that the optimizer's state is not read; the older format cannot be
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # a damaged file raises whatever its reader raises
+    except Exception as error:  # a damaged file raises errors of many types
         called = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and called:
-            raise ValueError(f"{path} is not loaded: it holds more than tensors and could run code ({called[1]}). Look "
-                             "for the weights as .safetensors, or, if you trust the file, save its state dict "
-                             "alone") from error
+            raise ValueError(f"{path} cannot be used: it holds more than tensors and could run code ({called[1]}). "
+                             "Look for a .safetensors file of the weights, or, if you trust this file, save only its "
+                             "state dict") from error
         telling = isinstance(error, (RuntimeError, OSError, SafetensorError)) and str(error)
         reason = str(error).splitlines()[0].split(". ")[0] if telling else "not a pickle of tensors"
-        raise ValueError(f"{path} is no checkpoint, or is incomplete or damaged ({reason}): download or copy it "
+        raise ValueError(f"{path} is not a checkpoint, or is incomplete or damaged ({reason}): download or copy it "
                          "again") from error
 
 
-def _is_state_dict(content: object) -> bool:
+def _is_state_dict(content: object) -> TypeGuard[dict[str, Tensor]]:
     return (isinstance(content, dict) and len(content) > 0
             and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()))
-
-
-def _unwrapped(name: str) -> str:
-    while name.startswith(WRAPPERS):
-        name = name.split(".", 1)[1]
-    return name
 
 
 def _is_pointwise(name: str, tensor: Tensor) -> bool:
@@ -152,7 +142,7 @@ def _is_pointwise(name: str, tensor: Tensor) -> bool:
 
 
 def _from_repa(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """REPA's weights -> ours: linear projections, our direction of time, and no table of positions if it is zero.
+    """Converts REPA's weights to ours: linear layers, our time, no position embedding if it is zero.
 
     Raises:
         KeyError: a tensor that the reversal of time changes is missing.
@@ -167,9 +157,9 @@ def _from_repa(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_repa(tensors: dict[str, Tensor], num_tokens: int) -> dict[str, Tensor]:
-    """Our weights -> REPA's, to rounding the inverse of reading them. Projectors, which only training needs, have none.
+    """Converts our weights to REPA's: up to rounding the inverse of reading them, but without projectors.
 
-    REPA's models always add a table of positions (1, num_tokens, D): for one that has none, it is zero.
+    REPA's models always add a position embedding (1, num_tokens, D): it is zero for a model without one.
     """
     theirs = {}
     for name, tensor in tensors.items():
@@ -181,11 +171,11 @@ def to_repa(tensors: dict[str, Tensor], num_tokens: int) -> dict[str, Tensor]:
 
 
 def _reverse_time(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of -v(x, 1 - t), given those of v(x, t): between REPA's time, from data to noise, and ours.
+    """Turns the weights of v(x, t) into those of -v(x, 1 - t): from REPA's time to ours and back.
 
     The features of 1 - t are linear in those of t: with the angle f of t = 1, cos(f - ft) = cos f cos ft + sin f sin ft
-    and sin(f - ft) = sin f cos ft - cos f sin ft. So the first layer after them takes the reversal up exactly. Done
-    twice it undoes itself.
+    and sin(f - ft) = sin f cos ft - cos f sin ft. So changing the first layer after them is exact, and doing it twice
+    restores the weights.
     """
     weight = tensors["t_embedder.mlp.0.weight"]                                     # (D, 2F)
     on_cos, on_sin = weight.double().chunk(2, dim=1)                                # (D, F) each

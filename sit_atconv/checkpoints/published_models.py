@@ -1,8 +1,9 @@
-"""Models made of files that others publish, or of folders without a recipe, and such files made of our models."""
+"""Models from published files or from folders without a recipe, and published files from our models."""
 
 import argparse
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,33 +22,34 @@ from sit_atconv.models.presets import PRESETS, preset_config
 from sit_atconv.models.sit import SiT
 from sit_atconv.runtime.files import check_room, write_aside
 
-EMA_DECAY = 0.9999  # of SiT, REPA and ATConv's ports of both; no file of theirs says it
-VAES = {"ema": DEFAULT_VAE, "mse": "stabilityai/sd-vae-ft-mse"}  # SiT's and DiT's names of them
+EMA_DECAY = 0.9999  # of SiT, REPA and ATConv's ports of both; their files do not record it
+VAES = {"ema": DEFAULT_VAE, "mse": "stabilityai/sd-vae-ft-mse"}  # SiT's and DiT's names
+FLOW = {"interpolant": ("path_type", "--path", "linear"),  # training argument, our option, default
+        "prediction": ("prediction", "--prediction", "velocity")}
 
 
 @dataclass(frozen=True)
 class Form:
-    """What the training code of a published form can express.
+    """Settings that the training code behind a published form supports.
 
     Args:
-        owner: whose form it is, for the user.
+        owner: name of the project, for messages.
+        names: "interpolant" and "prediction" -> its names -> ours.
         kernel_act: ATConv's activation.
-        paths: its names of the interpolants -> ours.
-        predictions: its names of the predictions -> ours.
-        learn_sigma: whether there is such a thing.
+        learn_sigma: True if its models can have it.
     """
 
     owner: str
-    kernel_act: str
-    paths: dict[str, str]
-    predictions: dict[str, str]
-    learn_sigma: bool
+    names: dict[str, dict[str, str]]
+    kernel_act: str = "gelu_tanh"
+    learn_sigma: bool = True
 
 
 FORMS = {
-    "sit": Form("SiT", "gelu_tanh", {"Linear": "linear", "GVP": "gvp", "VP": "vp"},
-                {"velocity": "velocity", "noise": "noise", "score": "score"}, True),
-    "repa": Form("REPA", REPA_OPTIONS["kernel_act"], {"linear": "linear", "cosine": "gvp"}, {"v": "velocity"}, False),
+    "sit": Form("SiT", {"interpolant": {"Linear": "linear", "GVP": "gvp", "VP": "vp"},
+                        "prediction": {"velocity": "velocity", "noise": "noise", "score": "score"}}),
+    "repa": Form("REPA", {"interpolant": {"linear": "linear", "cosine": "gvp"}, "prediction": {"v": "velocity"}},
+                 **REPA_OPTIONS, learn_sigma=False),
 }
 
 
@@ -64,65 +66,66 @@ def load_published(
     class_names: list[str] | None = None,
     num_classes: int | None = None,
 ) -> Weights:
-    """Makes a model, in float32, of a file that `read_published` reads, or of a folder without a recipe.
+    """Loads a model in float32 from a file that `read_published` reads or a folder without a recipe.
+
+    An option that is None comes from the file's training arguments. The defaults below apply if these lack it too.
 
     Args:
-        path: of the file, or of the folder of `SiT.save_pretrained`, which says all of its model and nothing of its
-            training.
-        preset: gives depth, width, heads, patch and mixers. None: that of the file's training arguments, but for the
-            mixers, which the tensors show better than the names of REPA's port of ATConv.
-        vae: of the latents, by hub id or folder, or "identity" for models of pixels. None: that of the file's training
-            arguments, or sd-vae-ft-ema.
-        ema: of a training file, the EMA weights where there are any, or those as trained.
-        interpolant: None: that of the file's training arguments, or "linear".
-        prediction: None: that of the file's training arguments, or "velocity".
-        class_names: of labels 0, 1, ...; None: those of the file's training arguments, or their numbers.
-        num_classes: None: that of the file's training arguments; without any, all labels but the last, which is the
-            null label, or the only one.
+        path: the file, or a folder of `SiT.save_pretrained`, which records the model but not its training.
+        preset: preset with depth, width, heads, patch and mixers; there is no default. (Mixers are never taken from
+            the training arguments: in REPA's port of ATConv they are wrong, and the tensors show them.)
+        vae: hub id or folder of the VAE, or "identity" for models of pixels (default: sd-vae-ft-ema).
+        ema: True takes the EMA weights of a training file if it has any, False those as trained.
+        interpolant: "linear", "gvp" or "vp" (default: "linear").
+        prediction: "velocity", "noise", "score" or "data" (default: "velocity").
+        class_names: names of labels 0, 1, ... (default: their numbers).
+        num_classes: number of classes (default: all labels but the last, which is the null label, or the only one).
 
     Returns:
-        The weights; what had to be assumed is in their notes.
+        The weights; their notes list what had to be assumed.
 
     Raises:
-        ValueError: the file cannot be read, its model is unknown or another, or something given contradicts it.
+        ValueError: the file cannot be read, its model is not known, or an option contradicts it.
     """
     if path.is_dir():
         published, model = Published({}, None, repa=False), load_model(path)
         options = model.config
         if num_classes not in (None, options["num_classes"]):
-            raise ValueError(f"{path} knows {options['num_classes']} classes by its config.json, which --num-classes "
-                             f"{num_classes} contradicts: leave it out")
+            raise ValueError(f"config.json in {path} has {options['num_classes']} classes, which contradicts "
+                             f"--num-classes {num_classes}: leave that out")
     else:
         published = read_published(path, ema)
-        tensors = _finite(path, published.tensors)
+        tensors = {name: tensor.float() for name, tensor in published.tensors.items()}
+        if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{path} holds numbers that are not finite, first in {broken[0]}: its training has failed")
         options = _file_options(path, tensors, published, preset, num_classes)
     args = published.args
     if not ema and _ema_decay(args) is not None and "ema_known" in args:
-        raise ValueError(f"{path} holds the EMA weights of decay {_ema_decay(args)} alone: leave --no-ema out")
-    form = FORMS["repa" if published.repa else "sit"]
+        raise ValueError(f"{path} holds only EMA weights, of decay {_ema_decay(args)}: leave out --no-ema")
+
+    # Find the settings of the training.
     names, notes = _names(path, args, class_names, options["num_classes"])
-    assumed = {}
-    if interpolant is None and (interpolant := _said(path, form.paths, args, "path_type", "--path")) is None:
-        interpolant = "linear"
-        assumed["--path"] = "linear path"
-    if prediction is None and (prediction := _said(path, form.predictions, args, "prediction", "--prediction")) is None:
-        prediction = "velocity"
-        assumed["--prediction"] = "velocity prediction"
+    given = {name: value for name, value in (("interpolant", interpolant), ("prediction", prediction)) if value}
+    known = said_flow(path, published, FLOW.keys() - given.keys()) | given
+    assumed = [f"{option} {default}" for name, (_, option, default) in FLOW.items() if name not in known]
     codec_there = _said_codec(args)
     if vae is None and not codec_there and (vae := VAES.get(str(args.get("vae")))) is None:
         vae = DEFAULT_VAE
-        assumed["--vae"] = f"VAE {vae}"
+        assumed.append(f"--vae {vae}")
     if assumed:
-        notes.append(f"{path} does not say how it was trained: taken as {', '.join(assumed.values())}; say otherwise "
-                     f"with python -m sit_atconv.convert {', '.join(assumed)}")
+        notes.append(f"{path} does not say how it was trained: assuming {', '.join(assumed)}; to change this, use "
+                     "these options of python -m sit_atconv.convert")
 
+    # Open the codec.
     codec = open_codec(
         typed_codec(vae, options["in_channels"]) if vae else codec_there, f"{path} was trained",
         remedy="Give the VAE it was trained with by --vae, a folder or a hub id that is cached")
     codec.check(codec_there, f"{path} was trained")
     if codec.channels != options["in_channels"]:
-        raise ValueError(f"{path} takes {options['in_channels']} channels, and the VAE {codec.name} gives "
+        raise ValueError(f"{path} takes {options['in_channels']} channels, but the VAE {codec.name} gives "
                          f"{codec.channels}: give the --vae it was trained with")
+
+    # Build the model.
     if path.is_file():
         if "input_size" not in options and isinstance(args.get("image_size"), int):
             options["input_size"] = codec.latent_size(args["image_size"])
@@ -130,11 +133,11 @@ def load_published(
             model = SiT(**options)
         model.load_state_dict(tensors, assign=True)
     recipe = Recipe(
-        interpolant,
-        prediction,
+        known.get("interpolant", "linear"),
+        known.get("prediction", "velocity"),
         codec.describe(),
         names,
-        step=args["step"] if isinstance(args.get("step"), int) else 0,  # SiT's and REPA's files do not say it
+        step=args["step"] if isinstance(args.get("step"), int) else 0,  # SiT's and REPA's files do not record it
         ema_decay=_ema_decay(args) if published.ema else None,
         null_label_trained=null_label_trained(options["has_null_label"], args) if path.is_file() else None,
         empty_classes=[label for label in args.get("empty_classes") or [] if label in range(len(names))],
@@ -144,18 +147,18 @@ def load_published(
 
 
 def null_label_trained(has_null_label: bool, args: dict) -> bool:
-    """Whether a published file's null label was trained: SiT and REPA have its row only where labels are dropped."""
+    """True if a published file's null label was trained: SiT and REPA have one only if labels are dropped."""
     return has_null_label and args.get("class_dropout_prob", args.get("cfg_prob")) != 0
 
 
 def _ema_decay(args: dict) -> float | None:
-    """None where our own file says that what it calls "ema" is not averaged."""
+    """Returns the EMA decay of a file; None if a file of ours says that its weights are not averaged."""
     decay = args.get("ema_decay", EMA_DECAY)
     return decay if decay is None or isinstance(decay, float) else EMA_DECAY
 
 
 def _said_codec(args: dict) -> dict:
-    """What `Codec.describe()` returned, in files that `save_published` wrote; {} in others."""
+    """Returns the description of the codec in a file that `save_published` wrote; {} for other files."""
     try:
         return dict(json.loads(args["codec"]))
     except (KeyError, TypeError, ValueError):
@@ -163,44 +166,49 @@ def _said_codec(args: dict) -> dict:
 
 
 def said_names(args: dict, num_classes: int) -> list[str] | None:
-    """The class names in a file's training arguments, where there is one for each class."""
+    """Returns the class names in a file's training arguments if there is one for each class, else None."""
     names = args.get("class_names")
-    is_whole = isinstance(names, list | tuple) and len(names) == num_classes
-    return list(names) if is_whole and all(isinstance(name, str) for name in names) else None
+    if isinstance(names, list | tuple) and len(names) == num_classes and all(isinstance(name, str) for name in names):
+        return list(names)
+    return None
 
 
-def said_flow(path: Path, published: Published) -> dict[str, str]:
-    """Interpolant and prediction by our names, as far as a file's training arguments have them."""
-    form = FORMS["repa" if published.repa else "sit"]
-    said = {"interpolant": _said(path, form.paths, published.args, "path_type", "--path"),
-            "prediction": _said(path, form.predictions, published.args, "prediction", "--prediction")}
-    return {name: value for name, value in said.items() if value is not None}
+def said_flow(path: Path, published: Published, wanted: Iterable[str] = tuple(FLOW)) -> dict[str, str]:
+    """Returns our names of interpolant and prediction, as far as a file's training arguments have them.
+
+    Raises:
+        ValueError: the file has a value that is not known here.
+    """
+    flow, form = {}, FORMS["repa" if published.repa else "sit"]
+    for name in wanted:
+        argument, option, _ = FLOW[name]
+        if (theirs := published.args.get(argument)) is None:
+            continue
+        names = form.names[name]
+        known = {their.lower(): our for their, our in names.items()} | {our: our for our in names.values()}
+        if str(theirs).lower() not in known:
+            raise ValueError(f"{path} was trained with {argument} {theirs!r}, which is none of {', '.join(names)}: use "
+                             f"python -m sit_atconv.convert with {option}")
+        flow[name] = known[str(theirs).lower()]
+    return flow
 
 
 def _names(path: Path, args: dict, given: list[str] | None, num_classes: int) -> tuple[list[str], list[str]]:
-    """The names of labels 0, 1, ..., and what is to be said of them."""
+    """Returns the names of labels 0, 1, ..., and notes on them."""
     theirs = said_names(args, num_classes)
     if given is None:
         names = theirs or [str(label) for label in range(num_classes)]
-        return names, [] if theirs else [f"{path} does not name its classes: they are known by their numbers alone"]
+        return names, [] if theirs else [f"{path} does not name its classes: refer to them by number"]
     if len(given) != num_classes:
-        raise ValueError(f"{path} knows {num_classes} classes, and {len(given)} names are given")
+        raise ValueError(f"{path} has {num_classes} classes, but {len(given)} names are given")
     changed = changed_names(theirs or given, given)
-    return given, [f"the names given are not those of {path}: {changed}"] if changed else []
-
-
-def _finite(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In float32."""
-    tensors = {name: tensor.float() for name, tensor in tensors.items()}
-    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{path} holds numbers that are not finite, in {broken[0]} first: its training had failed")
-    return tensors
+    return given, [f"the given class names are not those of {path}: {changed}"] if changed else []
 
 
 def _file_options(
     path: Path, tensors: dict[str, Tensor], published: Published, preset: str | None, num_classes: int | None
 ) -> dict:
-    """The options of the model that a file's tensors are of; `input_size` only where the tensors show it."""
+    """Returns the options of a file's model; `input_size` only if the tensors show it."""
     try:
         shown = shown_options(tensors)
     except ValueError as error:
@@ -213,46 +221,38 @@ def _file_options(
     }
     if POSITIONS in tensors:
         options["input_size"] = math.isqrt(tensors[POSITIONS].shape[1]) * options["patch_size"]
-    _check_same(path, tensors, options, shown)
+    with torch.device("meta"):
+        expected = SiT(**options).state_dict()
+    if wrong := list_differences(tensors, expected):
+        fitting = fitting_preset(shown)
+        same = all(options[key] == shown[key] for key in ("depth", "hidden_size", "patch_size", "mixer"))
+        remedy = "give a file with all weights" if same else f"give --model {fitting}" if fitting else "no preset fits"
+        raise ValueError(f"the weights of {path} are of another model: {wrong}. They have {_spoken(shown)}: {remedy}")
     return options
 
 
 def _preset_options(path: Path, preset: str | None, published: Published, shown: dict) -> dict:
-    """Depth, width, heads, patch and mixers."""
+    """Returns depth, width, heads, patch and mixers, from the preset or the file."""
     if preset is not None:
         return preset_config(preset)
     named = str(published.args.get("model"))
     if named in PRESETS:
         return {**preset_config(named), "mixer": shown["mixer"]}
     fitting = fitting_preset(shown)
-    if fitting:
-        raise ValueError(f"{path} does not say which model its weights are of: give --model {fitting}, which has their "
-                         "shapes")
-    raise ValueError(f"{path} does not say which model its weights are of, and no --model has their {_spoken(shown)}")
+    remedy = f": give --model {fitting}, which fits" if fitting else f", and no preset has their {_spoken(shown)}"
+    raise ValueError(f"{path} does not say which preset its weights are of{remedy}")
 
 
 def _classes(path: Path, num_rows: int, args: dict, given: int | None) -> dict:
-    """How many of the label table's rows are classes; the one after them is the null label's."""
-    num_classes = given if given is not None else args.get("num_classes")
-    if num_classes is not None and type(num_classes) is not int:
-        raise ValueError(f"{path} was trained with num_classes {num_classes!r}, which is no number: let python -m "
-                         "sit_atconv.convert --num-classes say how many")
-    if num_classes is None:
-        num_classes = max(1, num_rows - 1)
+    """Returns the number of classes and whether the label table has one more row, for the null label."""
+    num_classes = next(n for n in (given, args.get("num_classes"), max(1, num_rows - 1)) if n is not None)
+    if type(num_classes) is not int:
+        raise ValueError(f"{path} was trained with num_classes {num_classes!r}, which is not a whole number: use "
+                         "python -m sit_atconv.convert with --num-classes")
     if num_rows - num_classes not in (0, 1):
-        raise ValueError(f"{path} has a table of {num_rows} labels, which is not that of {num_classes} classes, with "
-                         "or without a null label: let python -m sit_atconv.convert --num-classes say how many")
+        raise ValueError(f"{path} has a table of {num_rows} labels, which does not fit {num_classes} classes with or "
+                         "without a null label: use python -m sit_atconv.convert with --num-classes")
     return {"num_classes": num_classes, "has_null_label": num_rows > num_classes}
-
-
-def _check_same(path: Path, tensors: dict[str, Tensor], options: dict, shown: dict) -> None:
-    with torch.device("meta"):
-        expected = SiT(**options).state_dict()
-    if wrong := list_differences(tensors, expected):
-        fitting = fitting_preset(shown)
-        same = all(options[key] == shown[key] for key in ("depth", "hidden_size", "patch_size", "mixer"))
-        remedy = "give a file of whole weights" if same else f"give --model {fitting}" if fitting else "no --model fits"
-        raise ValueError(f"the weights of {path} are of another model: {wrong}. They have {_spoken(shown)}: {remedy}")
 
 
 def _spoken(shown: dict) -> str:
@@ -260,34 +260,24 @@ def _spoken(shown: dict) -> str:
             f"{shown['mixer']}")
 
 
-def _said(path: Path, names: dict[str, str], args: dict, name: str, option: str) -> str | None:
-    """Our name of what the training arguments call it, in whatever case; None where they do not say it."""
-    if (theirs := args.get(name)) is None:
-        return None
-    known = {name.lower(): ours for name, ours in names.items()} | {ours: ours for ours in names.values()}
-    if str(theirs).lower() not in known:
-        raise ValueError(f"{path} was trained with {theirs!r}, which is none of {', '.join(names)}: let python -m "
-                         f"sit_atconv.convert {option} say what it is")
-    return known[str(theirs).lower()]
-
-
 # -------------------------------------------------------------------------------------------------------- saving
 
 def save_published(weights: Weights, path: Path, form: str) -> str:
-    """Writes a file that SiT's or REPA's code, or `load_published`, reads: "model" and "ema" (the same), and "args".
+    """Writes a file that SiT's or REPA's code and `load_published` can read.
 
-    The VAE is not in it, but where it is and its digest are, as all else that the recipe holds.
+    Its keys are "model", "ema" (the same weights) and "args". These hold the whole recipe, but of the VAE only its path
+    and checksum.
 
     Args:
-        weights: what `load_weights` returned.
-        path: of the file.
+        weights: returned by `load_weights`.
+        path: the file to write.
         form: "sit" or "repa".
 
     Returns:
         The preset that the file names.
 
     Raises:
-        ValueError: the form cannot hold the model or its recipe, so that who reads it would compute something else.
+        ValueError: the form cannot express the model or its recipe, so that a reader would compute something else.
         OSError: the file cannot be written.
     """
     theirs, config, recipe, tensors = FORMS[form], weights.model.config, weights.recipe, weights.model.state_dict()
@@ -296,20 +286,19 @@ def save_published(weights: Weights, path: Path, form: str) -> str:
     heads = {"num_heads": config.num_heads} if "num_heads" in silent else {}
     preset = fitting_preset(shown | heads)
     if not preset:
-        raise ValueError(f"{theirs.owner}'s form names a preset, and none has {_spoken(shown)}"
+        raise ValueError(f"{theirs.owner}'s form names a preset, but none has {_spoken(shown)}"
                          + (f" with {config.num_heads} heads" if heads else ""))
-    wanted = {"learn_sigma": False} if not theirs.learn_sigma else {}
-    published = {"kernel_act": theirs.kernel_act, "kernel_pool": "raster"}
-    wanted |= {name: value for name, value in published.items() if name in silent}
-    for name, value in wanted.items():
+    required = {"kernel_act": theirs.kernel_act, "kernel_pool": "raster"}
+    required = {name: value for name, value in required.items() if name in silent}
+    for name, value in (required if theirs.learn_sigma else required | {"learn_sigma": False}).items():
         if config[name] != value:
-            raise ValueError(f"{theirs.owner}'s form has {name} {value} alone, and this model has {config[name]}")
+            raise ValueError(f"{theirs.owner}'s form needs {name} {value}, but this model has {config[name]}")
     named = {}
-    for name, names, ours in (("path_type", theirs.paths, recipe.interpolant),
-                              ("prediction", theirs.predictions, recipe.prediction)):
-        named[name] = next((key for key, value in names.items() if value == ours), None)
-        if named[name] is None:
+    for name, (argument, *_) in FLOW.items():
+        ours = getattr(recipe, name)
+        if ours not in theirs.names[name].values():
             raise ValueError(f"{theirs.owner}'s form has no {name} {ours}")
+        named[argument] = next(their for their, our in theirs.names[name].items() if our == ours)
     args = argparse.Namespace(
         model=preset,
         num_classes=config.num_classes,

@@ -1,29 +1,41 @@
-"""The recipe: what sampling must know beside the model. It travels with the weights, so that no flag is remembered."""
+"""The recipe: the settings that sampling needs besides the model. It is saved with the weights."""
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sit_atconv import __version__
+
+if TYPE_CHECKING:
+    from sit_atconv.models import SiT
+
+
+def versions() -> dict[str, str]:
+    import diffusers
+    import torch
+
+    return {"sit_atconv": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that sampling must know beside the model itself.
+    """The settings that sampling needs besides the model.
 
     Args:
         interpolant: "linear", "gvp" or "vp".
-        prediction: what the model's output stands for.
+        prediction: meaning of the model's output: "velocity", "noise", "score" or "data".
         codec: what `Codec.describe()` returned.
         class_names: names of labels 0, 1, ...
-        step: optimizer steps behind these weights.
-        ema_decay: decay of the average that these weights are; None for the weights as trained.
-        null_label_trained: whether labels were ever dropped, so that guidance has something to guide with; None where
-            that is not known (weights older than this field), which is taken for yes.
-        empty_classes: labels of which no image was trained on; they are drawn only where they are asked for.
-        ema_known: False where nobody says whether these weights are averaged; `ema_decay` is None then.
-        versions: of what wrote them.
+        step: optimizer steps that these weights were trained for.
+        ema_decay: EMA decay of these weights; None for the weights as trained.
+        null_label_trained: True if labels were dropped in training, so that guidance works. None if not known (weights
+            older than this field), which counts as True.
+        empty_classes: labels without any training image; they are drawn only if asked for.
+        ema_known: False if it is not known whether these are EMA weights; `ema_decay` is then None.
+        versions: versions of the libraries that wrote the weights.
         objective: class path and options of an objective other than `FlowMatching`; None for that one.
         backbone: class path of a model other than `SiT`; None for that one.
     """
@@ -37,30 +49,35 @@ class Recipe:
     null_label_trained: bool | None = None
     empty_classes: list[int] = field(default_factory=list)
     ema_known: bool = True
-    versions: dict[str, str] = field(default_factory=lambda: versions())
+    versions: dict[str, str] = field(default_factory=versions)
     objective: dict | None = None
     backbone: str | None = None
 
-    def null_label_of(self, model) -> int | None:
-        """The label that guidance takes for no class; None where there is none, or none that was trained."""
+    def null_label_of(self, model: "SiT") -> int | None:
+        """Returns the label that guidance uses as "no class"; None if there is none or it was never trained."""
         return None if self.null_label_trained is False else model.null_label
 
     @property
     def average(self) -> str | None:
-        """What the weights are called: "EMA", or "as trained"; None where that is not known."""
+        """Kind of the weights: "EMA", "as trained", or None if not known."""
         if not self.ema_known:
             return None
         return "as trained" if self.ema_decay is None else "EMA"
 
     def save(self, folder: Path) -> None:
-        """Writes recipe.json. Fields of later versions are left out at their default, so that earlier ones read it."""
-        later = {"objective", "backbone"}
-        content = {name: value for name, value in dataclasses.asdict(self).items() if name not in later or value}
+        """Writes recipe.json; newer fields are left out at their default, so that earlier versions read it."""
+        newer = {"objective", "backbone"}
+        content = {name: value for name, value in dataclasses.asdict(self).items() if name not in newer or value}
         (folder / "recipe.json").write_text(json.dumps(content, indent=1))
 
 
-def versions() -> dict[str, str]:
-    import diffusers
-    import torch
+def check_fields(content: dict, known: Iterable[str], file: Path) -> None:
+    """Raises ValueError if the content of a file has fields that only a later version knows."""
+    if unknown := sorted(content.keys() - set(known)):
+        raise later_version(file, f"has {', '.join(unknown)}, which sit_atconv {__version__} does not know", content)
 
-    return {"sit_atconv": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+
+def later_version(file: Path, fault: str, content: dict) -> ValueError:
+    """Returns the error for a file of a later version; `content` may record which version wrote it."""
+    wrote = (content.get("versions") or {}).get("sit_atconv", "a later one")
+    return ValueError(f"{file} {fault}: it was written by {wrote}; install that version or a later one")

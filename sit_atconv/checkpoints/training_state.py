@@ -1,9 +1,9 @@
 """Checkpoints that training resumes from.
 
     RUN/checkpoints/step-*/        model/, ema/, ema-DECAY/ (exported weights), optimizer.safetensors, state.json,
-                                   and auxiliary.safetensors of a run with an auxiliary loss
+                                   and auxiliary.safetensors if the run has an auxiliary loss
 
-state.json, written last, holds the sha256 of everything else. Nothing is ever unpickled.
+state.json is written last and holds the sha256 of all other files. Nothing is ever unpickled.
 """
 
 import contextlib
@@ -16,27 +16,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sit_atconv import __version__
 from sit_atconv.checkpoints.exported import WEIGHTS_FILE, save_weights
-from sit_atconv.checkpoints.recipe import Recipe
+from sit_atconv.checkpoints.recipe import Recipe, check_fields, later_version
 from sit_atconv.checkpoints.run_folder import checkpoint_step, list_checkpoints, newest_checkpoint
 from sit_atconv.runtime.files import PARTIAL, flush, sha256_of
 
-if TYPE_CHECKING:  # finding a checkpoint must not wait for torch: it is imported where it is used
+if TYPE_CHECKING:  # importing torch takes seconds: functions that find a checkpoint do without it
     import torch
 
 AUXILIARY_FILE = "auxiliary.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FIELDS = ("step", "sha256", "computed_on", "scaler", "optimizer", "versions")  # three required, then optional
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a checkpoint restores; data order, noise, times and learning rate follow from (seed, step).
+    """The objects that a checkpoint restores.
+
+    Data order, noise, times and learning rate are not saved: they follow from (seed, step).
 
     Args:
         model: the model being trained, unwrapped.
-        averages: decay -> average; the first lies in `ema`, any other in `ema-DECAY`.
+        averages: EMA decay -> EMA of the model; the first is saved in `ema`, any other in `ema-DECAY`.
         optimizer: the optimizer.
         scaler: the gradient scaler of fp16, or None.
-        auxiliary: the auxiliary loss, whose parameters are saved beside the exported weights; or None.
+        auxiliary: the auxiliary loss, or None.
     """
 
     model: "torch.nn.Module"
@@ -46,24 +51,24 @@ class TrainingState:
     auxiliary: "torch.nn.Module | None" = None
 
     def parameters(self) -> "dict[str, torch.nn.Parameter]":
-        """Returns all parameters by name, those of the auxiliary loss as "auxiliary.NAME"."""
+        """Returns all parameters by name; those of the auxiliary loss are called "auxiliary.NAME"."""
         own = self.auxiliary.named_parameters() if self.auxiliary is not None else ()
         return dict(self.model.named_parameters()) | {f"auxiliary.{name}": p for name, p in own}
 
     def average_folders(self) -> "dict[str, tuple[float, torch.nn.Module]]":
-        """Folder -> (decay, average)."""
+        """Returns the decay and the EMA that each folder holds."""
         named = enumerate(self.averages.items())
         return {f"ema-{decay}" if i else "ema": (decay, model) for i, (decay, model) in named}
 
 
 def checkpoint_bytes(net: "torch.nn.Module", num_averages: int) -> int:
-    """Returns the size of a checkpoint: the model, its averages and AdamW's two moments."""
+    """Returns the bytes of a checkpoint: the model, its EMAs and AdamW's two moments."""
     trained = sum(p.nbytes for p in net.parameters() if p.requires_grad)
     return (1 + num_averages) * sum(p.nbytes for p in net.parameters()) + 2 * trained
 
 
 def checkpoints_at_once(steps: int, every: int, keep: int, keep_every: int | None) -> int:
-    """Returns how many are on the disk at most: the one being written, the newest before it and those kept."""
+    """Returns the largest number of checkpoints on the disk, with the one being written."""
     made = [*range(every, steps, every), steps]
     return len(made) - sum(not keep_every or step % keep_every > 0 for step in made[: -keep - 1])
 
@@ -79,18 +84,18 @@ def save_checkpoint(
     keep_every: int | None = None,
     computed_on: dict | None = None,
 ) -> Path:
-    """Writes the checkpoint of `recipe.step` aside, renames it into place and deletes what need not be kept.
+    """Writes the checkpoint of `recipe.step` atomically and deletes old checkpoints.
 
     Args:
         run: the run's folder.
-        state: what to save.
-        recipe: what the exported weights say of themselves.
-        keep: so many of the newest stay.
-        keep_every: and those whose step is divisible by this.
-        computed_on: what the bits depend on beside the state; `load_checkpoint` gives it back.
+        state: the state to save.
+        recipe: recipe of the weights.
+        keep: number of newest checkpoints to keep.
+        keep_every: also keep every step divisible by this.
+        computed_on: settings other than the state that change the bits of the result; `load_checkpoint` returns them.
 
     Raises:
-        OSError: the disk is full, ...; earlier checkpoints are as they were, and nothing half written is left.
+        OSError: the disk is full, ...; earlier checkpoints are unchanged, and no partial one is left.
     """
     from safetensors.torch import save_file
 
@@ -103,7 +108,7 @@ def save_checkpoint(
         save_weights(state.model, recipe, partial / "model")
         for name, (decay, model) in state.average_folders().items():
             save_weights(model, dataclasses.replace(recipe, ema_decay=decay), partial / name)
-        save_file(_optimizer_tensors(state), partial / "optimizer.safetensors")
+        save_file(_optimizer_tensors(state), partial / OPTIMIZER_FILE)
         if state.auxiliary is not None:
             save_file(_auxiliary_tensors(state.auxiliary), partial / AUXILIARY_FILE)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
@@ -117,19 +122,19 @@ def save_checkpoint(
         }
         (partial / "state.json").write_text(json.dumps(content, indent=1))
         for path in [*files, partial / "state.json"]:
-            path.chmod((partial / "state.json").stat().st_mode)  # safetensors leaves its files to their owner alone
+            path.chmod((partial / "state.json").stat().st_mode)  # safetensors lets only the owner read its files
             flush(path)
         if folder.exists():
             _delete(folder)
         os.replace(partial, folder)
         flush(folder.parent)
-    except Exception as error:  # safetensors raises its own where the disk is full
+    except Exception as error:  # on a full disk safetensors raises an error of its own
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             before = newest_checkpoint(run)
-            intact = f"{before} is intact" if before else "there is none before it"
+            intact = f"{before} is intact" if before else "there is no earlier one"
             raise OSError(f"the checkpoint of step {recipe.step} cannot be written to {run} ({_reason(error)}); "
-                          f"{intact}: mend that and run the same command again") from error
+                          f"{intact}: fix that and run the same command again") from error
         raise
     for old in list_checkpoints(run)[:-keep]:
         if not keep_every or checkpoint_step(old) % keep_every:
@@ -138,14 +143,14 @@ def save_checkpoint(
 
 
 def _delete(checkpoint: Path) -> None:
-    """Under another name first: half of one is no checkpoint."""
+    """Deletes a checkpoint, renamed first so that a kill leaves no partial one under its name."""
     doomed = checkpoint.with_name(PARTIAL + checkpoint.name + "-deleted")
     os.replace(checkpoint, doomed)
     _remove(doomed)
 
 
 def _remove(path: Path) -> None:
-    """A folder with all in it, a file or a link."""
+    """Deletes a folder with its content, a file or a link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -153,26 +158,27 @@ def _remove(path: Path) -> None:
 
 
 def _optimizer_tensors(state: TrainingState) -> "dict[str, torch.Tensor]":
-    """The optimizer's moments and step counts, by the parameters' names."""
+    """Returns the optimizer's moments and step counts as NAME OF PARAMETER/KEY -> tensor."""
     import torch
 
     tensors = {f"{name}/{key}": value for name, p in state.parameters().items()
                for key, value in state.optimizer.state.get(p, {}).items() if value is not None}
-    if odd := [name for name, value in tensors.items() if not isinstance(value, torch.Tensor | int | float)]:
-        raise OSError(f"{type(state.optimizer).__name__} keeps {odd[0]} as a {type(tensors[odd[0]]).__name__}, and "
-                      "checkpoints hold tensors and numbers: use another --optimizer")
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor | int | float):
+            raise OSError(f"{type(state.optimizer).__name__} keeps {name} as a {type(value).__name__}, but checkpoints "
+                          "hold only tensors and numbers: use another --optimizer")
     return {name: torch.as_tensor(value).contiguous() for name, value in tensors.items()}
 
 
 def _optimizer_numbers(optimizer: "torch.optim.Optimizer") -> list[dict]:
-    """What an optimizer has learned and keeps in its groups: numbers other than its options, group by group."""
+    """Returns for each parameter group the numbers, other than options, that the optimizer has changed."""
     options = {"lr", "weight_decay"}
     return [{name: value for name, value in group.items() if isinstance(value, int | float) and name not in options
              and optimizer.defaults.get(name, value) != value} for group in optimizer.param_groups]
 
 
 def _auxiliary_tensors(auxiliary: "torch.nn.Module") -> "dict[str, torch.Tensor]":
-    """All but what is frozen, such as an encoder, whose weights are no part of a run."""
+    """Returns the tensors to save: all but frozen ones, such as those of an encoder."""
     frozen = {name for name, p in auxiliary.named_parameters() if not p.requires_grad}
     return {name: tensor.contiguous() for name, tensor in auxiliary.state_dict().items() if name not in frozen}
 
@@ -181,12 +187,12 @@ def _auxiliary_tensors(auxiliary: "torch.nn.Module") -> "dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Resumable:
-    """What a run can go on from.
+    """The checkpoint that a run resumes from.
 
     Args:
-        checkpoint: the newest sound one, or None where there is none at all.
+        checkpoint: the newest intact checkpoint, or None if there are no checkpoints.
         step: its step, or 0.
-        damaged: newer ones, each with what is wrong with it.
+        damaged: newer checkpoints -> their damage.
     """
 
     checkpoint: Path | None
@@ -195,12 +201,12 @@ class Resumable:
 
 
 def find_resumable(run: Path) -> Resumable:
-    """Looks for a checkpoint that is as it was written, from the newest on; reads all of it.
+    """Finds the newest checkpoint whose files all have their checksums.
 
     Raises:
-        ValueError: there are checkpoints and none is sound.
+        ValueError: there are checkpoints but none is intact, or a later version wrote the newest.
     """
-    damaged = {}
+    damaged: dict[Path, str] = {}
     for checkpoint in reversed(list_checkpoints(run)):
         if not (problem := _damage(checkpoint)):
             return Resumable(checkpoint, checkpoint_step(checkpoint), damaged)
@@ -208,21 +214,28 @@ def find_resumable(run: Path) -> Resumable:
     if damaged:
         checkpoint, problem = next(iter(damaged.items()))
         raise ValueError(f"no checkpoint of {run} can be resumed from; the newest, {checkpoint}: {problem}. Give "
-                         "another --out, or delete them to start this run afresh")
+                         "another --out, or delete the checkpoints to start this run from scratch")
     return Resumable(None, 0, {})
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is not as it was written, or None."""
+    """Describes the first damage of a checkpoint, or returns None. ValueError: a later version wrote it."""
+    file = checkpoint / "state.json"
     try:
-        content = json.loads((checkpoint / "state.json").read_text())
-        step, sums, _ = content["step"], dict(content["sha256"]), content["computed_on"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = dict(json.loads(file.read_text()))
+        versions = dict(content.get("versions", {}))
+        sums = dict(content.get("sha256", {}))
+    except (OSError, ValueError, TypeError) as error:
         return f"state.json is missing or damaged ({_reason(error)})"
-    if step != checkpoint_step(checkpoint):
-        return f"state.json is missing: the one there is of step {step}"
-    if missing := {f"model/{WEIGHTS_FILE}", f"ema/{WEIGHTS_FILE}", "optimizer.safetensors"} - sums.keys():
-        return f"state.json is damaged: it knows nothing of {min(missing)}"
+    check_fields(content, STATE_FIELDS, file)
+    needed = [f"model/{WEIGHTS_FILE}", f"ema/{WEIGHTS_FILE}", OPTIMIZER_FILE]
+    missing = [name for name in STATE_FIELDS[:3] if name not in content] + [name for name in needed if name not in sums]
+    if missing and versions.get("sit_atconv", __version__) != __version__:
+        raise later_version(file, f"has no {missing[0]}, which sit_atconv {__version__} needs", content)
+    if missing:
+        return f"state.json is damaged: it has no {missing[0]}"
+    if content["step"] != checkpoint_step(checkpoint):
+        return f"its state.json is of step {content['step']}"
     for name, sha256 in sums.items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
@@ -235,10 +248,10 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def load_checkpoint(checkpoint: Path, state: TrainingState) -> dict:
-    """Restores `state` in place; returns what `computed_on` was when it was saved.
+    """Restores `state` in place and returns the `computed_on` that was saved with it.
 
     Raises:
-        ValueError: the checkpoint is of another model or of other averages.
+        ValueError: the checkpoint is of another model or has other EMA decays.
     """
     from safetensors.torch import load_file
 
@@ -250,20 +263,20 @@ def load_checkpoint(checkpoint: Path, state: TrainingState) -> dict:
         if state.auxiliary is not None:
             held, wanted = load_file(checkpoint / AUXILIARY_FILE), _auxiliary_tensors(state.auxiliary)
             if held.keys() != wanted.keys():
-                raise ValueError(f"{AUXILIARY_FILE} holds other tensors than this auxiliary loss has")
-            state.auxiliary.load_state_dict(held, strict=False)  # what is frozen is not in it
-        _restore_optimizer(state, load_file(checkpoint / "optimizer.safetensors"))
+                raise ValueError(f"{AUXILIARY_FILE} has other tensors than this auxiliary loss")
+            state.auxiliary.load_state_dict(held, strict=False)  # frozen tensors are not saved
+        _restore_optimizer(state, load_file(checkpoint / OPTIMIZER_FILE))
         for group, numbers in zip(state.optimizer.param_groups, content.get("optimizer", ()), strict=False):
             group |= numbers
         if state.scaler:
             state.scaler.load_state_dict(content["scaler"])
-    except Exception as error:  # whatever does not fit
+    except Exception as error:  # of any type: it depends on the part that does not fit
         raise ValueError(f"{checkpoint} does not fit this model ({_reason(error)})") from error
     return content["computed_on"]
 
 
 def _restore_optimizer(state: TrainingState, tensors: "dict[str, torch.Tensor]") -> None:
-    moments = {}
+    moments: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         name, _, kind = key.rpartition("/")
         moments.setdefault(name, {})[kind] = value
@@ -275,7 +288,7 @@ def _restore_optimizer(state: TrainingState, tensors: "dict[str, torch.Tensor]")
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Renames a damaged checkpoint, so that nothing takes it for a sound one."""
+    """Renames a damaged checkpoint so that it is never used again; returns its new path."""
     aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
     with contextlib.suppress(FileNotFoundError):
         _remove(aside)

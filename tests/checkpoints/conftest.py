@@ -1,4 +1,4 @@
-"""A training state to save, and a recipe for it."""
+"""Fixtures: a training state to save, and a recipe for it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Exported weights: what they say of themselves, and what is wrong with them."""
+"""Exported weights: their recipes, and errors that name what is damaged."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from tests.conftest import working_folder
     ({"flow": {"class_dropout_prob": 0.1}, "init_from": None}, 10),
     ({"flow": {"class_dropout_prob": 0.0}, "init_from": "weights"}, 10),  # whose null label may be trained
     ("damaged", 10)])
-def test_runs_older_than_the_recipes_field_say_whether_labels_were_dropped(tmp_path, state, options, null_label):
+def test_an_old_runs_config_tells_if_the_null_label_was_trained(tmp_path, state, options, null_label):
     save_checkpoint(tmp_path, state, recipe(7), keep=2)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
     assert load_weights(str(tmp_path)).null_label == null_label
@@ -54,8 +54,8 @@ def test_tensors_that_do_not_fit_the_config_are_listed(tmp_path, state):
     assert "blocks.1.attn.proj.weight" in load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
-def test_a_recipe_keeps_its_form_until_it_says_something_new(tmp_path, state):
-    """Earlier versions refuse what they do not know, so a field that is not needed must not be there."""
+def test_a_recipe_has_new_fields_only_if_they_are_needed(tmp_path, state):
+    """Earlier versions refuse fields that they do not know."""
     folder = save_checkpoint(tmp_path, state, recipe(3), keep=2) / "ema"
     assert list(json.loads((folder / "recipe.json").read_text())) == [
         "interpolant", "prediction", "codec", "class_names", "step", "ema_decay", "null_label_trained", "empty_classes",
@@ -65,10 +65,10 @@ def test_a_recipe_keeps_its_form_until_it_says_something_new(tmp_path, state):
     assert load_weights(str(tmp_path)).recipe == dataclasses.replace(other, ema_decay=0.99)
 
 
-def test_a_recipe_of_a_later_version_says_so(tmp_path, state):
+def test_a_recipe_of_a_later_version_is_refused_with_its_number(tmp_path, state):
     file = save_checkpoint(tmp_path, state, recipe(3), keep=2) / "ema" / "recipe.json"
     content = json.loads(file.read_text())
     for versions, wrote in (({"sit_atconv": "9.1"}, "by 9.1"), (None, "by a later one")):
         file.write_text(json.dumps(content | {"versions": versions, "teacher": {}, "shift": 2}))
-        with pytest.raises(ValueError, match=rf"recipe\.json in \S*ema has shift, teacher, which .* {wrote}; install"):
+        with pytest.raises(ValueError, match=rf"ema/recipe\.json has shift, teacher, which .* {wrote}; install"):
             load_weights(str(tmp_path))

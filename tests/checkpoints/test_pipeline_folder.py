@@ -1,4 +1,4 @@
-"""What `convert --to pipeline` and `save_pretrained` wrote is read again, with all that the recipe holds."""
+"""Pipelines of `convert --to pipeline` and `save_pretrained` are loaded with their whole recipe."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def weights_of(codec, **options) -> Weights:
 
 
 def assert_same(a: Weights, b: Weights):
-    """But for where the VAE is."""
+    """Compares tensors and recipes, but not the path of the VAE."""
     tensors = b.model.state_dict()
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in a.model.state_dict().items())
     recipes = [dataclasses.asdict(weights.recipe) for weights in (a, b)]
@@ -38,7 +38,7 @@ def assert_same(a: Weights, b: Weights):
 
 
 @pytest.mark.parametrize("space", ["latent", "pixel"])
-def test_a_pipeline_and_back(vae, tmp_path, space):
+def test_a_pipeline_is_loaded_with_its_recipe(vae, tmp_path, space):
     weights = weights_of(VAECodec(str(vae)) if space == "latent" else IdentityCodec(3))
     export_pipeline(weights, tmp_path / "pipe")
     os.renames(tmp_path / "pipe", tmp_path / "elsewhere" / "pipe")
@@ -53,7 +53,7 @@ def test_a_pipeline_and_back(vae, tmp_path, space):
             assert load_weights("saved").recipe.codec["source"] == str(tmp_path / "elsewhere" / "saved" / "vae")
     export_weights(again, tmp_path / "ours")
     assert_same(load_weights(str(tmp_path / "ours"), ema=0.99), weights)
-    with pytest.raises(ValueError, match=r"decay 0\.99 alone: leave --no-ema out"):
+    with pytest.raises(ValueError, match=r"of decay 0\.99: leave out --no-ema"):
         locate_weights(str(tmp_path / "ours"), ema=False)
 
 
@@ -61,7 +61,7 @@ def test_a_pipeline_and_back(vae, tmp_path, space):
     dict(variant="fp16"), dict(max_shard_size="100KB"), dict(safe_serialization=False),
     dict(max_shard_size="100KB", variant="fp16"),
 ])
-def test_weights_in_all_forms_that_diffusers_writes(tmp_path, options):
+def test_all_formats_that_diffusers_writes_are_loaded(tmp_path, options):
     weights = weights_of(IdentityCodec(3))
     pipeline = SiTPipeline(weights.model, FlowMatchEulerDiscreteScheduler(), prediction="noise")
     pipeline.save_pretrained(tmp_path / "pipe", **options)
@@ -72,20 +72,20 @@ def test_weights_in_all_forms_that_diffusers_writes(tmp_path, options):
     assert again.identity() != load_weights(str(tmp_path / "other")).identity()
 
 
-def test_shards_that_diffusers_does_not_read(tmp_path):
+def test_shards_that_diffusers_cannot_read_are_refused(tmp_path):
     pipeline = SiTPipeline(randomised(in_channels=3), FlowMatchEulerDiscreteScheduler())
     pipeline.save_pretrained(tmp_path / "pipe", max_shard_size="100KB", safe_serialization=False)
-    with pytest.raises(ValueError, match=r"transformer are shards of \.bin, .*: save them as \.safetensors"):
+    with pytest.raises(ValueError, match=r"transformer are \.bin shards, .*: save them as \.safetensors"):
         load_weights(str(tmp_path / "pipe"))
 
 
-def test_half_precision_becomes_float32(tmp_path):
+def test_half_precision_weights_are_loaded_in_float32(tmp_path):
     pipeline = SiTPipeline(randomised(in_channels=3).half(), FlowMatchEulerDiscreteScheduler())
     pipeline.save_pretrained(tmp_path / "pipe")
     assert load_weights(str(tmp_path / "pipe")).model.dtype is torch.float32
 
 
-def test_what_an_earlier_pipeline_does_not_say_is_not_known(tmp_path):
+def test_fields_that_an_earlier_pipeline_lacks_are_not_known(tmp_path):
     export_pipeline(weights_of(IdentityCodec(3)), tmp_path / "pipe")
     file = tmp_path / "pipe" / "model_index.json"
     index = json.loads(file.read_text())
@@ -98,11 +98,11 @@ def test_what_an_earlier_pipeline_does_not_say_is_not_known(tmp_path):
     assert "does not name its classes" in weights.notes[0]
 
 
-def test_other_pipelines_and_damaged_ones_are_told_apart(vae, tmp_path):
+def test_errors_of_other_pipelines_and_of_damaged_ones_differ(vae, tmp_path):
     export_pipeline(weights_of(VAECodec(str(vae))), tmp_path / "pipe")
     for name, break_it, message in [
         ("foreign", lambda f: (f / "model_index.json").write_text('{"_class_name": "DiTPipeline"}'),
-         "is a DiTPipeline, and no SiTPipeline"),
+         "is a DiTPipeline, not a SiTPipeline"),
         ("cut", lambda f: (f / "model_index.json").write_text("{"), "incomplete or damaged"),
         ("empty", lambda f: (f / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b""),
          "incomplete or damaged"),
@@ -113,7 +113,7 @@ def test_other_pipelines_and_damaged_ones_are_told_apart(vae, tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             load_weights(str(copy))
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="vae holds an AutoencoderKL, and no SiT"):
+    with pytest.raises(ValueError, match="vae is of class AutoencoderKL: give a folder with a SiT"):
         load_weights(str(tmp_path / "pipe" / "vae"))
     with pytest.raises(ValueError, match="is a file of exported weights: give its folder"):
         load_weights(str(tmp_path / "pipe" / "transformer" / "diffusion_pytorch_model.safetensors"))
@@ -121,7 +121,7 @@ def test_other_pipelines_and_damaged_ones_are_told_apart(vae, tmp_path):
 
 # ------------------------------------------------------------------------------------------- where the VAE is now
 
-def test_a_vae_that_has_moved(vae, make_vae, tmp_path):
+def test_a_vae_that_has_moved_is_given_by_option(vae, make_vae, tmp_path):
     shutil.copytree(vae, tmp_path / "first")
     with working_folder(tmp_path):
         weights = weights_of(VAECodec("first"))
@@ -148,14 +148,14 @@ def test_a_vae_that_has_moved(vae, make_vae, tmp_path):
 
 # ------------------------------------------------------------------------------------- a model without a recipe
 
-def test_a_folder_of_save_pretrained_says_what_is_assumed_of_it(tmp_path):
+def test_a_folder_of_save_pretrained_has_notes_on_what_is_assumed(tmp_path):
     model = randomised()
     model.save_pretrained(tmp_path / "bare")
     weights = load_weights(str(tmp_path / "bare"), vae="identity")
     assert weights.notes == (
-        f"{tmp_path}/bare does not name its classes: they are known by their numbers alone",
-        f"{tmp_path}/bare does not say how it was trained: taken as linear path, velocity prediction; say otherwise "
-        "with python -m sit_atconv.convert --path, --prediction",
+        f"{tmp_path}/bare does not name its classes: refer to them by number",
+        f"{tmp_path}/bare does not say how it was trained: assuming --path linear, --prediction velocity; to "
+        "change this, use these options of python -m sit_atconv.convert",
     )
     assert weights.recipe.average is None and weights.home == tmp_path / "bare" and len(weights.identity()) == 64
     assert weights.recipe.null_label_trained is None
@@ -163,7 +163,7 @@ def test_a_folder_of_save_pretrained_says_what_is_assumed_of_it(tmp_path):
                            num_classes=10)
     assert (given.recipe.interpolant, given.recipe.prediction, given.recipe.class_names) == ("gvp", "score", NAMES)
     assert not given.notes
-    with pytest.raises(ValueError, match=r"knows 10 classes by its config\.json, which --num-classes 9 contradicts"):
+    with pytest.raises(ValueError, match=r"config\.json in .*bare has 10 classes, which contradicts --num-classes 9"):
         load_published(tmp_path / "bare", vae="identity", num_classes=9)
     (tmp_path / "bare" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="incomplete or damaged"):

@@ -1,3 +1,5 @@
+"""Reading published files: formats, REPA's conventions, damage, and code that is never run."""
+
 import argparse
 
 import pytest
@@ -15,7 +17,7 @@ def weights():
 
 
 def training_file(path, model, ema=None):
-    """As SiT and REPA write them."""
+    """Writes a training file in the format of SiT and REPA."""
     content = {"model": model, "opt": {"state": {0: {"step": torch.tensor(3.0)}}}, "args": argparse.Namespace(lr=1e-4)}
     torch.save(content if ema is None else {**content, "ema": ema}, path)
     return path
@@ -25,7 +27,7 @@ def assert_equal(a: dict, b: dict):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)
 
 
-def test_the_ema_of_a_training_file_comes_first(tmp_path, weights):
+def test_the_ema_weights_of_a_training_file_are_preferred(tmp_path, weights):
     others = {name: tensor + 1 for name, tensor in weights.items()}
     both = read_published(training_file(tmp_path / "a.pt", others, weights))
     assert both.ema is True and not both.repa
@@ -35,7 +37,7 @@ def test_the_ema_of_a_training_file_comes_first(tmp_path, weights):
     assert_equal(alone.tensors, weights)
 
 
-def test_bare_state_dicts_in_every_format(tmp_path, weights):
+def test_bare_state_dicts_are_read_in_every_format(tmp_path, weights):
     torch.save(weights, tmp_path / "a.pth")
     torch.save(weights, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
     save_file(weights, tmp_path / "a.safetensors")
@@ -45,13 +47,13 @@ def test_bare_state_dicts_in_every_format(tmp_path, weights):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.module."])
-def test_wrappers_leave_the_names(tmp_path, weights, prefix):
+def test_prefixes_of_wrappers_are_removed(tmp_path, weights, prefix):
     wrapped = {prefix + name: tensor for name, tensor in weights.items()}
     assert_equal(read_published(training_file(tmp_path / "a.pt", {}, wrapped)).tensors, weights)
 
 
-def test_what_is_read_is_its_own(tmp_path, weights):
-    """The file is mapped into memory: writing to a tensor must not write to it."""
+def test_changing_loaded_tensors_does_not_change_the_file(tmp_path, weights):
+    """The file is mapped into memory."""
     path = training_file(tmp_path / "a.pt", weights)
     before = path.read_bytes()
     for tensor in read_published(path).tensors.values():
@@ -60,7 +62,7 @@ def test_what_is_read_is_its_own(tmp_path, weights):
 
 
 def as_repa(weights: dict, convolutions: bool) -> dict:
-    """The weights of v_repa(x, t) = -v(x, 1 - t) in REPA's form.
+    """Returns the weights of v_repa(x, t) = -v(x, 1 - t) in REPA's form.
 
     W [cos ft | sin ft] is the real part of w e^(ift), w = Wc - i Ws. With 1 - t for t it is that of w e^(if) e^(-ift),
     which is that of conj(w e^(if)) e^(ift).
@@ -85,7 +87,7 @@ CONVOLUTIONS = ("kernel_proj.weight", "x_proj.weight", "proj.weight")
 
 @pytest.mark.parametrize("patch_size", [1, 2])  # with 1, the patch embedding has weights (D, C, 1, 1) and keeps them
 @pytest.mark.parametrize(("mixer", "projectors"), [("atconv", True), ("atconv", False), ("attention", True)])
-def test_repas_time_is_turned(tmp_path, mixer, projectors, patch_size):
+def test_repas_time_is_reversed(tmp_path, mixer, projectors, patch_size):
     options = dict(mixer=mixer, patch_size=patch_size, learn_sigma=False, num_classes=10)
     ours = randomised(**options)
     x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0.0, 0.3, 1.0]), torch.tensor([0, 10, 3])
@@ -112,14 +114,14 @@ def test_repas_weights_keep_their_dtype(tmp_path, weights):
     assert (tensors[name].float() - weights[name]).abs().max() < 1e-3
 
 
-def test_repas_weights_must_be_whole(tmp_path, weights):
+def test_repas_weights_must_be_complete(tmp_path, weights):
     partial = {name: t for name, t in as_repa(weights, convolutions=True).items() if name != "final_layer.linear.bias"}
-    with pytest.raises(ValueError, match=r"repa\.pt .*has no final_layer\.linear\.bias"):
+    with pytest.raises(ValueError, match=r"repa\.pt has REPA's form but no final_layer\.linear\.bias"):
         read_published(training_file(tmp_path / "repa.pt", partial))
 
 
 def one_line(path) -> str:
-    """What is wrong with a file, in one line that names it."""
+    """Returns the error for a file: one line that names it."""
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as error:
         read_published(path)
     assert str(path) in str(error.value) and len(str(error.value)) < 400 + len(str(path))
@@ -146,7 +148,7 @@ def test_files_without_weights_say_what_they_hold(tmp_path):
     assert "(Tensor)" in one_line(tmp_path / "tensor.pt")
     torch.save({}, tmp_path / "empty.pt")
     assert "(dict)" in one_line(tmp_path / "empty.pt")
-    assert "is no file" in one_line(tmp_path / "nowhere.pt")
+    assert "is not a file" in one_line(tmp_path / "nowhere.pt")
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -1,3 +1,5 @@
+"""Models from published files, files from our models, and errors that name the remedy."""
+
 import argparse
 import dataclasses
 import itertools
@@ -26,12 +28,12 @@ def small(mixer, **options):
 
 
 def repa_model(mixer, **options):
-    """A network as REPA trains it: t = 1 is noise, and its output is noise - data."""
+    """Returns a network as REPA trains it: t = 1 is noise, and its output is noise - data."""
     return small(mixer, **{"learn_sigma": False, "use_pos_embed": True, "kernel_act": "silu", **options})
 
 
 def published(net, path, form="sit", **args):
-    """A training file, as SiT and REPA write them, of a network in their convention."""
+    """Writes a training file in the format of SiT or REPA for a network with their convention."""
     tensors = {**net.state_dict()}
     if form == "repa":
         for name in tensors:
@@ -84,8 +86,8 @@ def test_every_published_form_gives_the_same_output(tmp_path, form, mixer, optio
 
 
 @pytest.mark.parametrize("mixer", PRESETS)
-def test_the_trajectory_is_that_of_repas_sampler(tmp_path, mixer):
-    """REPA's own direction, with its network as trained and nothing reversed: from t = 1, noise, to t = 0, data."""
+def test_trajectories_equal_those_of_repas_sampler(tmp_path, mixer):
+    """REPA's sampler goes from t = 1, noise, to t = 0, data, with the network as trained."""
     theirs = repa_model(mixer)
     ours = load(published(theirs, tmp_path / "a.pt", "repa"), PRESETS[mixer]).model
     noise, _, y = BATCH
@@ -105,7 +107,7 @@ def test_the_trajectory_is_that_of_repas_sampler(tmp_path, mixer):
         assert (a - b).abs().max() < 1e-4
 
 
-def test_what_the_training_arguments_say(tmp_path, vae):
+def test_settings_come_from_the_training_arguments_or_from_options(tmp_path, vae):
     args = dict(model="SiT-ATConv-Tiny/2", num_classes=11, image_size=32, path_type="GVP", prediction="noise")
     path = published(small("atconv"), tmp_path / "a.pt", **args)
     weights = load_published(path, vae=str(vae))
@@ -120,13 +122,13 @@ def test_what_the_training_arguments_say(tmp_path, vae):
 
 
 @pytest.mark.parametrize("mixer", PRESETS)
-def test_mixers_are_those_of_the_tensors_where_the_files_own_name_misleads(tmp_path, mixer):
+def test_mixers_come_from_the_tensors_even_if_the_preset_is_wrong(tmp_path, mixer):
     """REPA's port has presets named ATConv whose blocks are attention."""
     path = published(repa_model(mixer), tmp_path / "a.pt", "repa", model="SiT-ATConv-Tiny/2", prediction="v")
     assert load(path).model.config.mixer == mixer
 
 
-def test_as_trained_and_half_precision(tmp_path):
+def test_weights_as_trained_and_half_precision_weights_are_loaded(tmp_path):
     theirs = small("atconv").bfloat16()
     path = published(theirs, tmp_path / "a.pt", model="SiT-ATConv-Tiny/2")
     averaged, trained = (load(path, ema=ema) for ema in (True, False))
@@ -135,11 +137,11 @@ def test_as_trained_and_half_precision(tmp_path):
     bias = [weights.model.final_layer.linear.bias for weights in (averaged, trained)]
     assert (bias[1] - bias[0]).mean() > 0.9 and trained.recipe.ema_decay is None
     torch.save({"ema": theirs.state_dict()}, tmp_path / "b.pt")
-    with pytest.raises(ValueError, match="EMA weights alone: leave --no-ema out"):
+    with pytest.raises(ValueError, match="holds only EMA weights: leave out --no-ema"):
         load(tmp_path / "b.pt", ema=False)
 
 
-def test_load_weights_takes_a_file_like_anything_else(tmp_path, vae):
+def test_load_weights_takes_a_file(tmp_path, vae):
     path = published(small("attention"), tmp_path / "0400000.pt")
     weights = load_weights(str(path), model="SiT-Tiny/2", vae=str(vae))
     assert weights.home == tmp_path / "0400000" and weights.identity() == sha256_of(path)
@@ -150,48 +152,48 @@ def test_load_weights_takes_a_file_like_anything_else(tmp_path, vae):
     lambda args: argparse.Namespace(**args), dict,
     lambda args: {"seed": 0, "model": args["model"], "transport": args, "data": argparse.Namespace(**args)},
 ])
-def test_arguments_are_believed_in_whatever_they_are_kept(tmp_path, wrap):
+def test_training_arguments_are_read_from_namespaces_dicts_and_groups(tmp_path, wrap):
     args = dict(model="SiT-ATConv-Tiny/2", num_classes=10, image_size=8, path_type="GVP", prediction="noise",
                 cfg_prob=0)
     torch.save({"ema": small("atconv").state_dict(), "args": wrap(args)}, tmp_path / "a.pt")
     weights = load(tmp_path / "a.pt")
     assert (weights.recipe.interpolant, weights.recipe.prediction) == ("gvp", "noise")
     assert weights.model.config.input_size == 8 and weights.recipe.null_label_trained is False
-    assert weights.null_label is None and not any("taken as" in note for note in weights.notes)
+    assert weights.null_label is None and not any("assuming" in note for note in weights.notes)
 
 
 @pytest.mark.parametrize("args", [
     argparse.Namespace(model="DiT-S/8", image_size=64), {"model": "dit-s/8"}, {"model": {"name": "DiT-S/8"}},
     {"model": "models.DiT_S_8"}, None])
-def test_a_dit_is_no_flow(tmp_path, args):
-    """Its tensors have a SiT's names and shapes; without arguments the file's name is all that tells."""
+def test_a_dit_is_refused(tmp_path, args):
+    """Its tensors have the names and shapes of a SiT's; without arguments only the file's name tells."""
     tensors, path = small("attention").state_dict(), tmp_path / ("fast-DiT-S-8.pt" if args is None else "a.pt")
     torch.save({"ema": tensors} if args is None else {"ema": tensors, "args": args}, path)
     for read in (lambda: load(path, "SiT-Tiny/2", prediction="velocity"), lambda: load_weights(str(path))):
-        with pytest.raises(ValueError, match="a DiT predicts noise, and its variance, on DDPM's discrete steps"):
+        with pytest.raises(ValueError, match="a DiT predicts noise and variance on the discrete steps of DDPM"):
             read()
     torch.save({"ema": tensors, "args": argparse.Namespace(model="SiT-Tiny/2")}, tmp_path / "DiT-as-a-flow.pt")
     assert load(tmp_path / "DiT-as-a-flow.pt").model.config.mixer == "attention"
 
 
-def test_what_a_bare_file_does_not_say_is_said(tmp_path):
+def test_notes_say_what_is_assumed_of_a_bare_file(tmp_path):
     save_file(small("attention").state_dict(), tmp_path / "a.safetensors")
     weights = load(tmp_path / "a.safetensors", "SiT-Tiny/2", prediction="noise")
     names, flow = weights.notes
-    assert names == f"{tmp_path}/a.safetensors does not name its classes: they are known by their numbers alone"
-    assert flow == (f"{tmp_path}/a.safetensors does not say how it was trained: taken as linear path; say otherwise "
-                    "with python -m sit_atconv.convert --path")
+    assert names == f"{tmp_path}/a.safetensors does not name its classes: refer to them by number"
+    assert flow == (f"{tmp_path}/a.safetensors does not say how it was trained: assuming --path linear; to "
+                    "change this, use these options of python -m sit_atconv.convert")
     assert weights.recipe.average is None and weights.recipe.ema_decay is None
     assert weights.recipe.null_label_trained is True  # SiT has the row only where it is trained
 
 
-def test_the_names_that_a_file_holds(tmp_path):
+def test_class_names_come_from_the_file_or_from_an_option(tmp_path):
     theirs = [f"class {i}" for i in range(10)]
     path = published(small("attention"), tmp_path / "a.pt", model="SiT-Tiny/2", class_names=theirs)
     assert load(path).recipe.class_names == theirs and len(load(path).notes) == 1
     given = load(path, class_names=theirs[::-1])
     assert given.recipe.class_names == theirs[::-1] and given.notes[0] == (
-        f"the names given are not those of {path}: label 0 is 'class 0' there, 'class 9' here (and 9 more)")
+        f"the given class names are not those of {path}: label 0 is 'class 0' there, 'class 9' here (and 9 more)")
 
 
 # -------------------------------------------------------------------------------------------------------- the way back
@@ -202,7 +204,7 @@ def test_the_names_that_a_file_holds(tmp_path):
      ("repa", "attention", {}), ("repa", "atconv", {}), ("repa", "hybrid", {}),
      ("repa", "atconv", dict(num_classes=1, has_null_label=False))],
 )
-def test_there_and_back_is_exact(tmp_path, form, mixer, options):
+def test_loading_and_saving_restores_the_file(tmp_path, form, mixer, options):
     theirs = (small if form == "sit" else repa_model)(mixer, **options)
     path = published(theirs, tmp_path / "a.pt", form, num_classes=theirs.config.num_classes, image_size=8)
     weights = load(path, PRESETS[mixer])
@@ -226,7 +228,7 @@ def test_there_and_back_is_exact(tmp_path, form, mixer, options):
     dict(empty_classes=[2, 3], ema_decay=0.99, interpolant="gvp"),
     dict(ema_decay=None, ema_known=False),
 ])
-def test_the_recipe_there_and_back_is_exact(tmp_path, recipe):
+def test_saving_and_loading_restores_the_recipe(tmp_path, recipe):
     weights = load(published(small("attention"), tmp_path / "a.pt"), "SiT-Tiny/2")
     weights = dataclasses.replace(weights, recipe=dataclasses.replace(weights.recipe, **recipe))
     save_published(weights, tmp_path / "b.pt", "sit")
@@ -234,8 +236,8 @@ def test_the_recipe_there_and_back_is_exact(tmp_path, recipe):
     assert again.recipe == weights.recipe and not again.notes
 
 
-def test_repas_models_without_positions_have_a_table_of_zeros(tmp_path):
-    """They add a table whatever it is; at another resolution ours must go on without."""
+def test_repas_models_without_positions_get_a_table_of_zeros(tmp_path):
+    """REPA's models always add a table; loaded again, ours must work without one at other resolutions."""
     model = repa_model("atconv", use_pos_embed=False)
     path = published(model, tmp_path / "a.pt", "repa", image_size=8)
     save_published(load(path, PRESETS["atconv"]), tmp_path / "b.pt", "repa")
@@ -250,17 +252,17 @@ def test_repas_models_without_positions_have_a_table_of_zeros(tmp_path):
 @pytest.mark.parametrize(
     ("form", "mixer", "options", "message"),
     [
-        ("sit", "atconv", dict(kernel_act="silu"), "form has kernel_act gelu_tanh alone, and this model has silu"),
-        ("sit", "hybrid", dict(kernel_pool="grid"), "SiT's form has kernel_pool raster alone"),
-        ("repa", "atconv", dict(learn_sigma=False), "REPA's form has kernel_act silu alone"),
-        ("repa", "attention", dict(learn_sigma=True), "REPA's form has learn_sigma False alone"),
-        ("sit", "attention", dict(num_heads=2), "names a preset, and none has depth 4, width 128.* with 2 heads"),
-        ("sit", "attention", dict(depth=3), "names a preset, and none has depth 3, width 128, patch 2"),
+        ("sit", "atconv", dict(kernel_act="silu"), "form needs kernel_act gelu_tanh, but this model has silu"),
+        ("sit", "hybrid", dict(kernel_pool="grid"), "SiT's form needs kernel_pool raster"),
+        ("repa", "atconv", dict(learn_sigma=False), "REPA's form needs kernel_act silu"),
+        ("repa", "attention", dict(learn_sigma=True), "REPA's form needs learn_sigma False"),
+        ("sit", "attention", dict(num_heads=2), "names a preset, but none has depth 4, width 128.* with 2 heads"),
+        ("sit", "attention", dict(depth=3), "names a preset, but none has depth 3, width 128, patch 2"),
         ("sit", "attention", dict(prediction="data"), "SiT's form has no prediction data"),
-        ("repa", "attention", dict(learn_sigma=False, interpolant="vp"), "REPA's form has no path_type vp"),
+        ("repa", "attention", dict(learn_sigma=False, interpolant="vp"), "REPA's form has no interpolant vp"),
     ],
 )
-def test_what_a_form_cannot_hold_is_refused(tmp_path, form, mixer, options, message):
+def test_models_that_a_form_cannot_express_are_refused(tmp_path, form, mixer, options, message):
     recipe = {name: options.pop(name) for name in ("prediction", "interpolant") if name in options}
     weights = load(published(small("attention"), tmp_path / "a.pt"), PRESETS["attention"], **recipe)
     object.__setattr__(weights, "model", small(mixer, **options))
@@ -279,14 +281,14 @@ def one_line(path, *args, vae="identity", **kwargs) -> str:
     return message
 
 
-def test_a_missing_model_is_asked_for_by_name(tmp_path):
+def test_the_error_without_a_preset_names_the_one_that_fits(tmp_path):
     for mixer, preset in PRESETS.items():
         save_file(small(mixer).state_dict(), tmp_path / "a.safetensors")
         message = one_line(tmp_path / "a.safetensors")
-        assert "does not say which model" in message
-        assert message.endswith(f"give --model {preset}, which has their shapes")
+        assert "does not say which preset" in message
+        assert message.endswith(f"give --model {preset}, which fits")
     save_file(small("atconv", depth=3).state_dict(), tmp_path / "a.safetensors")
-    assert "no --model has their depth 3, width 128, patch 2 and mixers atconv" in one_line(tmp_path / "a.safetensors")
+    assert "no preset has their depth 3, width 128, patch 2 and mixers atconv" in one_line(tmp_path / "a.safetensors")
     assert "there is no preset 'SiT-XXL/2'; near it: " in one_line(tmp_path / "a.safetensors", "SiT-XXL/2")
 
 
@@ -310,27 +312,27 @@ def test_missing_and_unexpected_tensors_are_listed(tmp_path):
     save_file(tensors, tmp_path / "a.safetensors")
     message = one_line(tmp_path / "a.safetensors", "SiT-ATConv-Tiny/2")
     assert "t_embedder.mlp.2.bias missing there, (128,) here; extra.weight (128,) there, none here" in message
-    assert message.endswith("give a file of whole weights")
+    assert message.endswith("give a file with all weights")
 
 
 def test_other_errors_name_value_and_remedy(tmp_path, vae):
     path, preset = published(small("attention"), tmp_path / "a.pt"), "SiT-Tiny/2"
     for num_classes in (9, 12):
-        assert f"a table of 11 labels, which is not that of {num_classes} classes" in one_line(
+        assert f"a table of 11 labels, which does not fit {num_classes} classes" in one_line(
             path, preset, num_classes=num_classes)
-    assert "knows 10 classes, and 2 names are given" in one_line(path, preset, class_names=["a", "b"])
+    assert "has 10 classes, but 2 names are given" in one_line(path, preset, class_names=["a", "b"])
     three = published(small("attention", in_channels=3), tmp_path / "b.pt")
-    assert f"takes 3 channels, and the VAE {vae} gives 4: give the --vae" in one_line(three, preset, vae=str(vae))
+    assert f"takes 3 channels, but the VAE {vae} gives 4: give the --vae" in one_line(three, preset, vae=str(vae))
     assert f"no VAE could be loaded from '{tmp_path}'" in one_line(path, preset, vae=str(tmp_path))
     odd = published(small("attention"), tmp_path / "c.pt", path_type="spiral")
     assert "'spiral', which is none of Linear, GVP, VP: " in one_line(odd, preset)
     save_file({"conv_in.weight": torch.ones(3, 3)}, tmp_path / "d.safetensors")
-    assert "no weights of a SiT: x_embedder.proj.weight is missing" in one_line(tmp_path / "d.safetensors", preset)
+    assert "not a SiT's: x_embedder.proj.weight is missing" in one_line(tmp_path / "d.safetensors", preset)
     (tmp_path / "e.pt").write_bytes(bytes(range(256)))
-    assert "is no checkpoint" in one_line(tmp_path / "e.pt", preset)
+    assert "is not a checkpoint" in one_line(tmp_path / "e.pt", preset)
 
 
-def test_options_of_files_are_refused_elsewhere_and_those_of_runs_here(tmp_path):
+def test_options_of_files_and_of_runs_are_refused_for_the_other(tmp_path):
     from sit_atconv.checkpoints.exported import export_weights
 
     path = published(small("attention"), tmp_path / "a.pt")
@@ -340,21 +342,21 @@ def test_options_of_files_are_refused_elsewhere_and_those_of_runs_here(tmp_path)
     for ckpt, options, message in [
         ("ours", dict(model="SiT-Tiny/2"), r"--model SiT-Tiny/2 is for files .* config\.json"),
         ("ours", dict(vae="nowhere"), r"--vae nowhere: there is no folder nowhere"),
-        ("ours", dict(ema=0.5), r"has no average of decay 0\.5: give one of 0\.9999"),
+        ("ours", dict(ema=0.5), r"has no EMA of decay 0\.5: give one of 0\.9999"),
         ("ours/diffusion_pytorch_model.safetensors", {}, "is a file of exported weights: give its folder"),
-        ("a.pt", dict(ema=0.5), r"names no decay of its average: leave --ema 0\.5 out"),
+        ("a.pt", dict(ema=0.5), r"without a choice of EMA decays: leave out --ema 0\.5"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_weights(str(tmp_path / ckpt), **options)
 
 
 @pytest.mark.parametrize(("name", "tensor", "message"), [
-    ("blocks.9999999999.x", torch.zeros(1), r"its blocks are not 0 \.\.\. 4, but go up to 9999999999"),
+    ("blocks.9999999999.x", torch.zeros(1), r"its 5 blocks are numbered up to 9999999999"),
     ("pos_embed", torch.zeros(()), "pos_embed is missing or of another shape"),
     ("x_embedder.proj.weight", torch.zeros(0, 4, 2, 2), r"x_embedder\.proj\.weight is missing or of another shape"),
     ("final_layer.linear.bias", torch.zeros(16, dtype=torch.int8), r"final_layer\.linear\.bias is torch\.int8"),
-    ("final_layer.linear.bias", torch.zeros(16).to_sparse(), "weights are dense floating-point numbers"),
-    ("final_layer.linear.bias", torch.full((16,), math.nan), "numbers that are not finite, in final_layer"),
+    ("final_layer.linear.bias", torch.zeros(16).to_sparse(), "weights must be dense floating-point numbers"),
+    ("final_layer.linear.bias", torch.full((16,), math.nan), "numbers that are not finite, first in final_layer"),
     ("module.final_layer.linear.bias", torch.zeros(16), "two of its names are the same"),
 ])
 def test_odd_tensors_are_named(tmp_path, name, tensor, message):
@@ -368,5 +370,5 @@ def test_odd_tensors_are_named(tmp_path, name, tensor, message):
 def test_odd_numbers_of_classes_are_named(tmp_path, num_classes):
     weights = SiT.from_preset("SiT-ATConv-Tiny/2", num_classes=10).state_dict()
     torch.save({"ema": weights, "args": argparse.Namespace(num_classes=num_classes)}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"which is no number: let python -m sit_atconv\.convert --num-classes say"):
+    with pytest.raises(ValueError, match=r"which is not a whole number: use python .*convert with --num-classes"):
         load_published(tmp_path / "a.pt", "SiT-ATConv-Tiny/2", vae="identity")

@@ -3,7 +3,7 @@
 from sit_atconv.checkpoints.run_folder import append_stats, read_stats, rewind_stats
 
 
-def test_stats_are_rewound_to_the_step_resumed_from(tmp_path):
+def test_lines_after_the_step_resumed_from_are_dropped(tmp_path):
     for step in (1, 2, 3):
         append_stats(tmp_path, {"step": step, "loss": 1 / step})
     with open(tmp_path / "stats.jsonl", "a") as file:

@@ -1,3 +1,5 @@
+"""Options inferred from tensors."""
+
 import pytest
 import torch
 
@@ -10,14 +12,14 @@ from tests.models.test_sit import randomised
     ({"mixer": "hybrid", "kernel_size": 5}, ["attention", "5x5 ATConv"]),
     ({"mixer": ["atconv", "attention"], "qk_norm": True}, ["3x3 ATConv", "attention with qk_norm"]),
 ])
-def test_mixers_are_shown_and_spoken(options, spoken):
+def test_tensors_show_the_mixers(options, spoken):
     tensors = randomised(**options).state_dict()
     assert list(map(str, mixer_kinds(tensors).values())) == spoken
     assert options.items() <= shown_options(tensors).items()
 
 
 @pytest.mark.parametrize("unknown", [{"mix.weight"}, {"qkv.weight", "proj.weight", "mix.weight"}])
-def test_an_unknown_mixer_is_an_error_that_names_its_tensors_until_it_is_registered(unknown, monkeypatch):
+def test_an_unknown_mixer_is_refused_until_it_is_registered(unknown, monkeypatch):
     tensors = randomised().state_dict()
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("blocks.1.attn.")}
     tensors |= {f"blocks.1.attn.{name}": torch.zeros(48, 48) for name in unknown}
@@ -29,7 +31,7 @@ def test_an_unknown_mixer_is_an_error_that_names_its_tensors_until_it_is_registe
     assert str(mixer_kinds(tensors)[1]) == "mixing"
 
 
-def test_a_config_tells_mixers_without_tensors_of_their_own():
+def test_mixers_may_come_from_the_config():
     config = {"mixer": ["atconv", "attention"], "depth": 2}
     tensors = randomised(**config).state_dict()
     assert mixer_kinds(tensors, config) == mixer_kinds(tensors)

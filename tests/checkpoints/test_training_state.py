@@ -1,7 +1,8 @@
-"""Checkpoints come back as they were, damaged ones are found, and a kill leaves the one before."""
+"""Checkpoints are restored exactly, damaged ones are found, and a kill leaves the previous one intact."""
 
 import dataclasses
 import itertools
+import json
 import shutil
 from unittest.mock import Mock
 
@@ -27,7 +28,7 @@ from tests.checkpoints.conftest import recipe
 from tests.models.test_sit import randomised
 
 
-def test_what_is_saved_comes_back(tmp_path, state):
+def test_a_saved_state_is_restored(tmp_path, state):
     checkpoint = save_checkpoint(tmp_path, state, recipe(7), keep=2, computed_on={"processes": 3})
     model = randomised()
     groups = parameter_groups([model], 0.1)  # in another order than when it was saved
@@ -44,7 +45,7 @@ def test_what_is_saved_comes_back(tmp_path, state):
     assert fresh.optimizer.param_groups[0]["weight_decay"] == 0.1
 
 
-def test_a_scaler_comes_back(tmp_path, state):
+def test_a_scaler_is_restored(tmp_path, state):
     def with_scaler(scale):
         return dataclasses.replace(state, scaler=torch.amp.GradScaler("cpu", init_scale=scale))
 
@@ -52,26 +53,26 @@ def test_a_scaler_comes_back(tmp_path, state):
     assert load_checkpoint(checkpoint, again := with_scaler(2.0)) == {} and again.scaler.get_scale() == 64.0
 
 
-def test_the_newest_are_kept_and_the_last_step_is_the_newest(tmp_path, state):
+def test_the_newest_checkpoints_are_kept(tmp_path, state):
     for step in (8, 9, 10, 11):
         save_checkpoint(tmp_path, state, recipe(step), keep=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-0000010", "step-0000011"]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2  # and nothing half written
 
 
-def test_every_so_many_are_kept_for_good(tmp_path, state):
+def test_checkpoints_of_keep_every_are_kept_permanently(tmp_path, state):
     for step in range(1, 8):
         save_checkpoint(tmp_path, state, recipe(step), keep=1, keep_every=3)
     assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [3, 6, 7]
 
 
-def test_files_are_readable_by_whom_the_umask_allows(tmp_path, state):
+def test_file_permissions_follow_the_umask(tmp_path, state):
     checkpoint = save_checkpoint(tmp_path, state, recipe(1), keep=1)
     modes = {path.stat().st_mode & 0o777 for path in checkpoint.rglob("*") if path.is_file()}
     assert len(modes) == 1 and modes != {0o600}
 
 
-def test_a_checkpoint_cut_short_is_not_one(tmp_path, state, monkeypatch):
+def test_an_interrupted_checkpoint_is_not_used(tmp_path, state, monkeypatch):
     save_checkpoint(tmp_path, state, recipe(1), keep=2)
     monkeypatch.setattr("sit_atconv.checkpoints.training_state.flush", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -108,12 +109,13 @@ def cut(path):
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, state, damage):
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(tmp_path, state, damage):
     sound = save_checkpoint(tmp_path, state, recipe(3), keep=2)
     DAMAGE[damage](newest := save_checkpoint(tmp_path, state, recipe(4), keep=2))
     found = find_resumable(tmp_path)
     assert (found.checkpoint, found.step, list(found.damaged)) == (sound, 3, [newest])
-    assert any(word in found.damaged[newest] for word in ("missing", "damaged", "not as it was written"))
+    words = ("missing", "damaged", "not as it was written", "is of step 3")
+    assert any(word in found.damaged[newest] for word in words)
     for _ in range(2):  # once more with what was set aside before
         assert set_aside(newest).name == "damaged-step-0000004" and find_resumable(tmp_path).damaged == {}
         newest.write_text("")
@@ -121,7 +123,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, sta
     assert newest_checkpoint(tmp_path) == sound
 
 
-def test_odd_things_among_checkpoints_do_not_end_a_save(tmp_path, state):
+def test_links_and_stray_files_do_not_stop_a_save(tmp_path, state):
     folder = save_checkpoint(tmp_path, state, recipe(1), keep=1).parent
     (folder / "step-0000001").rename(tmp_path / "elsewhere")
     (folder / "step-0000001").symlink_to(tmp_path / "elsewhere")
@@ -130,7 +132,7 @@ def test_odd_things_among_checkpoints_do_not_end_a_save(tmp_path, state):
     assert [path.name for path in folder.iterdir()] == ["step-0000002"] and (tmp_path / "elsewhere").is_dir()
 
 
-def test_a_checkpoint_that_cannot_be_read_is_damaged(tmp_path, state, monkeypatch):
+def test_a_checkpoint_that_cannot_be_read_counts_as_damaged(tmp_path, state, monkeypatch):
     for step in (3, 4):
         save_checkpoint(tmp_path, state, recipe(step), keep=2)
 
@@ -144,12 +146,26 @@ def test_a_checkpoint_that_cannot_be_read_is_damaged(tmp_path, state, monkeypatc
     assert found.step == 3 and "cannot be read (Input/output error)" in next(iter(found.damaged.values()))
 
 
-def test_where_none_is_sound_nothing_begins_afresh(tmp_path, state):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(tmp_path, state):
     for step in (3, 4):
         cut(save_checkpoint(tmp_path, state, recipe(step), keep=2) / "optimizer.safetensors")
     with pytest.raises(ValueError, match=r"no checkpoint of .*step-0000004: optimizer.safetensors is not as it was"):
         find_resumable(tmp_path)
     assert find_resumable(tmp_path / "elsewhere") == Resumable(None, 0, {})
+
+
+@pytest.mark.parametrize(("fields", "fault"), [
+    ({"shards": 2}, "has shards, which"),
+    ({"computed_on": None}, "has no computed_on, which"),
+    ({"sha256": {"model/0.safetensors": ""}}, "has no model/diffusion_pytorch_model.safetensors, which"),
+])
+def test_a_checkpoint_of_a_later_version_is_refused_not_damaged(tmp_path, state, fields, fault):
+    save_checkpoint(tmp_path, state, recipe(3), keep=2)
+    file = save_checkpoint(tmp_path, state, recipe(4), keep=2) / "state.json"
+    content = json.loads(file.read_text()) | {"versions": {"sit_atconv": "9.1"}} | fields
+    file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+    with pytest.raises(ValueError, match=rf"step-0000004/state\.json {fault} .* by 9\.1; install that version or a l"):
+        find_resumable(tmp_path)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, state):
@@ -159,7 +175,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, state):
         load_checkpoint(checkpoint, dataclasses.replace(state, model=other))
 
 
-def test_a_checkpoint_is_as_large_as_its_files(tmp_path, state):
+def test_the_computed_size_of_a_checkpoint_is_that_of_its_files(tmp_path, state):
     alone = dataclasses.replace(state, averages={0.9: state.model})
     folder = save_checkpoint(tmp_path, alone, recipe(1), keep=1)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -168,7 +184,7 @@ def test_a_checkpoint_is_as_large_as_its_files(tmp_path, state):
 
 @pytest.mark.parametrize("steps", [90, 100, 250, 1000])
 @pytest.mark.parametrize(("keep", "keep_every"), itertools.product([1, 3], [None, 100, 200]))
-def test_checkpoints_at_once_are_those_of_a_run(steps, keep, keep_every):
+def test_checkpoints_at_once_is_the_largest_number_during_a_run(steps, keep, keep_every):
     kept, most = [], 0
     for step in [*range(100, steps, 100), steps]:
         most = max(most, len(kept) + 1)

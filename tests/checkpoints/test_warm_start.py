@@ -1,3 +1,5 @@
+"""Warm starts: what is kept of the weights, what starts from scratch, and what is reported."""
+
 import dataclasses
 
 import pytest
@@ -58,7 +60,7 @@ def assert_kept(net, theirs, names):
 
 @pytest.mark.parametrize("mixer", ["atconv", "hybrid"])
 @pytest.mark.parametrize("published", [True, False])
-def test_the_same_model_is_copied_and_nothing_more_is_said(start, mixer, published):
+def test_the_same_model_is_copied_without_further_lines(start, mixer, published):
     theirs, net = randomised(mixer=mixer), fresh(mixer=mixer)
     lines, _, _ = start(theirs, net, published)
     assert_kept(net, theirs, net.state_dict())
@@ -68,7 +70,7 @@ def test_the_same_model_is_copied_and_nothing_more_is_said(start, mixer, publish
     assert lines[0].startswith("started from /")
 
 
-def test_a_runs_ema_and_a_training_files_ema(tmp_path):
+def test_the_ema_weights_of_runs_and_files_are_used(tmp_path):
     model, ema, net = randomised(), fresh(), fresh()
     torch.nn.init.ones_(ema.final_layer.linear.weight)
     save_checkpoint(tmp_path / "run", TrainingState(model, {0.9: ema}, torch.optim.SGD(model.parameters())),
@@ -81,8 +83,8 @@ def test_a_runs_ema_and_a_training_files_ema(tmp_path):
         assert_kept(net, ema if "EMA" in kind else model, net.state_dict())
 
 
-def test_the_model_trains_on(start):
-    """Whoever starts from frozen weights has a model that learns, in its own dtype."""
+def test_the_model_can_be_trained(start):
+    """Loaded weights are frozen and float32; the model keeps its dtype and its gradients."""
     net = fresh().bfloat16().train()
     start(randomised(), net)
     assert all(p.requires_grad and p.dtype is torch.bfloat16 and p.is_leaf for p in net.parameters())
@@ -91,38 +93,38 @@ def test_the_model_trains_on(start):
 # ------------------------------------------------------------------------------------------------- label table
 
 @pytest.mark.parametrize(("published", "there"), [(True, "6 rows"), (False, "5 classes")])
-def test_another_class_count(start, published, there):
+def test_another_class_count_starts_the_label_table_from_scratch(start, published, there):
     net = fresh()
     lines, changed, before = start(randomised(num_classes=5), net, published)
     assert changed == before.keys() - {TABLE}
-    assert lines[1:] == [f"the label table starts afresh: {there} there, 10 classes and the null label here"]
+    assert lines[1:] == [f"the label table starts from scratch: {there} there, 10 classes and the null label here"]
 
 
-def test_as_many_rows_of_another_class_count(start):
+def test_equal_rows_with_another_class_count_start_from_scratch(start):
     """Ten classes and a null label are not eleven classes."""
     lines, changed, _ = start(randomised(), fresh(num_classes=11, has_null_label=False))
     assert TABLE not in changed
-    assert lines[1:] == ["the label table starts afresh: 10 classes there, 11 classes here"]
+    assert lines[1:] == ["the label table starts from scratch: 10 classes there, 11 classes here"]
 
 
 @pytest.mark.parametrize("published", [True, False])
-def test_a_null_label_gained(start, published):
+def test_a_new_null_label_starts_from_scratch(start, published):
     theirs, net = randomised(has_null_label=False), fresh()
     lines, _, before = start(theirs, net, published)
     table = net.state_dict()[TABLE]
     assert torch.equal(table[:10], theirs.state_dict()[TABLE]) and torch.equal(table[10], before[TABLE][10])
-    assert len(lines) == 2 and "null label's row starts afresh" in lines[1]
+    assert len(lines) == 2 and "null label's row starts from scratch" in lines[1]
 
 
 @pytest.mark.parametrize("published", [True, False])
-def test_a_null_label_lost(start, published):
+def test_a_null_label_can_be_left_out(start, published):
     theirs, net = randomised(), fresh(has_null_label=False)
     lines, _, _ = start(theirs, net, published)
     assert torch.equal(net.state_dict()[TABLE], theirs.state_dict()[TABLE][:10])
     assert len(lines) == 2 and "null label's row is left out" in lines[1]
 
 
-def test_class_names(start):
+def test_differing_class_names_are_reported(start):
     renamed = ["class 0", "cat", "dog", *NAMES[3:]]
     line = "label 1 is 'class 1' there, 'cat' here (and 1 more)"
     assert line in start(randomised(), fresh(), class_names=renamed)[0][1]
@@ -133,7 +135,7 @@ def test_class_names(start):
 
 
 def test_rows_follow_the_names_of_their_classes(start):
-    """Whether they come in another order, or written in another way."""
+    """The names may have another order or another Unicode form."""
     names = [f"class {i}" for i in range(9)] + ["caf\u00e9"]
     here = [" cafe\u0301 ", *names[8::-1]]
     theirs, net = randomised(), fresh()
@@ -153,23 +155,24 @@ def test_rows_follow_the_names_of_their_classes(start):
     assert torch.equal(net.state_dict()[TABLE], there) and "the label table is kept: label 1" in lines[1]
 
 
-def test_a_file_without_names_says_what_its_labels_become(start):
+def test_labels_of_a_file_without_names_are_reported(start):
     lines, _, _ = start(randomised(), fresh(), published=True, class_names=NAMES[::-1])
     assert lines[1:] == ["the weights do not name their classes: label 0 becomes 'class 9', "
                          "label 1 becomes 'class 8', label 2 becomes 'class 7', ..."]
 
 
-def test_a_file_that_says_what_it_is(tmp_path):
-    """Names, path and number of classes in the arguments of a training file."""
+def test_the_training_arguments_of_a_file_are_used(tmp_path):
+    """They hold class names, interpolant and number of classes."""
     theirs, net = randomised(), fresh()
     args = dict(class_names=NAMES[::-1], num_classes=10, path_type="GVP", prediction="velocity", class_dropout_prob=0)
     torch.save({"ema": theirs.state_dict(), "args": args}, tmp_path / "a.pt")
     begun = start_from(net, str(tmp_path / "a.pt"), "linear", "velocity", CODEC, class_names=NAMES)
     assert torch.equal(net.state_dict()[TABLE][:10], theirs.state_dict()[TABLE][:10].flip(0))
     assert "rows follow the class names" in begun.lines[1]
-    assert begun.lines[2:] == ["the interpolant is gvp there, linear here"] and begun.null_label_trained is False
+    assert begun.lines[2:] == ["the weights were trained with other settings: interpolant gvp -> linear"]
+    assert begun.null_label_trained is False
     eleven = start_from(fresh(num_classes=11, has_null_label=False), str(tmp_path / "a.pt"), "gvp", "velocity", CODEC)
-    assert "the label table starts afresh: 10 classes there, 11 classes here" in eleven.lines
+    assert "the label table starts from scratch: 10 classes there, 11 classes here" in eleven.lines
 
 
 @pytest.mark.parametrize(("trained", "there", "here", "kept"), [
@@ -177,14 +180,14 @@ def test_a_file_that_says_what_it_is(tmp_path):
     (True, dict(num_classes=5), {}, False), (True, dict(has_null_label=False), {}, False),
     (True, {}, dict(has_null_label=False), False),
 ])
-def test_whether_the_null_label_that_is_kept_was_trained(tmp_path, trained, there, here, kept):
+def test_the_result_tells_if_the_null_label_was_trained(tmp_path, trained, there, here, kept):
     theirs = randomised(**there)
     recipe = dataclasses.replace(RECIPE, class_names=NAMES[: theirs.config.num_classes], null_label_trained=trained)
     save_weights(theirs, recipe, tmp_path / "theirs")
     assert start_from(fresh(**here), str(tmp_path / "theirs"), "linear", "velocity", CODEC).null_label_trained is kept
 
 
-def test_a_dit_and_a_model_without_a_recipe(tmp_path):
+def test_a_dit_is_refused_and_a_model_without_a_recipe_is_taken(tmp_path):
     theirs, net = randomised(), fresh()
     torch.save({"ema": theirs.state_dict(), "args": {"model": "DiT-S/8"}}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="a DiT predicts noise"):
@@ -197,14 +200,14 @@ def test_a_dit_and_a_model_without_a_recipe(tmp_path):
 
 # ------------------------------------------------------------------------------------------------- positions
 
-def test_another_resolution_is_nothing_to_speak_of(start):
+def test_another_resolution_needs_no_line(start):
     theirs, net = randomised(mixer="attention"), fresh(mixer="attention", input_size=16)
     lines, changed, before = start(theirs, net)
     assert "pos_embed" not in changed and len(lines) == 1
     assert f"{len(before) - 1} of {len(before) - 1} " in lines[0]
 
 
-def test_position_embedding_gained_and_lost(start):
+def test_a_position_embedding_is_added_or_left_out(start):
     lines, _, _ = start(randomised(use_pos_embed=True), net := fresh())
     assert lines[1:] == ["position embedding left out: this model has none"] and net.pos_embed is None
     lines, changed, _ = start(randomised(), fresh(use_pos_embed=True))
@@ -212,14 +215,14 @@ def test_position_embedding_gained_and_lost(start):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # the latter rounds by more than the threshold
-def test_a_learned_position_table_is_copied(start, dtype):
+def test_a_trained_position_embedding_is_copied(start, dtype):
     theirs, net = randomised(mixer="attention").to(dtype), fresh(mixer="attention")
     assert len(start(theirs, net, published=True)[0]) == 1
     assert torch.equal(net.pos_embed, sincos_pos_embed(48, (4, 4)))
     theirs.pos_embed.data += 0.01
     lines, _, before = start(theirs, net, published=True)
     assert torch.equal(net.pos_embed, theirs.pos_embed.float()) and not net.pos_embed.requires_grad
-    assert len(lines) == 2 and "learned" in lines[1] and f"{len(before)} of {len(before)} " in lines[0]
+    assert len(lines) == 2 and "it was trained" in lines[1] and f"{len(before)} of {len(before)} " in lines[0]
 
 
 # ------------------------------------------------------------------------------------------------- mixers
@@ -240,27 +243,27 @@ def mixer_names(net, *blocks):
          "mixers of all 4 blocks (attention with qk_norm there, attention here)"),
     ],
 )
-def test_other_mixers_start_afresh_as_a_whole(start, there, here, fresh_blocks, line):
-    """Both kinds have attn.proj of the same shape, which means something else in the other."""
+def test_other_mixers_start_from_scratch_as_a_whole(start, there, here, fresh_blocks, line):
+    """Both kinds have attn.proj of the same shape, but its meaning differs."""
     common = dict(depth=4, use_pos_embed=False)
     theirs, net = randomised(**common, **there), fresh(**common, **here)
     lines, changed, before = start(theirs, net)
     left = mixer_names(net, *fresh_blocks)
     assert left and not left & changed
     assert_kept(net, theirs, set(before) - left)
-    assert len(lines) == 2 and lines[1].startswith(line) and lines[1].endswith(" start afresh"), lines
+    assert len(lines) == 2 and lines[1].startswith(line) and lines[1].endswith(" start from scratch"), lines
     assert f": {len(before) - len(left)} of {len(before)} tensors kept" in lines[0]
 
 
 @pytest.mark.parametrize("published", [True, False])
-def test_a_mixer_of_the_users_own_starts_afresh_or_is_kept(start, monkeypatch, published):
+def test_a_users_own_mixer_starts_from_scratch_or_is_kept(start, monkeypatch, published):
     """Its tensors have the names and shapes of attention's, so that a file of them shows attention."""
     build = MIXERS["attention"].build
     monkeypatch.setitem(MIXERS._entries, "linear", Mixer(build, parameters=MIXERS["attention"].parameters))
     theirs, net = randomised(mixer="linear"), fresh(mixer="attention", use_pos_embed=False)
     lines, changed, _ = start(theirs, net, published)
     assert (mixer_names(net, 0, 1) <= changed) == published
-    assert published or lines[1] == "mixers of all 2 blocks (linear there, attention here) start afresh"
+    assert published or lines[1] == "mixers of all 2 blocks (linear there, attention here) start from scratch"
     if not published:
         lines, changed, before = start(theirs, again := fresh(mixer="linear"))
         assert len(lines) == 1
@@ -288,12 +291,12 @@ def test_blocks_are_named_briefly(blocks, spoken):
         (dict(num_heads=2), dict(), []),
     ],
 )
-def test_options_that_no_shape_shows(start, there, here, said):
+def test_differing_options_that_no_tensor_shows_are_reported(start, there, here, said):
     lines, _, _ = start(randomised(**there), fresh(**here))
     assert [line.split(":")[0] for line in lines[1:]] == said
 
 
-def test_repas_weights(start):
+def test_repas_weights_are_converted(start):
     theirs = randomised(kernel_act="silu", learn_sigma=False)
     tensors = {**as_repa(theirs.state_dict(), convolutions=True), "projectors.0.0.weight": torch.zeros(3, 3)}
     assert tensors[f"blocks.0.attn.{CONVOLUTIONS[0]}"].ndim == 4
@@ -308,15 +311,15 @@ def test_repas_weights(start):
 
 @pytest.mark.parametrize("published", [True, False])
 @pytest.mark.parametrize("learned_there", [True, False])
-def test_learn_sigma_on_one_side(start, learned_there, published):
+def test_learn_sigma_may_differ(start, learned_there, published):
     theirs, net = randomised(learn_sigma=learned_there), fresh(learn_sigma=not learned_there)
     for parameter in net.final_layer.linear.parameters():
         torch.nn.init.constant_(parameter, 7)
     lines, _, before = start(theirs, net, published)
     x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([3, 10])
     assert torch.equal(net(x, t, y), theirs(x, t, y))  # the channels that are not dropped
-    assert len(lines) == 2 and "4 channels of learn_sigma" in lines[1]
-    assert ("left out" if learned_there else "start afresh") in lines[1]
+    assert len(lines) == 2 and "4 learn_sigma channels" in lines[1]
+    assert ("left out" if learned_there else "start from scratch") in lines[1]
     if not learned_there:
         second_half = net.final_layer.linear.weight.reshape(4, 8, 48)[:, 4:]
         assert (second_half == 7).all() and f"{len(before)} of {len(before)} " in lines[0]
@@ -324,15 +327,14 @@ def test_learn_sigma_on_one_side(start, learned_there, published):
 
 # ------------------------------------------------------------------------------------------------- differences
 
-def test_another_recipe_is_said(start):
+def test_other_settings_of_the_training_are_named(start):
     vae = {"kind": "autoencoder_kl", "source": "a", "weights": "c" * 64, "channels": 4, "scale": 0.18, "shift": 0.0}
     other = vae | {"source": "b", "scale": 0.5, "weights": "d" * 64, "unknown": 1}
     recipe = dataclasses.replace(RECIPE, codec=vae)
     lines, _, _ = start(randomised(), fresh(), recipe=recipe, flow_path="gvp", prediction="noise", codec=other)
     assert lines[1:] == [
-        "the interpolant is linear there, gvp here", "the prediction is velocity there, noise here",
-        f"the codec is another: weights {'c' * 12} there, {'d' * 12} here; scale 0.18 there, 0.5 here",
-    ]
+        "the weights were trained with other settings: interpolant linear -> gvp, prediction velocity -> noise, "
+        f"codec.weights {'c' * 12} -> {'d' * 12}, codec.scale 0.18 -> 0.5"]
     assert len(start(randomised(), fresh(), recipe=recipe, codec=vae | {"source": "elsewhere"})[0]) == 1
 
 
@@ -351,7 +353,7 @@ def test_another_recipe_is_said(start):
         (dict(hidden_size=32, mixer="hybrid"), dict(mixer="hybrid"), r"x_embedder\.proj\.weight"),
     ],
 )
-def test_another_model_is_refused_and_nothing_has_changed(start, there, here, message, published):
+def test_another_model_is_refused_and_nothing_changes(start, there, here, message, published):
     net = fresh(**here)
     before = copy_of(net)
     with pytest.raises(ValueError, match=message + r".*--preset") as error:
@@ -360,7 +362,7 @@ def test_another_model_is_refused_and_nothing_has_changed(start, there, here, me
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
-def test_one_missing_tensor_is_enough(start):
+def test_one_missing_tensor_is_refused(start):
     theirs = randomised().state_dict()
     theirs["extra.weight"] = theirs.pop("t_embedder.mlp.2.bias")
     with pytest.raises(ValueError, match=r"t_embedder\.mlp\.2\.bias missing there, \(48,\) here; extra\.weight \(48,\) "

@@ -1,4 +1,4 @@
-"""The converting command: published files to our folders and back, what it says, and its errors."""
+"""The converting command: published files to our folders and back, its output and its errors."""
 
 import contextlib
 import dataclasses
@@ -46,7 +46,7 @@ def notes(convert, monkeypatch):
     return run
 
 
-def test_repas_file_to_ours_and_back(convert, tmp_path):
+def test_repas_file_is_converted_to_ours_and_back(convert, tmp_path):
     theirs = repa_model("hybrid")
     source = published(theirs, tmp_path / "a.pt", "repa")
     (tmp_path / "names.txt").write_text("".join(f"digit {i}\n" for i in range(10)))
@@ -66,7 +66,7 @@ def test_repas_file_to_ours_and_back(convert, tmp_path):
     assert_same_function(load_weights(str(tmp_path / "b.pt"), vae="identity").model, theirs, "repa")
 
 
-def test_a_run_to_sits_form(convert, tiny_run, tmp_path):
+def test_a_run_is_converted_to_sits_form(convert, tiny_run, tmp_path):
     lines = convert(tiny_run, tmp_path / "a.pt", "--to", "sit", "--no-ema")
     assert "SiT-ATConv-Tiny/2, trained weights of " in lines[0]
     ours, theirs = load_weights(str(tiny_run), ema=False), load_weights(str(tmp_path / "a.pt"))
@@ -75,20 +75,20 @@ def test_a_run_to_sits_form(convert, tiny_run, tmp_path):
     assert torch.equal(ours.model(x, *BATCH[1:]), theirs.model(x, *BATCH[1:]))
 
 
-def test_ema_weights_in_sits_form_are_not_called_trained(convert, tiny_run, tmp_path, fails):
+def test_ema_weights_in_sits_form_are_not_loaded_as_trained(convert, tiny_run, tmp_path, fails):
     lines = convert(tiny_run, tmp_path / "run.pt", "--to", "sit")
     assert lines[1].split()[-1] == f"{tmp_path}/run"
     error = fails(load_command("sit_atconv/convert.py").main, [
         tmp_path / "run.pt", tmp_path / "out", "--no-ema"])
-    assert "holds the EMA weights of decay" in error and "alone: leave --no-ema out" in error
+    assert "holds only EMA weights, of decay" in error and "leave out --no-ema" in error
 
 
-def test_the_name_to_read_back_to_is_free(convert, tiny_run, tmp_path):
+def test_the_printed_command_writes_to_a_new_folder(convert, tiny_run, tmp_path):
     (tmp_path / "run").mkdir()
     assert f"{tmp_path}/run-2" in convert(tiny_run, tmp_path / "run.pt", "--to", "sit")[1]
 
 
-def test_the_vae_comes_back_from_sits_form_or_is_said_to_be_gone(convert, tiny_run, vae, make_vae, tmp_path):
+def test_sits_form_records_the_vae_and_tells_if_it_is_gone(convert, tiny_run, vae, make_vae, tmp_path):
     here = shutil.copytree(vae, tmp_path / "here")
     weights = load_weights(str(tiny_run))
     model = SiT.from_preset("SiT-ATConv-Tiny/2", num_classes=10, input_size=8, learn_sigma=False)
@@ -100,12 +100,12 @@ def test_the_vae_comes_back_from_sits_form_or_is_said_to_be_gone(convert, tiny_r
         load_weights(str(tmp_path / "a.pt"), vae=str(make_vae(seed=1)))
     here.rename(tmp_path / "there")
     lines = convert(tmp_path / "ours", tmp_path / "b.pt", "--to", "sit")
-    assert lines[-1] == f"its VAE is not at {here} any more: give --vae where the file is read"
+    assert lines[-1] == f"its VAE is not at {here} any more: give --vae when you use the file"
     assert load_weights(str(tmp_path / "b.pt"), vae=str(tmp_path / "there")).recipe.codec["source"].endswith("there")
 
 
-def test_every_command_printed_runs_as_printed(convert, tiny_run, tmp_path):
-    """A path with a blank, a file and a pipeline; names and step come back."""
+def test_printed_commands_run(convert, tiny_run, tmp_path):
+    """The path has a blank; class names and step are restored from a file and from a pipeline."""
     folder = tmp_path / "my weights"
     for out, form in (("a.pt", "sit"), ("pipe", "pipeline")):
         lines = convert(tiny_run, folder / out, "--to", form)
@@ -123,7 +123,7 @@ def test_every_command_printed_runs_as_printed(convert, tiny_run, tmp_path):
         assert read == recipe
 
 
-def test_a_pipeline_to_ours(convert, tiny_run, tmp_path, fails):
+def test_a_pipeline_is_converted_to_ours(convert, tiny_run, tmp_path, fails):
     convert(tiny_run, tmp_path / "pipe", "--to", "pipeline")
     lines = convert(tmp_path / "pipe", tmp_path / "ours")
     assert lines[0] == f"{tmp_path}/ours: EMA weights of {tmp_path}/pipe, 10 classes and a null label"
@@ -134,19 +134,19 @@ def test_a_pipeline_to_ours(convert, tiny_run, tmp_path, fails):
         load_command(CONVERT).main, [tmp_path / "pipe", tmp_path / "out", "--path", "gvp"])
 
 
-def test_what_is_not_known_is_not_claimed(notes, tmp_path, fails):
+def test_unknown_settings_are_reported_as_unknown(notes, tmp_path, fails):
     small("attention").save_pretrained(tmp_path / "bare")
     lines, said = notes(tmp_path / "bare", tmp_path / "ours", "--vae", "identity", "--path", "gvp")
-    assert lines[0] == (f"{tmp_path}/ours: weights of {tmp_path}/bare (whether they are averaged is not said), 10 "
-                        "classes and a null label")
-    assert said == [f"note: {tmp_path}/bare does not name its classes: they are known by their numbers alone",
-                    f"note: {tmp_path}/bare does not say how it was trained: taken as velocity prediction; say "
-                    "otherwise with python -m sit_atconv.convert --prediction"]
+    assert lines[0] == (f"{tmp_path}/ours: weights of {tmp_path}/bare (it is not known whether they are EMA weights), "
+                        "10 classes and a null label")
+    assert said == [f"note: {tmp_path}/bare does not name its classes: refer to them by number",
+                    f"note: {tmp_path}/bare does not say how it was trained: assuming --prediction velocity; "
+                    "to change this, use these options of python -m sit_atconv.convert"]
     again = load_weights(str(tmp_path / "ours"))
     assert again.recipe.average is None and again.recipe.interpolant == "gvp" and not again.notes
 
 
-def test_class_names_of_a_file(notes, tmp_path, fails):
+def test_class_names_are_read_from_a_text_file(notes, tmp_path, fails):
     source = published(small("attention"), tmp_path / "a.pt", model="SiT-Tiny/2", path_type="Linear",
                        prediction="velocity")
     names = tmp_path / "names.txt"
@@ -155,7 +155,7 @@ def test_class_names_of_a_file(notes, tmp_path, fails):
     argv = [source, tmp_path / "out", "--vae", "identity", "--class-names", names]
     assert notes(*argv)[1] == ["note: 'caf\u00e9' names labels 8, 9: choose among them by number"]
     assert load_weights(str(tmp_path / "out")).recipe.class_names == [line.strip() for line in lines]
-    for content, message in ((b"a\n\nb\n", "line 2 of --class-names"), (b"\n", "line 1 of"), (b"\xff\xfe", "no UTF-8")):
+    for content, message in ((b"a\n\nb\n", "line 2 of --class"), (b"\n", "line 1 of"), (b"\xff\xfe", "not UTF-8")):
         names.write_bytes(content)
         assert message in fails(load_command(CONVERT).main, [source, tmp_path / "other", *argv[2:]])
 
@@ -165,7 +165,7 @@ def test_class_names_of_a_file(notes, tmp_path, fails):
     ("unipc", UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)),
     ("dpm++", DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)),
 ])
-def test_the_pipeline_of_a_run_draws_what_the_sampling_command_draws(
+def test_pipeline_and_sampling_command_draw_the_same_images(
     launch, convert, tiny_run, tmp_path, solver, scheduler
 ):
     from sit_atconv.pipeline import SiTPipeline
@@ -197,22 +197,22 @@ def test_errors_name_value_and_remedy(fails, tmp_path, tiny_run):
         ([source, source, "--model", "SiT-Tiny/2"], "a.pt is not an empty folder"),
         ([tiny_run, source, "--to", "sit"], "a.pt exists: give another OUT"),
         ([tiny_run, out, "--to", "sit"], "give an OUT that ends in .pt"),
-        ([tiny_run, tmp_path / "b.pt", "--to", "repa"], "REPA's form has kernel_act silu alone"),
+        ([tiny_run, tmp_path / "b.pt", "--to", "repa"], "REPA's form needs kernel_act silu"),
         ([tiny_run, out, "--model", "SiT-Tiny/2"], "--model SiT-Tiny/2 is for files of published weights"),
         ([tiny_run, out, "--path", "gvp"], "--path is for files of published weights"),
-        ([tiny_run, out, "--ema", "0.5"], "has no average of decay 0.5"),
+        ([tiny_run, out, "--ema", "0.5"], "has no EMA of decay 0.5"),
         ([source, out, "--model", "SiT-Tiny/2", "--class-names", tmp_path / "nowhere"], "nowhere"),
     ]:
         assert message in fails(main, argv), argv
     assert not out.exists() and not (tmp_path / "b.pt").exists()
 
 
-def test_forms_that_lose_a_users_own_objective_are_refused(convert, tiny_run, tmp_path, fails):
+def test_forms_that_cannot_record_a_users_objective_are_refused(convert, tiny_run, tmp_path, fails):
     weights, objective = load_weights(str(tiny_run)), {"class_path": "mine.Objective", "init_args": {}}
     save_weights(weights.model, dataclasses.replace(weights.recipe, objective=objective), tmp_path / "own")
     for form in ("sit", "repa", "pipeline"):
         error = fails(load_command(CONVERT).main, [tmp_path / "own", tmp_path / "out.pt", "--to", form])
-        assert f"--to {form} does not say that these weights need mine.Objective: convert them to ours" in error
+        assert f"--to {form} cannot record that these weights need mine.Objective: use --to ours" in error
     assert not (tmp_path / "out.pt").exists()
     convert(tmp_path / "own", tmp_path / "ours")
     assert load_weights(str(tmp_path / "ours")).recipe.objective == objective

@@ -346,7 +346,7 @@ def test_errors_name_the_value_and_the_remedy(fails, tiny_run, tmp_path, monkeyp
         (["--ckpt", tmp_path / "nowhere"], "neither a folder here"),
         (["--ckpt", "owner/no-such-model"], "owner/no-such-model"),
         (["--ckpt", tmp_path / "empty"], "is an empty folder"),
-        (["--ckpt", tmp_path / "bytes"], "is no checkpoint"),
+        (["--ckpt", tmp_path / "bytes"], "is not a checkpoint"),
         (["--ckpt", tiny_run, "--classes", "3", "10"], "class 10 is out of range: the model knows 0 ... 9"),
         (["--ckpt", tiny_run, "--classes", "-1"], "class -1 is out of range"),
         (["--ckpt", tiny_run, "--cfg", "four"], "'four' is not a finite number"),
@@ -365,7 +365,7 @@ def test_errors_name_the_value_and_the_remedy(fails, tiny_run, tmp_path, monkeyp
         (["--ckpt", tiny_run, "--classes", "3", "--labels", "balanced"], "contradict each other"),
         (["--ckpt", tiny_run, "--num-samples", "1000000000000"], "needs 384000.0 GB"),
         (["--ckpt", tiny_run, "--model", "SiT-XL/2"], "--model SiT-XL/2 is for files"),
-        (["--ckpt", tiny_run, "--ema", "0.5"], "no average of decay 0.5"),
+        (["--ckpt", tiny_run, "--ema", "0.5"], "no EMA of decay 0.5"),
         (["--ckpt", tiny_run, "--weak", tmp_path / "nowhere"], "neither a folder here"),
         ([], "--ckpt"),
     ]:

@@ -489,7 +489,7 @@ def test_starting_from_another_run_says_aloud_what_begins_afresh(launch, tiny_ru
             tiny_run, "--train.batch_size", 64, "--out", tmp_path / "run"]
     codes, output = launch(TRAIN, [*argv, "--train.steps", 1])
     assert codes == [0] and f"started from {tiny_run} (EMA, step 4)" in output, output
-    assert "mixers of all 4 blocks (3x3 ATConv there, attention here) start afresh" in output
+    assert "mixers of all 4 blocks (3x3 ATConv there, attention here) start from scratch" in output
     there = SiT.from_pretrained(tiny_run / "checkpoints" / "step-0000004" / "ema").state_dict()
     here = SiT.from_pretrained(tmp_path / "run" / "checkpoints" / "step-0000001" / "model").state_dict()
     shared = [name for name in there if ".attn." not in name and name in here]
@@ -721,7 +721,7 @@ def test_a_finished_run_sets_aside_what_is_damaged_beyond_its_end(tiny_run, tmp_
     shutil.copytree(checkpoints / "step-0000004", checkpoints / "step-0000006")
     load_command(TRAIN).main([*TINY_RUN, "--out", str(run)])
     said = capsys.readouterr()
-    assert "step-0000006 is damaged: state.json is missing: the one there is of step 4" in said.err
+    assert "step-0000006 is damaged: its state.json is of step 4" in said.err
     assert "is complete: 4 steps" in said.out and (checkpoints / "damaged-step-0000006").is_dir()
 
 
