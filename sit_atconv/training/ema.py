@@ -3,10 +3,10 @@
 import copy
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
+from sit_atconv.flow.step import move_averages
 from sit_atconv.runtime.tables import Table
 
 # (decay, step) -> decay in that step (0-based). A user's own function may read its first argument otherwise, such as
@@ -45,11 +45,8 @@ class Averages:
         """Returns how much the new weights count in a step (0-based), in [0, 1]."""
         return 1 - self.decay_at(decay, step)
 
-    @torch.no_grad()
     def update(self, step: int, updated: Tensor) -> None:
         """Follows the weights after a step (0-based), where `updated`, a 0-d bool on their device, is true."""
         for decay, averaged in self.averaged.items():
             # A tensor, so that the device decides and the host need not wait.
-            weight = updated * self.weight_at(decay, step)
-            # Private, since torch's foreach functions have no public names.
-            torch._foreach_lerp_(averaged, self.weights, [weight] * len(averaged))
+            move_averages(averaged, self.weights, updated * self.weight_at(decay, step))

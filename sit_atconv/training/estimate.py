@@ -10,10 +10,10 @@ import torch.nn as nn
 
 from sit_atconv.checkpoints.training_state import checkpoint_bytes, checkpoints_at_once
 from sit_atconv.data.order import BatchOrder
+from sit_atconv.flow.step import forward_and_backward
 from sit_atconv.models.costs import multiply_adds
 from sit_atconv.models.sit import SiT
 from sit_atconv.runtime.devices import synchronize
-from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.runtime.environment import describe_environment
 from sit_atconv.runtime.files import gibibytes, gigabytes
 from sit_atconv.runtime.memory import free_bytes, peak_bytes
@@ -91,15 +91,13 @@ def fixed_bytes(net: SiT, config: Config, num_processes: int) -> dict[str, int]:
     }
 
 
-def forward_and_backward(net: SiT, config: Config, num_images: int, device: torch.device) -> None:
-    """Runs both on random images; adds to the gradients that are there."""
-    generator, precision = torch.Generator(device).manual_seed(0), config.train.precision
+def trial_pass(net: SiT, config: Config, num_images: int, device: torch.device) -> None:
+    """Runs forward and backward on random images; adds to the gradients."""
+    generator = torch.Generator(device).manual_seed(0)
     shape = (num_images, net.config.in_channels, net.config.input_size, net.config.input_size)
     data = torch.randn(shape, generator=generator, device=device)
     y = torch.randint(net.config.num_classes, shape[:1], generator=generator, device=device)
-    with torch.autocast(device.type, torch_dtype(precision), enabled=precision != "fp32"):
-        terms = config.flow.loss(net, data, y, config.flow.draw(shape, generator), net.null_label)
-    next(iter(terms.values())).mean().backward()
+    forward_and_backward(config.flow, net, data, y, generator, config.train.precision, net.null_label)
 
 
 def image_bytes(net: SiT, config: Config, device: torch.device) -> float:
@@ -113,7 +111,7 @@ def image_bytes(net: SiT, config: Config, device: torch.device) -> float:
 
     def of_blocks(chosen: list[nn.Module]) -> float:
         net.blocks = nn.ModuleList(chosen)
-        run = partial(forward_and_backward, net.to(device), config, device=device)
+        run = partial(trial_pass, net.to(device), config, device=device)
         run(1)  # makes the gradients
         return (peak_bytes(partial(run, 2 * few), device) - peak_bytes(partial(run, few), device)) / few
 
@@ -150,7 +148,7 @@ def time_step(
             synchronize(device)
         return time.perf_counter() - start
 
-    num_images, run = 1, partial(forward_and_backward, net, config, device=device)
+    num_images, run = 1, partial(trial_pass, net, config, device=device)
     while (seconds := seconds_of(partial(run, num_images))) < ENOUGH_SECONDS and num_images < limit:
         num_images = min(2 * num_images, limit)
     seconds *= order.accumulation * order.micro_batch / num_images
