@@ -79,7 +79,7 @@ def train_model(job: Job, session: Session) -> int:
 
         # Run forward and backward, one micro-batch at a time.
         for micro_batch in range(train.accumulation):
-            with meter.waiting(), user_errors(everywhere=True):
+            with meter.timed("data"), user_errors(everywhere=True):
                 batch = next(session.batches)
             session.unreadable.note(batch.unreadable)
             rows = order.rows(micro_batch)
@@ -134,7 +134,7 @@ def train_model(job: Job, session: Session) -> int:
             line = {"step": done, "epoch": done / order.steps_per_epoch, "lr": train.learning_rate(step)}
             line |= meter.read(accelerator)
             if due.test:
-                with meter.aside():
+                with meter.timed("pause"):
                     line |= session.held_out(accelerator)
             progress.set_postfix(loss=f"{line['loss']:.4f}")
             if accelerator.is_main_process:
@@ -144,7 +144,7 @@ def train_model(job: Job, session: Session) -> int:
 
         # Save a checkpoint, and draw loss curve and previews.
         if due.save or due.draw:
-            with meter.aside():
+            with meter.timed("pause"):
                 save_and_draw(job, session, done, due.save, due.draw)
         if due.signal and not due.is_last:
             progress.close()

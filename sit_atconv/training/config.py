@@ -137,11 +137,6 @@ class TrainConfig:
         """Name of the EMA's profile."""
         return "warmup" if self.ema_warmup else self.ema_profile
 
-    @property
-    def mixed_precision(self) -> str:
-        """`precision` as accelerate calls it."""
-        return "no" if self.precision == "fp32" else self.precision
-
     def learning_rate(self, step: int) -> float:
         """Of the step with this number (0-based)."""
         warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
@@ -187,30 +182,21 @@ class PreviewConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole training run, resolved.
-
-    Args:
-        backbone: class path of the model; None for SiT.
-        model: the model's options but for those that come from the data.
-        flow: the objective.
-        auxiliary: the auxiliary loss, not built yet; None without one.
-        optimizer: class of the optimizer, and arguments of its constructor.
-        options: all options as plain nested values, what config.yaml holds.
-    """
+    """A complete, resolved configuration of a training run."""
 
     out: Path
     preset: str | None
     init_from: str | None
     dry_run: bool
-    backbone: str | None
-    model: dict
+    backbone: str | None  # class path of the model; None for SiT
+    model: dict  # the model's options, without those that come from the data
     data: DataConfig
     flow: Objective
-    auxiliary: AuxiliaryLoss | None
-    optimizer: tuple[type[torch.optim.Optimizer], dict]
+    auxiliary: AuxiliaryLoss | None  # not built yet
+    optimizer: tuple[type[torch.optim.Optimizer], dict]  # with arguments of the constructor
     train: TrainConfig
     preview: PreviewConfig
-    options: dict
+    options: dict  # all options as plain nested values, the content of config.yaml
 
     @property
     def objective(self) -> dict | None:
@@ -221,12 +207,6 @@ class Config:
     def prediction(self) -> str:
         """What a model stands for that `as_trained` has made of the weights."""
         return "velocity" if self.objective else self.flow.prediction
-
-    def check_dropout(self, null_label: int | None) -> None:
-        """Raises ValueError where labels shall be dropped and the model has no null label."""
-        if null_label is None and self.flow.class_dropout_prob > 0:
-            raise ValueError("model.has_null_label is false: there is nothing to drop labels to; "
-                             "set flow.class_dropout_prob to 0")
 
     def check_previews(self, null_label: int | None) -> None:
         """Raises ValueError where previews cannot be drawn as asked: `null_label` is None where it is never trained."""
@@ -262,10 +242,6 @@ class Config:
             raise ValueError(f"{self.out} was started with other data ({'; '.join(changes)}): {back}, or start another "
                              f"run from these weights, --init-from {self.out} --out NEW")
 
-    def flat_options(self) -> dict:
-        """All options as "group.name": value."""
-        return flatten(self.options)
-
     def save(self, folder: Path, data: dict | None = None) -> None:
         """Writes config.yaml, and data.json where the data's description is given."""
         options = yaml.safe_dump(self.options, sort_keys=False)
@@ -281,7 +257,7 @@ class Config:
         then, now = _read_mapping(folder / "config.yaml"), self.options
         known, defaults = flatten(then), _defaults()
         newer = [name for name, value in flatten(now).items() if name not in known and value == defaults.get(name)]
-        return differences({**then, "flow": _flat_class("flow", then.get("flow", {}))}, now, MAY_CHANGE | {*newer})
+        return differences({**then, "flow": _flat_objective(then.get("flow", {}))}, now, MAY_CHANGE | {*newer})
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -319,7 +295,7 @@ def parse(argv: list[str] | None = None) -> Config:
     Leaves with a message for unknown options, wrong types and values out of range.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    if not any(argument.split("=")[0] == "--config" for argument in argv):
+    if not _given(argv, "--config"):
         argv = ["--config", str(shipped_configs()["digits"]), *argv]
     argv = _import_modules(argv)
     with user_errors():
@@ -334,7 +310,8 @@ def parse(argv: list[str] | None = None) -> Config:
     namespace = parser.parse_args(argv)
     options = _plain(parser, namespace)
     if options["out"] is None:
-        options["out"] = default_out(argv, preset)
+        name = Path(_given(argv, "--config")[-1]).stem
+        options["out"] = f"runs/{name}" + (f"-{preset.lower().replace('/', '')}" if preset else "")
     with user_errors():
         mixer = options["model"]["mixer"]
         for name in [mixer] if isinstance(mixer, str) else mixer:
@@ -411,7 +388,7 @@ def _plain(parser: "Parser", namespace) -> dict:
     """Returns the options as plain nested values; those of this one call, as --dry-run, are left out."""
     options = yaml.safe_load(parser.dump(namespace, skip_none=False))
     del options["dry_run"]
-    return {**options, "flow": _flat_class("flow", options["flow"])}
+    return {**options, "flow": _flat_objective(options["flow"])}
 
 
 def _defaults() -> dict:
@@ -420,18 +397,15 @@ def _defaults() -> dict:
     return flatten(_plain(parser, parser.get_defaults()))
 
 
-def _flat_class(group: str, options: Mapping) -> dict:
-    """Returns the options of a class; those of the group's default class without its path, as all were written once."""
-    if "class_path" not in options:
-        return dict(options)
-    return dict(options.get("init_args", {}) if options["class_path"] == CLASSES[group][1] else options)
+def _flat_objective(options: Mapping) -> Mapping:
+    """Returns the options of the objective; those of FlowMatching without class path, as in older runs."""
+    return options.get("init_args", {}) if options.get("class_path") == CLASSES["flow"][1] else options
 
 
-def default_out(argv: list[str], preset: str | None) -> str:
-    """runs/CONFIG-PRESET: ["--config", "configs/imagenet256.yaml"], "SiT-B/2" -> runs/imagenet256-sit-b2."""
-    flag = max(i for i, argument in enumerate(argv) if argument.split("=")[0] == "--config")
-    name = argv[flag].partition("=")[2] or argv[flag + 1]
-    return f"runs/{Path(name).stem}" + (f"-{preset.lower().replace('/', '')}" if preset else "")
+def _given(argv: list[str], option: str) -> list[str]:
+    """Returns the values of an option on the command line, given as `--option VALUE` or `--option=VALUE`."""
+    return [argument.partition("=")[2] or "".join(argv[i + 1 : i + 2])
+            for i, argument in enumerate(argv) if argument.split("=")[0] == option]
 
 
 def resolve_precision(precision: str) -> str:
@@ -484,11 +458,11 @@ def _make_parser(chosen: Mapping[str, str | None], for_help: bool = False) -> Pa
 
 
 def _read_mapping(path: Path) -> dict:
-    """Of a YAML or JSON file. ValueError: it holds none."""
+    """Reads a YAML or JSON file. Raises ValueError if it holds no mapping."""
     try:
         content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): mend it, or give another --out") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: mend it, or give another --out")
+        if not isinstance(content, dict):
+            raise ValueError("it holds no settings")
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): fix it, or give another --out") from error
     return content

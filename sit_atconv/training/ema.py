@@ -41,12 +41,8 @@ class Averages:
         """The average of the first decay: what previews and samples are drawn from."""
         return next(iter(self.models.values()))
 
-    def weight_at(self, decay: float, step: int) -> float:
-        """Returns how much the new weights count in a step (0-based), in [0, 1]."""
-        return 1 - self.decay_at(decay, step)
-
     def update(self, step: int, updated: Tensor) -> None:
         """Follows the weights after a step (0-based), where `updated`, a 0-d bool on their device, is true."""
         for decay, averaged in self.averaged.items():
             # A tensor, so that the device decides and the host need not wait.
-            move_averages(averaged, self.weights, updated * self.weight_at(decay, step))
+            move_averages(averaged, self.weights, updated * (1 - self.decay_at(decay, step)))

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
@@ -48,7 +49,7 @@ class Meter:
         self.counts = torch.zeros(TIME_BUCKETS, device=self.device)
         self.norms = torch.zeros(2, device=self.device)  # their sum, and how many
         self.others: dict[str, Tensor] = {}  # sums of further loss terms
-        self.images, self.waited, self.paused, self.start = 0, 0.0, 0.0, time.perf_counter()
+        self.images, self.seconds, self.start = 0, {"data": 0.0, "pause": 0.0}, time.perf_counter()
 
     def add(self, losses: Tensor, t: Tensor, readable: Tensor, others: dict[str, Tensor] | None = None) -> None:
         """Adds a micro-batch: losses (B,) at times (B,). Those not `readable` (B,) are 0 and do not count.
@@ -67,18 +68,11 @@ class Meter:
         self.norms += torch.stack([norm, torch.ones_like(norm)]).where(norm.isfinite(), 0.0)
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around what waits for data."""
+    def timed(self, part: Literal["data", "pause"]) -> Iterator[None]:
+        """Measures a block: waiting for "data", or a "pause" (saving, drawing), which is not counted as training."""
         start = time.perf_counter()
         yield
-        self.waited += time.perf_counter() - start
-
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Around what is no training: saving, drawing. Its time does not count."""
-        start = time.perf_counter()
-        yield
-        self.paused += time.perf_counter() - start
+        self.seconds[part] += time.perf_counter() - start
 
     def read(self, accelerator: Accelerator) -> dict:
         """All of it since the last call, over all processes, which must all call it; waits for the device.
@@ -91,26 +85,23 @@ class Meter:
         everyone = accelerator.reduce(torch.stack([self.sums, self.counts]), "sum")
         (sums, counts), (norms, steps) = everyone.tolist(), self.norms.tolist()
         others = {name: accelerator.reduce(total, "sum").item() for name, total in self.others.items()}
-        seconds = time.perf_counter() - self.start - self.paused
+        seconds = time.perf_counter() - self.start - self.seconds["pause"]
+        on_gpu = self.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(self.device) if on_gpu else self.process.memory_info().rss
         line = {
             "loss": sum(sums) / max(1, sum(counts)),
             "loss_by_time": [total / count if count else None for total, count in zip(sums, counts, strict=True)],
             **{name: total / max(1, sum(counts)) for name, total in others.items()},
             "grad_norm": norms / steps if steps else None,
             "images_per_second": self.images * accelerator.num_processes / seconds,
-            "data_wait": self.waited / seconds,
-            "memory_gb": self._memory() / 1e9,
+            "data_wait": self.seconds["data"] / seconds,
+            "memory_gb": memory / 1e9,
             "tflops_per_second": self.images * self.gflops_per_image / 1e3 / seconds,
         }
         if self.peak:
             line["mfu"] = line["tflops_per_second"] / self.peak
         self._restart()
         return line
-
-    def _memory(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return self.process.memory_info().rss
 
 
 # ------------------------------------------------------------------------------------------------------ trackers

@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from sit_atconv.checkpoints.training_state import (
 )
 from sit_atconv.checkpoints.warm_start import Start, start_from
 from sit_atconv.data.codecs import Codec
+from sit_atconv.data.data_source import DataSource
 from sit_atconv.data.order import BatchOrder, hold_out
 from sit_atconv.data.sources import describe_data
 from sit_atconv.models.sit import BACKBONES, SiT
@@ -33,33 +33,19 @@ from sit_atconv.training.meter import check_tracker
 
 @dataclass(frozen=True)
 class Job:
-    """A training run, all of it checked.
-
-    Args:
-        config: what was asked.
-        data: the data set.
-        codec: pixels to what the model sees.
-        held_out: indices of the images that are never trained on.
-        order: images of every micro-batch of this process.
-        net: the model as initialised, or with the weights that it starts from.
-        found: the checkpoint to resume from.
-        start: what was kept of --init-from.
-        description: what the data are, for data.json.
-        empty_classes: labels of which no image is trained on.
-        null_label_trained: as `Recipe` has it.
-    """
+    """A training run that passed all checks."""
 
     config: Config
-    data: object
-    codec: Codec
-    held_out: np.ndarray
-    order: BatchOrder
-    net: SiT
-    found: Resumable
-    start: Start
-    description: dict
-    empty_classes: list[int]
-    null_label_trained: bool | None
+    data: DataSource
+    codec: Codec  # from pixels to the model's inputs
+    held_out: np.ndarray  # indices of the images that are never trained on
+    order: BatchOrder  # images of every micro-batch of this process
+    net: SiT  # as initialised, or with the weights of --init-from
+    found: Resumable  # the checkpoint to resume from
+    start: Start  # the weights kept of --init-from
+    description: dict  # of the data, for data.json
+    empty_classes: list[int]  # labels without images to train on
+    null_label_trained: bool | None  # as in `Recipe`
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -96,7 +82,8 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
         **config.model, num_classes=len(data.class_names), in_channels=codec.channels,
         input_size=codec.latent_size(data.image_size),
     )
-    config.check_dropout(net.null_label)
+    if net.null_label is None and config.flow.class_dropout_prob > 0:
+        raise ValueError("model.has_null_label is false, so labels cannot be dropped: set flow.class_dropout_prob to 0")
     config.check_previews(net.null_label)
     check_auxiliary(config, net, data)
     check_tracker(train.tracker)
@@ -120,7 +107,10 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
     found = find_resumable(run)
     null_label_trained = config.flow.class_dropout_prob > 0 or start.null_label_trained
     if found.checkpoint and not null_label_trained:
-        null_label_trained = had_trained_null_label(found.checkpoint, None if config.init_from else False)
+        recipe = json.loads((found.checkpoint / "model" / "recipe.json").read_text())
+        null_label_trained = recipe.get("null_label_trained")
+        if null_label_trained is None and not config.init_from:  # a recipe older than this field
+            null_label_trained = False
     config.check_previews(None if null_label_trained is False else net.null_label)
     if found.step > train.steps:
         raise ValueError(f"{run} stands at step {found.step} already, beyond train.steps {train.steps}")
@@ -133,7 +123,7 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
     return Job(config, data, codec, held_out, order, net, found, start, description, empty_classes, null_label_trained)
 
 
-def check_auxiliary(config: Config, net: SiT, data) -> None:
+def check_auxiliary(config: Config, net: SiT, data: DataSource) -> None:
     """Builds the auxiliary loss. Raises ValueError if it needs pixels or a block that are not there."""
     auxiliary = config.auxiliary
     if auxiliary is None:
@@ -145,12 +135,6 @@ def check_auxiliary(config: Config, net: SiT, data) -> None:
         raise ValueError(f"auxiliary {type(auxiliary).__name__} needs block {auxiliary.block}, and the model has "
                          f"blocks 1 ... {net.config.depth}")
     auxiliary.build(net)
-
-
-def had_trained_null_label(checkpoint: Path, if_unknown: bool | None) -> bool | None:
-    """Returns what the recipe of a checkpoint says, or `if_unknown` for one older than that field."""
-    trained = json.loads((checkpoint / "model" / "recipe.json").read_text()).get("null_label_trained")
-    return if_unknown if trained is None else trained
 
 
 def dry_run(net: SiT, config: Config, order: BatchOrder) -> str:

@@ -1,7 +1,6 @@
 """The pictures of a training run: a labelled grid, of the same seed every time."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,15 +10,13 @@ from sit_atconv.data.pixels import to_uint8
 from sit_atconv.flow import as_trained
 from sit_atconv.runtime.plots import save_sample_grid
 from sit_atconv.sampling import SampleStream
-
-if TYPE_CHECKING:
-    from sit_atconv.training.config import PreviewConfig
+from sit_atconv.training.config import PreviewConfig
 
 AT_ONCE = 16
 
 
 @torch.inference_mode()
-def draw_preview(model, codec: Codec, recipe: Recipe, preview: "PreviewConfig", path: Path) -> None:
+def draw_preview(model, codec: Codec, recipe: Recipe, preview: PreviewConfig, path: Path) -> None:
     """Draws what the weights make of the first classes; the pictures of a run can be compared with each other."""
     trained = [label for label in range(len(recipe.class_names)) if label not in recipe.empty_classes]
     y = torch.tensor(trained[: preview.num_classes]).repeat_interleave(preview.per_class)

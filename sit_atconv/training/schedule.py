@@ -8,27 +8,16 @@ from sit_atconv.training.guards import Agreement, FiniteWatch, StopRequest
 
 @dataclass(frozen=True)
 class Due:
-    """What a step is followed by, the same on all processes.
+    """Actions due after a step, the same on all processes."""
 
-    Args:
-        is_last: whether it is the run's last step.
-        log: write a line of the log.
-        test: compute the held-out loss.
-        save: write a checkpoint.
-        draw: draw the previews.
-        signal: number of the signal that asks the run to stop; 0 without one.
-        bad_step: number of the first step, from 1, that was not finite; 0 without one.
-        record_unreadable: some process met images that cannot be read.
-    """
-
-    is_last: bool
-    log: bool
-    test: bool
-    save: bool
-    draw: bool
-    signal: int
-    bad_step: int
-    record_unreadable: bool
+    is_last: bool  # this is the last step of the run
+    log: bool  # write a line of the log
+    test: bool  # compute the held-out loss
+    save: bool  # write a checkpoint
+    draw: bool  # draw the previews
+    signal: int  # number of the signal that asks the run to stop; 0 without one
+    bad_step: int  # number of the first step, from 1, that was not finite; 0 without one
+    record_unreadable: bool  # some process found images that cannot be read
 
 
 def decide(

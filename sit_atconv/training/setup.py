@@ -19,14 +19,14 @@ from sit_atconv.checkpoints.training_state import TrainingState, load_checkpoint
 from sit_atconv.data.codecs import Codec
 from sit_atconv.data.loading import Batch, load_batches
 from sit_atconv.data.sources import untrained_classes
-from sit_atconv.flow.auxiliary import AuxiliaryLoss, HiddenTap
+from sit_atconv.flow.auxiliary import HiddenTap
 from sit_atconv.models import SiT
 from sit_atconv.models.costs import multiply_adds
 from sit_atconv.runtime.commands import fail, leave_at_once, say_at_once, user_errors
 from sit_atconv.runtime.devices import on_cpu, prepare_device
 from sit_atconv.runtime.names import name_classes
 from sit_atconv.runtime.provenance import record_provenance
-from sit_atconv.runtime.settings import differences
+from sit_atconv.runtime.settings import differences, flatten
 from sit_atconv.training.ema import Averages
 from sit_atconv.training.guards import Agreement, FiniteWatch, StopRequest, leave_signals_to_the_trainer
 from sit_atconv.training.held_out import HeldOut
@@ -38,38 +38,19 @@ from sit_atconv.training.unreadable import Unreadable
 
 @dataclass
 class Session:
-    """What the training loop works with.
-
-    Args:
-        accelerator: accelerate's, for processes and precision.
-        codec: on the device.
-        net: the model being trained, unwrapped.
-        model: the same as the loop calls it: distributed, compiled.
-        auxiliary: the auxiliary loss as the loop calls it, or None.
-        averages: EMAs of the weights.
-        optimizer: the optimizer; `prepared` is accelerate's wrapper of it.
-        state: what checkpoints save.
-        computed_on: what the bits of the weights depend on beside the state.
-        batches: the micro-batches of this process, on the device.
-        held_out_loss: the loss on the held-out images.
-        meter, tracker: the log.
-        unreadable: record of images that cannot be read.
-        watch, stop, agreement: what may end the run early, and how processes agree on it.
-        empty_classes: labels of which no image is trained on.
-        last_checkpoint: the newest one.
-    """
+    """Everything that the training loop uses."""
 
     accelerator: Accelerator
-    codec: Codec
-    net: SiT
-    model: nn.Module
-    auxiliary: AuxiliaryLoss | None
+    codec: Codec  # on the device
+    net: SiT  # the model being trained, unwrapped
+    model: nn.Module  # the same model as the loop calls it: distributed, compiled
+    auxiliary: nn.Module | None  # the auxiliary loss as the loop calls it
     averages: Averages
     optimizer: torch.optim.Optimizer
-    prepared: torch.optim.Optimizer
-    state: TrainingState
-    computed_on: dict
-    batches: Iterator[Batch]
+    prepared: torch.optim.Optimizer  # accelerate's wrapper of the optimizer
+    state: TrainingState  # saved in checkpoints
+    computed_on: dict  # all that the exact bits of the weights depend on, apart from the state
+    batches: Iterator[Batch]  # the micro-batches of this process, on the device
     held_out_loss: HeldOut
     meter: Meter
     tracker: Tracker
@@ -77,7 +58,7 @@ class Session:
     watch: FiniteWatch
     stop: StopRequest
     agreement: Agreement
-    empty_classes: list[int]
+    empty_classes: list[int]  # labels without images to train on
     last_checkpoint: Path | None
 
     @property
@@ -138,7 +119,7 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
     # Processes
     accelerator = Accelerator(
         cpu=on_cpu(),
-        mixed_precision=train.mixed_precision,
+        mixed_precision="no" if train.precision == "fp32" else train.precision,
         gradient_accumulation_steps=train.accumulation,
         log_with=train.tracker,
         project_dir=run,
@@ -192,7 +173,7 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
             rewind_stats(run, found.step)
             if not found.checkpoint:
                 unreadable.path.unlink(missing_ok=True)
-        tracker = Tracker(accelerator, train.tracker, run, config.flat_options(), found.step)
+        tracker = Tracker(accelerator, train.tracker, run, flatten(config.options), found.step)
     empty_classes = classes_without(job, unreadable) if unreadable.recorded else job.empty_classes
     if accelerator.is_main_process:
         introduce(job, accelerator, unreadable, empty_classes, begins_anew, differences(before, computed_on))

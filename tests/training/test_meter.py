@@ -9,9 +9,9 @@ def test_a_line_holds_means_since_the_last_one(monkeypatch):
     accelerator, now = Accelerator(cpu=True), [0.0]
     monkeypatch.setattr("sit_atconv.training.meter.time.perf_counter", lambda: now[0])
     meter = Meter(torch.device("cpu"), gflops_per_image=2.0, peak=10.0)
-    with meter.aside():
+    with meter.timed("pause"):
         now[0] += 30
-    with meter.waiting():
+    with meter.timed("data"):
         now[0] += 2
     now[0] += 6
     meter.add(torch.tensor([1.0, 3.0, 8.0]), torch.tensor([0.0, 0.19, 1.0]), torch.ones(3, dtype=torch.bool))
