@@ -1,5 +1,7 @@
 """Parts of a training step that training, `--dry-run` and the speed comparison share."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def forward_and_backward(
 
 
 @torch.no_grad()
-def move_averages(averaged: list[Tensor], weights: list[Tensor], fraction: Tensor) -> None:
+def move_averages(averaged: Sequence[Tensor], weights: Sequence[Tensor], fraction: Tensor) -> None:
     """Moves each average towards its weight by `fraction`, a 0-d tensor on their device."""
     # torch's foreach functions have no public names.
-    torch._foreach_lerp_(averaged, weights, [fraction] * len(averaged))
+    torch._foreach_lerp_([*averaged], [*weights], [fraction] * len(averaged))

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with what was asked, found before any process group starts."""
+"""Checks of a run before any process group starts: options, data, folder, disk."""
 
 import contextlib
 import json
@@ -49,23 +49,18 @@ class Job:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the model sees."""
+        """Shape (C, H, W) of the model's inputs."""
         return self.codec.channels, self.net.config.input_size, self.net.config.input_size
 
 
 def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> Job | None:
-    """Checks a run and opens what it needs; the main process then holds its folder.
+    """Checks a run and opens its data; rank 0 then locks its folder, until `to_release` exits.
 
-    Args:
-        config: what was asked.
-        sampling: command that samples from the run, to print where it is complete.
-        to_release: closes what is opened.
-
-    Returns:
-        None if there is nothing to train: a dry run, or a run that is complete; what there is to say is printed.
+    Returns None if there is nothing to train: for a dry run, or a complete run, for which it prints the command
+    `sampling` that samples from it.
 
     Raises:
-        ValueError, OSError: something asked for is impossible; the message names it and the remedy.
+        ValueError, OSError: an option is impossible; the message names it and the remedy.
     """
     run, train = config.out, config.train
     rules = config.data_rules()
@@ -74,7 +69,7 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
     order = BatchOrder(
         len(data), train.batch_size, seed=train.seed, accumulation=train.accumulation,
         rank=int(os.environ.get("RANK", "0")), num_processes=int(os.environ.get("WORLD_SIZE", "1")),
-        mirror=config.data.mirror, held_out=held_out,
+        mirror=config.data.mirror, held_out=held_out.tolist(),
     )
     empty_classes = config.data.find_empty_classes(data, held_out, exists=rules is not None)
     torch.manual_seed(train.seed)
@@ -92,7 +87,7 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
             print(dry_run(net, config, order))
         return None
 
-    # What the run's folder holds already
+    # Check the run's folder, load the weights of --init-from, and lock the folder.
     description = describe_data(data, codec)
     config.check_resumable(description)
     saved, start = list_checkpoints(run), Start([], False)
@@ -112,8 +107,10 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
         if null_label_trained is None and not config.init_from:  # a recipe older than this field
             null_label_trained = False
     config.check_previews(None if null_label_trained is False else net.null_label)
+
+    # Stop here if the run is complete.
     if found.step > train.steps:
-        raise ValueError(f"{run} stands at step {found.step} already, beyond train.steps {train.steps}")
+        raise ValueError(f"{run} is at step {found.step} already, beyond train.steps {train.steps}: raise train.steps")
     if found.step == train.steps:
         if is_main_process():
             for damaged, problem in found.damaged.items():
@@ -124,12 +121,12 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
 
 
 def check_auxiliary(config: Config, net: SiT, data: DataSource) -> None:
-    """Builds the auxiliary loss. Raises ValueError if it needs pixels or a block that are not there."""
+    """Builds the auxiliary loss. Raises ValueError if it needs pixels or a block that do not exist."""
     auxiliary = config.auxiliary
     if auxiliary is None:
         return
     if auxiliary.needs_pixels and data.is_encoded:
-        raise ValueError(f"auxiliary {type(auxiliary).__name__} needs pixels, and cached latents hold none: give "
+        raise ValueError(f"auxiliary {type(auxiliary).__name__} needs pixels, and cached latents have none: give "
                          "--data.images instead of --data.latents")
     if auxiliary.block is not None and not 1 <= auxiliary.block <= net.config.depth:
         raise ValueError(f"auxiliary {type(auxiliary).__name__} needs block {auxiliary.block}, and the model has "
@@ -138,7 +135,8 @@ def check_auxiliary(config: Config, net: SiT, data: DataSource) -> None:
 
 
 def dry_run(net: SiT, config: Config, order: BatchOrder) -> str:
-    """Returns what the run will need, some of it measured on this process's device."""
+    """Returns the report of `--dry-run`, measured on this process's device."""
     device = torch.device("cpu") if on_cpu() else torch.accelerator.current_accelerator()
+    assert device is not None  # since there is an accelerator
     prepare_device(device, config.train.cpu_threads, config.train.tf32)
     return report(net, config, order, device)

@@ -1,4 +1,4 @@
-"""What is due after a step, decided in one place from the schedule, signals and what was found on the way."""
+"""Decision about what is due after a step, from the schedule, signals and faults of all processes."""
 
 from dataclasses import dataclass
 
@@ -24,16 +24,9 @@ def decide(
     step: int, config: Config, *, has_held_out: bool, stop: StopRequest, watch: FiniteWatch, num_unreadable: int,
     agreement: Agreement,
 ) -> Due:
-    """Decides what is due after a step; all processes call it and get the same.
+    """Decides what is due after a step (1-based); all processes must call it and get the same answer.
 
-    Args:
-        step: number of the step, from 1.
-        config: with the schedule.
-        has_held_out: whether there are held-out images.
-        stop: signals received by this process.
-        watch: which step was not finite.
-        num_unreadable: images that this process could not read and that are not recorded yet.
-        agreement: how processes agree.
+    `num_unreadable` counts the images that this process could not read and that are not recorded yet.
     """
     train = config.train
     is_last = step == train.steps
@@ -42,7 +35,7 @@ def decide(
     test = has_held_out and (is_last or step % train.held_out_every == 0)
     log = save or test or step % train.log_every == 0
     signal, bad_step, unreadable = agreement.largest(stop.number, watch.look(wait=log), num_unreadable, now=log)
-    if signal and not log:  # nothing is saved that has not been seen to be finite
+    if signal and not log:  # before saving, make sure that all steps were finite
         log = True
         signal, bad_step, unreadable = agreement.largest(signal, watch.look(wait=True), num_unreadable, now=True)
     return Due(is_last, log, test, save or signal > 0, draw, signal, bad_step, unreadable > 0)

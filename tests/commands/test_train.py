@@ -353,8 +353,8 @@ def test_ctrl_c_saves_and_leaves_and_says_so_at_once(launch, tmp_path):
             "--out", tmp_path / "run"]
     codes, output = launch(TRAIN, argv, 2, kill_at=1, kill_with=signal.SIGINT)
     assert codes == [0, 0] and "Traceback" not in output, output
-    assert output.count("Ctrl-C: this step is finished and saved; a second Ctrl-C leaves at once") == 1, output
-    stopped = re.search(r"stopped by SIGINT at step (\d+) of 500, saved in .*: the same command goes on", output)
+    assert output.count("Ctrl-C: finishing and saving this step; press Ctrl-C again to exit at once") == 1, output
+    stopped = re.search(r"stopped by SIGINT at step (\d+) of 500, saved in .*: the same command resumes", output)
     assert stopped and (tmp_path / "run" / "checkpoints" / f"step-{int(stopped[1]):07d}").is_dir(), output
 
 
@@ -513,7 +513,7 @@ def test_the_recipe_knows_empty_classes_and_a_null_label_that_was_never_trained(
     error = fails(load_command(TRAIN).main, argv)
     assert "data.images" in error and "--data.keep_empty_classes true" in error
     codes, output = launch(TRAIN, [*argv, "--data.keep_empty_classes", "true"])
-    assert codes == [0] and "warning: no image is trained on of 2 classes: 0 ('0'), 11 ('11')" in output, output
+    assert codes == [0] and "warning: no images to train on for 2 classes: 0 ('0'), 11 ('11')" in output, output
     recipe = recipe_of(tmp_path / "run", 1)
     assert recipe["empty_classes"] == [0, 11] and recipe["null_label_trained"] is False
     codes, output = launch(TRAIN, [*argv, "--train.steps", 2])  # a run that exists needs no option
@@ -559,7 +559,7 @@ def test_unreadable_images_are_left_out_and_recorded(skipping):
     assert sorted(record) == sorted(victims) and all("cannot be read" in reason for reason in record.values())
     said = [output.count(f"warning: {name} {record[name]}: left out, and recorded in {run}") for name in victims]
     assert said == [1, 1], output
-    assert f"{run} has no checkpoint yet: it begins anew" in output
+    assert f"{run} has no checkpoint yet: it starts from scratch" in output
     assert all(line["loss"] > 0 and line["held_out_loss"] > 0 for line in stats_of(run)[-1:])
 
 
@@ -569,7 +569,7 @@ def test_a_class_of_which_no_image_can_be_read_is_an_empty_one(launch, digit_fol
         path.write_bytes(path.read_bytes()[:60])
     argv = skip_options(images, tmp_path / "run", "--data.held_out", 0, "--train.batch_size", 120, "--train.steps", 1)
     codes, output = launch(TRAIN, argv)
-    assert codes == [0] and "warning: no image is trained on of 1 class: 3 ('digit 3')" in output, output
+    assert codes == [0] and "warning: no images to train on for 1 class: 3 ('digit 3')" in output, output
     assert recipe_of(tmp_path / "run", 1)["empty_classes"] == [3]
 
 
