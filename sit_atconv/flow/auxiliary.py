@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class AuxiliaryLoss(nn.Module, abc.ABC):
-    """Base class of a loss that is added to the objective's in training.
+    """Auxiliary loss that is added to the objective's loss in training.
 
     The constructor's arguments of a subclass are the options of the group `auxiliary`. Its parameters, such as those of
     a projector, are trained, synchronised between processes, saved and resumed with the model's; exported weights do
