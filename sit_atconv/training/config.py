@@ -33,9 +33,11 @@ from sit_atconv.runtime.tables import import_module_of, import_modules
 from sit_atconv.sampling import SOLVERS, Sampler
 from sit_atconv.training.ema import PROFILES
 
-# Groups whose options are the constructor's arguments of a class that the user chooses -> base class and default class.
-CLASSES = {"flow": (Objective, "sit_atconv.flow.FlowMatching"), "auxiliary": (AuxiliaryLoss, None),
-           "optimizer": (torch.optim.Optimizer, "torch.optim.AdamW")}
+# Options that choose a class, whose constructor's arguments are options, too -> base class and default class.
+CLASSES: dict[str, tuple[type, str | None]] = {
+    "backbone": (SiT, None), "flow": (Objective, "sit_atconv.flow.FlowMatching"), "auxiliary": (AuxiliaryLoss, None),
+    "optimizer": (torch.optim.Optimizer, "torch.optim.AdamW"),
+}
 # Arguments of optimizers that are not options of that group: others set them (`train.lr`, the device).
 NO_OPTIONS = {"params", "lr", "weight_decay", "foreach", "maximize", "capturable", "differentiable", "fused"}
 # Options that may change when a run is resumed. (Data may have moved: data.json tells whether they are the same.)
@@ -220,8 +222,12 @@ class Config:
         """Returns the version of the rules by which an existing run reads its images; None for a new run."""
         if not list_checkpoints(self.out):
             return None
-        described = self.out / "data.json"
-        return _read_mapping(described).get("rules", 1) if described.exists() else 1
+        return self._saved_data().get("rules", 1)
+
+    def _saved_data(self) -> dict:
+        """Returns the description of the data that the run was started with, {} if it has none."""
+        path = self.out / "data.json"
+        return _read_mapping(path) if path.exists() else {}
 
     def check_resumable(self, data: dict) -> None:
         """Raises ValueError if a run with checkpoints cannot resume with these options and data."""
@@ -233,9 +239,7 @@ class Config:
         if changes := self.changes(self.out):
             raise ValueError(f"{self.out} was started with other options ({'; '.join(changes)}): "
                              "resume with those, or give another --out")
-        described = self.out / "data.json"
-        then = _read_mapping(described) if described.exists() else data
-        then, data = {"rules": 1} | then, {"rules": 1} | data
+        then, data = {"rules": 1} | (self._saved_data() or data), {"rules": 1} | data
         if changes := differences(then, data):
             files = changed(then, data).keys() & {"files", "images", "index"}
             remedy = "put back the files as they were (--data.skip_unreadable true leaves out damaged ones)" if files \
@@ -300,7 +304,7 @@ def parse(argv: list[str] | None = None) -> Config:
         argv = ["--config", str(shipped_configs()["digits"]), *argv]
     argv = _import_modules(argv)
     with user_errors():
-        chosen = {group: _chosen_class(argv, group) for group in ("backbone", *CLASSES)}
+        chosen = {group: _chosen_class(argv, group) for group in CLASSES}
     parser = _make_parser(chosen)
     if {"--help", "-h"} & {*argv}:
         _make_parser(chosen, for_help=True).parse_args(["--help"])
@@ -357,7 +361,7 @@ def _chosen_class(argv: list[str], group: str) -> str | None:
 
     The parser must know it in advance to refuse options that the class lacks, whatever the order of the arguments.
     """
-    path = None if group == "backbone" else CLASSES[group][1]
+    base, path = CLASSES[group]
     for i, argument in enumerate(argv):
         name, _, value = argument.partition("=")
         value = value or "".join(argv[i + 1 : i + 2])
@@ -370,21 +374,20 @@ def _chosen_class(argv: list[str], group: str) -> str | None:
     if path in (None, "null"):
         return None
     if (kind := _locate(group, path)) is None:
-        base = SiT if group == "backbone" else CLASSES[group][0]
         raise ValueError(f"--{group} {path} is not a subclass of {base.__name__}: give one as module.NAME")
     return f"{kind.__module__}.{kind.__qualname__}" if group == "backbone" else path
 
 
 def _locate(group: str, path: str) -> type | None:
     """Returns the class of a path, or of the name of a known class, such as SGD; None if there is none."""
-    known = [SiT if group == "backbone" else CLASSES[group][0]]
+    known = [CLASSES[group][0]]
     for kind in known:
         known += kind.__subclasses__()
     if "." not in path:
         return next((kind for kind in known if kind.__name__ == path), None)
     module, _, name = import_module_of(path).rpartition(".")
-    kind = getattr(sys.modules[module], name, None)
-    return kind if isinstance(kind, type) and issubclass(kind, known[0]) else None
+    found = getattr(sys.modules[module], name, None)
+    return found if isinstance(found, type) and issubclass(found, known[0]) else None
 
 
 def _plain(parser: "Parser", namespace) -> dict:
@@ -396,7 +399,7 @@ def _plain(parser: "Parser", namespace) -> dict:
 
 def _defaults() -> dict:
     """Returns the defaults of all options, flat."""
-    parser = _make_parser({group: _chosen_class([], group) for group in ("backbone", *CLASSES)})
+    parser = _make_parser({group: _chosen_class([], group) for group in CLASSES})
     return flatten(_plain(parser, parser.get_defaults()))
 
 
@@ -454,12 +457,12 @@ def _make_parser(chosen: Mapping[str, str | None], for_help: bool = False) -> Pa
     backbone = _locate("backbone", chosen["backbone"] or "SiT")
     parser.add_class_arguments(backbone, "model", instantiate=False, skip=FROM_DATA)
     parser.add_argument("--data", type=DataConfig, default=DataConfig())
-    for group, (base, _) in CLASSES.items():
+    for group in ("flow", "auxiliary", "optimizer"):
         options = dict(skip=NO_OPTIONS if group == "optimizer" else set(), fail_untyped=False)
         if (path := chosen[group]) and for_help:
             parser.add_class_arguments(_locate(group, path), group, instantiate=False, **options)
         else:
-            parser.add_subclass_arguments(base, group, default=path and {"class_path": path},
+            parser.add_subclass_arguments(CLASSES[group][0], group, default=path and {"class_path": path},
                                           instantiate=group != "optimizer", **options)
     parser.add_argument("--train", type=TrainConfig, default=TrainConfig())
     parser.add_argument("--preview", type=PreviewConfig, default=PreviewConfig())
