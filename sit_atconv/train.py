@@ -1,10 +1,10 @@
-"""Trains SiT with ATConv or attention by flow matching.
+"""Training of SiT with ATConv or attention by flow matching.
 
     accelerate launch sit_atconv/train.py [--config configs/NAME.yaml] [--group.option VALUE ...]
 
-Without --config it trains the embedded digits. The same command resumes the run from its newest checkpoint: data order,
-noise, times, label dropout and learning rate are functions of (seed, step), so a resumed run repeats nothing and ends
-where an undisturbed one does. SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and exit. See docs/training.md.
+Without --config it trains on the embedded digits. The same command resumes the run from its newest checkpoint: data
+order, noise, times, label dropout and learning rate are functions of (seed, step), so a resumed run ends with the same
+weights as an uninterrupted one. SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and exit. See docs/training.md.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import signal
 from sit_atconv.runtime.commands import fail, leave_on_ctrl_c, user_errors
 
 if __name__ == "__main__":
-    leave_on_ctrl_c()  # before imports that take seconds
+    leave_on_ctrl_c()  # before the imports, which take seconds
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -38,7 +38,7 @@ from sit_atconv.training.setup import Session, set_up
 def main(argv: list[str] | None = None) -> None:
     config = parse(argv)
     sampling = f"{command('generate')} --ckpt {shlex.quote(str(config.out))}"
-    with contextlib.ExitStack() as to_release:  # the run's folder, and the processes that load its data
+    with contextlib.ExitStack() as to_release:  # the lock of the run's folder, and the data loader's processes
         with user_errors():
             job = prepare(config, sampling, to_release)
         if job is None:
@@ -47,9 +47,10 @@ def main(argv: list[str] | None = None) -> None:
         received = train_model(job, session)
         if session.accelerator.is_main_process:
             if received:
+                assert session.last_checkpoint is not None
                 step = checkpoint_step(session.last_checkpoint)
                 print(f"stopped by {signal.Signals(received).name} at step {step} of {config.train.steps}, saved in "
-                      f"{session.last_checkpoint}: the same command goes on from there")
+                      f"{session.last_checkpoint}: the same command resumes from there")
             else:
                 print(f"{config.out} is complete: {config.train.steps} steps, in {session.last_checkpoint}\n"
                       f"loss: {config.out / 'loss.png'}, samples: {config.out / 'samples'}\nsample: {sampling}")
@@ -58,18 +59,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train_model(job: Job, session: Session) -> int:
-    """Trains from the step that the checkpoint holds to the last. Returns the number of a signal that stopped it."""
+    """Trains from the checkpoint's step to the last one. Returns the signal that stopped it early, or 0."""
     config, train, data, order, objective = job.config, job.config.train, job.data, job.order, job.config.flow
     accelerator, optimizer, averages = session.accelerator, session.optimizer, session.averages
     codec, meter, auxiliary = session.codec, session.meter, session.auxiliary
-    device, parameters, model = accelerator.device, session.parameters, session.tapped()
+    device, parameters, model = accelerator.device, session.parameters, session.tapped
     shape = (train.batch_size, *job.latent_shape)
     generator = torch.Generator(device)
     progress = tqdm(range(job.found.step, train.steps), initial=job.found.step, total=train.steps,
                     disable=not accelerator.is_main_process, unit="step")
 
     for step in progress:
-        # Draw everything random of the whole batch, the same on every process, and set the learning rate.
+        # Draw all random numbers for the whole batch, the same on every process, and set the learning rate.
         generator.manual_seed(step_seed(train.seed, step))
         draw = objective.draw(shape, generator)
         posterior = torch.randn(shape, generator=generator, device=device)
@@ -79,49 +80,49 @@ def train_model(job: Job, session: Session) -> int:
 
         # Run forward and backward, one micro-batch at a time.
         for micro_batch in range(train.accumulation):
-            with meter.waiting(), user_errors(everywhere=True):
+            with meter.timed("data"), user_errors(everywhere=True):
                 batch = next(session.batches)
             session.unreadable.note(batch.unreadable)
             rows = order.rows(micro_batch)
             pixels = None if data.is_encoded else to_float(batch.inputs)
-            stored = batch.inputs if data.is_encoded else codec.encode(pixels)
+            stored = batch.inputs if pixels is None else codec.encode(pixels)
             latents = codec.latents(stored, noise=posterior[rows])
-            with accelerator.accumulate(*session.trained):  # processes exchange gradients in the last micro-batch only
+            with accelerator.accumulate(*session.trained):  # processes exchange gradients only in the last micro-batch
                 terms = objective.loss(model, latents, batch.y, draw[rows], session.net.null_label)
                 added = auxiliary(model.take(), latents, pixels) if auxiliary is not None else {}
                 terms, added = ({name: term.where(batch.readable, 0.0) for name, term in named.items()}
                                 for named in (terms, added))
                 losses = terms.pop(next(iter(terms)))  # the first is minimised, the others are only logged
-                loss = sum(term.mean() for term in (losses, *added.values()))  # over all, however the batch is cut
+                loss = sum((term.mean() for term in added.values()), start=losses.mean())  # also over unreadable images
                 accelerator.backward(poisoned(loss))
             others = {f"flow/{name}": term for name, term in terms.items()}
             others |= {f"auxiliary/{name}": term for name, term in added.items()}
             meter.add(losses.detach(), draw.t[rows], batch.readable, others)
             finite &= loss.isfinite()
 
-        # Clip the gradient, update weights and averages; an update that is not finite is withheld.
+        # Clip the gradient, and update weights and averages unless the update is not finite.
         accelerator.unscale_gradients(session.prepared)
-        norm = get_total_norm([p.grad for p in parameters], foreach=True)
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
         if train.max_grad_norm:
             clip_grads_with_norm_(parameters, train.max_grad_norm, norm)
         updated = norm.isfinite()
         if accelerator.scaler is None:
             step_where(updated, optimizer, session.prepared.step)
             finite &= updated
-        else:  # fp16: the scaler withholds the update and lowers its scale, which must not fall below 1
-            finite &= updated | (accelerator.scaler._scale >= 1)  # private: get_scale() would wait for the device
+        else:  # fp16: the scaler skips the update and lowers its scale, which must not fall below 1
+            finite &= updated | (accelerator.scaler._scale >= 1)  # the public get_scale() would wait for the device
             session.prepared.step()
         session.prepared.zero_grad()
         averages.update(step, updated)
         meter.add_norm(norm)
 
-        # Decide what is due; a loss or gradient that was not finite ends the run.
+        # Decide what is due, and end the run if a loss or gradient was not finite.
         done, session.stop.has_work = step + 1, True
         session.watch.note(done, finite)
         due = decide(done, config, has_held_out=len(job.held_out) > 0, stop=session.stop, watch=session.watch,
                      num_unreadable=len(session.unreadable.met), agreement=session.agreement)
         if due.bad_step:
-            fail(f"loss or gradient were not finite in step {due.bad_step}, and no weight was changed by it; last good "
+            fail(f"loss or gradient were not finite in step {due.bad_step}, which changed no weights; last good "
                  f"checkpoint: {session.last_checkpoint or 'none yet'}. Start another run from it (--init-from, --out) "
                  "with a lower train.lr or with train.max_grad_norm, or look at the images of that batch: "
                  f"{order.batch(due.bad_step - 1)}")
@@ -134,7 +135,7 @@ def train_model(job: Job, session: Session) -> int:
             line = {"step": done, "epoch": done / order.steps_per_epoch, "lr": train.learning_rate(step)}
             line |= meter.read(accelerator)
             if due.test:
-                with meter.aside():
+                with meter.timed("pause"):
                     line |= session.held_out(accelerator)
             progress.set_postfix(loss=f"{line['loss']:.4f}")
             if accelerator.is_main_process:
@@ -142,9 +143,9 @@ def train_model(job: Job, session: Session) -> int:
                     append_stats(config.out, line)
             session.tracker.log(line, done)
 
-        # Save a checkpoint, and draw loss curve and previews.
+        # Save a checkpoint, and draw the loss curve and previews.
         if due.save or due.draw:
-            with meter.aside():
+            with meter.timed("pause"):
                 save_and_draw(job, session, done, due.save, due.draw)
         if due.signal and not due.is_last:
             progress.close()
@@ -153,7 +154,7 @@ def train_model(job: Job, session: Session) -> int:
 
 
 def save_and_draw(job: Job, session: Session, step: int, save: bool, draw: bool) -> None:
-    """Writes the checkpoint and the pictures of a step, on the main process; the others wait."""
+    """Writes the checkpoint and the pictures of a step, on rank 0; the other processes wait."""
     config, run, recipe = job.config, job.config.out, session.recipe(job, step)
     if session.accelerator.is_main_process:
         with user_errors():
@@ -162,7 +163,7 @@ def save_and_draw(job: Job, session: Session, step: int, save: bool, draw: bool)
                     run, session.state, recipe, keep=config.train.keep_checkpoints,
                     keep_every=config.train.keep_every, computed_on=session.computed_on,
                 )
-        try:  # a picture that cannot be drawn or written ends no training
+        try:  # training continues if a picture cannot be drawn or written
             save_loss_curves(read_stats(run), run / "loss.png", str(run))
             if draw:
                 draw_preview(session.averages.first, session.codec, recipe, config.preview,

@@ -1,6 +1,6 @@
-"""Whether generated digits are good: legible, of the right distribution, diverse, and no copies.
+"""Quality of generated digits: legible, of the right distribution, diverse, and no copies of training images.
 
-Read by a classifier that nothing else uses, and compared with the two halves of the real digits.
+They are read by an independent classifier and compared with two halves of the real digits.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from sit_atconv.evaluation.metric_functions import frechet_distance
 
 @dataclass(frozen=True)
 class Quality:
-    """Figures of one set of digits; ratios are to the same figure of the real ones."""
+    """Measurements of a set of digits, most of them relative to the same measurement of real digits."""
 
-    accuracy: float             # read as their label
+    accuracy: float  # share that the classifier reads as their label
     worst_class_accuracy: float
-    frechet_to_half: float      # Frechet distance to all real, over that of real half to real half
-    frechet_to_noise: float     # ... over that of noise to real
-    spread: float               # mean distance between two of one class
-    nearest: float              # median distance to the nearest training image, over half to half
+    frechet_to_half: float  # Frechet distance to all real digits, over the distance between two real halves
+    frechet_to_noise: float  # the same distance, over that from noise to real digits
+    spread: float  # mean distance between two digits of one class, over the same of real digits
+    nearest: float  # median distance to the nearest real digit, over that from one real half to the other
 
     def failures(self) -> list[str]:
         bounds = {
@@ -41,7 +41,7 @@ class Quality:
 
 
 def measure_quality(images: np.ndarray, labels: np.ndarray) -> Quality:
-    """Images uint8 (N, 8, 8) and their labels (N,)."""
+    """Measures images uint8 (N, 8, 8) with labels (N,)."""
     real, real_labels = load_digits()
     order = np.random.default_rng(0).permutation(len(real))
     half, other = real[order[::2]], real[order[1::2]]

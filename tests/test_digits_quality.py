@@ -1,4 +1,4 @@
-"""The check of generated digits: that cheats fail it, and (slow) that the quickstart's digits pass it."""
+"""Tests that the check of generated digits refuses cheats, and (slow) that trained models pass it."""
 
 import json
 import subprocess
@@ -15,18 +15,18 @@ from tests.digits_quality import measure_quality
 
 real_images, real_labels = load_digits()
 WANTED = np.arange(1000) % 10
-SLOW_LEARNERS = {("vp", "noise"), ("vp", "score")}  # 52.5% and 13.5% at a third of the steps: docs/training.md says why
+SLOW = [("vp", "noise"), ("vp", "score")]  # 52.5% and 13.5% in a third of the steps: docs/training.md explains it
 
 
 def test_class_means_fail():
-    """A classifier reads every one of them; nothing else is right."""
+    """A classifier reads every class mean, but their distribution and spread are wrong."""
     means = np.stack([real_images[real_labels == c].mean(0) for c in range(10)]).astype(np.uint8)
     quality = measure_quality(means[WANTED], WANTED)
     assert quality.accuracy == 1.0 and {"frechet_to_half", "spread"} <= set(quality.failures())
 
 
 def test_copies_of_training_images_fail():
-    """They are perfect but for being copies."""
+    """Only the distance to the nearest training image shows it."""
     copies = np.stack([real_images[real_labels == label][i // 10] for i, label in enumerate(WANTED)])
     assert measure_quality(copies, WANTED).failures() == ["nearest"]
 
@@ -37,24 +37,24 @@ OTHERS = [("gvp", "noise"), ("linear", "score"), ("linear", "data"), ("gvp", "da
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kinds", PAIRS)
-def test_every_path_and_every_prediction_learns_the_digits(launch, tmp_path, kinds):
-    """In a third of the quickstart's steps."""
-    assert_learn(launch, tmp_path, kinds, parse([]).train.steps // 3)
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: " and ".join("-".join(kind) for kind in pair))
+def test_every_path_and_every_prediction_learns_the_digits(launch, tmp_path, pair):
+    """A third of the quickstart's steps is enough."""
+    assert_learn(launch, tmp_path, pair, parse([]).train.steps // 3)
 
 
 @pytest.mark.scale
-def test_the_other_combinations_learn_the_digits_too(launch, tmp_path):
+def test_every_other_combination_learns_the_digits(launch, tmp_path):
     assert_learn(launch, tmp_path, OTHERS, parse([]).train.steps // 3)
 
 
 @pytest.mark.scale
-def test_what_learns_slowly_learns_the_digits_in_all_steps(launch, tmp_path):
-    assert_learn(launch, tmp_path, sorted(SLOW_LEARNERS), parse([]).train.steps)
+def test_every_slow_combination_learns_the_digits_in_all_steps(launch, tmp_path):
+    assert_learn(launch, tmp_path, SLOW, parse([]).train.steps)
 
 
 def assert_learn(launch, folder, kinds, steps):
-    """Two at once, since each run uses one core."""
+    """Trains each (path, prediction), two at a time, since each run uses one core."""
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda kind: learn(launch, folder / "-".join(kind), *kind, steps), kinds))
     for (path, prediction), quality in zip(kinds, found, strict=True):
@@ -63,7 +63,7 @@ def assert_learn(launch, folder, kinds, steps):
 
 
 def learn(launch, folder, path, prediction, steps):
-    """Trains, samples and measures."""
+    """Trains, samples and measures the quality of the samples."""
     run, samples = folder / "run", folder / "samples"
     codes, output = launch("sit_atconv/train.py", [
         "--train.steps", steps, "--flow.path", path, "--flow.prediction", prediction, "--out", run],
@@ -79,7 +79,7 @@ def learn(launch, folder, path, prediction, steps):
 
 @pytest.mark.slow
 def test_the_quickstarts_digits_are_good(tmp_path):
-    """As a user would run it: train, generate, evaluate, compare speed."""
+    """The tour trains, generates, evaluates and compares speed, as a user runs it."""
     done = subprocess.run(python("-m", "sit_atconv.quickstart", "--out", "tour"), cwd=tmp_path, text=True,
                           stdout=subprocess.PIPE)
     assert done.returncode == 0

@@ -2,7 +2,7 @@
 
 import dataclasses
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +90,7 @@ def load_batches(
     on_start: Callable[[int], None] | None = None,
     *,
     skip_unreadable: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yields one micro-batch after another, for ever.
 
     Args:

@@ -1,4 +1,4 @@
-"""Flow matching: the interpolants between noise and data, and the objectives that are regressed along them."""
+"""Flow matching: interpolants between noise and data, and the objectives that training minimises."""
 
 from sit_atconv.flow.flow_matching import Draw, FlowMatching
 from sit_atconv.flow.interpolants import Interpolant, as_velocity, get_interpolant

@@ -1,4 +1,4 @@
-"""Losses beside the objective's: the contract for users' own, and how they see the model's hidden tokens.
+"""Auxiliary losses: the contract for users' own, and a wrapper that gives them the hidden tokens.
 
     accelerate launch sit_atconv/train.py --auxiliary my_module.MyLoss --auxiliary.coefficient 0.5
 """
@@ -10,40 +10,40 @@ from torch import Tensor
 
 
 class AuxiliaryLoss(nn.Module, abc.ABC):
-    """A loss that is added to the objective's in training.
+    """Auxiliary loss that is added to the objective's loss in training.
 
-    The arguments of a subclass's constructor are the options of the group `auxiliary`. Its parameters, such as those of
-    a projector, are trained, averaged over processes, saved and resumed with the model's; exported weights do not have
-    them. Make them in `build`, which is called once with the model.
+    The constructor's arguments of a subclass are the options of the group `auxiliary`. Its parameters, such as those of
+    a projector, are trained, synchronised between processes, saved and resumed with the model's; exported weights do
+    not contain them. Create them in `build`, which is called once with the model.
 
     Attributes:
-        block: number of the block, counted from 1, whose output `forward` sees; None if it needs no hidden tokens.
-        needs_pixels: whether `forward` sees the images, which cached latents do not hold.
+        block: number of the block, counted from 1, whose output `forward` gets; None if it needs no hidden tokens.
+        needs_pixels: True if `forward` needs the images, which cached latents do not contain.
     """
 
     block: int | None = None
     needs_pixels: bool = False
 
     def build(self, net: nn.Module) -> None:
-        """Makes the parameters; `net.config` says hidden_size, depth and so on."""
+        """Creates the parameters; `net.config` holds hidden_size, depth and so on."""
 
     @abc.abstractmethod
     def forward(self, hidden: Tensor | None, data: Tensor, pixels: Tensor | None) -> dict[str, Tensor]:
         """Computes the loss of each sample.
 
         Args:
-            hidden: tokens (B, N, D) after `block`, with gradient; of the first call, if the objective calls the model
-                several times.
+            hidden: tokens (B, N, D) after `block`, with gradient; if the objective calls the model several times,
+                those of the first call with gradient.
             data: images or latents (B, C, H, W) that the model learns.
-            pixels: images (B, 3, H, W) in [-1, 1] where `needs_pixels`.
+            pixels: images (B, 3, H, W) in [-1, 1] if `needs_pixels`, else None.
 
         Returns:
-            Terms by name, (B,) each, scaled as they shall count. The sum of all is minimised with the objective.
+            Terms by name, each (B,) and already weighted. Their sum is minimised together with the objective.
         """
 
 
 class HiddenTap:
-    """A model (x, t, y) that keeps the hidden tokens of its first call with gradient, until they are taken.
+    """Wrapper of a model (x, t, y) that keeps the hidden tokens of its first call with gradient.
 
     Args:
         model: the model in training.

@@ -12,12 +12,12 @@ from sit_atconv.flow.objective import Objective
 
 @dataclass(frozen=True)
 class Draw:
-    """All that chance decides for a batch. `draw[rows]` is that of some of its samples.
+    """Random draws for a batch. `draw[rows]` is the draw of these samples.
 
     Args:
-        noise: (B, C, H, W), standard normal.
+        noise: standard normal, (B, C, H, W).
         t: times (B,).
-        dropped: whose label becomes the null label, (B,) bool.
+        dropped: True where the label becomes the null label, (B,).
     """
 
     noise: Tensor
@@ -30,19 +30,19 @@ class Draw:
 
 @dataclass(frozen=True)
 class FlowMatching(Objective):
-    """The training objective: a regression along an interpolant, with label dropout for guidance.
+    """The default objective: regression along an interpolant, with label dropout for guidance.
 
     Args:
-        path: the interpolant, "linear", "gvp" or "vp".
-        prediction: what the model's output stands for.
-        weighting: of the squared error at each time. "none" takes the prediction's as it is (a score's in units of
-            noise), "velocity" turns it into the velocity's, "likelihood" into that of the likelihood bound.
-        time_sampling: "uniform", or "logit_normal" as in SD3 (arXiv 2403.03206).
-        logit_mean: of logit-normal times; above 0 is nearer to data.
-        logit_std: of logit-normal times.
-        time_shift: s > 1 moves times towards noise, t / (t + s (1 - t)): for a larger resolution SD3 takes the square
+        path: interpolant, "linear", "gvp" or "vp".
+        prediction: quantity that the model predicts.
+        weighting: weight of the squared error at each time. "none" takes the error of the prediction itself (of a
+            score, in units of noise), "velocity" the error of the implied velocity, "likelihood" the likelihood bound.
+        time_sampling: distribution of times, "uniform", or "logit_normal" as in SD3 (arXiv 2403.03206).
+        logit_mean: mean of the logit of logit-normal times; a mean above 0 moves times towards data.
+        logit_std: standard deviation of the logit of logit-normal times.
+        time_shift: s > 1 moves times towards noise, t / (t + s (1 - t)). For a larger resolution SD3 takes the square
             root of the ratio of pixels, 2 from 256 to 512.
-        class_dropout_prob: chance of each label to be replaced by the null label, in [0, 1].
+        class_dropout_prob: probability that a label is replaced by the null label, in [0, 1].
     """
 
     path: Literal["linear", "gvp", "vp"] = "linear"
@@ -56,7 +56,7 @@ class FlowMatching(Objective):
 
     def __post_init__(self):
         if not 0 <= self.class_dropout_prob <= 1:
-            raise ValueError(f"flow.class_dropout_prob must lie in [0, 1], not {self.class_dropout_prob}")
+            raise ValueError(f"flow.class_dropout_prob must be in [0, 1], not {self.class_dropout_prob}")
         for name in ("time_shift", "logit_std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"flow.{name} must be positive and finite, not {getattr(self, name)}")
@@ -67,7 +67,7 @@ class FlowMatching(Objective):
                              "predict noise, score or data, or set flow.weighting to none")
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Draw:
-        """Noise, times and label dropout of a batch (B, C, H, W), on the generator's device."""
+        """Draws noise, times and label dropout for a batch (B, C, H, W), on the generator's device."""
         device = generator.device
         noise = torch.randn(shape, generator=generator, device=device)
         if self.time_sampling == "logit_normal":
@@ -83,27 +83,26 @@ class FlowMatching(Objective):
     def loss(self, model, data: Tensor, y: Tensor, draw: Draw, null_label: int | None) -> dict[str, Tensor]:
         """Computes the weighted mean squared error of each sample, (B,)."""
         if self.class_dropout_prob > 0:
+            assert null_label is not None, "there is no null label to drop labels to"
             y = torch.where(draw.dropped, null_label, y)
         path, noise, t = self.interpolant, draw.noise, draw.t
         output = model(path.interpolate(data, noise, t), t, y).float()
         if self.prediction == "velocity":
-            error = output - path.velocity(data, noise, t)
-        elif self.prediction == "data":
-            error = output - data
-        elif self.prediction == "noise":
-            error = output - noise
-        else:  # a score is -noise / sigma: compared as noise, it is finite
-            error = path.noise_from_score(output, t) - noise
-        return {"loss": self.weights(t) * error.square().flatten(1).mean(1)}
+            target = path.velocity(data, noise, t)
+        else:
+            target = data if self.prediction == "data" else noise
+        if self.prediction == "score":  # a score is -noise / sigma, infinite at t = 1: compared as noise, it is finite
+            output = path.noise_from_score(output, t)
+        return {"loss": self.weights(t) * (output - target).square().flatten(1).mean(1)}
 
     def weights(self, t: Tensor) -> Tensor:
-        """What each time's squared error is multiplied with, (B,)."""
+        """Returns the weight of the squared error at each time, (B,)."""
         if self.weighting == "none":
             return torch.ones_like(t)
         path = self.interpolant
         alpha, sigma = path.alpha(t), path.sigma(t)
         slope = path.d_alpha(t) * sigma - alpha * path.d_sigma(t)
-        # By how much the velocity is wrong where the prediction is wrong by one.
+        # The error of the velocity if the error of the prediction is one.
         ratio = {"velocity": torch.ones_like(t), "noise": slope / alpha, "score": slope / alpha, "data": slope / sigma}
         weights = ratio[self.prediction] ** 2
         return weights if self.weighting == "velocity" else weights * alpha / (slope * sigma)

@@ -3,22 +3,23 @@
     x_t = alpha(t) * data + sigma(t) * noise        alpha(0) = sigma(1) = 0, alpha(1) = sigma(0) = 1
     v_t = alpha'(t) * data + sigma'(t) * noise
 
-Of velocity, score, noise and data, any one together with x_t gives the others: two linear equations in data and noise.
+Any one of velocity, score, noise and data, together with x_t, gives the others: two linear equations in data and noise.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 
 class Interpolant:
-    """What the paths share. A subclass gives `alpha`, `sigma` and their derivatives at times t in [0, 1].
+    """Base class of paths. A subclass defines `alpha`, `sigma` and their derivatives at times t in [0, 1].
 
-    Times are a float, a 0-d tensor, or a tensor (B,) that belongs to the first axis of the other arguments.
+    Times are a float, a 0-d tensor, or a tensor (B,) with one time for each sample of the other arguments (B, ...).
     """
 
-    velocity_ends_early = False  # whether the velocity itself is singular at t = 1
+    velocity_ends_early = False  # True if the velocity itself is singular at t = 1
 
     def alpha(self, t: Tensor) -> Tensor:
         raise NotImplementedError
@@ -33,12 +34,12 @@ class Interpolant:
         raise NotImplementedError
 
     def interpolate(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t, (B, ...)"""
+        """Returns x_t, (B, ...)."""
         alpha, sigma, _, _ = self._coefficients(t, data)
         return alpha * data + sigma * noise
 
     def velocity(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """v_t = d x_t / dt, (B, ...)"""
+        """Returns v_t = d x_t / dt, (B, ...)."""
         _, _, d_alpha, d_sigma = self._coefficients(t, data)
         return d_alpha * data + d_sigma * noise
 
@@ -51,21 +52,21 @@ class Interpolant:
         return (d_alpha * x - alpha * v) / (sigma * d_alpha - d_sigma * alpha)
 
     def score_from_velocity(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The score is -noise / sigma: infinite at t = 1."""
+        """Returns the score, -noise / sigma: infinite at t = 1."""
         return self.score_from_noise(self.noise_from_velocity(v, x, t), t)
 
     def velocity_from_data(self, data: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Singular at t = 1, where x says nothing of the noise."""
+        """Returns the velocity; singular at t = 1, where x does not depend on the noise."""
         alpha, sigma, _, _ = self._coefficients(t, x)
         return self.velocity(data, (x - alpha * data) / sigma, t)
 
     def velocity_from_noise(self, noise: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Singular at t = 0, where x says nothing of the data."""
+        """Returns the velocity; singular at t = 0, where x does not depend on the data."""
         alpha, sigma, _, _ = self._coefficients(t, x)
         return self.velocity((x - sigma * noise) / alpha, noise, t)
 
     def velocity_from_score(self, score: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Singular at t = 0, as from the noise."""
+        """Returns the velocity; singular at t = 0, like `velocity_from_noise`."""
         return self.velocity_from_noise(self.noise_from_score(score, t), x, t)
 
     def score_from_noise(self, noise: Tensor, t: Tensor) -> Tensor:
@@ -75,49 +76,46 @@ class Interpolant:
         return -score * self._coefficients(t, score)[1]
 
     def diffusion(self, x: Tensor, t: Tensor, form: str = "sigma", norm: float = 1.0) -> Tensor:
-        """w(t) of the SDE dx = (v + w * score) dt + sqrt(2 w) dW, whose marginals are those of the ODE dx = v dt.
+        """Returns w(t) of the SDE dx = (v + w * score) dt + sqrt(2 w) dW.
 
-        Any w >= 0 will do (SiT, equation 10); "sbdm" is that of score-based models, infinite at t = 0 on paths whose
-        alpha begins at 0.
+        Its marginals are those of the ODE dx = v dt for any w >= 0 (SiT, equation 10). "sbdm" is the diffusion of
+        score-based models, infinite at t = 0 on paths whose alpha starts at 0.
 
         Args:
-            x: what the result shall multiply (B, ...).
+            x: tensor (B, ...) that w will multiply: gives shape, dtype and device.
             t: 0-d or (B,).
-            form: a name in DIFFUSION_FORMS, in capitals or not.
-            norm: a factor on w, or on the part of it that depends on t.
+            form: a name in DIFFUSION_FORMS, in any case.
+            norm: factor on w; for "decreasing", on the part of it that depends on t.
 
         Returns:
             w(t), 0-d or (B, 1, ...).
 
         Raises:
-            ValueError: an unknown form.
+            ValueError: `form` is unknown.
         """
         if form.lower() not in DIFFUSION_FORMS:
             raise ValueError(f"diffusion_form must be one of {DIFFUSION_FORMS}, not {form!r}")
         t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
+        sigma = self.sigma(t)
         w = {
             "constant": lambda: norm * torch.ones_like(t),
-            "sbdm": lambda: norm * self._sbdm_diffusion(t),
-            "sigma": lambda: norm * self.sigma(t),
+            "sbdm": lambda: norm * (self.d_alpha(t) / self.alpha(t) * sigma**2 - sigma * self.d_sigma(t)),
+            "sigma": lambda: norm * sigma,
             "linear": lambda: norm * (1 - t),
             "decreasing": lambda: 0.25 * (norm * torch.cos(math.pi * t) + 1) ** 2,
             "increasing-decreasing": lambda: norm * torch.sin(math.pi * t) ** 2,
         }[form.lower()]()
         return _shaped(w, x)
 
-    def _sbdm_diffusion(self, t: Tensor) -> Tensor:
-        sigma = self.sigma(t)
-        return self.d_alpha(t) / self.alpha(t) * sigma**2 - sigma * self.d_sigma(t)
-
     def interval(
         self, prediction: str = "velocity", training: bool = False, diffusion_form: str | None = None
     ) -> tuple[float, float]:
-        """(t0, t1) on which the formulas are finite, with SiT's margins.
+        """Returns the times (t0, t1) between which all formulas are finite, with SiT's margins.
 
         Args:
-            prediction: what the model's output stands for.
-            training: whether to draw times for training, or to sample.
-            diffusion_form: of an SDE, which needs the score; None for the ODE.
+            prediction: quantity that the model predicts.
+            training: True for training times, False for sampling.
+            diffusion_form: diffusion form of an SDE, which needs the score; None for the ODE.
         """
         if self.velocity_ends_early:
             return 0.0, 1 - (1e-5 if training else 1e-3)
@@ -126,20 +124,20 @@ class Interpolant:
         return 1e-3 if begins_late else 0.0, 1 - 1e-3 if ends_early else 1.0
 
     def _coefficients(self, t, like: Tensor) -> list[Tensor]:
-        """alpha, sigma and derivatives at t, computed in t's own precision, shaped and typed to multiply `like`."""
+        """Returns alpha, sigma and their derivatives at t, in t's precision, then cast to multiply `like`."""
         t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
         return [_shaped(f(t), like) for f in (self.alpha, self.sigma, self.d_alpha, self.d_sigma)]
 
 
 def _shaped(value: Tensor, like: Tensor) -> Tensor:
-    """0-d or (B,), to multiply `like` (B, ...); what is 0-d stays on the CPU."""
+    """Shapes a value, 0-d or (B,), to multiply `like` (B, ...); a 0-d value stays on its device."""
     if value.ndim:
         return value.to(like).view(-1, *[1] * (like.ndim - 1))
     return value.to(like.dtype)
 
 
 class Linear(Interpolant):
-    """alpha = t, sigma = 1 - t: straight lines, v = data - noise."""
+    """Straight lines: alpha = t, sigma = 1 - t, v = data - noise."""
 
     def alpha(self, t):
         return t
@@ -155,7 +153,7 @@ class Linear(Interpolant):
 
 
 class GVP(Interpolant):
-    """alpha = sin(pi t / 2), sigma = cos(pi t / 2): keeps the variance."""
+    """Variance-preserving path: alpha = sin(pi t / 2), sigma = cos(pi t / 2)."""
 
     def alpha(self, t):
         return torch.sin(t * math.pi / 2)
@@ -203,30 +201,24 @@ INTERPOLANTS = {"linear": Linear, "gvp": GVP, "vp": VP}
 
 
 def get_interpolant(name: str) -> Interpolant:
-    """"linear", "gvp" or "vp". Raises ValueError for another name."""
+    """Returns the interpolant "linear", "gvp" or "vp". Raises ValueError for another name."""
     if name not in INTERPOLANTS:
         raise ValueError(f"interpolant must be one of {sorted(INTERPOLANTS)}, not {name!r}")
     return INTERPOLANTS[name]()
 
 
 def as_velocity(model, interpolant: Interpolant, prediction: str = "velocity"):
-    """A model (x, t, y) that predicts "velocity", "noise", "score" or "data" -> one whose output is velocity."""
+    """Turns a model (x, t, y) that predicts `prediction` into one that predicts the velocity."""
     if prediction == "velocity":
         return model
-    return _AsVelocity(model, interpolant, prediction)
+    if prediction not in ("noise", "score", "data"):
+        raise ValueError(f"prediction must be velocity, noise, score or data, not {prediction!r}")
+    return _AsVelocity(model, getattr(interpolant, f"velocity_from_{prediction}"))
 
 
 class _AsVelocity:
-    def __init__(self, model, interpolant: Interpolant, prediction: str):
-        conversions = {
-            "noise": interpolant.velocity_from_noise,
-            "score": interpolant.velocity_from_score,
-            "data": interpolant.velocity_from_data,
-        }
-        if prediction not in conversions:
-            raise ValueError(f"prediction must be one of {['velocity', *conversions]}, not {prediction!r}")
-        self.model = model
-        self.convert = conversions[prediction]
+    def __init__(self, model, convert: Callable[[Tensor, Tensor, Tensor], Tensor]):
+        self.model, self.convert = model, convert
 
     @property
     def null_label(self):

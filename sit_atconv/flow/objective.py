@@ -1,4 +1,4 @@
-"""What training asks of an objective, so that users can bring one of their own.
+"""Contract of training objectives, which users can implement themselves.
 
     accelerate launch sit_atconv/train.py --flow my_module.MyObjective --flow.my_option 3
 """
@@ -13,13 +13,13 @@ from sit_atconv.runtime.tables import Table
 
 
 class Objective(abc.ABC):
-    """What is drawn in a step, what is regressed, and how the trained model becomes a velocity.
+    """Base class of training objectives: random draws, loss, and the trained model as a velocity.
 
-    The arguments of a subclass's constructor are the options of the group `flow`.
+    The constructor's arguments of a subclass are the options of the group `flow`.
 
     Attributes:
         path: name of the interpolant along which the trained model is sampled.
-        prediction: what the model's output stands for: "velocity", "noise", "score" or "data".
+        prediction: meaning of the model's output: "velocity", "noise", "score" or "data".
         class_dropout_prob: probability that a label is replaced by the null label; 0 leaves the null label untrained.
     """
 
@@ -33,10 +33,10 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def draw(self, shape: tuple[int, ...], generator: torch.Generator):
-        """Draws all that chance decides for a batch (B, C, H, W), on the generator's device.
+        """Draws everything random for a batch of shape (B, C, H, W), on the generator's device.
 
         Returns:
-            A value with times `t` (B,), which `draw[rows]` cuts to some of the samples.
+            An object with times `t` (B,) that can be indexed: `draw[rows]` is the draw of these samples.
         """
 
     @abc.abstractmethod
@@ -47,7 +47,7 @@ class Objective(abc.ABC):
             model: (x, t, y) -> its prediction (B, C, H, W).
             data: images or latents (B, C, H, W).
             y: labels (B,).
-            draw: what `draw` returned for these samples.
+            draw: the draw of these samples, from `draw`.
             null_label: label that replaces dropped ones; None if the model has none.
 
         Returns:
@@ -60,22 +60,22 @@ class Objective(abc.ABC):
 
     @classmethod
     def is_needed_to_sample(cls) -> bool:
-        """True if path and prediction do not say how to sample: `velocity` or `interpolant` is the class's own."""
+        """True if the class overrides `velocity` or `interpolant`, so that sampling needs the class."""
         return (cls.velocity, cls.interpolant) != (Objective.velocity, Objective.interpolant)
 
 
-OBJECTIVES = Table("objective", type, {})
+OBJECTIVES: Table[type[Objective]] = Table("objective", type, {})
 
 
 def as_trained(model, recipe):
-    """Turns a model into a callable (x, t, y) whose output is what `recipe.prediction` says.
+    """Turns a trained model into a callable (x, t, y) that predicts `recipe.prediction`.
 
     Args:
-        model: what training left.
-        recipe: of its weights; `objective` holds class path and arguments of an objective that is needed to sample.
+        model: the model as trained.
+        recipe: recipe of its weights; `objective` holds class path and arguments of an objective needed to sample.
 
     Raises:
-        ValueError: the module of its objective is not imported.
+        ValueError: the module of that objective is not imported.
     """
     if recipe.objective is None:
         return model

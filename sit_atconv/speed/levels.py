@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sit_atconv.data.codecs import VAECodec
 from sit_atconv.flow import FlowMatching
+from sit_atconv.flow.step import forward_and_backward, move_averages
 from sit_atconv.models.costs import DEFAULTS
 from sit_atconv.models.mixers import MIXERS, mixer_names
 from sit_atconv.models.sit import SiT
@@ -227,16 +228,13 @@ def prepare_train(case: Case) -> Timed:
 
         def step(run=run, null_label=model.null_label, optimizer=optimizers[form], scaler=scaler,
                  parameters=parameters, averaged=averaged, weight=weight):
-            with autocast():
-                loss = flow.loss(run, data, y, flow.draw(data.shape, case.generator), null_label)["loss"].mean()
-            scaler.scale(loss).backward()
+            forward_and_backward(flow, run, data, y, case.generator, case.dtype, null_label, scaler)
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                torch._foreach_lerp_(averaged, parameters, [weight] * len(averaged))  # as training/ema.py does
+            move_averages(averaged, parameters, weight)
 
         runs[form, "step"] = step
     return Timed(runs, models, optimizers)

@@ -1,1 +1,1 @@
-"""What the training loop is made of, beside its objective: averages, guards, what is watched, what a run will need."""
+"""Parts of the training loop: configuration, setup, averages, guards, logging and estimates."""

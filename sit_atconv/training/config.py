@@ -1,6 +1,7 @@
-"""The typed configuration of a training run: YAML and command line in, checked values out.
+"""Typed configuration of a training run, read from YAML and the command line and checked.
 
-Each dataclass lives beside what reads it; those of training itself are here, since commands define no classes.
+Each dataclass of options is defined next to the code that reads it; those of the training loop are here, since commands
+define no classes.
 """
 
 import contextlib
@@ -32,12 +33,14 @@ from sit_atconv.runtime.tables import import_module_of, import_modules
 from sit_atconv.sampling import SOLVERS, Sampler
 from sit_atconv.training.ema import PROFILES
 
-# Groups whose options are the constructor's arguments of a class that the user chooses -> its base class and default,
-# and arguments that are no options: they come from elsewhere (`train.lr`, the device).
-CLASSES = {"flow": (Objective, "sit_atconv.flow.FlowMatching"), "auxiliary": (AuxiliaryLoss, None),
-           "optimizer": (torch.optim.Optimizer, "torch.optim.AdamW")}
+# Options that choose a class, whose constructor's arguments are options, too -> base class and default class.
+CLASSES: dict[str, tuple[type, str | None]] = {
+    "backbone": (SiT, None), "flow": (Objective, "sit_atconv.flow.FlowMatching"), "auxiliary": (AuxiliaryLoss, None),
+    "optimizer": (torch.optim.Optimizer, "torch.optim.AdamW"),
+}
+# Arguments of optimizers that are not options of that group: others set them (`train.lr`, the device).
 NO_OPTIONS = {"params", "lr", "weight_decay", "foreach", "maximize", "capturable", "differentiable", "fused"}
-# Options that may change when a run is resumed. (Data may have moved; what they are is compared by data.json.)
+# Options that may change when a run is resumed. (Data may have moved: data.json tells whether they are the same.)
 MAY_CHANGE = {
     "out", "data.images", "data.latents", "data.codec", "data.num_workers", "data.skip_unreadable",
     "data.keep_empty_classes", "data.max_megapixels", "train.steps", "train.accumulation",
@@ -49,38 +52,38 @@ MAY_CHANGE = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the model is optimised and what is kept.
+    """Options of optimisation, checkpoints and logging.
 
     Args:
-        steps: optimizer steps in all. A finished run goes on where more are asked for (a falling learning rate is
-            then that of the longer run).
+        steps: number of optimizer steps. Raise it to continue a finished run (a decaying learning rate then follows the
+            schedule of the longer run).
         batch_size: images in one optimizer step, over all processes and micro-batches.
-        accumulation: micro-batches in one step.
+        accumulation: micro-batches in one optimizer step.
         lr: learning rate.
         warmup_steps: steps over which the learning rate rises linearly from 0.
-        lr_decay: how it falls after the warm-up, to 0 at the last step.
+        lr_decay: decay of the learning rate after the warm-up, to 0 at the last step.
         weight_decay: decoupled weight decay of matrices; norms, biases and embeddings have none.
-        max_grad_norm: clip the gradient to this norm; off if not given.
-        ema_decay: decay of the exponential moving average of the weights, constant as in SiT; or several, of which
-            previews and samples take the first.
-        ema_warmup: let the decay rise to that, as min(decay, (1 + step) / (10 + step)); the profile "warmup".
-        ema_profile: how the decay depends on the step: "constant", "warmup", or your own function of (decay, step) as
-            module.NAME.
-        precision: of the forward and backward pass; weights stay in fp32. "auto" is bf16 where the device computes
-            it fast (CUDA and ROCm that support it, CPUs with AMX), else fp32.
-        tf32: on CUDA, fp32 products in TF32.
-        activation_checkpointing: keep only what enters each block and compute the rest again in the backward pass:
+        max_grad_norm: clip the gradient to this norm; no clipping if not given.
+        ema_decay: decay of the exponential moving average (EMA) of the weights, or a list of decays; previews and
+            samples use the first.
+        ema_warmup: let the decay rise to ema_decay, as min(ema_decay, (1 + step) / (10 + step)); the profile "warmup".
+        ema_profile: rule by which the decay depends on the step: "constant" as in SiT, "warmup", or your own function
+            of (decay, step) as module.NAME.
+        precision: precision of the forward and backward pass; weights stay in fp32. "auto" is bf16 where the device
+            computes it fast (CUDA and ROCm that support it, CPUs with AMX), else fp32.
+        tf32: compute fp32 products in TF32 on CUDA.
+        activation_checkpointing: keep only the input of each block, and compute the rest again in the backward pass:
             a third more arithmetic, far less memory.
         compile: compile the model with torch.compile: a minute or more at the start, faster steps afterwards.
         cpu_threads: threads of each process on a CPU; null shares the cores among the processes.
-        seed: of initialisation, data order, noise, times and label dropout.
+        seed: random seed of initialisation, data order, noise, times and label dropout.
         log_every: steps between two lines of stats.jsonl.
-        held_out_every: steps between two evaluations of the loss on the images that data.held_out keeps.
-        checkpoint_every: steps between two checkpoints; the last step always makes one.
-        keep_checkpoints: how many of the newest to keep.
-        keep_every: keep also those whose step is divisible by this, for good.
-        tracker: show the log in TensorBoard or wandb as well.
-        peak_tflops: what one device computes at most, for the share of it that is used; known for common GPUs.
+        held_out_every: steps between two measurements of the loss on the images of data.held_out.
+        checkpoint_every: steps between two checkpoints; the last step always saves one.
+        keep_checkpoints: number of newest checkpoints to keep.
+        keep_every: also keep, permanently, checkpoints whose step is divisible by this number.
+        tracker: also show the log in TensorBoard or wandb.
+        peak_tflops: peak TFLOP/s of one device, to log the share that is used; known for common GPUs.
     """
 
     steps: int = 400_000
@@ -115,18 +118,18 @@ class TrainConfig:
                 raise ValueError(f"train.{name} must be at least 1, not {value}")
         for name in ("seed", "warmup_steps", "weight_decay", "lr"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"train.{name} must not be negative (or infinite): {getattr(self, name)}")
+                raise ValueError(f"train.{name} must be finite and not negative, not {getattr(self, name)}")
         for name in ("max_grad_norm", "peak_tflops"):
             if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"train.{name} must be positive, not {value}; null is none")
+                raise ValueError(f"train.{name} must be positive, not {value}; null switches it off")
         if not self.ema_decays or len(set(self.ema_decays)) < len(self.ema_decays):
             raise ValueError(f"train.ema_decay must be one or more different numbers, not {self.ema_decay}")
         for decay in self.ema_decays:
-            if not 0 <= decay < 1 and self.profile in PROFILES:  # a profile of the user's may read it otherwise
-                raise ValueError(f"train.ema_decay must lie in [0, 1), not {decay}")
+            if not 0 <= decay < 1 and self.profile in PROFILES:  # a user's profile may give it another meaning
+                raise ValueError(f"train.ema_decay must be in [0, 1), not {decay}")
         PROFILES.find(import_module_of(self.profile))
         if self.ema_warmup and self.ema_profile not in ("constant", "warmup"):
-            raise ValueError(f"train.ema_warmup and train.ema_profile {self.ema_profile} contradict each other")
+            raise ValueError(f"train.ema_warmup and train.ema_profile {self.ema_profile} exclude each other: give one")
 
     @property
     def ema_decays(self) -> list[float]:
@@ -134,16 +137,11 @@ class TrainConfig:
 
     @property
     def profile(self) -> str:
-        """Name of the EMA's profile."""
+        """Name of the EMA profile."""
         return "warmup" if self.ema_warmup else self.ema_profile
 
-    @property
-    def mixed_precision(self) -> str:
-        """`precision` as accelerate calls it."""
-        return "no" if self.precision == "fp32" else self.precision
-
     def learning_rate(self, step: int) -> float:
-        """Of the step with this number (0-based)."""
+        """Returns the learning rate of a step (0-based)."""
         warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
         progress = max(0, step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
@@ -152,15 +150,15 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class PreviewConfig:
-    """The pictures drawn from the EMA weights while training.
+    """Previews: grids of samples drawn from the EMA weights during training.
 
     Args:
-        every: steps between two pictures; the last step always makes one.
-        num_classes: rows, at most.
-        per_class: columns.
+        every: steps between two previews; the last step always draws one.
+        num_classes: number of classes drawn, at most.
+        per_class: samples of each class.
         cfg: guidance scale; null is 4, or 1 without a trained null label.
-        solver: as `--solver` of sample/generate.py, except SDEs.
-        num_steps: its steps.
+        solver: ODE solver, a name that `--solver` of sample/generate.py takes.
+        num_steps: solver steps.
     """
 
     every: int = 10_000
@@ -177,7 +175,7 @@ class PreviewConfig:
     def __post_init__(self):
         if SOLVERS.find(import_module_of(self.solver)).is_sde:
             others = [name for name, solver in SOLVERS.items() if not solver.is_sde]
-            raise ValueError(f"preview.solver must be of an ODE, such as {', '.join(others)}, not {self.solver}")
+            raise ValueError(f"preview.solver must be an ODE solver, such as {', '.join(others)}, not {self.solver}")
         for name in ("every", "num_classes", "per_class", "num_steps"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"preview.{name} must be at least 1, not {value}")
@@ -187,114 +185,97 @@ class PreviewConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole training run, resolved.
-
-    Args:
-        backbone: class path of the model; None for SiT.
-        model: the model's options but for those that come from the data.
-        flow: the objective.
-        auxiliary: the auxiliary loss, not built yet; None without one.
-        optimizer: class of the optimizer, and arguments of its constructor.
-        options: all options as plain nested values, what config.yaml holds.
-    """
+    """A complete, resolved configuration of a training run."""
 
     out: Path
     preset: str | None
     init_from: str | None
     dry_run: bool
-    backbone: str | None
-    model: dict
+    backbone: str | None  # class path of the model; None for SiT
+    model: dict  # the model's options, without those that come from the data
     data: DataConfig
     flow: Objective
-    auxiliary: AuxiliaryLoss | None
-    optimizer: tuple[type[torch.optim.Optimizer], dict]
+    auxiliary: AuxiliaryLoss | None  # not built yet
+    optimizer: tuple[type[torch.optim.Optimizer], dict]  # with arguments of the constructor
     train: TrainConfig
     preview: PreviewConfig
-    options: dict
+    options: dict  # all options as plain nested values, the content of config.yaml
 
     @property
     def objective(self) -> dict | None:
-        """Class path and arguments of the objective, for the recipe; None if path and prediction say how to sample."""
+        """Class path and arguments of the objective; None if path and prediction are enough to sample."""
         return self.options["flow"] if type(self.flow).is_needed_to_sample() else None
 
     @property
     def prediction(self) -> str:
-        """What a model stands for that `as_trained` has made of the weights."""
+        """Quantity that the model returned by `as_trained` predicts."""
         return "velocity" if self.objective else self.flow.prediction
 
-    def check_dropout(self, null_label: int | None) -> None:
-        """Raises ValueError where labels shall be dropped and the model has no null label."""
-        if null_label is None and self.flow.class_dropout_prob > 0:
-            raise ValueError("model.has_null_label is false: there is nothing to drop labels to; "
-                             "set flow.class_dropout_prob to 0")
-
     def check_previews(self, null_label: int | None) -> None:
-        """Raises ValueError where previews cannot be drawn as asked: `null_label` is None where it is never trained."""
+        """Raises ValueError if previews cannot be drawn; `null_label` is None if it is not trained."""
         try:
             self.preview.sampler.check(self.flow.path, self.prediction, null_label)
         except ValueError as error:
             raise ValueError(f"preview: {error} (preview.cfg, flow.class_dropout_prob)") from error
 
     def data_rules(self) -> int | None:
-        """Returns the rules by which a run that has checkpoints reads its images; None for a new run."""
+        """Returns the version of the rules by which an existing run reads its images; None for a new run."""
         if not list_checkpoints(self.out):
             return None
-        described = self.out / "data.json"
-        return _read_mapping(described).get("rules", 1) if described.exists() else 1
+        return self._saved_data().get("rules", 1)
+
+    def _saved_data(self) -> dict:
+        """Returns the description of the data that the run was started with, {} if it has none."""
+        path = self.out / "data.json"
+        return _read_mapping(path) if path.exists() else {}
 
     def check_resumable(self, data: dict) -> None:
-        """Raises ValueError if a run that has checkpoints cannot resume as asked, with these data."""
+        """Raises ValueError if a run with checkpoints cannot resume with these options and data."""
         if not list_checkpoints(self.out):
             return
         if not (self.out / "config.yaml").exists():
-            raise ValueError(f"{self.out} has checkpoints and no config.yaml: it cannot be told whether they are of "
-                             "this run; put it back, or give another --out")
+            raise ValueError(f"{self.out} has checkpoints and no config.yaml, which tells how they were trained: "
+                             "put it back, or give another --out")
         if changes := self.changes(self.out):
             raise ValueError(f"{self.out} was started with other options ({'; '.join(changes)}): "
-                             "go on with those, or give another --out")
-        described = self.out / "data.json"
-        then = _read_mapping(described) if described.exists() else data
-        then, data = {"rules": 1} | then, {"rules": 1} | data
+                             "resume with those, or give another --out")
+        then, data = {"rules": 1} | (self._saved_data() or data), {"rules": 1} | data
         if changes := differences(then, data):
             files = changed(then, data).keys() & {"files", "images", "index"}
-            back = "put back what was removed or added (--data.skip_unreadable true leaves a damaged file out, as it " \
-                "is)" if files else "resume with those"
-            raise ValueError(f"{self.out} was started with other data ({'; '.join(changes)}): {back}, or start another "
-                             f"run from these weights, --init-from {self.out} --out NEW")
-
-    def flat_options(self) -> dict:
-        """All options as "group.name": value."""
-        return flatten(self.options)
+            remedy = "put back the files as they were (--data.skip_unreadable true leaves out damaged ones)" if files \
+                else "resume with those"
+            raise ValueError(f"{self.out} was started with other data ({'; '.join(changes)}): {remedy}, or start "
+                             f"another run from these weights, --init-from {self.out} --out NEW")
 
     def save(self, folder: Path, data: dict | None = None) -> None:
-        """Writes config.yaml, and data.json where the data's description is given."""
+        """Writes config.yaml, and data.json if a description of the data is given."""
         options = yaml.safe_dump(self.options, sort_keys=False)
         write_aside(folder / "config.yaml", options, durable=True)
         if data is not None:
             write_aside(folder / "data.json", json.dumps(data, indent=1), durable=True)
 
     def changes(self, folder: Path) -> list[str]:
-        """Returns what a run in `folder` was started with and may not change on resuming, as "name then -> now".
+        """Returns the options of the run in `folder` that must not change on resuming, as "name then -> now".
 
-        Options that are newer than the run had their defaults then.
+        Options that did not exist yet when the run started had their defaults.
         """
         then, now = _read_mapping(folder / "config.yaml"), self.options
         known, defaults = flatten(then), _defaults()
         newer = [name for name, value in flatten(now).items() if name not in known and value == defaults.get(name)]
-        return differences({**then, "flow": _flat_class("flow", then.get("flow", {}))}, now, MAY_CHANGE | {*newer})
+        return differences({**then, "flow": _flat_objective(then.get("flow", {}))}, now, MAY_CHANGE | {*newer})
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """jsonargparse with errors of one usage line and the message, said by the main process alone."""
+    """Parser of jsonargparse whose errors are a usage line and one message, printed by rank 0 only."""
 
     def error(self, message, ex=None):
-        if not self.exit_on_error:  # the parser of a chosen class's options, whose caller adds the group's name
+        if not self.exit_on_error:  # for the options of a chosen class: the caller adds the group's name
             super().error(message, ex)
         if is_main_process():
             print(self.format_usage().strip(), file=sys.stderr)
         message = " ".join(str(message).split())
         of_class = re.search(r"""Parser key "(\w+)": (?:.* )?Problem with given class_path '([^']+)': (.*)""", message)
-        if of_class:  # say it as for every other option
+        if of_class:  # word the message as for every other option
             group, path, reason = of_class.groups()
             reason = re.sub(r"^Option '(\w+)' is not accepted", rf"{group}.\1 is no option of {path}", reason)
             message = re.sub(r'^Parser key "(\w+)"', rf"{group}.\1", reason)
@@ -302,7 +283,7 @@ class Parser(jsonargparse.ArgumentParser):
 
 
 class ConfigAction(jsonargparse.ActionConfigFile):
-    """`--config`, which also takes the name of a shipped config."""
+    """Option `--config`, which takes a file or the name of a shipped configuration."""
 
     def __call__(self, parser, namespace, value, option_string=None):
         if ":" not in value:  # jsonargparse also takes YAML in place of a file's name
@@ -314,27 +295,28 @@ class ConfigAction(jsonargparse.ActionConfigFile):
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    """Command line (and the YAML it names) -> configuration. Without --config it is the embedded digits'.
+    """Reads the command line and the YAML files that it names; without --config, configs/digits.yaml.
 
-    Leaves with a message for unknown options, wrong types and values out of range.
+    Exits with an error for unknown options, wrong types and values out of range.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    if not any(argument.split("=")[0] == "--config" for argument in argv):
+    if not _given(argv, "--config"):
         argv = ["--config", str(shipped_configs()["digits"]), *argv]
     argv = _import_modules(argv)
     with user_errors():
-        chosen = {group: _chosen_class(argv, group) for group in ("backbone", *CLASSES)}
+        chosen = {group: _chosen_class(argv, group) for group in CLASSES}
     parser = _make_parser(chosen)
     if {"--help", "-h"} & {*argv}:
         _make_parser(chosen, for_help=True).parse_args(["--help"])
     preset = parser.parse_args(argv).preset
-    if preset is not None:  # what a preset fills in yields to the YAML and the command line: parse again over it
+    if preset is not None:  # parse again: YAML and command line override the preset
         with user_errors():
             parser.set_defaults({f"model.{name}": value for name, value in preset_config(preset).items()})
     namespace = parser.parse_args(argv)
     options = _plain(parser, namespace)
     if options["out"] is None:
-        options["out"] = default_out(argv, preset)
+        name = Path(_given(argv, "--config")[-1]).stem
+        options["out"] = f"runs/{name}" + (f"-{preset.lower().replace('/', '')}" if preset else "")
     with user_errors():
         mixer = options["model"]["mixer"]
         for name in [mixer] if isinstance(mixer, str) else mixer:
@@ -342,6 +324,8 @@ def parse(argv: list[str] | None = None) -> Config:
         options["train"]["precision"] = resolve_precision(options["train"]["precision"])
         values = parser.instantiate(parser.parse_object(options))
         optimizer = options["optimizer"]
+        optimizer_class = _locate("optimizer", optimizer["class_path"])
+        assert optimizer_class is not None  # the parser has checked it
         return Config(
             out=Path(options["out"]),
             preset=preset,
@@ -352,7 +336,7 @@ def parse(argv: list[str] | None = None) -> Config:
             data=values.data,
             flow=values.flow,
             auxiliary=values.auxiliary,
-            optimizer=(_locate("optimizer", optimizer["class_path"]), optimizer.get("init_args", {})),
+            optimizer=(optimizer_class, optimizer.get("init_args", {})),
             train=values.train,
             preview=values.preview,
             options=options,
@@ -360,7 +344,7 @@ def parse(argv: list[str] | None = None) -> Config:
 
 
 def _import_modules(argv: list[str]) -> list[str]:
-    """Imports the modules of --import, and returns the other arguments."""
+    """Imports the modules of --import and returns the other arguments."""
     rest, modules, arguments = [], [], iter(argv)
     for argument in arguments:
         if argument.split("=")[0] != "--import":
@@ -375,108 +359,110 @@ def _import_modules(argv: list[str]) -> list[str]:
 def _chosen_class(argv: list[str], group: str) -> str | None:
     """Returns the path of the class that command line or YAML choose for a group, or its default.
 
-    The parser starts from it, so that an option that the class lacks is an error wherever it stands.
+    The parser must know it in advance to refuse options that the class lacks, whatever the order of the arguments.
     """
-    path = None if group == "backbone" else CLASSES[group][1]
+    base, path = CLASSES[group]
     for i, argument in enumerate(argv):
         name, _, value = argument.partition("=")
         value = value or "".join(argv[i + 1 : i + 2])
         if name == f"--{group}":
             path = value
         elif name == "--config":
-            with contextlib.suppress(OSError, ValueError, yaml.YAMLError, AttributeError):  # which the parser names
+            with contextlib.suppress(OSError, ValueError, yaml.YAMLError, AttributeError):  # the parser reports them
                 options = yaml.safe_load(find_config(value).read_text()).get(group) or {}
                 path = options if isinstance(options, str) else options.get("class_path", path)
     if path in (None, "null"):
         return None
     if (kind := _locate(group, path)) is None:
-        base = SiT if group == "backbone" else CLASSES[group][0]
-        raise ValueError(f"--{group} {path} is no {base.__name__}: give a subclass of it as module.NAME")
+        raise ValueError(f"--{group} {path} is not a subclass of {base.__name__}: give one as module.NAME")
     return f"{kind.__module__}.{kind.__qualname__}" if group == "backbone" else path
 
 
 def _locate(group: str, path: str) -> type | None:
-    """Returns the class of a path, or of the bare name of a class that is known already, such as SGD."""
-    known = [SiT if group == "backbone" else CLASSES[group][0]]
+    """Returns the class of a path, or of the name of a known class, such as SGD; None if there is none."""
+    known = [CLASSES[group][0]]
     for kind in known:
         known += kind.__subclasses__()
     if "." not in path:
         return next((kind for kind in known if kind.__name__ == path), None)
     module, _, name = import_module_of(path).rpartition(".")
-    kind = getattr(sys.modules[module], name, None)
-    return kind if isinstance(kind, type) and issubclass(kind, known[0]) else None
+    found = getattr(sys.modules[module], name, None)
+    return found if isinstance(found, type) and issubclass(found, known[0]) else None
 
 
 def _plain(parser: "Parser", namespace) -> dict:
-    """Returns the options as plain nested values; those of this one call, as --dry-run, are left out."""
+    """Returns the options as plain nested values, without --dry-run, which is not saved."""
     options = yaml.safe_load(parser.dump(namespace, skip_none=False))
     del options["dry_run"]
-    return {**options, "flow": _flat_class("flow", options["flow"])}
+    return {**options, "flow": _flat_objective(options["flow"])}
 
 
 def _defaults() -> dict:
-    """Returns the flat options of a run that is asked for nothing."""
-    parser = _make_parser({group: _chosen_class([], group) for group in ("backbone", *CLASSES)})
+    """Returns the defaults of all options, flat."""
+    parser = _make_parser({group: _chosen_class([], group) for group in CLASSES})
     return flatten(_plain(parser, parser.get_defaults()))
 
 
-def _flat_class(group: str, options: Mapping) -> dict:
-    """Returns the options of a class; those of the group's default class without its path, as all were written once."""
-    if "class_path" not in options:
-        return dict(options)
-    return dict(options.get("init_args", {}) if options["class_path"] == CLASSES[group][1] else options)
+def _flat_objective(options: Mapping) -> Mapping:
+    """Returns the options of the objective; those of FlowMatching without class path, as in older runs."""
+    return options.get("init_args", {}) if options.get("class_path") == CLASSES["flow"][1] else options
 
 
-def default_out(argv: list[str], preset: str | None) -> str:
-    """runs/CONFIG-PRESET: ["--config", "configs/imagenet256.yaml"], "SiT-B/2" -> runs/imagenet256-sit-b2."""
-    flag = max(i for i, argument in enumerate(argv) if argument.split("=")[0] == "--config")
-    name = argv[flag].partition("=")[2] or argv[flag + 1]
-    return f"runs/{Path(name).stem}" + (f"-{preset.lower().replace('/', '')}" if preset else "")
+def _given(argv: list[str], option: str) -> list[str]:
+    """Returns the values of an option on the command line, given as `--option VALUE` or `--option=VALUE`."""
+    return [argument.partition("=")[2] or "".join(argv[i + 1 : i + 2])
+            for i, argument in enumerate(argv) if argument.split("=")[0] == option]
 
 
 def resolve_precision(precision: str) -> str:
-    """"auto" -> what this machine computes fast. ValueError: fp16 on a CPU, which accelerate would ignore."""
+    """Replaces "auto" by a precision that is fast on this machine.
+
+    Raises:
+        ValueError: fp16 on a CPU, which accelerate would ignore.
+    """
     if precision == "fp16" and on_cpu():
-        raise ValueError("train.precision fp16 does not train on a CPU: use bf16 (or fp32)")
+        raise ValueError("train.precision fp16 does not work on a CPU: use bf16 (or fp32)")
     if precision != "auto":
         return precision
     if on_cpu():
-        return "bf16" if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False) else "fp32"
+        capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # of newer versions of torch
+        return "bf16" if capabilities.get("amx_bf16") else "fp32"
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def _make_parser(chosen: Mapping[str, str | None], for_help: bool = False) -> Parser:
-    """Makes the parser for the classes `chosen` of CLASSES; `for_help` one whose help shows their options."""
+    """Builds the parser for the chosen classes; with `for_help`, its help shows their options."""
     parser = Parser(
         prog=command("train"),
         usage="%(prog)s [--config FILE] [--group.option VALUE ...]",
-        description="Trains SiT with ATConv or attention by flow matching. Without --config it trains the embedded "
-        "digits. The same command again resumes the run in --out from its newest checkpoint.",
+        description="Trains SiT with ATConv or attention by flow matching. Without --config it trains on the embedded "
+        "digits. The same command resumes the run in --out from its newest checkpoint.",
     )
     parser.add_argument("--config", action=ConfigAction, metavar="FILE",
-                        help="YAML of any options below, or the name of a shipped one ("
-                        f"{', '.join(shipped_configs())}); what follows overrides it")
+                        help="YAML file with any of the options below, or the name of a shipped one "
+                        f"({', '.join(shipped_configs())}); options after it override it")
     parser.add_argument("--dry-run", action="store_true",
-                        help="print the model's size, the memory, time and disk the run will need, and leave")
+                        help="print the model's size and the memory, time and disk that the run needs, and exit")
     parser.add_argument("--out", type=str | None, help="folder of the run (default: runs/CONFIG-PRESET)")
-    parser.add_argument("--preset", type=str | None, help="e.g. SiT-ATConv-XL/2; --model.* override it")
+    parser.add_argument("--preset", type=str | None, help="named architecture such as SiT-ATConv-XL/2; options of the "
+                        "group model override it")
     parser.add_argument("--init-from", type=str | None,
-                        help="start from these weights: a run, an exported folder, a pipeline, a hub id or a file of "
-                        "published weights; tensors of other classes or mixers start from scratch, which is printed")
+                        help="initial weights: a run, an exported folder, a pipeline, a hub id or a file of published "
+                        "weights; tensors of other classes or mixers start from scratch and are listed")
     if for_help:
         parser.add_argument("--import", metavar="MODULE",
-                            help="import a module of yours that registers parts of its own; repeat for more")
-    parser.add_argument("--backbone", type=str | None, help="class of the model, a subclass of SiT as module.NAME, "
-                        "whose options follow (default: SiT)")
+                            help="import your own module, which registers parts; may be repeated")
+    parser.add_argument("--backbone", type=str | None, help="class of the model, a subclass of SiT as module.NAME; "
+                        "the group model holds its options (default: SiT)")
     backbone = _locate("backbone", chosen["backbone"] or "SiT")
     parser.add_class_arguments(backbone, "model", instantiate=False, skip=FROM_DATA)
     parser.add_argument("--data", type=DataConfig, default=DataConfig())
-    for group, (base, _) in CLASSES.items():
+    for group in ("flow", "auxiliary", "optimizer"):
         options = dict(skip=NO_OPTIONS if group == "optimizer" else set(), fail_untyped=False)
-        if for_help and chosen[group]:
-            parser.add_class_arguments(_locate(group, chosen[group]), group, instantiate=False, **options)
+        if (path := chosen[group]) and for_help:
+            parser.add_class_arguments(_locate(group, path), group, instantiate=False, **options)
         else:
-            parser.add_subclass_arguments(base, group, default=chosen[group] and {"class_path": chosen[group]},
+            parser.add_subclass_arguments(CLASSES[group][0], group, default=path and {"class_path": path},
                                           instantiate=group != "optimizer", **options)
     parser.add_argument("--train", type=TrainConfig, default=TrainConfig())
     parser.add_argument("--preview", type=PreviewConfig, default=PreviewConfig())
@@ -484,11 +470,11 @@ def _make_parser(chosen: Mapping[str, str | None], for_help: bool = False) -> Pa
 
 
 def _read_mapping(path: Path) -> dict:
-    """Of a YAML or JSON file. ValueError: it holds none."""
+    """Reads a YAML or JSON file. Raises ValueError if it holds no mapping."""
     try:
         content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): mend it, or give another --out") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: mend it, or give another --out")
+        if not isinstance(content, dict):
+            raise ValueError("it holds no settings")
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): fix it, or give another --out") from error
     return content

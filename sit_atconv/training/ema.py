@@ -1,17 +1,17 @@
-"""Exponential moving averages of the weights in training, as models of their own."""
+"""Exponential moving averages (EMA) of the weights, kept as separate models during training."""
 
 import copy
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
+from sit_atconv.flow.step import move_averages
 from sit_atconv.runtime.tables import Table
 
-# (decay, step) -> decay in that step (0-based). A user's own function may read its first argument otherwise, such as
-# the relative width of a power function average.
-PROFILES: Table[Callable[[float, int], float]] = Table("EMA profile", Callable, {
+# (decay, step) -> decay in that step (0-based). A user's own function may give its first argument another meaning,
+# such as the relative width of a power function average.
+PROFILES: Table[Callable[[float, int], float]] = Table("EMA profile", Callable, {  # type: ignore[arg-type]  # no plain class
     "constant": lambda decay, step: decay,  # as in SiT
     "warmup": lambda decay, step: min(decay, (1 + step) / (10 + step)),
 })
@@ -21,12 +21,12 @@ class Averages:
     """Exponential moving averages of a model's weights, one for each decay.
 
     Args:
-        net: the model being trained; its averages start as copies of it.
-        decays: names and arguments of the averages.
-        profile: how the decay depends on the step; a name in PROFILES, or the path of a user's own function.
+        net: the model being trained; the averages start as copies of it.
+        decays: EMA decays in [0, 1), or what a user's own profile takes; each names its average.
+        profile: rule by which the decay depends on the step: a name in PROFILES, or the path of a user's function.
 
     Raises:
-        ValueError: an unknown profile.
+        ValueError: `profile` is unknown.
     """
 
     def __init__(self, net: nn.Module, decays: Sequence[float], profile: str = "constant"):
@@ -38,18 +38,11 @@ class Averages:
 
     @property
     def first(self) -> nn.Module:
-        """The average of the first decay: what previews and samples are drawn from."""
+        """The average of the first decay, from which previews and samples are drawn."""
         return next(iter(self.models.values()))
 
-    def weight_at(self, decay: float, step: int) -> float:
-        """Returns how much the new weights count in a step (0-based), in [0, 1]."""
-        return 1 - self.decay_at(decay, step)
-
-    @torch.no_grad()
     def update(self, step: int, updated: Tensor) -> None:
-        """Follows the weights after a step (0-based), where `updated`, a 0-d bool on their device, is true."""
+        """Updates the averages after a step (0-based) if `updated`, a 0-d bool on the device, is True."""
         for decay, averaged in self.averaged.items():
-            # A tensor, so that the device decides and the host need not wait.
-            weight = updated * self.weight_at(decay, step)
-            # Private, since torch's foreach functions have no public names.
-            torch._foreach_lerp_(averaged, self.weights, [weight] * len(averaged))
+            # A tensor, so that the host does not wait for the device to know `updated`.
+            move_averages(averaged, self.weights, updated * (1 - self.decay_at(decay, step)))

@@ -1,4 +1,4 @@
-"""What a training run will need: memory, micro-batch, time and disk, by a few real steps that leave no trace."""
+"""Estimates of a run's memory, micro-batch, time and disk, from a few real steps without side effects."""
 
 import math
 import time
@@ -10,10 +10,10 @@ import torch.nn as nn
 
 from sit_atconv.checkpoints.training_state import checkpoint_bytes, checkpoints_at_once
 from sit_atconv.data.order import BatchOrder
+from sit_atconv.flow.step import forward_and_backward
 from sit_atconv.models.costs import multiply_adds
 from sit_atconv.models.sit import SiT
 from sit_atconv.runtime.devices import synchronize
-from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.runtime.environment import describe_environment
 from sit_atconv.runtime.files import gibibytes, gigabytes
 from sit_atconv.runtime.memory import free_bytes, peak_bytes
@@ -22,24 +22,24 @@ from sit_atconv.training.ema import Averages
 from sit_atconv.training.optimizers import make_optimizer
 
 GIB = 2**30
-CARDS = (24, 80)  # GB of the GPUs that the report looks at
-KEPT_FREE = 0.08  # of a card: blocks that the allocator cuts and cannot fill, and what the driver holds
+CARDS = (24, 80)  # memory in GB of the GPUs in the report
+KEPT_FREE = 0.08  # share of a GPU's memory kept free for fragmentation and the driver
 WORKSPACE = GIB  # a guess: the CUDA context, the libraries' code and their scratch memory
-TRIAL_TOKENS = 256  # so many tokens of a batch outweigh the memory that passes through for single weights
-ENOUGH_SECONDS = 1.0  # a pass as long as this is measured well, whatever the number of images
+TRIAL_TOKENS = 256  # with so many tokens in a batch, temporary memory for single weights does not matter
+ENOUGH_SECONDS = 1.0  # a pass of this length is measured well enough, whatever the number of images
 UNITS = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
 
 
 def report(net: SiT, config: Config, order: BatchOrder, device: torch.device) -> str:
-    """Says what a run will need, one fact a line; `net` may be on any device."""
+    """Returns the report of `--dry-run`, one fact a line; `net` may be on any device."""
     train, processes, images = config.train, order.num_processes, order.micro_batch
     if train.activation_checkpointing:
         net.enable_gradient_checkpointing()
     parts, image = fixed_bytes(net, config, processes), image_bytes(net, config, device)
-    fixed, share = sum(parts.values()), order.accumulation * images  # of a process in one step
+    fixed, share = sum(parts.values()), order.accumulation * images  # images of a process in one step
     seconds, note = time_step(net, config, order, fixed, image, device)
     macs, trained = multiply_adds(net, net.grid_size), sum(p.numel() for p in net.parameters() if p.requires_grad)
-    flops = 3 * 2 * macs * order.batch_size  # what activation checkpointing repeats is not counted, as is usual
+    flops = 3 * 2 * macs * order.batch_size  # as usual, without what activation checkpointing repeats
     size = checkpoint_bytes(net, len(train.ema_decays))
     count = checkpoints_at_once(train.steps, train.checkpoint_every, train.keep_checkpoints, train.keep_every)
     rows = {
@@ -73,13 +73,13 @@ def report(net: SiT, config: Config, order: BatchOrder, device: torch.device) ->
 
 
 def fixed_bytes(net: SiT, config: Config, num_processes: int) -> dict[str, int]:
-    """Returns the memory of one device that does not depend on the number of images, part by part; an upper bound.
+    """Returns an upper bound of the memory in bytes that does not depend on the number of images, by part.
 
-    Encoding images on the fly, drawing previews and auxiliary losses are left out.
+    Encoding images in each step, drawing previews and auxiliary losses are not included.
     """
     weights, num_averages = sum(p.nbytes for p in net.parameters()), len(config.train.ema_decays)
     trained = sum(p.nbytes for p in net.parameters() if p.requires_grad)
-    cast = sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d))  # kept by autocast
+    cast = sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d))  # cached by autocast
     return {
         "weights": weights,
         "gradients": trained,
@@ -91,31 +91,32 @@ def fixed_bytes(net: SiT, config: Config, num_processes: int) -> dict[str, int]:
     }
 
 
-def forward_and_backward(net: SiT, config: Config, num_images: int, device: torch.device) -> None:
-    """Runs both on random images; adds to the gradients that are there."""
-    generator, precision = torch.Generator(device).manual_seed(0), config.train.precision
+def trial_pass(net: SiT, config: Config, num_images: int, device: torch.device) -> None:
+    """Runs forward and backward on random images; gradients are added to existing ones."""
+    generator = torch.Generator(device).manual_seed(0)
     shape = (num_images, net.config.in_channels, net.config.input_size, net.config.input_size)
     data = torch.randn(shape, generator=generator, device=device)
     y = torch.randint(net.config.num_classes, shape[:1], generator=generator, device=device)
-    with torch.autocast(device.type, torch_dtype(precision), enabled=precision != "fp32"):
-        terms = config.flow.loss(net, data, y, config.flow.draw(shape, generator), net.null_label)
-    next(iter(terms.values())).mean().backward()
+    forward_and_backward(config.flow, net, data, y, generator, config.train.precision, net.null_label)
 
 
 def image_bytes(net: SiT, config: Config, device: torch.device) -> float:
-    """Measures what one more image adds at the peak of forward and backward.
+    """Measures the bytes that one more image adds at the peak of forward and backward.
 
-    Blocks of one mixer add the same, so the last two and one more of each tell: the whole model may not fit.
+    The whole model may not fit. Blocks of one mixer need the same memory, so the last two blocks and one more of each
+    mixer are measured.
     """
-    device = device if device.type == "cuda" else torch.device("cpu")  # no other accelerator tells its peak
+    device = device if device.type == "cuda" else torch.device("cpu")  # other accelerators do not report their peak
     blocks, few = net.blocks, max(1, TRIAL_TOKENS // math.prod(net.grid_size))
     kinds, last = [type(block.attn) for block in blocks[:-2]], [*blocks[-2:]]
 
     def of_blocks(chosen: list[nn.Module]) -> float:
         net.blocks = nn.ModuleList(chosen)
-        run = partial(forward_and_backward, net.to(device), config, device=device)
-        run(1)  # makes the gradients
-        return (peak_bytes(partial(run, 2 * few), device) - peak_bytes(partial(run, few), device)) / few
+        run = partial(trial_pass, net.to(device), config, device=device)
+        run(1)  # allocates the gradients
+        low, high = (peak_bytes(partial(run, n), device) for n in (few, 2 * few))
+        assert low is not None and high is not None  # both devices report it
+        return (high - low) / few
 
     base = of_blocks(last)
     further = {kind: of_blocks([blocks[kinds.index(kind)], *last]) - base for kind in dict.fromkeys(kinds)}
@@ -127,12 +128,12 @@ def image_bytes(net: SiT, config: Config, device: torch.device) -> float:
 def time_step(
     net: SiT, config: Config, order: BatchOrder, fixed: float, image: float, device: torch.device
 ) -> tuple[float | None, str]:
-    """Times forward, backward, optimizer and averages; the weights stay as they are.
+    """Times forward, backward, optimizer and averages without changing the weights.
 
     The number of images is doubled, up to the micro-batch, until a pass takes ENOUGH_SECONDS.
 
     Returns:
-        Seconds of a whole step and on what they were measured; None and why, if not even one image fits.
+        Seconds of a whole step, and how they were measured; None and the reason if not even one image fits.
     """
     free, here = free_bytes(device), sum(p.nbytes for p in net.parameters() if p.device.type == device.type)
     limit = min(order.micro_batch, int((free + here - fixed) // image))
@@ -144,17 +145,17 @@ def time_step(
     updated = torch.ones((), dtype=torch.bool, device=device)
 
     def seconds_of(task: Callable[[], object]) -> float:
-        for _ in range(2):  # the first one warms up
+        for _ in range(2):  # the first time is a warm-up
             start = time.perf_counter()
             task()
             synchronize(device)
         return time.perf_counter() - start
 
-    num_images, run = 1, partial(forward_and_backward, net, config, device=device)
+    num_images, run = 1, partial(trial_pass, net, config, device=device)
     while (seconds := seconds_of(partial(run, num_images))) < ENOUGH_SECONDS and num_images < limit:
         num_images = min(2 * num_images, limit)
     seconds *= order.accumulation * order.micro_batch / num_images
-    seconds += seconds_of(lambda: (optimizer.step(), averages.update(0, updated)))
+    seconds += seconds_of(optimizer.step) + seconds_of(partial(averages.update, 0, updated))
     net.zero_grad()
     return seconds, (f"measured on {describe_environment(device)['hardware']}, {config.train.precision}, {num_images} "
                      f"of {order.micro_batch} images at a time")

@@ -1,43 +1,44 @@
-"""What may end a run before its last step: signals that ask it to, and updates that are not finite.
+"""Reasons to end a run before its last step: signals, and updates that are not finite.
 
-Neither makes the host wait for the device: flags are copied while it works and looked at once they have arrived.
+Neither makes the host wait for the device: flags are copied while the device works and read once they have arrived.
 """
 
 import signal
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-SAME_PRESS = 1.0  # seconds within which another signal is a launcher's copy of the first Ctrl-C
+SAME_PRESS = 1.0  # seconds; a signal that follows Ctrl-C sooner is a launcher's copy of it
 
 
 class StopRequest:
-    """Notes SIGTERM, SIGUSR1 and Ctrl-C, so that the loop can save a checkpoint before it leaves.
+    """Record of SIGTERM, SIGUSR1 and Ctrl-C, so that the loop can save a checkpoint before exiting.
 
-    A second Ctrl-C leaves at once, and so does the first one while `has_work` is False: there is nothing to save yet.
+    A second Ctrl-C exits at once, and so does the first one while `has_work` is False: there is nothing to save yet.
 
     Args:
         announce: called at the first Ctrl-C.
-        leave: called to leave at once; does not return.
+        leave: called to exit at once; does not return.
     """
 
     def __init__(self, announce: Callable[[], object], leave: Callable[[], object]):
         self.announce, self.leave = announce, leave
         self.number, self.has_work = 0, False
-        self.interrupted: float | None = None  # when
+        self.interrupted: float | None = None  # time of the first Ctrl-C, in seconds
         wanted = [number for number in STOP_SIGNALS if number != signal.SIGINT
-                  or signal.getsignal(number) != signal.SIG_IGN]  # Ctrl-C is not meant for a job in the background
+                  or signal.getsignal(number) != signal.SIG_IGN]  # ignored: a background job of a shell
         self.before = {number: signal.signal(number, self._note) for number in wanted}
 
     def _note(self, number: int, frame) -> None:
         now = time.monotonic()
         if self.interrupted is not None and number in (signal.SIGINT, signal.SIGTERM):
-            if now - self.interrupted >= SAME_PRESS:  # torchrun passes a second Ctrl-C on as SIGTERM
+            if now - self.interrupted >= SAME_PRESS:  # torchrun forwards a second Ctrl-C as SIGTERM
                 self.leave()
             return
         if number == signal.SIGINT:
@@ -48,30 +49,30 @@ class StopRequest:
         self.number = self.number or number
 
     def close(self) -> None:
-        """Restores what the signals meant before."""
+        """Restores the previous signal handlers."""
         for number, handler in self.before.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
-    """For a loader's workers, which a scheduler signals together with the process that they load for."""
+    """Ignores the signals in a loader's worker, which also gets them: the training process handles them."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class Agreement:
-    """Whole numbers whose largest all processes act on at the same step. They travel while the device works."""
+    """Agreement of all processes on the largest of some integers, exchanged while the device works."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         several = dist.is_initialized() and dist.get_world_size() > 1
-        self.group = dist.new_group(backend="gloo") if several else None
-        self.pending: tuple | None = None
+        self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if several else None
+        self.pending: tuple[dist.Work | None, torch.Tensor] | None = None
 
     def largest(self, *numbers: int, now: bool = False) -> list[int]:
-        """The largest of each over all processes: as they are `now`, else as they were at the call before.
+        """Returns the maximum of each number over all processes; all must call it, with the same `now`.
 
-        (Zeros where that was the first, or was itself answered `now`.) All processes must call it equally often, with
-        the same `now`.
+        With `now`, it waits for the maxima of this call. Else it returns those of the previous call without waiting:
+        zeros if there was none, or if that had `now`.
         """
         if self.group is None:
             return list(numbers)
@@ -84,23 +85,23 @@ class Agreement:
         return agreed.tolist()
 
     def gather(self, items: dict) -> dict:
-        """The items of all processes, which must all call it."""
+        """Returns the items of all processes; all must call it."""
         if self.group is None:
             return items
-        parts = [None] * dist.get_world_size()
+        parts: list[dict] = [{}] * dist.get_world_size()
         dist.all_gather_object(parts, items, group=self.group)
         return {key: value for part in parts for key, value in part.items()}
 
 
 class FiniteWatch:
-    """Which step was the first that was not finite, known some steps later."""
+    """Record of the first step that was not finite; it is known some steps later."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.flags: deque[tuple[int, Tensor, torch.Event | None]] = deque()
         self.first_bad = 0
 
     def note(self, step: int, finite: Tensor) -> None:
-        """Whether the step of this number (1-based) was finite: 0-d bool, on the device."""
+        """Notes whether a step (1-based) was finite: a 0-d bool on the device."""
         arrived = None
         if finite.device.type != "cpu":
             on_host = torch.empty((), dtype=torch.bool, pin_memory=True)
@@ -110,7 +111,7 @@ class FiniteWatch:
         self.flags.append((step, finite, arrived))
 
     def look(self, wait: bool = False) -> int:
-        """The first bad step among those whose flags have arrived (with `wait`: among all), or 0."""
+        """Returns the first step that was not finite, or 0, by the flags that have arrived; `wait` awaits all."""
         while self.flags and (wait or self.flags[0][2] is None or self.flags[0][2].query()):
             step, finite, arrived = self.flags.popleft()
             if arrived is not None:
@@ -121,8 +122,9 @@ class FiniteWatch:
 
 
 def poisoned(loss: Tensor) -> Tensor:
-    """The loss; where it is not finite its gradient is not either, and the averaging of gradients tells every process.
+    """Returns the loss, with a gradient that is not finite if the loss is not.
 
-    Elsewhere nothing changes, to the bit: x * 1.
+    Every process then withholds the update, since gradients are averaged over processes. A finite loss and its gradient
+    keep their bits: they are multiplied by 1.
     """
     return loss * (1 + (loss - loss).detach())

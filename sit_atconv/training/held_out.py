@@ -1,4 +1,4 @@
-"""The flow loss on images that training never sees, at fixed noise and times."""
+"""Held-out loss: the flow loss on images that are never trained on, at fixed noise and times."""
 
 import contextlib
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sit_atconv.data.codecs import Codec
+from sit_atconv.data.data_source import DataSource
 from sit_atconv.data.loading import BatchReader
 from sit_atconv.data.pixels import to_float
 from sit_atconv.flow import Objective
@@ -13,36 +14,27 @@ from sit_atconv.sampling import SampleStream
 
 
 class HeldOut:
-    """Of the model's velocity: the same images, noise and times for every model and seed of one path and prediction.
+    """Loss of the model's velocity on held-out images, with fixed noise and times.
+
+    All models and seeds with the same path and prediction get the same images, noise and times. Each process takes its
+    share of the images.
 
     Args:
-        data: the data set.
-        images: which of its images, in an order that has nothing to do with their classes.
-        codec: pixels to latents, on the device.
-        flow: the objective, for its path and what the model predicts.
-        batch_size: images at a time.
-        device: the codec's.
-        rank, num_processes: which process this is, of how many; each takes its share.
-        skip_unreadable: whether images that cannot be read are left out; `unreadable` names those of this process.
+        images: indices of the held-out images, in random order.
+        codec: from pixels to latents, on `device`.
+        skip_unreadable: leave out images that cannot be read; `unreadable` names those of this process.
 
     Raises:
-        ValueError, OSError: one of the images cannot be read.
+        ValueError, OSError: an image cannot be read.
     """
 
     def __init__(
-        self,
-        data,
-        images: list[int],
-        codec: Codec,
-        flow: Objective,
-        *,
-        batch_size: int,
-        device: torch.device,
-        rank: int = 0,
-        num_processes: int = 1,
-        skip_unreadable: bool = False,
+        self, data: DataSource, images: list[int], codec: Codec, flow: Objective, *, batch_size: int,
+        device: torch.device, rank: int = 0, num_processes: int = 1, skip_unreadable: bool = False,
     ):
-        self.flow, self.batches, self.unreadable = flow, [], {}
+        self.flow = flow
+        self.batches: list[tuple[Tensor, ...]] = []
+        self.unreadable: dict[str, str] = {}
         reader = BatchReader(data, skip_unreadable)
         t0, t1 = flow.interpolant.interval(flow.prediction)
         times = t0 + (t1 - t0) * (torch.arange(len(images), dtype=torch.float64) + 0.5) / max(1, len(images))
@@ -62,7 +54,7 @@ class HeldOut:
 
     @torch.no_grad()
     def loss(self, model, autocast=contextlib.nullcontext) -> Tensor:
-        """Squared errors of the velocity, summed over this process's images, and how many these are, (2,)."""
+        """Returns the sum of the squared errors over this process's images, and their number, (2,)."""
         device = next(model.parameters()).device
         path, total = self.flow.interpolant, torch.zeros((), device=device)
         velocity = self.flow.velocity(model)

@@ -1,10 +1,11 @@
-"""What a run tells of itself: sums kept on the device and read when a line is due, and trackers that show them."""
+"""Log of a run: sums kept on the device and read when a line is due, and trackers that show them."""
 
 import contextlib
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
@@ -14,14 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 TIME_BUCKETS = 5
-PEAK_TFLOPS = {  # dense bf16 products of one device, by its makers' data sheets; TF32 is half of it. First match wins
+PEAK_TFLOPS = {  # dense bf16 products of one device, from data sheets; TF32 is half of it. The first match counts
     "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L40": 181,
     "L4": 121, "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307,
 }
 
 
 def peak_tflops(device: torch.device, precision: str, tf32: bool) -> float | None:
-    """What the device computes at most, in TFLOP/s; None where that is not known."""
+    """Returns the peak TFLOP/s of the device in a precision; None if unknown."""
     if device.type != "cuda" or (precision == "fp32" and not tf32):
         return None
     name = torch.cuda.get_device_name(device)
@@ -30,12 +31,12 @@ def peak_tflops(device: torch.device, precision: str, tf32: bool) -> float | Non
 
 
 class Meter:
-    """Losses, also by time, gradient norms and seconds, since the last line of the log.
+    """Losses in total and by flow time, gradient norms and seconds, since the last line of the log.
 
     Args:
-        device: where losses come from.
-        gflops_per_image: of forward and backward, without what is computed a second time to save memory.
-        peak: TFLOP/s of the device, if known.
+        device: device of the losses.
+        gflops_per_image: GFLOP of forward and backward, without recomputation by activation checkpointing.
+        peak: peak TFLOP/s of the device; None if unknown.
     """
 
     def __init__(self, device: torch.device, gflops_per_image: float, peak: float | None = None):
@@ -46,14 +47,14 @@ class Meter:
     def _restart(self) -> None:
         self.sums = torch.zeros(TIME_BUCKETS, device=self.device)
         self.counts = torch.zeros(TIME_BUCKETS, device=self.device)
-        self.norms = torch.zeros(2, device=self.device)  # their sum, and how many
+        self.norms = torch.zeros(2, device=self.device)  # their sum and number
         self.others: dict[str, Tensor] = {}  # sums of further loss terms
-        self.images, self.waited, self.paused, self.start = 0, 0.0, 0.0, time.perf_counter()
+        self.images, self.seconds, self.start = 0, {"data": 0.0, "pause": 0.0}, time.perf_counter()
 
     def add(self, losses: Tensor, t: Tensor, readable: Tensor, others: dict[str, Tensor] | None = None) -> None:
-        """Adds a micro-batch: losses (B,) at times (B,). Those not `readable` (B,) are 0 and do not count.
+        """Adds losses (B,) at times (B,) of a micro-batch, and further terms by name, each (B,).
 
-        `others` are further terms (B,), logged by name.
+        Images that are not `readable` (B,) have the loss 0 and do not count.
         """
         bucket = (t * TIME_BUCKETS).long().clamp(max=TIME_BUCKETS - 1)
         self.sums.index_add_(0, bucket, losses)
@@ -63,43 +64,39 @@ class Meter:
             self.others[name] = self.others.get(name, 0.0) + term.detach().sum()
 
     def add_norm(self, norm: Tensor) -> None:
-        """Of a step's gradient, 0-d; one that is not finite, as fp16 has them now and then, does not count."""
+        """Adds the gradient norm of a step, 0-d; a norm that is not finite (possible in fp16) does not count."""
         self.norms += torch.stack([norm, torch.ones_like(norm)]).where(norm.isfinite(), 0.0)
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around what waits for data."""
+    def timed(self, part: Literal["data", "pause"]) -> Iterator[None]:
+        """Times a block that waits for "data", or is a "pause" from training: saving, drawing."""
         start = time.perf_counter()
         yield
-        self.waited += time.perf_counter() - start
-
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Around what is no training: saving, drawing. Its time does not count."""
-        start = time.perf_counter()
-        yield
-        self.paused += time.perf_counter() - start
+        self.seconds[part] += time.perf_counter() - start
 
     def read(self, accelerator: Accelerator) -> dict:
-        """All of it since the last call, over all processes, which must all call it; waits for the device.
+        """Returns the log of all processes since the last call; all must call it. Waits for the device.
 
-        `loss`, `loss_by_time` (None where no time fell), further loss terms by name, `grad_norm` before clipping (None
-        if never finite), `images_per_second`, `data_wait` (share of this process's time), `memory_gb` (the device's
-        peak; on a CPU, what is resident), `tflops_per_second` of each process's device and its share `mfu` of what the
-        device can do, if that is known.
+        Returns:
+            `loss`, `loss_by_time` (None for a part without times), further loss terms by name, `grad_norm` before
+            clipping (None if never finite), `images_per_second`, `data_wait` (share of this process's time),
+            `memory_gb` (peak of the device; on a CPU, resident memory), `tflops_per_second` of one device and, if its
+            peak is known, the share `mfu` of the peak.
         """
         everyone = accelerator.reduce(torch.stack([self.sums, self.counts]), "sum")
         (sums, counts), (norms, steps) = everyone.tolist(), self.norms.tolist()
         others = {name: accelerator.reduce(total, "sum").item() for name, total in self.others.items()}
-        seconds = time.perf_counter() - self.start - self.paused
+        seconds = time.perf_counter() - self.start - self.seconds["pause"]
+        on_gpu = self.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(self.device) if on_gpu else self.process.memory_info().rss
         line = {
             "loss": sum(sums) / max(1, sum(counts)),
             "loss_by_time": [total / count if count else None for total, count in zip(sums, counts, strict=True)],
             **{name: total / max(1, sum(counts)) for name, total in others.items()},
             "grad_norm": norms / steps if steps else None,
             "images_per_second": self.images * accelerator.num_processes / seconds,
-            "data_wait": self.waited / seconds,
-            "memory_gb": self._memory() / 1e9,
+            "data_wait": self.seconds["data"] / seconds,
+            "memory_gb": memory / 1e9,
             "tflops_per_second": self.images * self.gflops_per_image / 1e3 / seconds,
         }
         if self.peak:
@@ -107,16 +104,11 @@ class Meter:
         self._restart()
         return line
 
-    def _memory(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return self.process.memory_info().rss
-
 
 # ------------------------------------------------------------------------------------------------------ trackers
 
 def check_tracker(name: str | None) -> None:
-    """ValueError: the tracker is not installed."""
+    """Raises ValueError if the tracker is not installed."""
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
     if name is not None and not available[name]():
         raise ValueError(f"train.tracker {name} is not installed: pip install 'sit-atconv[trackers]', or leave it out; "
@@ -124,17 +116,13 @@ def check_tracker(name: str | None) -> None:
 
 
 class Tracker:
-    """TensorBoard or wandb, through accelerate. One that fails is given up, aloud; the run goes on.
+    """TensorBoard, wandb or none, through an accelerator created with `log_with` and `project_dir`.
 
-    Args:
-        accelerator: made with `log_with` and `project_dir`.
-        name: "tensorboard", "wandb" or None.
-        run: the run's folder; TensorBoard's files lie in its folder `tensorboard`.
-        options: the run's configuration, flat.
-        step: where the run goes on; TensorBoard forgets what it has seen beyond it.
+    If the tracker fails, it is switched off with a warning, and training continues. TensorBoard writes to the subfolder
+    `tensorboard` of the run, and drops points later than the step from which the run resumes.
 
     Raises:
-        ValueError: it cannot be started.
+        ValueError: the tracker cannot be started.
     """
 
     def __init__(self, accelerator: Accelerator, name: str | None, run: Path, options: dict, step: int = 0):
@@ -149,12 +137,12 @@ class Tracker:
         try:
             accelerator.init_trackers(project, config=plain, init_kwargs={name: its_own})
         except Exception as error:  # whatever its library raises
-            raise ValueError(f"train.tracker {name} cannot be started ({_reason(error)}): mend that, or leave it "
+            raise ValueError(f"train.tracker {name} cannot be started ({_reason(error)}): fix this, or leave it "
                              "out") from error
 
     def log(self, line: dict, step: int) -> None:
-        """A line of the log; lists become one value each, name/0, name/1, ..."""
-        values = {}
+        """Sends a line of the log; the elements of a list are named NAME/0, NAME/1, ..."""
+        values: dict[str, float] = {}
         for key, value in line.items():
             parts = enumerate(value) if isinstance(value, list) else [(None, value)]
             values |= {key if i is None else f"{key}/{i}": part for i, part in parts if part is not None}
@@ -169,8 +157,8 @@ class Tracker:
         try:
             send()
         except Exception as error:  # whatever its library raises
-            tqdm.write(f"warning: train.tracker {self.name} failed ({_reason(error)}) and is given up; stats.jsonl and "
-                       "loss.png go on", file=sys.stderr)
+            tqdm.write(f"warning: train.tracker {self.name} failed ({_reason(error)}) and is switched off; stats.jsonl "
+                       "and loss.png are still written", file=sys.stderr)
             self.name = None
 
 

@@ -1,10 +1,10 @@
-"""Optimizers: any of torch's or of a user's, by class path, and Muon with AdamW for what is no matrix.
+"""Optimizers: any of torch or of the user by class path, and Muon with AdamW for all but matrices.
 
     accelerate launch sit_atconv/train.py --optimizer AdamW --optimizer.betas "[0.9, 0.95]"
     accelerate launch sit_atconv/train.py --optimizer sit_atconv.training.optimizers.MuonAdamW
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
@@ -12,11 +12,14 @@ from torch import Tensor
 
 from sit_atconv.runtime.devices import has_fused_optimizers
 
-FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)  # whose fused kernels heed `found_inf` on any device
+FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)  # their fused kernels obey `found_inf` on any device
 
 
 def parameter_groups(modules: Sequence[nn.Module], weight_decay: float) -> list[dict]:
-    """Returns the trainable parameters: matrices decay; norms, biases, embeddings and `difference_control` do not."""
+    """Returns parameter groups with weight decay for matrices, and none for norms, biases and embeddings.
+
+    `difference_control` is a vector and has none either.
+    """
     every = [module for each in modules for module in each.modules()]
     tables = {p for module in every if isinstance(module, nn.Embedding) for p in module.parameters()}
     trained = [p for module in modules for p in module.parameters() if p.requires_grad]
@@ -28,35 +31,30 @@ def parameter_groups(modules: Sequence[nn.Module], weight_decay: float) -> list[
 def make_optimizer(
     kind: type[torch.optim.Optimizer], modules: Sequence[nn.Module], lr: float, weight_decay: float, options: dict
 ) -> torch.optim.Optimizer:
-    """Builds an optimizer of the trainable parameters, fused where it can be.
-
-    Args:
-        kind: its class.
-        modules: the model, and an auxiliary loss.
-        lr: learning rate; the training loop sets it anew in each step.
-        weight_decay: of matrices.
-        options: further arguments of the constructor.
+    """Builds an optimizer of the trainable parameters, fused if possible; only matrices get weight decay.
 
     Raises:
-        ValueError: the class refuses the parameters or the options.
+        ValueError: the class does not accept the parameters or the options.
     """
     groups = parameter_groups(modules, weight_decay)
     is_fused = kind in FUSED and has_fused_optimizers(next(modules[0].parameters()).device)
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    options |= {"fused": True} if is_fused else {}
+    construct: Callable[..., torch.optim.Optimizer] = kind  # the base class takes other arguments
     try:
-        return kind(groups, lr=lr, **options, **({"fused": True} if is_fused else {}))
+        return construct(groups, lr=lr, **options)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"the optimizer {kind.__name__} cannot be made ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"the optimizer {kind.__name__} cannot be created ({str(error).splitlines()[0]})") from error
 
 
-def step_where(updated: Tensor, optimizer: torch.optim.Optimizer, step) -> None:
-    """Calls `step` where `updated`, a 0-d bool on the device, is true.
+def step_where(updated: Tensor, optimizer: torch.optim.Optimizer, step: Callable[[], object]) -> None:
+    """Calls `step` if `updated`, a 0-d bool on the device, is True.
 
-    A fused optimizer leaves that to the device (`found_inf` is how torch's GradScaler tells it); for others the host
-    waits for the device.
+    A fused optimizer checks this on the device, by the attribute `found_inf` that torch's GradScaler also sets; for
+    others the host waits for the device.
     """
     if optimizer.defaults.get("fused"):
-        optimizer.found_inf = (~updated).float()
+        optimizer.found_inf = (~updated).float()  # type: ignore[attr-defined]  # torch declares it nowhere
         step()
     elif updated.item():
         step()
@@ -68,8 +66,8 @@ class MuonAdamW(torch.optim.Optimizer):
     Args:
         params: groups of parameters, as `parameter_groups` returns them.
         lr: learning rate of both; Muon's updates are scaled to the size of AdamW's (arXiv 2502.16982).
-        momentum: Muon's momentum.
-        betas: AdamW's decays of the gradient's moments.
+        momentum: momentum of Muon.
+        betas: decays of AdamW's running moments of the gradient.
 
     Raises:
         ValueError: this version of torch has no Muon.
@@ -88,11 +86,11 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Lets both parts work on our state and our groups, so that saving and learning rates see one optimizer."""
+        """Makes both parts use the state and groups of this object, which is saved as one optimizer."""
         self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
         self.muon.state = self.adamw.state = self.state
 
-    def step(self, closure=None) -> None:
+    def step(self, closure=None):
         self.muon.step()
         self.adamw.step()
 

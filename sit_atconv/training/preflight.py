@@ -1,11 +1,10 @@
-"""Everything that can be wrong with what was asked, found before any process group starts."""
+"""Checks of a run before any process group starts: options, data, folder, disk."""
 
 import contextlib
 import json
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from sit_atconv.checkpoints.training_state import (
 )
 from sit_atconv.checkpoints.warm_start import Start, start_from
 from sit_atconv.data.codecs import Codec
+from sit_atconv.data.data_source import DataSource
 from sit_atconv.data.order import BatchOrder, hold_out
 from sit_atconv.data.sources import describe_data
 from sit_atconv.models.sit import BACKBONES, SiT
@@ -33,53 +33,34 @@ from sit_atconv.training.meter import check_tracker
 
 @dataclass(frozen=True)
 class Job:
-    """A training run, all of it checked.
-
-    Args:
-        config: what was asked.
-        data: the data set.
-        codec: pixels to what the model sees.
-        held_out: indices of the images that are never trained on.
-        order: images of every micro-batch of this process.
-        net: the model as initialised, or with the weights that it starts from.
-        found: the checkpoint to resume from.
-        start: what was kept of --init-from.
-        description: what the data are, for data.json.
-        empty_classes: labels of which no image is trained on.
-        null_label_trained: as `Recipe` has it.
-    """
+    """A training run that passed all checks."""
 
     config: Config
-    data: object
-    codec: Codec
-    held_out: np.ndarray
-    order: BatchOrder
-    net: SiT
-    found: Resumable
-    start: Start
-    description: dict
-    empty_classes: list[int]
-    null_label_trained: bool | None
+    data: DataSource
+    codec: Codec  # from pixels to the model's inputs
+    held_out: np.ndarray  # indices of the images that are never trained on
+    order: BatchOrder  # images of every micro-batch of this process
+    net: SiT  # as initialised, or with the weights of --init-from
+    found: Resumable  # the checkpoint to resume from
+    start: Start  # the weights kept of --init-from
+    description: dict  # of the data, for data.json
+    empty_classes: list[int]  # labels without images to train on
+    null_label_trained: bool | None  # as in `Recipe`
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the model sees."""
+        """Shape (C, H, W) of the model's inputs."""
         return self.codec.channels, self.net.config.input_size, self.net.config.input_size
 
 
 def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> Job | None:
-    """Checks a run and opens what it needs; the main process then holds its folder.
+    """Checks a run and opens its data; rank 0 then locks its folder, until `to_release` exits.
 
-    Args:
-        config: what was asked.
-        sampling: command that samples from the run, to print where it is complete.
-        to_release: closes what is opened.
-
-    Returns:
-        None if there is nothing to train: a dry run, or a run that is complete; what there is to say is printed.
+    Returns None if there is nothing to train: for a dry run, or a complete run, for which it prints the command
+    `sampling` that samples from it.
 
     Raises:
-        ValueError, OSError: something asked for is impossible; the message names it and the remedy.
+        ValueError, OSError: an option is impossible; the message names it and the remedy.
     """
     run, train = config.out, config.train
     rules = config.data_rules()
@@ -88,7 +69,7 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
     order = BatchOrder(
         len(data), train.batch_size, seed=train.seed, accumulation=train.accumulation,
         rank=int(os.environ.get("RANK", "0")), num_processes=int(os.environ.get("WORLD_SIZE", "1")),
-        mirror=config.data.mirror, held_out=held_out,
+        mirror=config.data.mirror, held_out=held_out.tolist(),
     )
     empty_classes = config.data.find_empty_classes(data, held_out, exists=rules is not None)
     torch.manual_seed(train.seed)
@@ -96,7 +77,8 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
         **config.model, num_classes=len(data.class_names), in_channels=codec.channels,
         input_size=codec.latent_size(data.image_size),
     )
-    config.check_dropout(net.null_label)
+    if net.null_label is None and config.flow.class_dropout_prob > 0:
+        raise ValueError("model.has_null_label is false, so labels cannot be dropped: set flow.class_dropout_prob to 0")
     config.check_previews(net.null_label)
     check_auxiliary(config, net, data)
     check_tracker(train.tracker)
@@ -105,7 +87,7 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
             print(dry_run(net, config, order))
         return None
 
-    # What the run's folder holds already
+    # Check the run's folder, load the weights of --init-from, and lock the folder.
     description = describe_data(data, codec)
     config.check_resumable(description)
     saved, start = list_checkpoints(run), Start([], False)
@@ -120,10 +102,15 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
     found = find_resumable(run)
     null_label_trained = config.flow.class_dropout_prob > 0 or start.null_label_trained
     if found.checkpoint and not null_label_trained:
-        null_label_trained = had_trained_null_label(found.checkpoint, None if config.init_from else False)
+        recipe = json.loads((found.checkpoint / "model" / "recipe.json").read_text())
+        null_label_trained = recipe.get("null_label_trained")
+        if null_label_trained is None and not config.init_from:  # a recipe older than this field
+            null_label_trained = False
     config.check_previews(None if null_label_trained is False else net.null_label)
+
+    # Stop here if the run is complete.
     if found.step > train.steps:
-        raise ValueError(f"{run} stands at step {found.step} already, beyond train.steps {train.steps}")
+        raise ValueError(f"{run} is at step {found.step} already, beyond train.steps {train.steps}: raise train.steps")
     if found.step == train.steps:
         if is_main_process():
             for damaged, problem in found.damaged.items():
@@ -133,13 +120,13 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
     return Job(config, data, codec, held_out, order, net, found, start, description, empty_classes, null_label_trained)
 
 
-def check_auxiliary(config: Config, net: SiT, data) -> None:
-    """Builds the auxiliary loss. Raises ValueError if it needs pixels or a block that are not there."""
+def check_auxiliary(config: Config, net: SiT, data: DataSource) -> None:
+    """Builds the auxiliary loss. Raises ValueError if it needs pixels or a block that do not exist."""
     auxiliary = config.auxiliary
     if auxiliary is None:
         return
     if auxiliary.needs_pixels and data.is_encoded:
-        raise ValueError(f"auxiliary {type(auxiliary).__name__} needs pixels, and cached latents hold none: give "
+        raise ValueError(f"auxiliary {type(auxiliary).__name__} needs pixels, and cached latents have none: give "
                          "--data.images instead of --data.latents")
     if auxiliary.block is not None and not 1 <= auxiliary.block <= net.config.depth:
         raise ValueError(f"auxiliary {type(auxiliary).__name__} needs block {auxiliary.block}, and the model has "
@@ -147,14 +134,9 @@ def check_auxiliary(config: Config, net: SiT, data) -> None:
     auxiliary.build(net)
 
 
-def had_trained_null_label(checkpoint: Path, if_unknown: bool | None) -> bool | None:
-    """Returns what the recipe of a checkpoint says, or `if_unknown` for one older than that field."""
-    trained = json.loads((checkpoint / "model" / "recipe.json").read_text()).get("null_label_trained")
-    return if_unknown if trained is None else trained
-
-
 def dry_run(net: SiT, config: Config, order: BatchOrder) -> str:
-    """Returns what the run will need, some of it measured on this process's device."""
+    """Returns the report of `--dry-run`, measured on this process's device."""
     device = torch.device("cpu") if on_cpu() else torch.accelerator.current_accelerator()
+    assert device is not None  # since there is an accelerator
     prepare_device(device, config.train.cpu_threads, config.train.tf32)
     return report(net, config, order, device)

@@ -1,7 +1,6 @@
-"""The pictures of a training run: a labelled grid, of the same seed every time."""
+"""Previews of a training run: a grid of samples by class, from the same noise every time."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,16 +10,14 @@ from sit_atconv.data.pixels import to_uint8
 from sit_atconv.flow import as_trained
 from sit_atconv.runtime.plots import save_sample_grid
 from sit_atconv.sampling import SampleStream
-
-if TYPE_CHECKING:
-    from sit_atconv.training.config import PreviewConfig
+from sit_atconv.training.config import PreviewConfig
 
 AT_ONCE = 16
 
 
 @torch.inference_mode()
-def draw_preview(model, codec: Codec, recipe: Recipe, preview: "PreviewConfig", path: Path) -> None:
-    """Draws what the weights make of the first classes; the pictures of a run can be compared with each other."""
+def draw_preview(model, codec: Codec, recipe: Recipe, preview: PreviewConfig, path: Path) -> None:
+    """Draws samples of the first classes; previews of a run use the same noise and can be compared."""
     trained = [label for label in range(len(recipe.class_names)) if label not in recipe.empty_classes]
     y = torch.tensor(trained[: preview.num_classes]).repeat_interleave(preview.per_class)
     sampler = preview.sampler.settled(recipe.interpolant, recipe.null_label_of(model))
@@ -33,4 +30,4 @@ def draw_preview(model, codec: Codec, recipe: Recipe, preview: "PreviewConfig", 
     pixels = torch.cat(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     title = f"step {recipe.step}, EMA weights, cfg {sampler.cfg:g}, {preview.solver} {preview.num_steps}"
-    save_sample_grid(pixels, y.tolist(), recipe.class_names, path, title, columns=preview.per_class)
+    save_sample_grid([*pixels], y.tolist(), recipe.class_names, path, title, columns=preview.per_class)

@@ -1,4 +1,4 @@
-"""From a checked job to everything that the training loop works with, restored from its checkpoint."""
+"""Set-up of the training loop: processes, model, optimizer and data, restored from the checkpoint."""
 
 import contextlib
 import sys
@@ -19,14 +19,14 @@ from sit_atconv.checkpoints.training_state import TrainingState, load_checkpoint
 from sit_atconv.data.codecs import Codec
 from sit_atconv.data.loading import Batch, load_batches
 from sit_atconv.data.sources import untrained_classes
-from sit_atconv.flow.auxiliary import AuxiliaryLoss, HiddenTap
+from sit_atconv.flow.auxiliary import HiddenTap
 from sit_atconv.models import SiT
 from sit_atconv.models.costs import multiply_adds
 from sit_atconv.runtime.commands import fail, leave_at_once, say_at_once, user_errors
 from sit_atconv.runtime.devices import on_cpu, prepare_device
 from sit_atconv.runtime.names import name_classes
 from sit_atconv.runtime.provenance import record_provenance
-from sit_atconv.runtime.settings import differences
+from sit_atconv.runtime.settings import differences, flatten
 from sit_atconv.training.ema import Averages
 from sit_atconv.training.guards import Agreement, FiniteWatch, StopRequest, leave_signals_to_the_trainer
 from sit_atconv.training.held_out import HeldOut
@@ -38,38 +38,20 @@ from sit_atconv.training.unreadable import Unreadable
 
 @dataclass
 class Session:
-    """What the training loop works with.
-
-    Args:
-        accelerator: accelerate's, for processes and precision.
-        codec: on the device.
-        net: the model being trained, unwrapped.
-        model: the same as the loop calls it: distributed, compiled.
-        auxiliary: the auxiliary loss as the loop calls it, or None.
-        averages: EMAs of the weights.
-        optimizer: the optimizer; `prepared` is accelerate's wrapper of it.
-        state: what checkpoints save.
-        computed_on: what the bits of the weights depend on beside the state.
-        batches: the micro-batches of this process, on the device.
-        held_out_loss: the loss on the held-out images.
-        meter, tracker: the log.
-        unreadable: record of images that cannot be read.
-        watch, stop, agreement: what may end the run early, and how processes agree on it.
-        empty_classes: labels of which no image is trained on.
-        last_checkpoint: the newest one.
-    """
+    """Everything that the training loop uses."""
 
     accelerator: Accelerator
-    codec: Codec
-    net: SiT
-    model: nn.Module
-    auxiliary: AuxiliaryLoss | None
+    codec: Codec  # on the device
+    net: SiT  # the model being trained, unwrapped
+    model: nn.Module  # the same model, distributed and compiled
+    tapped: HiddenTap  # the same model as the loop calls it: it keeps hidden tokens for the auxiliary loss
+    auxiliary: nn.Module | None  # the auxiliary loss as the loop calls it
     averages: Averages
     optimizer: torch.optim.Optimizer
-    prepared: torch.optim.Optimizer
-    state: TrainingState
-    computed_on: dict
-    batches: Iterator[Batch]
+    prepared: torch.optim.Optimizer  # accelerate's wrapper of the optimizer
+    state: TrainingState  # saved in checkpoints
+    computed_on: dict  # all that the exact bits of the weights depend on, apart from the state
+    batches: Iterator[Batch]  # the micro-batches of this process, on the device
     held_out_loss: HeldOut
     meter: Meter
     tracker: Tracker
@@ -77,7 +59,7 @@ class Session:
     watch: FiniteWatch
     stop: StopRequest
     agreement: Agreement
-    empty_classes: list[int]
+    empty_classes: list[int]  # labels without images to train on
     last_checkpoint: Path | None
 
     @property
@@ -87,8 +69,8 @@ class Session:
 
     @property
     def trained(self) -> list[nn.Module]:
-        """What gradients are accumulated of, as the loop calls it."""
-        return [self.model, *([] if self.auxiliary is None else [self.auxiliary])]
+        """The model and the auxiliary loss, whose gradients are accumulated."""
+        return [module for module in (self.model, self.auxiliary) if module is not None]
 
     def held_out(self, accelerator: Accelerator) -> dict[str, float]:
         """Returns the loss of the EMA weights on the held-out images of all processes, for the log."""
@@ -96,82 +78,80 @@ class Session:
         total, count = accelerator.reduce(loss, "sum").tolist()
         return {"held_out_loss": total / count} if count else {}
 
-    def tapped(self) -> nn.Module | HiddenTap:
-        """Returns the model, keeping the hidden tokens that the auxiliary loss sees."""
-        return self.model if self.auxiliary is None else HiddenTap(self.model, self.state.auxiliary.block)
-
     def say(self, text: str) -> None:
-        """Prints a line on stderr, beside the progress bar; on the main process alone."""
+        """Prints a line on stderr, above the progress bar; on rank 0 only."""
         if self.accelerator.is_main_process:
             tqdm.write(text, file=sys.stderr)
 
     def recipe(self, job: Job, step: int) -> Recipe:
-        """Returns what the weights of this step say of themselves."""
+        """Returns the recipe of the weights of this step."""
         config = job.config
         return Recipe(config.flow.path, config.prediction, self.codec.describe(), [*job.data.class_names], step,
                       null_label_trained=job.null_label_trained, empty_classes=self.empty_classes,
                       objective=config.objective, backbone=config.backbone)
 
     def note_unreadable(self, job: Job) -> None:
-        """Records the images that some process could not read, and says so."""
+        """Records the images that any process could not read, and prints a warning for new ones."""
         met = self.agreement.gather(self.unreadable.met)
         for name, reason in self.unreadable.record(met, write=self.accelerator.is_main_process).items():
             self.say(f"warning: {name} {reason}: left out, and recorded in {self.unreadable.path}")
         known, self.empty_classes = self.empty_classes, classes_without(job, self.unreadable)
         if emptied := sorted({*self.empty_classes} - {*known}):
-            self.say(f"warning: no image is trained on of {name_classes(job.data.class_names, emptied)}")
+            self.say(f"warning: no images to train on for {name_classes(job.data.class_names, emptied)}")
 
 
 def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
     """Starts the processes, moves everything to the device and restores the checkpoint.
 
-    Leaves with a message for what only shows now: processes that disagree, a checkpoint of another model, a tracker
-    that cannot start.
+    Exits with an error that only shows now: processes that disagree, a checkpoint of another model, a tracker that
+    cannot start.
     """
     config, train, run, found = job.config, job.config.train, job.config.out, job.found
     stop = to_release.enter_context(contextlib.closing(StopRequest(
-        announce=lambda: say_at_once("Ctrl-C: this step is finished and saved; a second Ctrl-C leaves at once"),
+        announce=lambda: say_at_once("Ctrl-C: finishing and saving this step; press Ctrl-C again to exit at once"),
         leave=lambda: leave_at_once(f"interrupted; last checkpoint: {newest_checkpoint(run) or 'none yet'}"),
     )))
     watch = FiniteWatch()
 
-    # Processes
+    # Start the processes.
     accelerator = Accelerator(
         cpu=on_cpu(),
-        mixed_precision=train.mixed_precision,
+        mixed_precision="no" if train.precision == "fp32" else train.precision,
         gradient_accumulation_steps=train.accumulation,
         log_with=train.tracker,
         project_dir=run,
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(hours=1)),  # others wait while one saves and draws
+            InitProcessGroupKwargs(timeout=timedelta(hours=1)),  # the others wait while rank 0 saves and draws
         ],
     )
     assert accelerator.num_processes == job.order.num_processes
     agreement = Agreement()
     if agreement.largest(found.step, -found.step, now=True) != [found.step, -found.step]:
-        fail(f"the processes find {run} at different steps, here {found.step}: put it on a disk that all of them see",
+        fail(f"the processes find {run} at different steps, here {found.step}: put it on a disk that all nodes share",
              everywhere=True)
     device = accelerator.device
     prepare_device(device, train.cpu_threads, train.tf32)
 
-    # Model, averages, optimizer
+    # Build averages and optimizer, and wrap the model.
     codec, net = job.codec.to(device), job.net.to(device)
     if train.activation_checkpointing:
         net.enable_gradient_checkpointing()
     averages = Averages(net, train.ema_decays, train.profile)
-    auxiliary = config.auxiliary.to(device) if config.auxiliary is not None else None
+    auxiliary: nn.Module | None = config.auxiliary.to(device) if config.auxiliary is not None else None
     kind, options = config.optimizer
     with user_errors():
-        optimizer = make_optimizer(kind, [net, *filter(None, [auxiliary])], train.lr, train.weight_decay, options)
+        modules = [net] if auxiliary is None else [net, auxiliary]
+        optimizer = make_optimizer(kind, modules, train.lr, train.weight_decay, options)
     model, prepared = accelerator.prepare(net, optimizer)
     if train.compile:
         model = torch.compile(model)
+    tapped = HiddenTap(model, config.auxiliary.block if config.auxiliary is not None else None)
     state = TrainingState(net, averages.models, optimizer, accelerator.scaler, auxiliary)
     if auxiliary is not None and any(p.requires_grad for p in auxiliary.parameters()):
         auxiliary = accelerator.prepare(auxiliary)
 
-    # The checkpoint, and the run's folder
+    # Restore the checkpoint, and write to the run's folder.
     computed_on = {
         "processes": accelerator.num_processes,
         "accumulation": train.accumulation,
@@ -180,7 +160,7 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
         "compile": train.compile,
         "torch": torch.__version__,
     }
-    begins_anew = not found.checkpoint and (run / "config.yaml").exists()
+    is_restart = not found.checkpoint and (run / "config.yaml").exists()
     with user_errors():
         before = load_checkpoint(found.checkpoint, state) if found.checkpoint else computed_on
         unreadable = Unreadable(run, resumes=found.checkpoint is not None)
@@ -192,12 +172,12 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
             rewind_stats(run, found.step)
             if not found.checkpoint:
                 unreadable.path.unlink(missing_ok=True)
-        tracker = Tracker(accelerator, train.tracker, run, config.flat_options(), found.step)
+        tracker = Tracker(accelerator, train.tracker, run, flatten(config.options), found.step)
     empty_classes = classes_without(job, unreadable) if unreadable.recorded else job.empty_classes
     if accelerator.is_main_process:
-        introduce(job, accelerator, unreadable, empty_classes, begins_anew, differences(before, computed_on))
+        introduce(job, accelerator, unreadable, empty_classes, is_restart, differences(before, computed_on))
 
-    # Data
+    # Start loading data.
     batches = to_release.enter_context(contextlib.closing(load_batches(
         job.data, job.order.starting_at(found.step), config.data.num_workers, device, leave_signals_to_the_trainer,
         skip_unreadable=config.data.skip_unreadable,
@@ -209,7 +189,7 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
     meter = Meter(device, 3 * 2 * multiply_adds(net, net.grid_size) / 1e9,
                   train.peak_tflops or peak_tflops(device, train.precision, train.tf32))
     session = Session(
-        accelerator, codec, net, model, auxiliary, averages, optimizer, prepared, state, computed_on, batches,
+        accelerator, codec, net, model, tapped, auxiliary, averages, optimizer, prepared, state, computed_on, batches,
         held_out_loss, meter, tracker, unreadable, watch, stop, agreement, empty_classes, found.checkpoint,
     )
     unreadable.note(held_out_loss.unreadable)
@@ -218,21 +198,21 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
 
 
 def classes_without(job: Job, unreadable: Unreadable) -> list[int]:
-    """Returns the labels of which no image is trained on, unreadable ones left out."""
+    """Returns the labels without images to train on; held-out and unreadable images do not count."""
     return untrained_classes(job.data, np.union1d(job.held_out, job.data.find(unreadable.recorded)))
 
 
 def introduce(
-    job: Job, accelerator: Accelerator, unreadable: Unreadable, empty_classes: list[int], begins_anew: bool,
+    job: Job, accelerator: Accelerator, unreadable: Unreadable, empty_classes: list[int], is_restart: bool,
     changes: list[str],
 ) -> None:
-    """Says what is about to be trained, on what, and what the user should know of it."""
+    """Prints what will be trained, on which data and devices, with all warnings."""
     config, train, step = job.config, job.config.train, job.found.step
     threads = f" with {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
-    lines = [f"warning: {damaged} is damaged: {problem}. It is set aside as damaged-{damaged.name}"
+    lines = [f"warning: {damaged} is damaged: {problem}. It is renamed to damaged-{damaged.name}"
              for damaged, problem in job.found.damaged.items()]
-    if begins_anew:
-        lines.append(f"{config.out} has no checkpoint yet: it begins anew, with the options and data given now")
+    if is_restart:
+        lines.append(f"{config.out} has no checkpoint yet: it starts from scratch with the options and data given now")
     lines.append(
         f"{'resuming' if step else 'training'} {config.out}: {job.net.num_parameters(only_trainable=True) / 1e6:.1f}M "
         f"parameters, {job.order.num_images} images of {job.net.config.num_classes} classes as "
@@ -242,29 +222,30 @@ def introduce(
     )
     lines += job.start.lines
     if empty_classes:
-        lines.append(f"warning: no image is trained on of {name_classes(job.data.class_names, empty_classes)}")
+        lines.append(f"warning: no images to train on for {name_classes(job.data.class_names, empty_classes)}")
     if unreadable.recorded:
-        lines.append(f"{len(unreadable.recorded)} images were left out as unreadable so far: {unreadable.path}")
+        lines.append(f"{len(unreadable.recorded)} images were left out as unreadable so far: see {unreadable.path}")
     if changes:
-        lines.append(f"resuming with {', '.join(changes)}: the weights equal an undisturbed run's to rounding, not to "
-                     "the bit")
+        lines.append(f"resuming with {', '.join(changes)}: the weights will equal those of an uninterrupted run up to "
+                     "rounding, not bitwise")
     for line in lines:
         tqdm.write(line, file=sys.stderr)
 
 
 def settle_gradient_exchange(job: Job, session: Session) -> None:
-    """Runs one dummy backward: DDP rebuilds its buckets after the first one, which changes the order of summation.
+    """Runs one dummy backward, after which DDP rebuilds its buckets and so changes the order of summation.
 
-    Doing it now keeps a resumed run bitwise equal to an undisturbed one.
+    Doing it now keeps a resumed run bitwise equal to an uninterrupted one.
     """
     accelerator, auxiliary, images = session.accelerator, session.auxiliary, job.order.micro_batch
     if accelerator.num_processes > 1:
         x = torch.zeros(images, *job.latent_shape, device=accelerator.device)
-        t, model = torch.zeros(images, device=x.device), session.tapped()
-        output = model(x, t, t.long()).float().sum()
+        t = torch.zeros(images, device=x.device)
+        output = session.tapped(x, t, t.long()).float().sum()
         if auxiliary is not None:
             pixels = torch.zeros(len(x), job.data.channels, *[job.data.image_size] * 2, device=x.device)
-            added = auxiliary(model.take(), x, pixels if session.state.auxiliary.needs_pixels else None)
+            needs_pixels = job.config.auxiliary is not None and job.config.auxiliary.needs_pixels
+            added = auxiliary(session.tapped.take(), x, pixels if needs_pixels else None)
             output = output + sum(term.sum() for term in added.values())
         accelerator.backward(output)
         session.prepared.zero_grad()

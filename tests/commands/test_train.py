@@ -1,4 +1,4 @@
-"""The training command: what it leaves, exact resume, and its errors."""
+"""The training command: files of a run, exact resume, and errors."""
 
 import itertools
 import json
@@ -49,7 +49,7 @@ def recipe_of(run: Path, step: int, name: str = "ema") -> dict:
 
 
 def assert_same_run(run: Path, other: Path, step: int = 4) -> None:
-    """To the bit: all that the last checkpoint holds, and every logged loss and norm."""
+    """Asserts that the last checkpoints and all logged losses and norms are bitwise equal."""
     one, two = state_of(run, step), state_of(other, step)
     assert one.keys() == two.keys() and {name.split("/")[0] for name in one} > {"model", "ema", "optimizer.safetensors"}
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
@@ -59,7 +59,7 @@ def assert_same_run(run: Path, other: Path, step: int = 4) -> None:
 
 @pytest.fixture(scope="module")
 def whole(launch, tmp_path_factory):
-    """whole(processes, accumulation) -> an undisturbed run of four steps in epochs of four."""
+    """whole(processes, accumulation) -> an uninterrupted run of four steps in epochs of four."""
     runs = {}
 
     def run(processes: int, accumulation: int) -> Path:
@@ -74,8 +74,8 @@ def whole(launch, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_four_steps_are_two_and_a_kill_and_two(launch, whole, tmp_path, kind):
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "processes-{}-accumulation-{}".format(*kind))
+def test_a_killed_run_resumes_bitwise(launch, whole, tmp_path, kind):
     processes, accumulation = kind
     argv = [*EXACT, "--train.accumulation", accumulation, "--out", tmp_path / "run"]
     codes, output = launch(TRAIN, argv, processes, die="after the first checkpoint")
@@ -125,7 +125,7 @@ PARTS = {
 @pytest.mark.parametrize(("part", "processes"), [
     ("an auxiliary loss", 1), ("Muon", 1), pytest.param("an auxiliary loss", 2, marks=pytest.mark.slow),
     pytest.param("on a codec", 2, marks=pytest.mark.slow)])
-def test_chosen_parts_resume_exactly(launch, tmp_path, part, processes):
+def test_runs_with_an_auxiliary_loss_or_muon_resume_bitwise(launch, tmp_path, part, processes):
     (tmp_path / "own_loss.py").write_text(OWN_LOSS)
     argv = [*EXACT, *PARTS[part]]
     codes, output = launch(TRAIN, [*argv, "--out", tmp_path / "whole"], processes, folder=tmp_path)
@@ -187,7 +187,7 @@ class Plain(Objective):
 """
 
 
-def test_an_objective_without_options_trains_draws_and_logs_its_terms_apart(launch, tmp_path):
+def test_an_objective_without_options_trains_and_logs_its_terms_separately(launch, tmp_path):
     (tmp_path / "plain.py").write_text(PLAIN_OBJECTIVE)
     (tmp_path / "own.yaml").write_text("{}")
     codes, output = launch(TRAIN, ["--config", "own.yaml", *SMALL, "--train.steps", 1, "--flow", "plain.Plain", "--out",
@@ -197,7 +197,7 @@ def test_an_objective_without_options_trains_draws_and_logs_its_terms_apart(laun
     assert line["loss"] > 1 > line["flow/loss"] > 0
 
 
-def test_what_an_optimizer_learns_is_resumed_and_what_cannot_be_saved_is_named(launch, tmp_path):
+def test_state_of_a_users_optimizer_is_resumed_or_refused_by_name(launch, tmp_path):
     (tmp_path / "own_optimizers.py").write_text("""
 import torch
 
@@ -232,7 +232,7 @@ class Odd(Learning):
     assert codes == [1] and "Odd keeps" in output and "as a str" in output and "Traceback" not in output, output
 
 
-def test_an_objective_with_a_velocity_of_its_own_is_needed_to_sample(launch, tmp_path):
+def test_an_objective_that_overrides_velocity_is_needed_to_sample(launch, tmp_path):
     (tmp_path / "own_objective.py").write_text(OWN_OBJECTIVE)
     codes, output = launch(TRAIN, [*SMALL, "--train.steps", 2, "--flow", "own_objective.Doubled", "--out", "run"],
                            folder=tmp_path)
@@ -247,10 +247,10 @@ def test_an_objective_with_a_velocity_of_its_own_is_needed_to_sample(launch, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", list(itertools.product((1, 2), (1, 3))))
-def test_killed_anywhere_over_the_work(launch, tmp_path, kind):
-    """Five times, at moments drawn between the first and the last line of progress."""
-    processes, accumulation = kind
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_at_random_steps_resumes_bitwise(launch, tmp_path, processes, accumulation):
+    """The run is killed five times, at random between the first and the last line of progress."""
     argv = [*EXACT, "--train.accumulation", accumulation, "--train.steps", 12, "--train.checkpoint_every", 3]
     codes, output = launch(TRAIN, [*argv, "--out", tmp_path / "whole"], processes)
     assert codes == [0] * processes, output
@@ -265,8 +265,8 @@ def test_killed_anywhere_over_the_work(launch, tmp_path, kind):
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("every", [pytest.param(13, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.scale)])
-def test_killed_at_writes(launch, tmp_path, processes, every):
-    """Before files or folders of the run are opened for writing, made, renamed or deleted."""
+def test_a_run_killed_at_any_write_resumes_bitwise(launch, tmp_path, processes, every):
+    """The run is killed before it opens for writing, creates, renames or deletes a file or folder."""
     argv = [*EXACT, "--train.accumulation", 3, "--train.steps", 3, "--train.checkpoint_every", 1,
             "--train.keep_checkpoints", 1]
     codes, output = launch(TRAIN, [*argv, "--out", tmp_path / "whole"], processes)
@@ -281,14 +281,14 @@ def test_killed_at_writes(launch, tmp_path, processes, every):
         assert_same_run(tmp_path / "whole", run, 3)
         shutil.rmtree(run)
     assert number > 60
-    print(f"{number - 1} writes, one of {every}.")
+    print(f"{number - 1} writes; killed at every {every}th.")
 
 
 @pytest.mark.scale
-def test_torchrun_with_two_agents_forwards_a_signal_and_goes_on(whole, tmp_path):
-    """As docs/training.md has it, both nodes on this machine; the signal reaches the first agent alone.
+def test_two_torchrun_agents_forward_a_signal_and_the_run_resumes(whole, tmp_path):
+    """The recipe of docs/training.md, with both nodes on this machine; only the first agent gets the signal.
 
-    The other agent then waits for five minutes at torchrun's exit barrier, which has no option.
+    The other agent then waits for five minutes at torchrun's exit barrier, which cannot be configured.
     """
     run = tmp_path / "run"
     argv = [*EXACT, "--train.accumulation", 3, "--train.cpu_threads", 1, "--train.checkpoint_every", 100, "--out", run]
@@ -318,8 +318,8 @@ def test_torchrun_with_two_agents_forwards_a_signal_and_goes_on(whole, tmp_path)
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
-def test_processes_and_micro_batches_change_nothing_but_rounding(whole):
-    """Noise, times, dropout and images are those of the step's whole batch; so is, then, its gradient."""
+def test_processes_and_micro_batches_only_change_rounding(whole):
+    """Noise, times, dropout and images are drawn for the whole batch, so its gradient is the same."""
     alone, shared = whole(1, 1), whole(2, 3)
     for one, two in zip(stats_of(alone), stats_of(shared), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
@@ -331,12 +331,12 @@ def test_processes_and_micro_batches_change_nothing_but_rounding(whole):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
-def test_a_signal_to_one_process_saves_and_ends_them_all(launch, whole, tmp_path, number):
-    """Sent to the second of two; in the one-process case by the other signal."""
+def test_a_signal_to_one_process_saves_and_stops_all(launch, whole, tmp_path, number):
+    """SIGTERM goes to the second of two processes, SIGUSR1 to a single one."""
     kind = (2, 3) if number == signal.SIGTERM else (1, 1)
     argv = [*EXACT, "--train.accumulation", kind[1], "--train.checkpoint_every", 100, "--out", tmp_path / "run"]
     if kind[0] == 2:
-        argv += ["--train.log_every", 100]  # so that nothing else makes them agree
+        argv += ["--train.log_every", 100]  # so that no log line makes them agree earlier
     codes, output = launch(TRAIN, argv, kind[0], kill_at=0, kill_with=number, kill_rank=kind[0] - 1)
     assert codes == [0] * kind[0], output
     stopped = re.search(rf"stopped by {number.name} at step (\d) of 4, saved in .*step-000000\1: the same", output)
@@ -347,25 +347,25 @@ def test_a_signal_to_one_process_saves_and_ends_them_all(launch, whole, tmp_path
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
-def test_ctrl_c_saves_and_leaves_and_says_so_at_once(launch, tmp_path):
-    """A terminal sends it to all processes."""
+def test_ctrl_c_prints_a_message_then_saves_and_exits(launch, tmp_path):
+    """A terminal sends Ctrl-C to all processes."""
     argv = [*SMALL, "--train.steps", 500, "--train.log_every", 1000, "--train.checkpoint_every", 1000,
             "--out", tmp_path / "run"]
     codes, output = launch(TRAIN, argv, 2, kill_at=1, kill_with=signal.SIGINT)
     assert codes == [0, 0] and "Traceback" not in output, output
-    assert output.count("Ctrl-C: this step is finished and saved; a second Ctrl-C leaves at once") == 1, output
-    stopped = re.search(r"stopped by SIGINT at step (\d+) of 500, saved in .*: the same command goes on", output)
+    assert output.count("Ctrl-C: finishing and saving this step; press Ctrl-C again to exit at once") == 1, output
+    stopped = re.search(r"stopped by SIGINT at step (\d+) of 500, saved in .*: the same command resumes", output)
     assert stopped and (tmp_path / "run" / "checkpoints" / f"step-{int(stopped[1]):07d}").is_dir(), output
 
 
-def test_a_second_ctrl_c_leaves_in_the_middle_of_saving(launch, tmp_path):
+def test_a_second_ctrl_c_exits_while_saving(launch, tmp_path):
     codes, output = launch(TRAIN, [*SMALL, "--out", tmp_path / "run"], die="Ctrl-C twice while saving")
     assert codes == [130] and "Traceback" not in output, output
     assert output.splitlines()[-1] == "error: interrupted; last checkpoint: none yet", output
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [".partial-step-0000002"]
 
 
-def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
+def test_ctrl_c_during_imports_prints_one_line(tmp_path):
     command = subprocess.Popen(python(ROOT / TRAIN, "--out", tmp_path / "run"), stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
@@ -378,7 +378,7 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_an_update_that_is_not_finite_is_withheld_and_ends_the_run(launch, whole, tmp_path, processes):
+def test_an_update_that_is_not_finite_is_withheld_and_stops_the_run(launch, whole, tmp_path, processes):
     run, argv = tmp_path / "run", [*EXACT, "--train.accumulation", 1, "--train.log_every", 100]
     codes, output = launch(TRAIN, [*argv, "--out", run], processes, die="the third loss is not a number")
     assert codes == [1] * processes and "Traceback" not in output, output
@@ -386,13 +386,13 @@ def test_an_update_that_is_not_finite_is_withheld_and_ends_the_run(launch, whole
     assert "not finite in step 3" in message and "checkpoints/step-0000002. " in message
     batch = json.loads(message.rpartition(": ")[2])
     assert len(set(batch)) == 384 and max(batch) < 1797
-    codes, output = launch(TRAIN, [*argv, "--out", run], processes)  # the cause mended, nothing of it is left
+    codes, output = launch(TRAIN, [*argv, "--out", run], processes)  # without the cause, no trace is left
     assert codes == [0] * processes, output
     one, two = state_of(whole(processes, 1), 4), state_of(run, 4)
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(launch, whole, tmp_path):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(launch, whole, tmp_path):
     run = shutil.copytree(whole(1, 1), tmp_path / "run")
     weights = run / "checkpoints" / "step-0000004" / "ema" / "diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -405,7 +405,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(launch, whole,
     assert (run / "checkpoints" / "damaged-step-0000004").is_dir()
 
 
-def test_more_steps_go_on_and_other_processes_are_said_aloud(launch, whole, tmp_path):
+def test_a_finished_run_continues_for_more_steps_and_reports_other_processes(launch, whole, tmp_path):
     run = shutil.copytree(whole(2, 3), tmp_path / "run")
     argv = [*EXACT, "--train.accumulation", 1, "--train.steps", 5, "--out", run]
     codes, output = launch(TRAIN, argv)
@@ -414,7 +414,7 @@ def test_more_steps_go_on_and_other_processes_are_said_aloud(launch, whole, tmp_
     assert [line["step"] for line in stats_of(run)] == [1, 2, 3, 4, 5]
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(launch, tmp_path):
+def test_a_full_disk_keeps_the_last_good_checkpoint(launch, tmp_path):
     run = tmp_path / "run"
     codes, output = launch(TRAIN, [*EXACT, "--out", run], die="files of 100 kB are too large")
     assert codes == [1] and "Traceback" not in output, output
@@ -422,7 +422,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(launch, tmp_path):
     assert list((run / "checkpoints").iterdir()) == []
 
 
-def test_a_tracker_that_fails_is_given_up_aloud(launch, tmp_path):
+def test_a_tracker_that_fails_is_switched_off_with_a_warning(launch, tmp_path):
     argv = [*SMALL, "--train.tracker", "tensorboard", "--train.steps", 2, "--out", tmp_path / "run"]
     codes, output = launch(TRAIN, argv, die="the tracker fails")
     assert codes == [0] and output.count("train.tracker tensorboard failed (FileNotFoundError") == 1, output
@@ -445,7 +445,7 @@ def test_tensorboard_shows_the_log(launch, tmp_path):
 
 
 def test_no_step_waits_for_the_device(launch, tmp_path):
-    """In six more steps between two log lines the host asks for six more tensors: flags, which had arrived."""
+    """In six more steps without a log line the host reads six more tensors: flags that have arrived."""
     counts = []
     for steps in (3, 9):
         argv = [*SMALL, "--train.steps", steps, "--train.log_every", 100, "--train.checkpoint_every", 100,
@@ -457,7 +457,7 @@ def test_no_step_waits_for_the_device(launch, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_held_out_loss_is_the_same_whoever_computes_it(launch, tmp_path):
+def test_the_held_out_loss_does_not_depend_on_processes(launch, tmp_path):
     losses = {}
     for processes, accumulation in ((1, 1), (2, 2)):
         run = tmp_path / f"{processes}"
@@ -470,7 +470,7 @@ def test_the_held_out_loss_is_the_same_whoever_computes_it(launch, tmp_path):
     assert losses[1][1] < losses[1][0] and 0.5 < losses[1][0] < 3
 
 
-def test_a_dry_run_says_what_the_run_will_need_and_writes_nothing(tmp_path, capsys):
+def test_a_dry_run_prints_the_estimate_and_writes_nothing(tmp_path, capsys):
     with working_folder(tmp_path):
         load_command(TRAIN).main([*SMALL, "--dry-run"])
     said = capsys.readouterr().out
@@ -480,10 +480,10 @@ def test_a_dry_run_says_what_the_run_will_need_and_writes_nothing(tmp_path, caps
     assert list(tmp_path.iterdir()) == []
 
 
-def test_starting_from_another_run_says_aloud_what_begins_afresh(launch, tiny_run, tmp_path):
-    """ATConv there, attention here; other mixers and no position table, and the rest to the bit.
+def test_a_warm_start_lists_what_starts_from_scratch(launch, tiny_run, tmp_path):
+    """From ATConv to attention, all but mixers and position embedding is copied bitwise.
 
-    That the null label was trained there stays known, without label dropout and after a resume.
+    The recipe keeps that the null label was trained, without label dropout and after a resume.
     """
     argv = [*TINY_RUN, "--model.mixer", "attention", "--train.lr", 0, "--flow.class_dropout_prob", 0, "--init-from",
             tiny_run, "--train.batch_size", 64, "--out", tmp_path / "run"]
@@ -499,8 +499,8 @@ def test_starting_from_another_run_says_aloud_what_begins_afresh(launch, tiny_ru
     assert codes == [0] and recipe_of(tmp_path / "run", 2, "model")["null_label_trained"] is True, output
 
 
-def test_the_recipe_knows_empty_classes_and_a_null_label_that_was_never_trained(launch, fails, digit_folder, tmp_path):
-    """Labels that begin at 1, and a class that is held out as a whole."""
+def test_the_recipe_records_empty_classes_and_an_untrained_null_label(launch, fails, digit_folder, tmp_path):
+    """Labels start at 1, and one class is held out completely."""
     images = shutil.copytree(digit_folder, tmp_path / "images")
     names = [str(path.relative_to(images)) for path in images.rglob("*.png")]
     labels = [[name, int(name.split("/")[0].split()[1]) + 1] for name in names]
@@ -513,15 +513,15 @@ def test_the_recipe_knows_empty_classes_and_a_null_label_that_was_never_trained(
     error = fails(load_command(TRAIN).main, argv)
     assert "data.images" in error and "--data.keep_empty_classes true" in error
     codes, output = launch(TRAIN, [*argv, "--data.keep_empty_classes", "true"])
-    assert codes == [0] and "warning: no image is trained on of 2 classes: 0 ('0'), 11 ('11')" in output, output
+    assert codes == [0] and "warning: no images to train on for 2 classes: 0 ('0'), 11 ('11')" in output, output
     recipe = recipe_of(tmp_path / "run", 1)
     assert recipe["empty_classes"] == [0, 11] and recipe["null_label_trained"] is False
-    codes, output = launch(TRAIN, [*argv, "--train.steps", 2])  # a run that exists needs no option
+    codes, output = launch(TRAIN, [*argv, "--train.steps", 2])  # an existing run needs no option
     assert codes == [0] and recipe_of(tmp_path / "run", 2)["empty_classes"] == [0, 11], output
 
 
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_an_image_that_cannot_be_read_ends_training_in_a_line(launch, digit_folder, tmp_path, workers):
+def test_an_unreadable_image_stops_training_with_one_line(launch, digit_folder, tmp_path, workers):
     images = shutil.copytree(digit_folder, tmp_path / "images")
     victim = next(images.rglob("*.png"))
     victim.write_bytes(victim.read_bytes()[:60])
@@ -541,7 +541,7 @@ def skip_options(images, run, *options):
 
 @pytest.fixture(scope="module")
 def skipping(launch, digit_folder, tmp_path_factory):
-    """Images of which two are damaged, and the run that left them out: one of them is held out."""
+    """Two damaged images, one of them held out, and a run that left them out."""
     images = shutil.copytree(digit_folder, tmp_path_factory.mktemp("skip") / "images")
     victims = [ImageFolder(images, 16).name(index) for index in (5, hold_out(120, 12)[0])]
     for name in victims:
@@ -559,22 +559,22 @@ def test_unreadable_images_are_left_out_and_recorded(skipping):
     assert sorted(record) == sorted(victims) and all("cannot be read" in reason for reason in record.values())
     said = [output.count(f"warning: {name} {record[name]}: left out, and recorded in {run}") for name in victims]
     assert said == [1, 1], output
-    assert f"{run} has no checkpoint yet: it begins anew" in output
+    assert f"{run} has no checkpoint yet: it starts from scratch" in output
     assert all(line["loss"] > 0 and line["held_out_loss"] > 0 for line in stats_of(run)[-1:])
 
 
-def test_a_class_of_which_no_image_can_be_read_is_an_empty_one(launch, digit_folder, tmp_path):
+def test_a_class_without_readable_images_is_empty(launch, digit_folder, tmp_path):
     images = shutil.copytree(digit_folder, tmp_path / "images")
     for path in (images / "digit 3").iterdir():
         path.write_bytes(path.read_bytes()[:60])
     argv = skip_options(images, tmp_path / "run", "--data.held_out", 0, "--train.batch_size", 120, "--train.steps", 1)
     codes, output = launch(TRAIN, argv)
-    assert codes == [0] and "warning: no image is trained on of 1 class: 3 ('digit 3')" in output, output
+    assert codes == [0] and "warning: no images to train on for 1 class: 3 ('digit 3')" in output, output
     assert recipe_of(tmp_path / "run", 1)["empty_classes"] == [3]
 
 
 def test_an_unreadable_image_has_no_influence(launch, skipping, digit_folder, tmp_path):
-    """A run that sees its pixels, and is told that it is unreadable, is the same to the bit."""
+    """A run that reads its pixels, but is told that it is unreadable, is bitwise the same."""
     whole = shutil.copytree(digit_folder, tmp_path / "images")
     shutil.copy(skipping[0] / skipping[1][1], whole / skipping[1][1])
     argv = skip_options(whole, tmp_path / "run")
@@ -585,7 +585,7 @@ def test_an_unreadable_image_has_no_influence(launch, skipping, digit_folder, tm
 
 
 @pytest.mark.slow
-def test_what_is_left_out_does_not_depend_on_processes_workers_or_a_kill(launch, skipping, tmp_path):
+def test_leaving_out_does_not_depend_on_processes_workers_or_a_kill(launch, skipping, tmp_path):
     argv = skip_options(skipping[0], tmp_path / "run", "--train.accumulation", 3)
     codes, output = launch(TRAIN, argv, 2, die="after the first checkpoint")
     assert codes == [-9, -9], output
@@ -613,7 +613,7 @@ def test_a_batch_of_unreadable_images_changes_nothing(launch, digit_folder, tmp_
 
 
 def test_processes_that_see_different_checkpoints_refuse_to_train(launch, whole, tmp_path):
-    """As on a disk of each node's own: the second process finds no checkpoint."""
+    """The second process finds no checkpoint, as if each node had its own disk."""
     run = shutil.copytree(whole(2, 3), tmp_path / "run")
     argv = [*EXACT, "--train.accumulation", 3, "--train.steps", 5, "--out", run]
     codes, output = launch(TRAIN, argv, 2, die="the second process sees no checkpoint")
@@ -626,7 +626,7 @@ def hold(folder, ready, done):
         done.wait(60)
 
 
-def test_a_run_that_another_process_holds_is_refused(fails, tiny_run, tmp_path):
+def test_a_run_locked_by_another_process_is_refused(fails, tiny_run, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     context = multiprocessing.get_context("forkserver")
     ready, done = context.Event(), context.Event()
@@ -642,13 +642,13 @@ def test_a_run_that_another_process_holds_is_refused(fails, tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize("run", ["file", "file/run"])
-def test_a_folder_that_cannot_be_written_to(fails, tmp_path, run):
-    """A file where the run's folder should be, and where a folder above it should be."""
+def test_a_folder_that_cannot_be_written_is_refused(fails, tmp_path, run):
+    """A file is in place of the run's folder, or of a folder above it."""
     (tmp_path / "file").write_text("")
     assert "cannot be written to" in fails(load_command(TRAIN).main, [*TINY_RUN, "--out", tmp_path / run])
 
 
-def test_a_disk_without_room_for_the_checkpoints(fails, tmp_path, monkeypatch):
+def test_a_disk_too_small_for_the_checkpoints_is_refused(fails, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
     error = fails(load_command(TRAIN).main, [*TINY_RUN, "--out", tmp_path / "run"])
@@ -670,7 +670,7 @@ def test_compiled_training_takes_the_same_steps(launch, tmp_path, processes, mon
     assert losses["true"] == pytest.approx(losses["false"], rel=1e-5)
 
 
-def test_what_a_run_leaves(tiny_run):
+def test_files_of_a_run(tiny_run):
     stats = [json.loads(line) for line in (tiny_run / "stats.jsonl").open()]
     assert [line["step"] for line in stats] == [1, 2, 3, 4] and all(line["loss"] > 0 for line in stats)
     for picture in (tiny_run / "loss.png", tiny_run / "samples" / "step-0000004.png"):
@@ -684,7 +684,7 @@ def test_what_a_run_leaves(tiny_run):
     assert recipe["null_label_trained"] is True and recipe["empty_classes"] == []
 
 
-def test_each_average_keeps_its_decay_of_what_it_was(launch, tmp_path):
+def test_each_average_uses_its_decay(launch, tmp_path):
     argv = [*TINY_RUN, "--train.steps", 1, "--train.ema_decay", "[0.75,0.5]", "--out", tmp_path / "run"]
     codes, output = launch(TRAIN, argv)
     assert codes == [0], output
@@ -701,21 +701,21 @@ def test_each_average_keeps_its_decay_of_what_it_was(launch, tmp_path):
     assert moved.abs().max() > 1e-6
 
 
-def test_a_finished_run_says_so_and_where_it_lies(tiny_run, capsys):
+def test_a_finished_run_reports_itself_and_its_folder(tiny_run, capsys):
     load_command(TRAIN).main([*TINY_RUN, "--out", str(tiny_run)])
     said = capsys.readouterr().out
     assert f"{tiny_run} is complete: 4 steps" in said and f"--ckpt {tiny_run}" in said
 
 
 @pytest.mark.parametrize("here", ["root", "elsewhere"])
-def test_the_command_that_a_run_prints_can_be_typed_as_it_is(tiny_run, capsys, tmp_path, here):
+def test_the_printed_sampling_command_can_be_copied(tiny_run, capsys, tmp_path, here):
     with working_folder(ROOT if here == "root" else tmp_path):
         load_command(TRAIN).main([*TINY_RUN, "--out", str(tiny_run)])
         command = shlex.split(capsys.readouterr().out.partition("sample: ")[2])
         assert command[0] == "python" and Path(command[1]).is_file() and command[2:] == ["--ckpt", str(tiny_run)]
 
 
-def test_a_finished_run_sets_aside_what_is_damaged_beyond_its_end(tiny_run, tmp_path, capsys):
+def test_a_finished_run_renames_a_damaged_later_checkpoint(tiny_run, tmp_path, capsys):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     checkpoints = run / "checkpoints"
     shutil.copytree(checkpoints / "step-0000004", checkpoints / "step-0000006")
@@ -725,8 +725,8 @@ def test_a_finished_run_sets_aside_what_is_damaged_beyond_its_end(tiny_run, tmp_
     assert "is complete: 4 steps" in said.out and (checkpoints / "damaged-step-0000006").is_dir()
 
 
-def test_as_typed_from_another_folder(tmp_path):
-    """`accelerate launch` with the embedded default, cut to two steps."""
+def test_accelerate_launch_from_another_folder(tmp_path):
+    """Two steps of the default run on the embedded digits."""
     command = python("-m", "accelerate.commands.launch", ROOT / TRAIN, "--train.steps", 2, "--train.log_every", 1)
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -734,8 +734,8 @@ def test_as_typed_from_another_folder(tmp_path):
     assert (tmp_path / "runs" / "digits" / "loss.png").exists()
 
 
-def test_images_of_ones_own(launch, vae, tmp_path):
-    """A folder of class folders, through an autoencoder."""
+def test_a_users_images_train_through_a_vae(launch, vae, tmp_path):
+    """The images are in class folders."""
     from sklearn.datasets import load_sample_image
 
     for name in ("china", "flower"):
@@ -761,8 +761,8 @@ def latent_options(latents, run, **options):
     return argv + [text for name, value in options.items() for text in (f"--{name}", value)]
 
 
-def test_cached_latents_with_other_workers_after_a_kill(launch, latents, tmp_path):
-    """An epoch of six steps, left in its middle; weights and losses bitwise those of an undisturbed run."""
+def test_cached_latents_resume_bitwise_with_other_workers(launch, latents, tmp_path):
+    """The run is killed within an epoch of six steps, and the latents are moved before it resumes."""
     codes, output = launch(TRAIN, latent_options(latents, tmp_path / "whole"))
     assert codes == [0] and "120 images of 10 classes" in output, output
     resumed = tmp_path / "resumed"
@@ -779,8 +779,8 @@ def test_cached_latents_with_other_workers_after_a_kill(launch, latents, tmp_pat
     assert codes == [0], output
 
 
-def test_cached_latents_train_as_the_images_do(launch, latents, digit_folder, vae, tmp_path):
-    """In float32 they are the same to rounding, mirror images too."""
+def test_cached_latents_train_like_their_images(launch, latents, digit_folder, vae, tmp_path):
+    """In float32 the losses agree up to rounding, with horizontal flips too."""
     losses = []
     for name, options in (("cached", ["--data.latents", latents]),
                           ("images", ["--data.images", digit_folder, "--data.image_size", 32, "--data.codec", vae])):
@@ -791,7 +791,7 @@ def test_cached_latents_train_as_the_images_do(launch, latents, digit_folder, va
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 3
 
 
-def test_other_data_under_the_same_options_are_refused(launch, fails, latents, digit_folder, vae, make_vae, tmp_path):
+def test_other_data_are_refused(launch, fails, latents, digit_folder, vae, make_vae, tmp_path):
     run, cached = tmp_path / "run", shutil.copytree(latents, tmp_path / "cached")
     argv = latent_options(cached, run)
     codes, output = launch(TRAIN, argv)
@@ -836,18 +836,18 @@ def test_other_data_under_the_same_options_are_refused(launch, fails, latents, d
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
-def test_errors_name_value_and_remedy(fails, argv, message, tmp_path):
+def test_errors_name_the_value_and_the_remedy(fails, argv, message, tmp_path):
     with working_folder(tmp_path):
         assert message in fails(load_command(TRAIN).main, argv)
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_misspelt_key_in_a_yaml(fails, tmp_path):
+def test_a_misspelt_key_in_yaml_is_named(fails, tmp_path):
     (tmp_path / "mine.yaml").write_text("train:\n  stepz: 3\n")
     assert "stepz" in fails(load_command(TRAIN).main, ["--config", tmp_path / "mine.yaml"])
 
 
-def test_a_folder_without_images(fails, tmp_path):
+def test_a_folder_without_images_is_refused(fails, tmp_path):
     assert "holds no images" in fails(load_command(TRAIN).main, ["--data.images", tmp_path])
 
 
@@ -871,7 +871,7 @@ def test_shipped_configs_parse(name):
 
 
 @pytest.mark.parametrize("form", ["SiT-{}/2", "SiT-ATConv-{}/2", "SiT-ATConv-{}/2-Hybrid"])
-def test_every_preset_trains_by_the_same_recipe_in_a_folder_of_its_own(form):
+def test_every_preset_has_its_mixer_depth_and_folder(form):
     for size in ("S", "B", "L", "XL"):
         preset = form.format(size)
         config = parse(["--config", str(ROOT / "configs" / "imagenet512.yaml"), "--preset", preset])
@@ -881,8 +881,8 @@ def test_every_preset_trains_by_the_same_recipe_in_a_folder_of_its_own(form):
 
 
 @pytest.mark.slow
-def test_a_run_begun_under_earlier_rules_keeps_the_order_of_its_classes(launch, digit_folder, tmp_path):
-    """Folders named 1, 2, 10: sorted as text then, as numbers now."""
+def test_an_older_run_keeps_the_order_of_its_classes(launch, digit_folder, tmp_path):
+    """Class folders 1, 2, 10 were sorted as text in older runs, and are sorted as numbers now."""
     images = tmp_path / "images"
     for name, digit in (("1", 1), ("2", 2), ("10", 3)):
         shutil.copytree(digit_folder / f"digit {digit}", images / name)

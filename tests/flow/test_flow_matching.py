@@ -7,7 +7,7 @@ PATHS, PREDICTIONS = ["linear", "gvp", "vp"], ["velocity", "noise", "score", "da
 
 
 class Recorder:
-    """A model that keeps what it was asked, and answers with `answer`."""
+    """A model that records its inputs and returns `answer`."""
 
     def __init__(self, answer=0.0):
         self.answer = answer
@@ -25,8 +25,8 @@ def draw_and_loss(flow, model, data, y=None, null_label=None, seed=0):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_loss_is_zero_for_the_truth_and_not_otherwise(path, prediction):
-    """All data alike: then x and t say what the noise was, and the model can be perfect."""
+def test_loss_is_zero_for_a_perfect_model_only(path, prediction):
+    """All data are equal, so that x and t determine the noise, and a model can be perfect."""
     flow, data = FlowMatching(path, prediction, class_dropout_prob=0.0), torch.full((64, 1, 2, 2), 0.7)
     interpolant = get_interpolant(path)
 
@@ -44,7 +44,7 @@ def test_loss_is_zero_for_the_truth_and_not_otherwise(path, prediction):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_velocity_weighting_is_the_error_of_the_velocity(path, prediction):
-    """What SiT's lambda (appendix) is for: the same number as regressing the velocity that the prediction implies."""
+    """The weight is SiT's lambda (appendix): the loss equals that of the velocity implied by the prediction."""
     flow, data = FlowMatching(path, prediction, "velocity", class_dropout_prob=0.0), torch.randn(64, 1, 2, 2)
     answer = torch.randn(64, 1, 2, 2)
     draw, loss = draw_and_loss(flow, Recorder(answer), data)
@@ -57,8 +57,8 @@ def test_velocity_weighting_is_the_error_of_the_velocity(path, prediction):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("prediction", ["noise", "score", "data"])
-def test_likelihood_weighting_is_half_the_squared_diffusion_over_sigma_squared_of_the_noise(path, prediction):
-    """SiT: (alpha'/alpha sigma^2 - sigma sigma') / sigma^2 times the squared error of the noise."""
+def test_likelihood_weighting_follows_sits_formula(path, prediction):
+    """The weight of the noise's squared error is (alpha'/alpha sigma^2 - sigma sigma') / sigma^2."""
     flow, interpolant = FlowMatching(path, prediction, "likelihood"), get_interpolant(path)
     t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
     alpha, sigma, d_alpha, d_sigma = (getattr(interpolant, n)(t) for n in ("alpha", "sigma", "d_alpha", "d_sigma"))
@@ -70,7 +70,7 @@ def test_likelihood_weighting_is_half_the_squared_diffusion_over_sigma_squared_o
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("weighting", ["none", "velocity", "likelihood"])
-def test_everything_is_finite_on_the_training_interval(path, prediction, weighting):
+def test_the_loss_is_finite_at_the_ends_of_the_training_interval(path, prediction, weighting):
     if (prediction, weighting) == ("velocity", "likelihood"):
         with pytest.raises(ValueError, match=r"flow.weighting likelihood is infinite .* velocity"):
             FlowMatching(path, prediction, weighting)
@@ -82,7 +82,7 @@ def test_everything_is_finite_on_the_training_interval(path, prediction, weighti
     assert flow.loss(Recorder(1.0), torch.ones(4, 1, 2, 2), torch.zeros(4).long(), ends, 1)["loss"].isfinite().all()
 
 
-def test_labels_are_dropped_at_random_to_the_null_label():
+def test_labels_are_replaced_at_random_by_the_null_label():
     model, y = Recorder(), torch.arange(10_000) % 10
     draw_and_loss(FlowMatching(class_dropout_prob=0.1), model, torch.zeros(10_000, 1, 1, 1), y, 10)
     dropped = model.y == 10
@@ -110,7 +110,7 @@ def test_times_are_uniform_or_logit_normal_and_shifted_towards_noise():
     assert bounded.min() >= interval[0] and bounded.max() <= interval[1] and interval != (0.0, 1.0)
 
 
-def test_the_generator_is_the_only_source_of_randomness_and_rows_are_parts_of_the_batch():
+def test_only_the_generator_decides_the_draw_and_rows_are_parts_of_it():
     flow = FlowMatching()
 
     def draw(seed):

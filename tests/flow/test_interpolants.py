@@ -25,7 +25,7 @@ def pair():
          lambda t: math.sqrt(1 - math.exp(-9.95 * (1 - t) ** 2 - 0.1 * (1 - t)))),
     ],
 )
-def test_closed_forms(name, alpha, sigma):
+def test_alpha_and_sigma_equal_their_closed_forms(name, alpha, sigma):
     path = get_interpolant(name)
     for t in (0.0, 0.1, 0.5, 0.9):
         at = torch.tensor(t, dtype=torch.float64)
@@ -34,7 +34,7 @@ def test_closed_forms(name, alpha, sigma):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_starts_as_noise_and_ends_as_data(name, pair):
+def test_paths_start_as_noise_and_end_as_data(name, pair):
     data, noise = pair
     path = get_interpolant(name)
     assert relative_error(path.interpolate(data, noise, torch.zeros(5)), noise) < 0.01
@@ -52,7 +52,7 @@ def test_velocity_is_the_derivative_of_the_path(name, pair):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("t", [torch.tensor([0.05, 0.3, 0.5, 0.7, 0.95]), torch.tensor(0.4), 0.4])
-def test_conversions_give_back_what_went_in(name, t, pair):
+def test_conversions_round_trip(name, t, pair):
     data, noise = pair
     path = get_interpolant(name)
     t = t.double() if isinstance(t, torch.Tensor) else t
@@ -68,7 +68,7 @@ def test_conversions_give_back_what_went_in(name, t, pair):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_score_is_that_of_the_gaussian_around_the_data(name, pair):
-    """log p(x_t | data) is Gaussian with mean alpha * data and deviation sigma."""
+    """p(x_t | data) is Gaussian with mean alpha * data and standard deviation sigma."""
     data, noise = pair
     path, t = get_interpolant(name), torch.tensor(0.6, dtype=torch.float64)
     x = path.interpolate(data, noise, t)
@@ -91,14 +91,14 @@ def test_formulas_are_finite_on_the_interval(name, prediction, training, pair):
         assert as_velocity(lambda x, t, y, model=model: model, path, prediction)(x, t, None).isfinite().all()
 
 
-def test_intervals_are_sits():
+def test_intervals_of_the_ode_equal_those_of_sit():
     assert get_interpolant("linear").interval() == get_interpolant("gvp").interval(training=True) == (0.0, 1.0)
     assert get_interpolant("vp").interval() == (0.0, 1 - 1e-3)
     assert get_interpolant("vp").interval(training=True) == (0.0, 1 - 1e-5)
     assert get_interpolant("linear").interval("noise") == (1e-3, 1 - 1e-3)
 
 
-DIFFUSIONS = {  # w(t) by hand, with norm 0.7
+DIFFUSIONS = {  # w(t) written out, with norm 0.7
     "constant": lambda t, sbdm, sigma: 0.7,
     "SBDM": lambda t, sbdm, sigma: 0.7 * sbdm,
     "sigma": lambda t, sbdm, sigma: 0.7 * sigma,
@@ -106,7 +106,7 @@ DIFFUSIONS = {  # w(t) by hand, with norm 0.7
     "decreasing": lambda t, sbdm, sigma: 0.25 * (0.7 * math.cos(math.pi * t) + 1) ** 2,
     "increasing-decreasing": lambda t, sbdm, sigma: 0.7 * math.sin(math.pi * t) ** 2,
 }
-SBDM = {  # alpha' / alpha sigma^2 - sigma sigma', worked out; of VP it is half of beta(t)
+SBDM = {  # alpha' / alpha sigma^2 - sigma sigma', simplified; for VP it is beta(t) / 2
     "linear": lambda t: (1 - t) / t,
     "gvp": lambda t: math.pi / 2 / math.tan(math.pi * t / 2),
     "vp": lambda t: (0.1 + (1 - t) * 19.9) / 2,
@@ -140,7 +140,7 @@ def test_drift_of_the_sde_is_finite_on_its_interval(name, form, pair):
         assert (v + path.diffusion(x, t, form) * path.score_from_velocity(v, x, t)).isfinite().all()
 
 
-def test_intervals_of_sdes_are_sits():
+def test_intervals_of_sdes_equal_those_of_sit():
     linear, vp = get_interpolant("linear"), get_interpolant("vp")
     assert linear.interval(diffusion_form="sigma") == (0.0, 1 - 1e-3)
     assert linear.interval(diffusion_form="SBDM") == linear.interval("data", diffusion_form="sigma") == (1e-3, 1 - 1e-3)
@@ -156,7 +156,7 @@ def test_as_velocity_keeps_the_null_label():
     assert as_velocity(model, get_interpolant("linear"), "velocity") is model
 
 
-def test_unknown_names():
+def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="'cosine'"):
         get_interpolant("cosine")
     with pytest.raises(ValueError, match="'cubic'"):

@@ -1,4 +1,4 @@
-"""From YAML and command line to a configuration."""
+"""Configuration from YAML and the command line."""
 
 import json
 import shutil
@@ -14,13 +14,13 @@ from sit_atconv.training.config import TrainConfig, parse, resolve_precision
 from tests.conftest import ROOT
 
 
-def test_without_arguments_it_is_the_digits():
+def test_the_default_is_the_digits_configuration():
     config, named = parse([]), parse(["--config", str(ROOT / "configs/digits.yaml")])
     assert config.data.images == "digits" and config.options == named.options
     assert (config.model["hidden_size"], config.model["mixer"], config.train.lr) == (128, "atconv", 3e-3)
 
 
-def test_defaults_are_sits(tmp_path):
+def test_defaults_are_the_published_recipe_of_sit(tmp_path):
     (tmp_path / "empty.yaml").write_text("{}")
     config = parse(["--config", str(tmp_path / "empty.yaml")])
     train = config.train
@@ -29,15 +29,15 @@ def test_defaults_are_sits(tmp_path):
     assert config.flow.class_dropout_prob == 0.1
 
 
-def test_a_shipped_config_is_named_from_any_folder(tmp_path, monkeypatch):
+def test_a_shipped_configuration_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     named = parse(["--config", "imagenet512", "--preset", "SiT-B/2", "--train.precision", "bf16"])
     assert named.data.image_size == 512 and str(named.out) == "runs/imagenet512-sit-b2"
     assert named == parse(["--config=configs/imagenet512.yaml", "--preset", "SiT-B/2", "--train.precision", "bf16"])
-    assert parse(["--config", "{train: {steps: 3}}"]).train.steps == 3  # jsonargparse's way
+    assert parse(["--config", "{train: {steps: 3}}"]).train.steps == 3  # jsonargparse also takes YAML text
 
 
-def test_preset_yields_to_yaml_and_both_to_the_command_line(tmp_path):
+def test_yaml_overrides_the_preset_and_the_command_line_overrides_both(tmp_path):
     config = parse(["--preset", "SiT-S/4"])
     assert (config.model["mixer"], config.model["depth"], config.model["patch_size"]) == ("attention", 12, 4)
     (tmp_path / "mine.yaml").write_text("preset: SiT-ATConv-S/2\nmodel:\n  depth: 3\n  kernel_size: 5\n")
@@ -46,7 +46,7 @@ def test_preset_yields_to_yaml_and_both_to_the_command_line(tmp_path):
     assert shape == {"hidden_size": 384, "depth": 3, "kernel_size": 7, "mixer": "atconv"}
 
 
-def test_a_saved_configuration_is_the_same_again(tmp_path):
+def test_a_saved_configuration_reads_back_unchanged(tmp_path):
     config = parse(["--model.mixer", "[attention,atconv,atconv,attention]", "--train.lr", "1e-5"])
     config.save(tmp_path)
     again = parse(["--config", str(tmp_path / "config.yaml")])
@@ -77,7 +77,7 @@ class Other(Objective):
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """A user's module of objectives in the working directory."""
+    """Writes a user's module of objectives to the working directory."""
     (tmp_path / "own_objectives.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -87,10 +87,10 @@ def own(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argv", [["--flow", "own_objectives.Scaled", "--flow.scale", "3", "--flow.path", "gvp"],
                                   ["--flow.scale", "3", "--flow.path", "gvp", "--flow", "own_objectives.Scaled"]])
-def test_an_objective_of_the_users_and_its_options_in_any_order(own, argv, tmp_path):
+def test_a_users_objective_and_its_options_in_any_order(own, argv, tmp_path):
     config = parse([*argv, "--out", str(tmp_path)])
     assert (config.flow.scale, config.flow.path, config.flow.class_dropout_prob) == (3.0, "gvp", 0.2)
-    assert config.objective is None and config.prediction == "velocity"  # path and prediction say how to sample
+    assert config.objective is None and config.prediction == "velocity"  # path and prediction are enough to sample
     config.save(tmp_path)
     again = parse(["--config", str(tmp_path / "config.yaml")])
     assert again.options == config.options and type(again.flow) is type(config.flow)
@@ -114,7 +114,7 @@ def test_help_shows_the_options_of_the_chosen_classes(own, capsys):
         assert left.value.code == 0 and shown in capsys.readouterr().out
 
 
-def test_a_config_older_than_an_option_had_its_default(tmp_path):
+def test_an_option_that_an_older_config_lacks_had_its_default(tmp_path):
     config = parse(["--out", str(tmp_path)])
     config.save(tmp_path)
     old = {name: value for name, value in config.options.items() if name not in ("optimizer", "auxiliary")}
@@ -136,7 +136,7 @@ def test_learning_rate(decay, expected):
     assert [train.learning_rate(step) for step in (0, 1, 3, 4)] == pytest.approx(expected, abs=1e-3)
 
 
-def test_precision(monkeypatch):
+def test_precision_is_resolved_for_the_machine(monkeypatch):
     assert resolve_precision("bf16") == "bf16" and resolve_precision("auto") in ("fp32", "bf16")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(ValueError, match="use bf16"):
@@ -157,7 +157,7 @@ def test_values_out_of_range_are_named(option):
 
 
 @pytest.mark.parametrize("content", [b"", b"- a list\n", b"\x00\x00"])
-def test_a_damaged_config_of_a_run_is_named(tmp_path, content):
+def test_a_damaged_config_of_a_run_is_reported(tmp_path, content):
     config = parse(["--out", str(tmp_path)])
     config.save(tmp_path, {})
     (tmp_path / "checkpoints" / "step-0000001").mkdir(parents=True)
@@ -166,7 +166,7 @@ def test_a_damaged_config_of_a_run_is_named(tmp_path, content):
         config.check_resumable({})
 
 
-def test_checkpoints_without_a_config_are_not_gone_on_from(tmp_path):
+def test_checkpoints_without_a_config_are_not_resumed(tmp_path):
     (tmp_path / "checkpoints" / "step-0000001").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"has checkpoints and no config\.yaml"):
         parse(["--out", str(tmp_path)]).check_resumable({})
@@ -174,9 +174,9 @@ def test_checkpoints_without_a_config_are_not_gone_on_from(tmp_path):
 
 @pytest.fixture
 def folder_run(digit_folder, tmp_path):
-    """folder_run(**described) -> (options of a run on a folder of images, which has saved; its images).
+    """folder_run(rules, **described) -> (options of a run with a checkpoint on a folder of images, that folder).
 
-    Its data.json says what is true of the images under the rules of that number, and `described`.
+    Its data.json describes the images under these rules, with the entries of `described` replaced.
     """
 
     def make(rules: int = RULES, **described) -> tuple[list[str], str]:
@@ -191,14 +191,14 @@ def folder_run(digit_folder, tmp_path):
     return make
 
 
-def test_options_that_cure_faults_of_the_data_may_change(folder_run):
+def test_options_that_accept_faulty_data_may_change(folder_run):
     argv, _ = folder_run()
     config = parse([*argv, "--data.skip_unreadable", "true", "--data.keep_empty_classes", "true",
                     "--data.max_megapixels", "300"])
     config.check_resumable(describe_data(*config.data.open(config.data_rules())))
 
 
-def test_other_data_are_refused_with_what_can_be_done(folder_run):
+def test_other_data_are_refused_with_a_remedy(folder_run):
     argv, images = folder_run()
     next(images.rglob("*.png")).unlink()
     config = parse(argv)
@@ -206,14 +206,14 @@ def test_other_data_are_refused_with_what_can_be_done(folder_run):
         config.check_resumable(describe_data(*config.data.open(config.data_rules())))
 
 
-def test_another_codec_is_refused_without_talk_of_files(folder_run):
+def test_another_codec_is_refused_with_its_own_remedy(folder_run):
     argv, _ = folder_run(codec={"kind": "autoencoder_kl"})
     config = parse(argv)
     with pytest.raises(ValueError, match=r"codec\.kind autoencoder_kl -> identity.*: resume with those, or start"):
         config.check_resumable(describe_data(*config.data.open(config.data_rules())))
 
 
-def test_a_run_without_a_checkpoint_is_bound_to_nothing(folder_run):
+def test_a_run_without_a_checkpoint_accepts_any_data(folder_run):
     argv, images = folder_run()
     next(images.rglob("*.png")).unlink()
     config = parse([*argv, "--train.lr", "0.5"])
@@ -222,14 +222,14 @@ def test_a_run_without_a_checkpoint_is_bound_to_nothing(folder_run):
     config.check_resumable(describe_data(*config.data.open(config.data_rules())))
 
 
-def test_a_run_keeps_the_rules_that_its_data_were_read_by(folder_run, monkeypatch):
+def test_a_run_keeps_the_rules_by_which_its_data_were_read(folder_run, monkeypatch):
     argv, _ = folder_run()
     config, described = parse(argv), parse(argv).out / "data.json"
     now = json.loads(described.read_text())
     described.write_text(json.dumps({**now, "rules": RULES}))
     assert config.data_rules() == RULES
     described.write_text(json.dumps({key: value for key, value in now.items() if key != "rules"}))
-    assert config.data_rules() == 1  # older than rules
+    assert config.data_rules() == 1  # a run older than the rules
     opened, images = [], config.data.open()[0]
     monkeypatch.setattr(sources.ImageFolder, "open", lambda name, **options: opened.append(options) or images)
     config.data.open(config.data_rules())
@@ -237,8 +237,8 @@ def test_a_run_keeps_the_rules_that_its_data_were_read_by(folder_run, monkeypatc
     assert [(options["rules"], options["keep_empty_classes"]) for options in opened] == [(1, True), (None, False)]
 
 
-def test_a_run_of_earlier_rules_has_its_classes_in_their_order(digit_folder, tmp_path):
-    """Folders named 1, 2, 10: sorted as text then, as numbers now."""
+def test_an_older_run_keeps_the_order_of_its_classes(digit_folder, tmp_path):
+    """Class folders 1, 2, 10 were sorted as text in older runs, and are sorted as numbers now."""
     for name in ("1", "2", "10"):
         shutil.copytree(digit_folder / "digit 1", tmp_path / "images" / name)
     config = parse(["--data.images", str(tmp_path / "images"), "--data.image_size", "16", "--data.codec", "identity",
@@ -253,7 +253,7 @@ def test_a_run_of_earlier_rules_has_its_classes_in_their_order(digit_folder, tmp
 
 
 @pytest.mark.parametrize("option", ["data.images", "data.latents", "data.codec"])
-def test_a_path_that_is_gone_is_named_with_its_option(digit_folder, option):
+def test_a_missing_path_is_named_with_its_option(digit_folder, option):
     options = {"data.images": str(digit_folder)} | {option: "./gone/away"}
     if option == "data.latents":
         del options["data.images"]

@@ -10,7 +10,7 @@ def net():
     return SiT.from_preset("SiT-ATConv-Tiny/2-Hybrid", depth=2, hidden_size=32, num_classes=3)
 
 
-def test_averages_follow_where_the_update_was_made_and_stay_to_the_bit_where_it_was_withheld(net):
+def test_averages_follow_updates_and_keep_their_bits_if_one_is_withheld(net):
     averages = Averages(net, [0.9, 0.5])
     before = {name: p.clone() for name, p in net.named_parameters()}
     with torch.no_grad():
@@ -27,7 +27,7 @@ def test_averages_follow_where_the_update_was_made_and_stay_to_the_bit_where_it_
     assert averages.first is averages.models[0.9]
 
 
-def test_warm_up_only_if_asked_for(net):
+def test_the_warmup_profile_starts_with_a_low_decay(net):
     averages = Averages(net, [0.9], profile="warmup")
     before = net.final_layer.linear.bias.clone()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Estimates against what real training allocates and takes."""
+"""Estimates compared with the memory and time of real training."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ SHAPE = dict(input_size=16, patch_size=2, hidden_size=64, depth=3, num_heads=4, 
 
 
 def config(**train) -> SimpleNamespace:
-    """As much of a Config as estimates read."""
+    """Returns the part of a Config that estimates read."""
     train = TrainConfig(**{"precision": "fp32", "steps": 1000, "batch_size": 8, "checkpoint_every": 100, **train})
     return SimpleNamespace(train=train, flow=FlowMatching(), optimizer=(torch.optim.AdamW, {}))
 
@@ -30,12 +30,12 @@ def order(batch_size: int = 8, accumulation: int = 2, **options) -> BatchOrder:
 
 
 def rows(text: str) -> dict[str, str]:
-    """Name -> what is said, from the report's lines."""
+    """Returns the lines of the report by name."""
     return {name: said.strip() for name, said in (line.strip().split("  ", 1) for line in text.splitlines())}
 
 
 def peak_of_training(net: SiT, num_images: int, precision: str) -> int:
-    """Bytes of forward and backward, beyond weights and gradients."""
+    """Returns the bytes of forward and backward, without weights and gradients."""
     size = net.config.input_size
     x, t = torch.randn(num_images, net.config.in_channels, size, size), torch.rand(num_images)
     y = torch.zeros(num_images, dtype=torch.long)
@@ -45,7 +45,7 @@ def peak_of_training(net: SiT, num_images: int, precision: str) -> int:
             v = net(x, t, y)
         v.float().square().mean().backward()
 
-    run()  # makes the gradients and the tables
+    run()  # allocates the gradients and the tables
     return peak_bytes(run, CPU)
 
 
@@ -59,8 +59,8 @@ def peak_of_training(net: SiT, num_images: int, precision: str) -> int:
         pytest.param("hybrid", "bf16", True, marks=pytest.mark.slow),
     ],
 )
-def test_an_image_more_needs_what_training_measures(mixer, precision, checkpointing):
-    """Of six blocks, of which the last two and one more of each mixer are looked at."""
+def test_memory_of_an_image_agrees_with_training(mixer, precision, checkpointing):
+    """Training has all six blocks; the estimate runs the last two and one more of each mixer."""
     net = SiT(**{**SHAPE, "depth": 6}, mixer=mixer)
     if checkpointing:
         net.enable_gradient_checkpointing()
@@ -69,13 +69,13 @@ def test_an_image_more_needs_what_training_measures(mixer, precision, checkpoint
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_few_blocks_are_all_looked_at(depth):
+def test_memory_of_an_image_in_a_model_of_few_blocks(depth):
     net = SiT(**{**SHAPE, "depth": depth})
     low, high = (peak_of_training(net, n, "fp32") for n in (4, 8))
     assert image_bytes(net, config(), CPU) == pytest.approx((high - low) / 4, rel=0.05)
 
 
-def test_trials_leave_no_trace():
+def test_trials_have_no_side_effects():
     net = SiT(**{**SHAPE, "depth": 5})
     inputs, state = (torch.randn(2, 4, 16, 16), torch.rand(2), torch.tensor([1, 2])), torch.get_rng_state()
     before = net(*inputs)
@@ -84,7 +84,7 @@ def test_trials_leave_no_trace():
     assert len(net.blocks) == 5 and all(p.grad is None for p in net.parameters())
 
 
-def test_bytes_of_everything_else():
+def test_bytes_that_do_not_depend_on_images():
     with torch.device("meta"):
         net = SiT(**SHAPE, mixer="hybrid")
     parameters, constants = sum(p.numel() for p in net.parameters()), net.pos_embed.numel()
@@ -97,8 +97,8 @@ def test_bytes_of_everything_else():
     assert sum(single.values()) == 8 * parameters + 3 * trained + estimating.WORKSPACE
 
 
-def test_autocast_keeps_a_copy_of_the_weights_that_are_counted():
-    """With many weights and few tokens, the copies are what bf16 has alive."""
+def test_copies_of_the_weights_in_autocast_are_counted():
+    """With many weights and few tokens, the copies dominate the memory of bf16."""
     net = SiT(**{**SHAPE, "hidden_size": 256, "input_size": 2, "mixer": "attention"})
     peaks = [peak_of_training(net, n, "bf16") for n in (1, 2)]
     counted = fixed_bytes(net, config(precision="bf16"), 1)["bf16 weights"]
@@ -106,7 +106,7 @@ def test_autocast_keeps_a_copy_of_the_weights_that_are_counted():
 
 
 def test_a_step_is_timed_without_changing_the_model(monkeypatch):
-    monkeypatch.setattr(estimating, "ENOUGH_SECONDS", float("inf"))  # however slow the machine is just now
+    monkeypatch.setattr(estimating, "ENOUGH_SECONDS", float("inf"))  # however slow the machine is
     torch.manual_seed(0)
     net = SiT(**SHAPE)
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -116,8 +116,8 @@ def test_a_step_is_timed_without_changing_the_model(monkeypatch):
     assert all(p.grad is None for p in net.parameters())
 
 
-def test_a_step_is_as_long_as_its_passes_and_its_update(monkeypatch):
-    """A pass takes half a second for each image, an update seven."""
+def test_time_of_a_step_is_that_of_its_passes_and_its_update(monkeypatch):
+    """A pass takes half a second for each image, an update seven seconds."""
     now, net = [0.0], SiT(**SHAPE)
     loss, step = FlowMatching.loss, torch.optim.AdamW.step
 
@@ -138,7 +138,7 @@ def test_a_step_is_as_long_as_its_passes_and_its_update(monkeypatch):
 
 
 def test_what_does_not_fit_is_not_run(monkeypatch):
-    """The weights, 9 of 11 GiB, are there already."""
+    """Weights that are on the device already do not count as memory that is needed."""
     net, here = SiT(**SHAPE), sum(p.nbytes for p in SiT(**SHAPE).parameters())
     fixed = 2 * GIB + here
     monkeypatch.setattr(estimating, "free_bytes", lambda device: 3 * GIB)
@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_not_run(monkeypatch):
     assert refused == (None, "not measured: needs 3.0 GiB more on cpu, 2.9 are free")
 
 
-def test_a_model_that_does_not_fit_is_known_by_its_last_blocks(monkeypatch):
+def test_a_model_that_does_not_fit_is_estimated_from_few_blocks(monkeypatch):
     net, depths, loss = SiT(**{**SHAPE, "depth": 9}), [], FlowMatching.loss
     monkeypatch.setattr(estimating, "free_bytes", lambda device: GIB / 2)
     monkeypatch.setattr(FlowMatching, "loss", lambda self, model, *rest: (
@@ -159,7 +159,7 @@ def test_a_model_that_does_not_fit_is_known_by_its_last_blocks(monkeypatch):
     assert "MiB an image" in lines["memory"] and "up to " in lines["24 GB GPU"]
 
 
-def test_the_report_says_each_fact_in_a_line(monkeypatch):
+def test_the_report_has_a_line_for_each_fact(monkeypatch):
     with torch.device("meta"):
         net = SiT.from_preset("SiT-ATConv-S/8", depth=2)
     ask = partial(report, net, config(

@@ -1,4 +1,4 @@
-"""The training command that encoding prints."""
+"""The training command that `encode` prints."""
 
 import dataclasses
 import shlex
@@ -16,13 +16,13 @@ from tests.conftest import ROOT, load_command
 
 
 def fitted(latents: Path, **changes):
-    """The index of the digits, as if other settings had made it."""
+    """Returns the index of the digits with other settings."""
     index = read_index(latents)
     return dataclasses.replace(index, settings=dataclasses.replace(index.settings, **changes))
 
 
 @pytest.mark.parametrize("config", ["imagenet256", "imagenet512"])
-def test_the_shipped_configuration_is_printed_where_it_fits(latents, config):
+def test_a_shipped_configuration_that_fits_is_printed_without_options(latents, config):
     index = dataclasses.replace(fitted(latents, image_size=int(config[-3:])), num_images=50_000)
     command = training_command(index, np.zeros(50_000, int), Path("my latents"))
     assert command == (f"accelerate launch sit_atconv/train.py --config {config} --data.latents "
@@ -30,7 +30,7 @@ def test_the_shipped_configuration_is_printed_where_it_fits(latents, config):
 
 
 def test_the_printed_command_runs(latents, monkeypatch, capsys):
-    """All that training checks before it begins."""
+    """It passes all checks before training."""
     index = read_index(latents)
     command = shlex.split(training_command(index, CachedLatents(latents).labels, latents))
     assert command[:3] == ["accelerate", "launch", "sit_atconv/train.py"] and (ROOT / command[2]).exists()
@@ -57,7 +57,7 @@ def test_the_printed_command_is_fitted_to_the_latents(latents, changes, monkeypa
     assert expected in command and command.endswith("--out runs/digits-2")
 
 
-def test_no_class_is_held_out_as_a_whole(latents, tmp_path, monkeypatch):
+def test_no_class_is_held_out_completely(latents, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     labels = np.zeros(120, int)
     labels[hold_out(120, 12)[3]] = 1  # the one image of its class

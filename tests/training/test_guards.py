@@ -17,7 +17,7 @@ from sit_atconv.training.guards import (
 
 @pytest.fixture
 def stop(monkeypatch):
-    """A request at a time that the test sets, `stop.now`; `stop.said` lists what it announced."""
+    """A StopRequest whose clock is `stop.now`; `stop.said` lists its announcements."""
     said, before = [], {number: signal.getsignal(number) for number in STOP_SIGNALS}
     stop = StopRequest(announce=lambda: said.append("announced"), leave=lambda: sys.exit("left"))
     stop.said, stop.now = said, 100.0
@@ -28,7 +28,7 @@ def stop(monkeypatch):
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_is_noted_and_workers_live_on(stop, number):
+def test_a_signal_is_noted_by_the_trainer_and_ignored_by_workers(stop, number):
     stop.has_work = True
     assert stop.number == 0
     os.kill(os.getpid(), number)
@@ -37,8 +37,8 @@ def test_a_signal_is_noted_and_workers_live_on(stop, number):
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])  # torchrun makes SIGTERM of it
-def test_a_second_ctrl_c_leaves_at_once_unless_a_launcher_copied_the_first(stop, second):
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])  # torchrun forwards it as SIGTERM
+def test_a_second_ctrl_c_exits_at_once_unless_it_is_a_launchers_copy(stop, second):
     stop.has_work = True
     os.kill(os.getpid(), signal.SIGINT)
     stop.now = 100.9
@@ -50,14 +50,14 @@ def test_a_second_ctrl_c_leaves_at_once_unless_a_launcher_copied_the_first(stop,
     assert stop.said == ["announced"]
 
 
-def test_ctrl_c_before_the_first_step_leaves_at_once(stop):
+def test_ctrl_c_before_the_first_step_exits_at_once(stop):
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.said == [] and stop.number == signal.SIGTERM
     with pytest.raises(SystemExit, match="left"):
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_ctrl_c_that_a_shell_ignores_in_the_background_stays_ignored():
+def test_ctrl_c_stays_ignored_in_a_background_job():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         stop = StopRequest(announce=pytest.fail, leave=pytest.fail)
@@ -68,7 +68,7 @@ def test_ctrl_c_that_a_shell_ignores_in_the_background_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-def test_alone_one_agrees_with_oneself():
+def test_a_single_process_agrees_with_itself():
     assert Agreement().largest(3, 0) == [3, 0] and Agreement().largest(0, 7, now=True) == [0, 7]
 
 
@@ -80,7 +80,7 @@ def agree(rank, port, results):
     torch.distributed.destroy_process_group()
 
 
-def test_all_processes_agree_one_call_later_or_at_once():
+def test_processes_agree_one_call_later_or_at_once():
     import multiprocessing
     import socket
 
@@ -98,7 +98,7 @@ def test_all_processes_agree_one_call_later_or_at_once():
     assert both[0] == both[1] == [[0, 0], [5, 0], [0, 0], [9, 0], [0, 0], {0: "why", 1: "why"}]
 
 
-def test_the_first_bad_step_is_the_one_that_is_named():
+def test_the_first_step_that_is_not_finite_is_reported():
     watch = FiniteWatch()
     for step in range(1, 6):
         watch.note(step, torch.tensor(step not in (3, 4)))
@@ -106,7 +106,7 @@ def test_the_first_bad_step_is_the_one_that_is_named():
 
 
 class Late:
-    """An event of a device that has not yet come to it."""
+    """An event that the device has not reached yet."""
 
     def __init__(self):
         self.reached = False
@@ -118,7 +118,7 @@ class Late:
         self.reached = True
 
 
-def test_flags_that_have_not_arrived_are_waited_for_only_if_asked_to():
+def test_flags_that_have_not_arrived_are_awaited_only_with_wait():
     watch = FiniteWatch()
     watch.flags.append((1, torch.tensor(True), None))
     watch.flags.append((2, torch.tensor(False), late := Late()))
@@ -128,11 +128,11 @@ def test_flags_that_have_not_arrived_are_waited_for_only_if_asked_to():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_poisons_its_gradient_and_another_keeps_its_bits(value):
+def test_a_loss_that_is_not_finite_poisons_its_gradient_and_a_finite_one_keeps_its_bits(value):
     x = torch.tensor([0.1, 0.7], requires_grad=True)
     (plain,) = torch.autograd.grad((x**3).sum(), x)
     (same,) = torch.autograd.grad(poisoned((x**3).sum()), x)
     assert torch.equal(plain, same)
-    loss = (x**3).sum() + value  # finite gradient, all the same
+    loss = (x**3).sum() + value  # its gradient is finite nevertheless
     assert torch.autograd.grad(loss, x)[0].isfinite().all()
     assert torch.autograd.grad(poisoned((x**3).sum() + value), x)[0].isnan().all()

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 class Seer(torch.nn.Module):
-    """Answers as if all data were grey."""
+    """A model that predicts grey data."""
 
     def __init__(self, flow):
         super().__init__()
@@ -39,7 +39,7 @@ def mean(parts):
     return total / count
 
 
-def test_batches_and_processes_do_not_matter():
+def test_the_loss_does_not_depend_on_batches_and_processes():
     model = Seer(FlowMatching())
     whole = held_out().loss(model)
     assert whole[1] == 40 and mean([held_out(batch_size=40).loss(model)]) == pytest.approx(mean([whole]), rel=1e-5)
@@ -47,7 +47,7 @@ def test_batches_and_processes_do_not_matter():
     assert mean(parts) == pytest.approx(mean([whole]), rel=1e-5)
 
 
-def test_it_is_the_velocitys_error_whatever_is_predicted():
+def test_the_loss_is_that_of_the_velocity_for_every_prediction():
     losses = [mean([held_out(flow).loss(Seer(flow))])
               for flow in (FlowMatching(), FlowMatching(prediction="noise"), FlowMatching(prediction="data"))]
     assert losses[1] == pytest.approx(losses[2], rel=1e-3)  # on the same interval
@@ -69,7 +69,7 @@ def test_images_noise_and_times_are_fixed_and_times_cover_the_interval():
         assert label == digit and torch.allclose(image, pixels / 127.5 - 1)
 
 
-def test_cached_latents_too(latents, vae):
+def test_held_out_images_of_cached_latents(latents, vae):
     data = CachedLatents(latents)
     part = HeldOut(data, hold_out(len(data), 9).tolist(), VAECodec(str(vae)), FlowMatching(), batch_size=4, device=CPU)
     assert [len(batch[0]) for batch in part.batches] == [4, 4, 1] and part.batches[0][0].shape[1:] == (4, 16, 16)

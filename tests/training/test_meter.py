@@ -5,13 +5,13 @@ from accelerate import Accelerator
 from sit_atconv.training.meter import Meter, check_tracker, peak_tflops
 
 
-def test_a_line_holds_means_since_the_last_one(monkeypatch):
+def test_a_line_holds_the_means_since_the_last_line(monkeypatch):
     accelerator, now = Accelerator(cpu=True), [0.0]
     monkeypatch.setattr("sit_atconv.training.meter.time.perf_counter", lambda: now[0])
     meter = Meter(torch.device("cpu"), gflops_per_image=2.0, peak=10.0)
-    with meter.aside():
+    with meter.timed("pause"):
         now[0] += 30
-    with meter.waiting():
+    with meter.timed("data"):
         now[0] += 2
     now[0] += 6
     meter.add(torch.tensor([1.0, 3.0, 8.0]), torch.tensor([0.0, 0.19, 1.0]), torch.ones(3, dtype=torch.bool))
@@ -20,7 +20,7 @@ def test_a_line_holds_means_since_the_last_one(monkeypatch):
         meter.add_norm(torch.tensor(norm))
     line = meter.read(accelerator)
     assert line["loss"] == 4.0 and line["loss_by_time"] == [2.0, None, 4.0, None, 8.0] and line["grad_norm"] == 2.0
-    assert line["data_wait"] == 0.25 and line["images_per_second"] == 0.625  # of the eight seconds that were not aside
+    assert line["data_wait"] == 0.25 and line["images_per_second"] == 0.625  # of the eight seconds outside the pause
     assert line["tflops_per_second"] == 0.00125 and line["mfu"] == pytest.approx(0.000125) and line["memory_gb"] > 0.1
     meter.add(torch.tensor([5.0]), torch.tensor([0.3]), torch.tensor([True]))
     meter.add_norm(torch.tensor(7.0))
@@ -35,7 +35,7 @@ def test_a_line_holds_means_since_the_last_one(monkeypatch):
     assert "mfu" not in line and line["grad_norm"] is None and line["loss"] == 0.0
 
 
-def test_the_peak_is_that_of_the_device_and_the_precision(monkeypatch):
+def test_the_peak_depends_on_device_and_precision(monkeypatch):
     assert peak_tflops(torch.device("cpu"), "bf16", True) is None
     for name, peak in (("NVIDIA H100 PCIe", 756), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA A100-SXM4-80GB", 312),
                        ("NVIDIA L40S", 362), ("NVIDIA L40", 181), ("NVIDIA L4", 121),
@@ -46,7 +46,7 @@ def test_the_peak_is_that_of_the_device_and_the_precision(monkeypatch):
         assert peak_tflops(torch.device("cuda"), "fp32", False) is None
 
 
-def test_a_tracker_that_is_not_installed(monkeypatch):
+def test_a_missing_tracker_is_refused(monkeypatch):
     check_tracker(None)
     monkeypatch.setattr("sit_atconv.training.meter.is_wandb_available", lambda: False)
     with pytest.raises(ValueError, match=r"wandb is not installed: pip install 'sit-atconv\[trackers\]'"):

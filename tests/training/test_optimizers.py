@@ -1,4 +1,4 @@
-"""Parameter groups, and optimizers by class path."""
+"""Parameter groups of the optimizer."""
 
 import pytest
 import torch

@@ -5,7 +5,7 @@ import pytest
 from sit_atconv.training.unreadable import Unreadable
 
 
-def test_each_file_is_new_once_and_the_record_outlives_the_process(tmp_path):
+def test_a_file_is_new_only_once_and_the_record_is_read_on_resuming(tmp_path):
     here, other = Unreadable(tmp_path, resumes=False), Unreadable(tmp_path, resumes=False)
     here.note({"b.png": "truncated"})
     here.note({"b.png": "truncated"})
