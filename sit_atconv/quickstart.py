@@ -86,6 +86,7 @@ def run_as_typed(out: Path, name: str, *options: object) -> tuple[float, float]:
         open(log, "wb", buffering=0) as file,
         subprocess.Popen([*start, *arguments], stdout=file, stderr=subprocess.PIPE, env=environment) as process,
     ):
+        assert process.stderr is not None
         _follow(process.stderr.fileno(), file)
     if process.returncode:
         print(log.read_text(errors="replace")[-2000:], file=sys.stderr)
