@@ -127,8 +127,6 @@ class Sampler:
 
         Args:
             model: (x, t, y) -> prediction, with an attribute `null_label`.
-            noise: standard-normal noise.
-            y: labels.
             path: name of the interpolant that the model was trained with.
             prediction: meaning of the model's output, such as "velocity".
             weak: a second model (x, t, y) -> velocity, for autoguidance.
