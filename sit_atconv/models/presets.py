@@ -24,5 +24,5 @@ def preset_config(name: str) -> dict:
     """Returns the constructor arguments of SiT in a preset; raises ValueError for an unknown name."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.3) or list(PRESETS)
-        raise ValueError(f"there is no preset {name!r}; near it: {', '.join(near)}")
+        raise ValueError(f"there is no preset {name!r}; similar names: {', '.join(near)}")
     return PRESETS[name]

@@ -289,7 +289,7 @@ def test_the_error_without_a_preset_names_the_one_that_fits(tmp_path):
         assert message.endswith(f"give --model {preset}, which fits")
     save_file(small("atconv", depth=3).state_dict(), tmp_path / "a.safetensors")
     assert "no preset has their depth 3, width 128, patch 2 and mixers atconv" in one_line(tmp_path / "a.safetensors")
-    assert "there is no preset 'SiT-XXL/2'; near it: " in one_line(tmp_path / "a.safetensors", "SiT-XXL/2")
+    assert "there is no preset 'SiT-XXL/2'; similar names: " in one_line(tmp_path / "a.safetensors", "SiT-XXL/2")
 
 
 @pytest.mark.parametrize(

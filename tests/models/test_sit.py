@@ -128,7 +128,7 @@ def test_mixers_by_name_and_by_list():
         SiT(**TINY, mixer="mamba")
     with pytest.raises(ValueError, match="names 3 blocks, but depth is 2"):
         SiT(**TINY, mixer=["atconv"] * 3)
-    with pytest.raises(ValueError, match="near it: SiT-ATConv-XL/2"):
+    with pytest.raises(ValueError, match="similar names: SiT-ATConv-XL/2"):
         SiT.from_preset("SiT-ATConv-XXL/2")
 
 
