@@ -1,9 +1,9 @@
-"""Measures how fast training data are read: cached latents, images, or both by turns.
+"""Benchmark of reading training data: cached latents, images, or both in turn.
 
     python benchmarks/loading.py --latents LATENTS --images DIR --image-size 256
     python benchmarks/loading.py --random-gb 10
 
-JSON goes to stdout: samples a second (median, all rounds), seconds to the first batch, the workers' private memory.
+Prints JSON: samples per second (median and all rounds), seconds to the first batch, private memory of the workers.
 """
 
 import json
@@ -12,65 +12,70 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing import active_children
 from pathlib import Path
 from statistics import median
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm, trange
 
 from sit_atconv.data.data_source import DataSource
 from sit_atconv.data.images import ImageFolder
 from sit_atconv.data.latent_folder import LatentFolder, LatentSettings, inspect_shard
 from sit_atconv.data.latents import CachedLatents
-from sit_atconv.data.loading import leave_ctrl_c_to_the_parent
+from sit_atconv.data.loading import Batch, leave_ctrl_c_to_the_parent, load_batches
 from sit_atconv.data.order import BatchOrder
 from sit_atconv.runtime.commands import ArgumentParser, at_least, positive, run_command, user_errors
 from sit_atconv.runtime.files import check_room
 
 
 def measure_loading(
-    sources: dict[str, Callable[[], DataSource]],
+    sources: Mapping[str, Callable[[], DataSource]],
     *,
     batch_size: int = 256,
     num_workers: int = 2,
     rounds: int = 5,
     seconds: float = 3.0,
     mirror: bool = True,
-    before_round: Callable[[], object] = lambda: None,
+    cold_folders: Iterable[Path] = (),
 ) -> dict[str, dict]:
-    """Reads each source in training's order, by turns: every round reads each for some seconds.
+    """Measures reading each source in training's order; every round reads each source for some seconds.
 
     Args:
-        sources: name -> what opens it.
-        num_workers: processes that read; 0 reads in this one, whose memory is told then.
-        before_round: is called before each is read, untimed.
+        sources: maps the name of each source to a function that opens it.
+        batch_size: samples per batch.
+        num_workers: number of processes that read; with 0, this process reads, and its memory is measured.
+        rounds: number of rounds.
+        seconds: duration of one round of one source.
+        mirror: flip samples horizontally with probability 0.5.
+        cold_folders: folders that are removed from the system's file cache before each measurement.
 
     Returns:
-        For each source `samples` of the whole, `samples_per_second` (median over `rounds`, which has them all),
-        `startup_seconds` from opening it to its first batch, and `private_mib`, the most RssAnon of all workers
-        together, None where the system does not tell.
+        For each source: `samples` in total, `samples_per_second` (median of `rounds`, which holds all), seconds from
+        opening it to its first batch (`startup_seconds`), and the largest sum of RssAnon over its workers
+        (`private_mib`), None if the system does not report it.
 
     Raises:
-        ValueError: a source that cannot be opened, or is smaller than a batch.
+        ValueError: a source cannot be opened or read, or is smaller than a batch.
     """
-    loaders, pids, found = {}, {}, {}
+    loaders: dict[str, Iterator[Batch]] = {}
+    pids: dict[str, list[int | str | None]] = {}
+    found: dict[str, dict] = {}
     for name, open_source in sources.items():
         clock, others = time.perf_counter(), {*active_children()}
         data = open_source()
         order = BatchOrder(len(data), batch_size, seed=0, mirror=mirror)
-        loaders[name] = iter(DataLoader(data, batch_sampler=order, num_workers=num_workers,
-                                        worker_init_fn=leave_ctrl_c_to_the_parent))
+        loaders[name] = load_batches(data, order, num_workers, torch.device("cpu"), leave_ctrl_c_to_the_parent)
         next(loaders[name])
         found[name] = {"samples": len(data), "samples_per_second": 0.0, "rounds": [],
                        "startup_seconds": time.perf_counter() - clock, "private_mib": None}
         pids[name] = [worker.pid for worker in {*active_children()} - others] if num_workers else ["self"]
     for name in tqdm(list(sources) * rounds, unit="round"):
-        for _ in range(2 * num_workers):  # read while the other source was being timed
+        for _ in range(2 * num_workers):  # batches that were read ahead while another source was timed
             next(loaders[name])
-        before_round()
+        for folder in cold_folders:
+            forget_files(folder)
         clock, count, speed = time.perf_counter(), 0, found[name]
         while time.perf_counter() - clock < seconds:
             next(loaders[name])
@@ -82,23 +87,23 @@ def measure_loading(
 
 
 def forget_files(folder: Path) -> None:
-    """Has the system forget what it keeps of a folder's files in memory, so that they are read from the disk again."""
+    """Removes a folder's files from the system's file cache, so that they are read from disk."""
     for path in folder.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)  # it keeps what is not on the disk yet
+        os.fsync(descriptor)  # pages that are not yet on the disk cannot be removed
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
 
-def private_mib(pid: int | str) -> float:
-    """RssAnon of a process: what it holds alone, without files mapped. 0 where the system does not tell."""
+def private_mib(pid: int | str | None) -> float:
+    """Returns RssAnon of a process, its memory without mapped files; 0 if not reported."""
     status = Path("/proc", str(pid), "status")
     found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(found[1]) / 1024 if found else 0.0
 
 
 def write_random_latents(folder: Path, num_images: int, moments_shape: tuple[int, int, int] = (8, 32, 32)) -> None:
-    """A folder of latents that are random numbers, float16, with mirror images: for measuring."""
+    """Writes a folder of random latents, float16, with their horizontal flips, for measuring."""
     settings = LatentSettings(
         num_images, files="random", image_size=8 * moments_shape[-1], crop="none", codec={}, precision="fp32",
         slicing=False, tiling=False, mirrored=True, dtype="float16", moments_shape=list(moments_shape), batch_size=32,
@@ -124,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     if not (options.latents or options.images or options.random_gb):
         parser.error("give --latents, --images or --random-gb")
     with user_errors(), tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        sources = {}
+        sources: dict[str, Callable[[], DataSource]] = {}
         if options.latents:
             sources["latents"] = lambda: CachedLatents(options.latents, options.mirror)
         if options.random_gb:
@@ -133,30 +138,30 @@ def main(argv: list[str] | None = None) -> None:
         if options.images:
             sources["images"] = lambda: ImageFolder(options.images, options.image_size)
         folders = [Path(folder) for folder in (options.latents, options.random_gb and scratch) if folder]
-        cold = {"before_round": lambda: [forget_files(folder) for folder in folders]} if options.cold else {}
         found = measure_loading(sources, batch_size=options.batch_size, num_workers=options.num_workers,
-                                rounds=options.rounds, seconds=options.seconds, mirror=options.mirror, **cold)
+                                rounds=options.rounds, seconds=options.seconds, mirror=options.mirror,
+                                cold_folders=folders if options.cold else ())
     print(json.dumps(found, indent=1))
 
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         usage="python benchmarks/loading.py [--latents LATENTS] [--images DIR] [--random-gb GB] [options]",
-        description="Measures how fast training data are read, in training's order and with its mirror images.",
+        description="Measures how fast training data are read, in training's order and with random horizontal flips.",
     )
-    parser.add_argument("--latents", default=None, help="a folder that encode.py wrote")
-    parser.add_argument("--images", metavar="DIR", default=None, help="a folder of images")
-    parser.add_argument("--image-size", type=at_least(1), default=256, metavar="PX", help="side of those images")
+    parser.add_argument("--latents", default=None, help="folder of latents written by encode.py")
+    parser.add_argument("--images", metavar="DIR", default=None, help="folder of images")
+    parser.add_argument("--image-size", type=at_least(1), default=256, metavar="PX", help="image side in pixels")
     parser.add_argument("--random-gb", type=positive, default=None, metavar="GB",
-                        help="write latents of 32x32x4 of this size, random numbers, and measure those")
-    parser.add_argument("--scratch", default=None, metavar="DIR", help="where those lie meanwhile")
-    parser.add_argument("--no-mirror", dest="mirror", action="store_false", help="without the mirror images")
+                        help="write random latents of shape 32x32x4, of this total size, and measure them")
+    parser.add_argument("--scratch", default=None, metavar="DIR", help="folder for the random latents")
+    parser.add_argument("--no-mirror", dest="mirror", action="store_false", help="do not flip samples horizontally")
     parser.add_argument("--cold", action="store_true",
-                        help="from the disk: have the system forget the latents it keeps in memory before each round")
-    parser.add_argument("--batch-size", type=at_least(1), default=256, help="samples of a batch")
-    parser.add_argument("--num-workers", type=at_least(0), default=2, help="processes that read")
-    parser.add_argument("--rounds", type=at_least(1), default=5, help="how often each is read")
-    parser.add_argument("--seconds", type=positive, default=3.0, help="how long each time")
+                        help="read from the disk: remove the latents from the system's file cache before each round")
+    parser.add_argument("--batch-size", type=at_least(1), default=256, help="samples per batch")
+    parser.add_argument("--num-workers", type=at_least(0), default=2, help="number of processes that read")
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="number of measurements of each source")
+    parser.add_argument("--seconds", type=positive, default=3.0, help="duration of one measurement in seconds")
     return parser
 
 

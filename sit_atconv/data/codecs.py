@@ -1,7 +1,6 @@
-"""Codecs between pixels and what the model sees; nobody else knows of moments, scale or shift.
+"""Codecs between images and latents: the only place that knows about moments, scale and shift.
 
-A codec is known by the `kind` of its description: a name in CODECS, or the path of a user's own class,
-`my_module.MyCodec`.
+The `kind` in a codec's description is a name in CODECS, or the path of a user's own class, `my_module.MyCodec`.
 """
 
 import contextlib
@@ -20,30 +19,33 @@ from torch import Tensor
 
 from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.runtime.files import hub_options, sha256_of_state, weights_variant
-from sit_atconv.runtime.names import is_object_path
+from sit_atconv.runtime.names import is_object_path, show_some
 from sit_atconv.runtime.settings import differences
 from sit_atconv.runtime.tables import Table, import_module_of
 
 if TYPE_CHECKING:  # diffusers is imported where a VAE is loaded
     from diffusers import AutoencoderKL
 
-DECODED_AT_ONCE = 16
+ARCHITECTURE = (  # config keys that change a VAE without changing its tensors' names or shapes
+    "act_fn", "norm_num_groups", "down_block_types", "layers_per_block", "mid_block_add_attention", "sample_size")
+DECODED_AT_ONCE = 16  # images; a decoder needs much memory for each
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-LISTED = 3  # of the tensors that a VAE lacks
-WHERE_FROM = "Give the path of a downloaded AutoencoderKL folder (config.json and weights), or connect to the " \
-    "network once so that the hub id is cached"
+WHERE_FROM = (
+    "Give the path of a downloaded AutoencoderKL folder (config.json and weights), or connect to the network once so "
+    "that the hub id is cached"
+)
 
 
 class Codec(Protocol):
-    """A frozen map from images to the latents that a model is trained on, and back.
+    """Frozen map from images to the latents that a model is trained on, and back.
 
-    A codec of your own inherits this class and defines at least `channels`, `downsample`, `encode` and `decode`, which
-    run their networks under `torch.no_grad()`. Its path, `my_module.MyCodec`, is what `--data.codec` and
-    `encode.py --vae` take.
+    Your own codec inherits this class and defines at least `channels`, `downsample`, `encode` and `decode`; the last
+    two run their networks under `torch.no_grad()`. Pass its path, `my_module.MyCodec`, to `--data.codec` and
+    `encode.py --vae`.
 
     Attributes:
-        channels: C of the latents.
-        downsample: pixels of an image for each latent, along a side.
+        channels: channels C of the latents.
+        downsample: image side divided by latent side.
     """
 
     channels: int
@@ -51,73 +53,71 @@ class Codec(Protocol):
 
     @classmethod
     def open(cls, description: dict, **options) -> "Codec":
-        """Returns the codec that `describe()` described; by default this class without arguments.
+        """Returns the codec that `describe()` described; by default, calls this class without arguments.
 
         Args:
-            description: that of a run, of latents or of weights; of a codec that is named for the first time, its
-                `kind` alone.
-            options: `precision`, `slicing`, `tiling` and `remedy`, as `VAECodec` takes them.
+            description: stored with a run, latents or weights; only `kind` if the user names the codec for the first
+                time.
+            options: `precision`, `slicing`, `tiling` and `remedy` of `VAECodec`.
         """
         return cls()
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """Returns what is worth caching, (B, *stored_shape), of images (B, 3, H, W) in [-1, 1]."""
+        """Returns the tensor to cache, (B, *stored_shape), for images (B, 3, H, W) in [-1, 1]."""
 
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
-        """Returns images (B, 3 or 1, H, W) in [-1, 1] of latents (B, C, h, w)."""
+        """Returns images (B, 3 or 1, H, W) in [-1, 1] for latents (B, C, h, w)."""
 
-    def latents(
-        self, stored: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
-    ) -> Tensor:
-        """Returns the latents (B, C, h, w), float32, of what `encode` returned; by default the same.
+    def latents(self, stored: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+        """Returns the latents (B, C, h, w), float32, for what `encode` returned; by default, the same.
 
-        A random draw is made with `noise` (B, C, h, w) if it is given, else with the generator's.
+        A codec that samples uses `noise` (B, C, h, w) if it is given, otherwise the generator.
         """
         return stored.float()
 
     def stored_shape(self, image_size: int) -> tuple[int, int, int]:
-        """Returns the shape of what is stored of an image; by default that of its latents."""
+        """Returns the shape that `encode` returns for one image; by default, the shape of its latents."""
         side = self.latent_size(image_size)
         return self.channels, side, side
 
     def describe(self) -> dict:
-        """Returns `kind` and all that makes it another codec, as JSON has it; `source`, where it is, may change."""
+        """Returns `kind` and all that tells two codecs apart, as JSON; `source`, its place, may change."""
         kind = f"{type(self).__module__}.{type(self).__qualname__}"
         return {"kind": kind, "channels": self.channels, "downsample": self.downsample}
 
     def to(self, device: torch.device | str) -> "Codec":
-        """Moves what it computes with to a device."""
+        """Moves the codec's networks to a device."""
         return self
 
     def latent_size(self, image_size: int) -> int:
-        """Returns the side of the latent grid. ValueError: the images' side is not divisible by the downsampling."""
+        """Returns the side of the latent grid. ValueError: `downsample` does not divide the image size."""
         if image_size % self.downsample:
             raise ValueError(f"image size {image_size} is not divisible by the codec's downsampling {self.downsample}")
         return image_size // self.downsample
 
     @property
     def name(self) -> str:
-        """The codec's place, or its kind if it has none."""
+        """The codec's `source`, or its `kind` if it has none."""
         description = self.describe()
         return description.get("source", description["kind"])
 
     def identity(self) -> dict:
-        """Returns the description without the codec's place."""
+        """Returns the description without `source`."""
         return {key: value for key, value in self.describe().items() if key != "source"}
 
     def check(self, description: dict, made: str) -> None:
-        """Raises ValueError where this is not the codec described, by its weights, scale, shift, ...
+        """Raises ValueError if this codec's identity is not the one described.
 
         Args:
-            description: what `describe()` once returned; where that codec was does not matter.
-            made: what was made with that one, for the message: "the weights were trained".
+            description: result of an earlier `describe()`.
+            made: what the described codec was used for, for the message: "the weights were trained".
         """
         here = self.identity()
-        then = {key: description.get(key, value) for key, value in here.items()}  # older ones say less
+        then = {key: description.get(key, value) for key, value in here.items()}  # old descriptions have fewer keys
         if changes := differences(then, here):
-            raise ValueError(f"{made} with another codec than {self.name} ({'; '.join(changes)}): give the former")
+            raise ValueError(f"{made} with another codec than {self.name} ({'; '.join(changes)}): give the original")
 
 
 class IdentityCodec(Codec):
@@ -146,16 +146,16 @@ class VAECodec(Codec):
     """Any diffusers `AutoencoderKL`, by hub id or local folder.
 
     Args:
-        source: hub id (`stabilityai/sd-vae-ft-ema`) or a folder that `save_pretrained` wrote, whose path is kept
+        source: hub id (`stabilityai/sd-vae-ft-ema`), or a folder that `save_pretrained` wrote; its path is made
             absolute.
-        precision: of its arithmetic; "tf32" is float32 but for a GPU's convolutions, which PyTorch does in TF32 too.
-        slicing: one image after another: the memory of one, whatever the batch.
-        tiling: images larger than the VAE was made for in overlapping tiles, blended at the seams: approximate.
-        remedy: what the user can do where nothing is found, for the message.
+        precision: precision of the arithmetic; "tf32" is float32 except for convolutions on a GPU, which use TF32.
+        slicing: process one image at a time: the memory of one image for any batch size.
+        tiling: split images larger than the VAE's training size into overlapping tiles, blended at the seams: an
+            approximation.
+        remedy: advice to the user if nothing can be loaded, for the message.
 
     Raises:
-        ValueError: nothing there can be loaded, or it is no whole AutoencoderKL; the message names `source` and the
-            remedy.
+        ValueError: nothing can be loaded, or it is not a complete AutoencoderKL; names `source` and the remedy.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class VAECodec(Codec):
 
     @classmethod
     def of(cls, vae: "AutoencoderKL") -> "VAECodec":
-        """Returns the codec of a VAE that somebody else loaded and keeps, in whatever arithmetic it has by then."""
+        """Returns the codec around a loaded VAE, whose device and precision stay the caller's."""
         codec = cls.__new__(cls)
         codec._hold(vae, "its VAE", None, None)
         return codec
@@ -187,21 +187,16 @@ class VAECodec(Codec):
 
     def stored_shape(self, image_size: int) -> tuple[int, int, int]:
         """Returns the shape of posterior mean and log-variance together, (2C, h, w)."""
-        channels, *size = super().stored_shape(image_size)
-        return 2 * channels, *size
+        side = self.latent_size(image_size)
+        return 2 * self.channels, side, side
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> posterior mean and log-variance (B, 2C, h, w), unscaled."""
+        """Returns posterior mean and log-variance (B, 2C, h, w), unscaled, for images (B, 3, H, W) in [-1, 1]."""
         with torch.no_grad(), self._arithmetic():
             return self.vae.encode(images.to(self.vae.dtype)).latent_dist.parameters.to(images.dtype)
 
-    def latents(
-        self, stored: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
-    ) -> Tensor:
-        """Moments (B, 2C, h, w) -> a posterior draw, minus shift, times scale (B, C, h, w), float32.
-
-        The draw is made with `noise` (B, C, h, w) where it is given, else with the generator's.
-        """
+    def latents(self, stored: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+        """Samples the posterior with moments (B, 2C, h, w); returns (sample - shift) * scale, float32."""
         mean, log_variance = stored.float().chunk(2, dim=1)
         if noise is None:
             noise = torch.randn(mean.shape, generator=generator, device=mean.device)
@@ -209,7 +204,7 @@ class VAECodec(Codec):
         return (draw - per_channel(self.shift, draw)) * per_channel(self.scale, draw)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1]."""
+        """Returns images (B, 3, H, W) in [-1, 1] for latents (B, C, h, w)."""
         draw = z / per_channel(self.scale, z) + per_channel(self.shift, z)
         with torch.no_grad(), self._arithmetic():
             return self.vae.decode(draw.to(self.vae.dtype)).sample.to(z.dtype)
@@ -232,18 +227,18 @@ class VAECodec(Codec):
             torch.backends.cudnn.allow_tf32 = before
 
 
-CODECS = Table("codec", type, {"identity": IdentityCodec, "autoencoder_kl": VAECodec})
+CODECS: Table[type[Codec]] = Table("codec", type, {"identity": IdentityCodec, "autoencoder_kl": VAECodec})
 
 
 def typed_codec(name: str, channels: int) -> dict:
-    """Returns the description of the codec that a user names.
+    """Returns the description of the codec that a user names on the command line or in a config.
 
     Args:
-        name: "identity" or another name in CODECS, the path of the user's own, or the hub id or folder of a VAE.
-        channels: of the images, for "identity".
+        name: a name in CODECS, the path of the user's own class, or the hub id or folder of a VAE.
+        channels: channels of the images, for "identity".
 
     Raises:
-        ValueError: the module of the user's own cannot be imported.
+        ValueError: the user's module cannot be imported.
     """
     if name in CODECS:
         return {"kind": name, "channels": channels, "source": name}
@@ -254,19 +249,17 @@ def typed_codec(name: str, channels: int) -> dict:
 
 def open_codec(
     description: dict, made: str = "the weights were trained", precision: Precision = "tf32", *,
-    remedy: str = "Give the folder that it is in now by --vae", **options,
+    remedy: str = "Pass its current folder with --vae", **options,
 ) -> Codec:
     """Returns the codec that `describe()` described.
 
     Args:
-        description: of the codec; `source` is where it is now.
-        made: what was made with it, for the message of an error.
-        precision: of a VAE's arithmetic.
-        remedy: how the user says where the VAE is now, for the message of an error.
-        options: `slicing` and `tiling`, as `VAECodec` takes them.
+        description: the codec's description, with its current `source`.
+        made: as in `Codec.check`.
+        precision, remedy, options: as in `VAECodec`.
 
     Raises:
-        ValueError: an unknown kind, or a codec whose weights, scale, shift, ... are not those described.
+        ValueError: the kind is unknown, or the codec's weights, scale, shift, ... are not those described.
     """
     kind = str(description.get("kind"))
     entry = CODECS.find(kind)
@@ -278,65 +271,64 @@ def open_codec(
 
 
 def decode_in_parts(codec: Codec, z: Tensor) -> Tensor:
-    """`codec.decode` of a few at a time: a decoder needs much memory for each image of a batch."""
+    """Returns `codec.decode(z)`, computed for a few images at a time to save memory."""
     return torch.cat([codec.decode(part) for part in z.split(DECODED_AT_ONCE)])
 
 
 def scale_and_shift(config: Mapping, source: str) -> tuple[float | list[float], float | list[float]]:
-    """What turns a posterior's draw into latents, (draw - shift) * scale: numbers, or lists of one for each channel.
+    """Returns the scale and shift in z = (sample - shift) * scale, as numbers or lists of C numbers.
 
-    Args:
-        config: of a diffusers `AutoencoderKL`. With `latents_mean` and `latents_std`, z = (draw - mean) * factor / std.
-        source: where the VAE is, for the message.
-
-    Raises:
-        ValueError: the scaling factor is null, or mean and standard deviation are not whole.
+    The config of an `AutoencoderKL` with `latents_mean` and `latents_std` means z = (sample - mean) * factor / std.
+    ValueError: the scaling factor is no finite number or 0, or mean and standard deviation do not fit.
     """
     factor, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0
     if not isinstance(factor, int | float) or not math.isfinite(factor) or not factor:
-        raise ValueError(f"the VAE {source} has scaling_factor {factor} in its config.json, and its latents need a "
-                         "number: write the one that it is used with there")
+        raise ValueError(f"the VAE {source} has scaling_factor {factor} in its config.json: set it to the number by "
+                         "which the VAE's latents are scaled")
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None and std is None:
         return factor, shift
     if not mean or not std or not len(mean) == len(std) == config["latent_channels"] or shift or 0 in std:
         raise ValueError(f"the VAE {source} has latents_mean {mean}, latents_std {std} and shift_factor {shift} in its "
-                         f"config.json: it needs both of the former for {config['latent_channels']} channels, and no "
-                         "shift_factor beside them")
+                         f"config.json: set latents_mean and latents_std to {config['latent_channels']} values each, "
+                         "none of the latter 0, and remove shift_factor")
     return [factor / deviation for deviation in std], list(mean)
 
 
 def per_channel(value: float | list[float], z: Tensor) -> float | Tensor:
-    """A number as it is; a list of one for each channel as (C, 1, 1), of the dtype and on the device of `z`."""
+    """Returns a number unchanged, and a list of C numbers as (C, 1, 1) with the dtype and device of `z`."""
     return torch.tensor(value, dtype=z.dtype, device=z.device)[:, None, None] if isinstance(value, list) else value
 
 
 def _load_vae(source: str, remedy: str) -> "AutoencoderKL":
-    """Loads it in float32, once its config.json shows that it is an AutoencoderKL of images."""
+    """Loads a VAE in float32 after checking in its config.json that it is an AutoencoderKL for RGB images."""
     from diffusers import AutoencoderKL
 
-    _check_folder(Path(source))
+    folder = Path(source)
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file, and a VAE is a folder (config.json and weights): give the folder")
+    if (folder / "model_index.json").is_file():
+        advice = f"give {folder / 'vae'}" if (folder / "vae").is_dir() else "give another one, it contains no VAE"
+        raise ValueError(f"{folder} is a pipeline, not a VAE: {advice}")
     with _not_loaded(source, remedy):
-        options = {} if Path(source).is_dir() else hub_options(source)
+        options = {} if folder.is_dir() else hub_options(source)
         config = AutoencoderKL.load_config(source, **options)
     _check_config(source, config)
     with _not_loaded(source, remedy):
         vae, report = AutoencoderKL.from_pretrained(
-            source, torch_dtype=torch.float32, variant=weights_variant(Path(source)), output_loading_info=True,
+            source, torch_dtype=torch.float32, variant=weights_variant(folder), output_loading_info=True,
             ignore_mismatched_sizes=True, **options)
     wrong = [f"{name} is missing" for name in sorted(report["missing_keys"])]
-    wrong += [f"{name} is {(*there,)} there, {(*here,)} by its config.json"
-              for name, there, here in sorted(report["mismatched_keys"])]
+    wrong += [f"{name} is {(*there,)}, not {(*here,)}" for name, there, here in sorted(report["mismatched_keys"])]
     if wrong:
-        more = f", and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
-        raise ValueError(f"the weights of the VAE {source} are not whole: {'; '.join(wrong[:LISTED])}{more}. Download "
-                         "or save it again")
+        raise ValueError(f"the weights of the VAE {source} do not fit its config.json: {show_some(wrong, 3)}. Download "
+                         "or save the VAE again")
     return vae
 
 
 @contextlib.contextmanager
 def _not_loaded(source: str, remedy: str):
-    """Turns what diffusers logs, warns and raises (a dozen types) into a ValueError with the place and the remedy."""
+    """Silences diffusers and turns its errors (a dozen types) into a ValueError with source and remedy."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -346,37 +338,26 @@ def _not_loaded(source: str, remedy: str):
     except Exception as error:
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         if isinstance(error, OSError) and not Path(source).exists() and Path(source).parent.is_dir():
-            reason = f"there is no folder {source}, and it is not in the hub's cache, the only place to look while a " \
-                f"folder {Path(source).parent} is here: to download it, run in another directory"
+            reason = (f"there is no folder {source}, and it is not in the hub's cache. It is not downloaded because a "
+                      f"folder {Path(source).parent} exists here: to download it, run in another directory")
         raise ValueError(f"no VAE could be loaded from {source!r} ({reason}). {remedy}") from error
     finally:
         logging.disable(disabled)
 
 
-def _check_folder(folder: Path) -> None:
-    """Raises ValueError where what is here is no folder of a model."""
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file, and a VAE is a folder (config.json and weights): give that")
-    if (folder / "model_index.json").is_file():
-        remedy = f"give {folder / 'vae'}" if (folder / "vae").is_dir() else "it has no VAE"
-        raise ValueError(f"{folder} is a pipeline, not a VAE: {remedy}")
-
-
 def _check_config(source: str, config: Mapping) -> None:
-    """Raises ValueError for a model that is no AutoencoderKL of RGB images, before its weights are read."""
+    """Raises ValueError unless the model is an AutoencoderKL for RGB images with a valid scale and shift."""
     if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
-        raise ValueError(f"{source} is an {kind}, and the VAE must be an AutoencoderKL: give the folder or hub id of "
-                         "one")
+        raise ValueError(f"{source} is an {kind}: give the folder or hub id of an AutoencoderKL")
     channels = config.get("in_channels", 3), config.get("out_channels", 3)
     if channels != (3, 3):
-        raise ValueError(f"the VAE {source} takes {channels[0]} channels and gives {channels[1]}: images have 3")
+        raise ValueError(f"the VAE {source} takes {channels[0]} channels and gives {channels[1]}: give one that takes "
+                         "and gives 3")
     if "scaling_factor" in config:
         scale_and_shift({"latent_channels": 4, **config}, source)
 
 
 def _weights_sha256(vae: "AutoencoderKL") -> str:
-    """Of architecture, names and values: the same for the same VAE, whatever file it came from."""
-    architecture = ("act_fn", "norm_num_groups", "down_block_types", "layers_per_block", "mid_block_add_attention",
-                    "sample_size")
-    begin = json.dumps([vae.config.get(key) for key in architecture])
-    return sha256_of_state(vae.state_dict(), lambda name, tensor: f"{name}\0", begin)
+    """Returns the digest of architecture, tensor names and values, independent of the file format."""
+    architecture = json.dumps([vae.config.get(key) for key in ARCHITECTURE])
+    return sha256_of_state(vae.state_dict(), lambda name, tensor: f"{name}\0", architecture)

@@ -1,4 +1,4 @@
-"""The contract of data sources: the embedded digits, folders of images, cached latents, and those of users."""
+"""The interface of data sources: embedded digits, image folders, cached latents and users' own."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -9,17 +9,17 @@ from torch import Tensor
 
 
 class DataSource(Protocol):
-    """A data set that a model is trained on, indexed by (image, mirrored) as `order.py` draws them.
+    """Data set that a model is trained on, indexed by (image, mirrored) as `BatchOrder` draws them.
 
-    A source of your own inherits this class and defines at least `class_names`, `labels`, `image_size`, `__len__` and
-    `__getitem__`. Its path, `my_module.MySource`, is what `--data.images` takes.
+    Your own source inherits this class and defines at least `class_names`, `labels`, `image_size`, `__len__` and
+    `__getitem__`. Pass its path, `my_module.MySource`, to `--data.images`.
 
     Attributes:
         class_names: names of labels 0, 1, ...
-        labels: those of all images, int64 (N,).
+        labels: labels of all images, int64 (N,).
         image_size: side of the images in pixels.
-        channels: of the images: 3 or 1.
-        is_encoded: whether it yields what `Codec.encode` returns, instead of pixels.
+        channels: channels of the images, 3 or 1.
+        is_encoded: True if the source yields the output of `Codec.encode` instead of pixels.
     """
 
     class_names: Sequence[str]
@@ -29,32 +29,40 @@ class DataSource(Protocol):
     is_encoded: bool = False
 
     @classmethod
-    def open(cls, name: str, **options) -> "DataSource":
-        """Returns the source that a run asks for; by default this class without arguments.
+    def open(
+        cls, name: str, *, image_size: int | None, mirror: bool, rules: int | None, keep_empty_classes: bool,
+        max_megapixels: float,
+    ) -> "DataSource":
+        """Returns the source for a run; by default, calls this class without arguments.
+
+        Your own source may name the arguments that it needs and take the others as `**options`.
 
         Args:
-            name: what the user gave, such as a folder.
-            options: `image_size`, `mirror`, `keep_empty_classes` and `max_megapixels` of `DataConfig`, and `rules`, by
-                which a run that exists reads a folder.
+            name: the value of `--data.images` or `--data.latents`, such as a folder.
+            image_size, mirror, keep_empty_classes, max_megapixels: as in `DataConfig`.
+            rules: number of the rules by which an existing run reads its image folder; None for a new run.
         """
         return cls()
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of images."""
+        """Returns the number of images."""
 
     @abstractmethod
     def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor, int]:
-        """Returns image i, flipped horizontally if asked for, and its label: pixels are uint8 (C, H, W), a quarter of
-        floats. ValueError, which names the image: it cannot be read; `--data.skip_unreadable` leaves it out."""
+        """Returns an image, flipped horizontally if `mirrored`, and its label.
+
+        Pixels are uint8 (C, H, W), a quarter of the size of floats. ValueError: the image cannot be read; the message
+        names it. `--data.skip_unreadable` skips such images.
+        """
 
     def describe(self) -> dict:
-        """Returns what a run must find again to resume, wherever it is by then: JSON, for example a checksum."""
+        """Returns what must be unchanged for a run to resume, except the place: JSON, such as a checksum."""
         return {"kind": f"{type(self).__module__}.{type(self).__qualname__}", "images": len(self)}
 
     @property
     def class_counts(self) -> list[int]:
-        """Images of each class."""
+        """Number of images of each class."""
         return np.bincount(self.labels, minlength=len(self.class_names)).tolist()
 
     @property
@@ -63,10 +71,10 @@ class DataSource(Protocol):
         return {"kind": "identity", "channels": self.channels}
 
     def name(self, index: int) -> str:
-        """Returns what an image is called, the same whenever the source is opened."""
+        """Returns the name of an image, which is the same whenever the source is opened."""
         return f"image {index}"
 
     def find(self, names: Iterable[str]) -> np.ndarray:
-        """Returns the indices of the images of these names."""
+        """Returns the indices of the images with these names."""
         wanted = set(names)
         return np.array([i for i in range(len(self)) if self.name(i) in wanted], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Batches on the device, in the order asked for, read ahead by worker processes."""
+"""Batches of training data on the device, read ahead by worker processes."""
 
 import dataclasses
 import signal
@@ -18,10 +18,10 @@ class Batch:
     """One micro-batch.
 
     Args:
-        inputs: what the data set yields, (B, ...); zeros where an image cannot be read.
+        inputs: images or latents from the data source, (B, ...); zeros for unreadable images.
         y: labels (B,).
-        readable: False where an image cannot be read, (B,) bool.
-        unreadable: file name -> reason, of the images that cannot be read; stays on the CPU.
+        readable: bool (B,), False for unreadable images.
+        unreadable: maps the name of each unreadable image to the reason; stays on the CPU.
     """
 
     inputs: Tensor
@@ -33,7 +33,7 @@ class Batch:
         return self._apply(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """Called by DataLoader."""
+        """Copies the tensors to pinned memory; called by DataLoader."""
         return self._apply(Tensor.pin_memory)
 
     def _apply(self, function: Callable[[Tensor], Tensor]) -> "Batch":
@@ -42,32 +42,32 @@ class Batch:
 
 
 class BatchReader(Dataset):
-    """Reads the images of a whole micro-batch.
+    """Reader of whole micro-batches.
 
-    An image that cannot be read leaves zeros, so that the batch keeps its shape and the others' bits stay what they
-    are. Whoever skips it must give it no weight in a loss.
+    An unreadable image becomes zeros, so that the batch keeps its shape and the other images keep their bits. The
+    caller must give it weight 0 in the loss.
 
     Args:
-        data: the data set.
-        skip_unreadable: whether images that cannot be read are left out; else they are errors.
+        data: the data source.
+        skip_unreadable: accept unreadable images instead of raising an error.
     """
 
     def __init__(self, data: DataSource, skip_unreadable: bool = False):
         self.data, self.skip_unreadable = data, skip_unreadable
 
     def __getitem__(self, items: Sequence[tuple[int, bool]]) -> Batch:
-        """Reads (index, mirrored), ... ValueError, OSError: an image or the cached latents cannot be read."""
+        """Reads a batch of (index, mirrored). ValueError, OSError: images or latents cannot be read."""
         data, samples, readable, unreadable = self.data, [], [], {}
         for index, mirrored in items:
             try:
                 samples.append(data[index, mirrored])
                 readable.append(True)
             except ValueError as error:
-                if data.is_encoded:  # a damaged shard is no single image
+                if data.is_encoded:  # a damaged shard affects more than one image
                     raise
                 if not self.skip_unreadable:
-                    raise ValueError(f"{error}: mend the file, or give --data.skip_unreadable true, which leaves it "
-                                     "out and records it in unreadable.json of the run") from error
+                    raise ValueError(f"{error}: fix the file, or give --data.skip_unreadable true, which skips the "
+                                     "file and records it in the run's unreadable.json") from error
                 nothing = torch.zeros(data.channels, data.image_size, data.image_size, dtype=torch.uint8)
                 samples.append((nothing, int(data.labels[index])))
                 readable.append(False)
@@ -78,7 +78,7 @@ class BatchReader(Dataset):
 
 
 def leave_ctrl_c_to_the_parent(worker: int) -> None:
-    """Runs in a loader's worker: a terminal sends Ctrl-C to workers too, which would print a traceback each."""
+    """Ignores Ctrl-C in a loader's worker, which would otherwise print a traceback of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -91,31 +91,30 @@ def load_batches(
     *,
     skip_unreadable: bool = False,
 ) -> Generator[Batch, None, None]:
-    """Yields one micro-batch after another, for ever.
+    """Yields micro-batches endlessly.
 
     Args:
-        data: the data set.
-        order: which of its images make up a micro-batch; needs no preparing by accelerate, knowing its process.
-        num_workers: processes that read ahead; 0 reads when asked.
-        device: where the tensors shall be.
-        on_start: called by each worker with its number.
-        skip_unreadable: whether images that cannot be read are left out; else they are errors.
+        data: the data source.
+        order: images of each micro-batch of this process (must not be prepared by accelerate).
+        num_workers: number of processes that read ahead; 0 reads on demand.
+        device: device of the yielded tensors.
+        on_start: called in each worker with its number.
+        skip_unreadable: as in `BatchReader`.
 
     Raises:
-        ValueError: an image cannot be read, a worker died, ...; in one line.
+        ValueError: an image cannot be read, a worker died, ...; one line.
     """
-    loader = DataLoader(BatchReader(data, skip_unreadable), sampler=order, batch_size=None, num_workers=num_workers,
-                        pin_memory=device.type == "cuda", worker_init_fn=on_start)
-    batches = iter(loader)
+    batches = iter(DataLoader(BatchReader(data, skip_unreadable), sampler=order, batch_size=None,
+                              num_workers=num_workers, pin_memory=device.type == "cuda", worker_init_fn=on_start))
     try:
         while True:
             try:
                 batch = next(batches)
             except (ValueError, OSError, RuntimeError) as error:
-                lines = [line for line in str(error).splitlines() if line.strip()]  # a worker's comes as its traceback
+                lines = [line for line in str(error).splitlines() if line.strip()]  # a worker sends its traceback
                 reason = lines[-1].removeprefix(f"{type(error).__name__}: ") if lines else type(error).__name__
                 raise ValueError(f"the training data cannot be read: {reason}") from error
             yield batch.to(device)
     finally:
-        if num_workers:  # left to the garbage collector they may outlive the process, which would wait for them
-            batches._shutdown_workers()  # nothing public ends them at once
+        if num_workers:  # at exit, the process might otherwise wait for workers that the garbage collector left alive
+            batches._shutdown_workers()  # type: ignore[attr-defined]  # no public function ends workers at once

@@ -1,4 +1,4 @@
-"""The order of training data: a function of (seed, step), so that resuming needs no state and repeats no image."""
+"""Order of training data: a function of (seed, step), so that resuming is exact and needs no state."""
 
 import copy
 import itertools
@@ -8,23 +8,24 @@ import numpy as np
 
 
 class BatchOrder:
-    """The images of every micro-batch, for one of several processes; endless. Yields lists of (index, mirrored).
+    """Deterministic, endless order of micro-batches for one process, as lists of (index, mirrored).
 
-    Each epoch is a fresh permutation, a function of (seed, epoch), cut into whole batches; what is left over at its
-    end is skipped. A step's batch is cut into `accumulation` x `num_processes` micro-batches, so that neither changes
-    what the step as a whole sees. A `batch_sampler` for a DataLoader that needs no preparing by accelerate.
+    Each epoch is a new permutation, a function of (seed, epoch), cut into whole batches; the remainder is skipped. A
+    step's batch is cut into `accumulation` x `num_processes` micro-batches, so that neither number changes which images
+    a step uses. Serves as `batch_sampler` of a DataLoader and must not be prepared by accelerate.
 
     Args:
         num_images: size of the data set.
         batch_size: images in one optimizer step, over all processes and micro-batches.
-        seed: of the permutations and of mirroring.
-        accumulation: micro-batches in one step.
-        rank, num_processes: which process this is, of how many.
-        mirror: take the mirror image every other time, a function of (seed, epoch, position).
-        held_out: images that are never taken, as `hold_out` returns them.
+        seed: seed of the permutations and the horizontal flips.
+        accumulation: number of micro-batches in one step.
+        rank: number of this process.
+        num_processes: number of processes.
+        mirror: flip images horizontally with probability 0.5, a function of (seed, epoch, position).
+        held_out: indices of images that are never used, from `hold_out`.
 
     Raises:
-        ValueError: batch arithmetic that does not come out even, or a batch larger than what there is to train on.
+        ValueError: `batch_size` is not divisible by the number of micro-batches, or exceeds the training images.
     """
 
     def __init__(
@@ -64,22 +65,22 @@ class BatchOrder:
 
     @property
     def micro_batch(self) -> int:
-        """Images that a process sees at a time."""
+        """Number of images in one micro-batch."""
         return self.batch_size // (self.accumulation * self.num_processes)
 
     def starting_at(self, step: int) -> "BatchOrder":
-        """The same order from a step on, at no cost."""
+        """Returns the same order, starting at a step; nothing is skipped one by one."""
         order = copy.copy(self)
         order.first_step = step
         return order
 
     def rows(self, micro_batch: int) -> slice:
-        """Which of a step's `batch_size` samples this process takes in one micro-batch."""
+        """Returns the positions of this process's micro-batch in a step's batch."""
         first = (micro_batch * self.num_processes + self.rank) * self.micro_batch
         return slice(first, first + self.micro_batch)
 
     def batch(self, step: int) -> list[int]:
-        """The images of a whole step."""
+        """Returns the indices of all images of a step."""
         epoch, position = divmod(step, self.steps_per_epoch)
         return self.permutation(epoch)[position * self.batch_size :][: self.batch_size].tolist()
 
@@ -95,25 +96,24 @@ class BatchOrder:
             first = 0
 
     def permutation(self, epoch: int) -> np.ndarray:
-        """The order of all images in one epoch, (num_images,)."""
+        """Returns the order of all training images in one epoch, (num_images,)."""
         return np.random.default_rng(np.random.SeedSequence((self.seed, epoch))).permutation(self.images)
 
     def mirrored(self, epoch: int) -> np.ndarray:
-        """Which positions of one epoch take the mirror image, (num_images,)."""
+        """Returns a mask of the positions of one epoch that are flipped horizontally, (num_images,)."""
         if not self.mirror:
             return np.zeros(self.num_images, bool)
-        seed = np.random.SeedSequence((self.seed, epoch), spawn_key=(1,))  # apart from the permutation's
+        seed = np.random.SeedSequence((self.seed, epoch), spawn_key=(1,))  # independent of the permutation's seed
         return np.random.default_rng(seed).random(self.num_images) < 0.5
 
 
 def hold_out(num_images: int, count: int) -> np.ndarray:
-    """`count` of them to be kept from training, in no order: the same for every seed and model."""
+    """Returns the indices of `count` images that are never trained on, the same for every seed and model."""
     if count >= num_images:
-        raise ValueError(f"data.held_out {count} leaves nothing of {num_images} images to train on: lower it, or "
-                         "set it to 0")
+        raise ValueError(f"data.held_out {count} leaves no training images out of {num_images}: lower it")
     return np.random.default_rng(0).permutation(num_images)[:count]
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The seed of all that is drawn in one step: posterior and path noise, times, label dropout."""
+    """Returns the seed of all random numbers of a step: posterior and path noise, times, label dropout."""
     return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])

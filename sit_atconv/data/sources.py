@@ -1,4 +1,4 @@
-"""The data that a model is trained on, as a run's configuration names them."""
+"""The `data` section of a run's configuration, and how it opens a data source and a codec."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,29 +14,29 @@ from sit_atconv.data.latents import CachedLatents
 from sit_atconv.runtime.names import is_object_path, name_classes
 from sit_atconv.runtime.tables import Table, import_module_of
 
-SOURCES = Table("data source", type, {"digits": Digits})  # what `data.images` names; all else is a folder
+SOURCES: Table[type[DataSource]] = Table("data source", type, {"digits": Digits})  # other names are folders
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What the model is trained on.
+    """Settings of the training data.
 
     Args:
-        images: "digits" (embedded, 8x8), or a folder of images: labels from its dataset.json or its subfolders; or a
-            `DataSource` of yours, my_module.MySource.
-        latents: a folder that encode.py wrote, instead of images; its index knows size, classes and VAE.
-        image_size: side in pixels after a centre crop. Not given, it is what the latents have, or 256.
-        codec: the hub id or folder of a diffusers AutoencoderKL, "identity" for pixel space, or a `Codec` of yours,
-            my_module.MyCodec. Not given, it is that of the latents, stabilityai/sd-vae-ft-ema for a folder of images,
+        images: "digits" (embedded, 8x8), a folder of images with labels from its dataset.json or its subfolders, or
+            your own `DataSource`, my_module.MySource.
+        latents: a folder written by encode.py, instead of images; it determines size, classes and VAE.
+        image_size: side in pixels after a centre crop; by default, that of the latents, or 256.
+        codec: hub id or folder of a diffusers AutoencoderKL, "identity" for pixel space, or your own `Codec`,
+            my_module.MyCodec; by default, the codec of the latents, stabilityai/sd-vae-ft-ema for a folder of images,
             "identity" for digits.
-        codec_precision: of the VAE's arithmetic.
-        mirror: take the mirror image every other time, at random.
-        num_workers: processes that load images, for each training process.
-        held_out: images that are never trained on; their loss, at fixed noise and times, compares models.
-        skip_unreadable: leave images that cannot be read out of their batch, with a loss of weight 0, and record them
-            in unreadable.json of the run, instead of ending the run.
-        keep_empty_classes: accept classes without images to train on; they are drawn only where asked for.
-        max_megapixels: files with more pixels count as unreadable.
+        codec_precision: precision of the VAE's arithmetic.
+        mirror: flip images horizontally with probability 0.5.
+        num_workers: number of processes that load images, for each training process.
+        held_out: number of images that are never trained on; their loss, at fixed noise and times, compares models.
+        skip_unreadable: skip images that cannot be read (loss weight 0) and record them in the run's unreadable.json,
+            instead of ending the run.
+        keep_empty_classes: accept classes without training images; they are sampled only if you ask for them.
+        max_megapixels: largest image file that is read, in millions of pixels; larger files count as unreadable.
     """
 
     images: str = "digits"
@@ -62,11 +62,11 @@ class DataConfig:
         """Returns the data source, and the codec whose latents the model sees.
 
         Args:
-            rules: the rules by which a run that exists reads a folder of images; classes that are empty there stay.
-                None for a new run.
+            rules: number of the rules by which an existing run reads its image folder, which keep empty classes; None
+                for a new run.
 
         Raises:
-            ValueError: no images or latents there, no codec, or another one, or another size, than the latents have.
+            ValueError: no images, latents or codec found, or codec or size differ from those of the latents.
         """
         with _naming("data.images" if self.latents is None else "data.latents"):
             data = self._source_class().open(
@@ -75,11 +75,11 @@ class DataConfig:
         made = f"{self.latents or self.images} was encoded" if data.is_encoded else "training begins"
         if data.is_encoded and self.image_size not in (None, data.image_size):
             raise ValueError(f"data.image_size is {self.image_size}, but {made} at {data.image_size}: encode the "
-                             f"images at {self.image_size}, or leave it out")
+                             f"images at {self.image_size}, or omit data.image_size")
         with _naming("data.codec"):
             described = typed_codec(self.codec, data.channels) if self.codec else data.codec
-            codec = open_codec(described, made, self.codec_precision, remedy="--data.codec takes the folder of a "
-                               "downloaded AutoencoderKL, or a hub id that is cached")
+            codec = open_codec(described, made, self.codec_precision, remedy="Set --data.codec to the folder of a "
+                               "downloaded AutoencoderKL, or to a hub id that is cached")
             if data.is_encoded:
                 codec.check(data.codec, made)
         return data, codec
@@ -98,12 +98,12 @@ class DataConfig:
         return found
 
     def find_empty_classes(self, data: DataSource, held_out: np.ndarray, exists: bool) -> list[int]:
-        """Returns the labels of which there is no image to train on.
+        """Returns the labels without training images.
 
         Args:
             data: the data source.
-            held_out: images that are never trained on.
-            exists: whether the run exists: it resumes in any case.
+            held_out: indices of the images that are never trained on.
+            exists: True if the run exists; it may then resume in any case.
 
         Raises:
             ValueError: `held_out` takes all images of a class of a new run.
@@ -118,7 +118,7 @@ class DataConfig:
 
 
 def untrained_classes(data: DataSource, left_out: np.ndarray) -> list[int]:
-    """Returns the labels of which no image is trained on, if the images `left_out` (indices) are not."""
+    """Returns the labels without training images if the images with indices `left_out` are not used."""
     counts = np.array(data.class_counts)
     taken = np.bincount(data.labels[left_out], minlength=len(counts)) if len(left_out) else np.zeros_like(counts)
     return np.flatnonzero(counts == taken).tolist()
@@ -126,7 +126,7 @@ def untrained_classes(data: DataSource, left_out: np.ndarray) -> list[int]:
 
 @contextlib.contextmanager
 def _naming(option: str) -> Iterator[None]:
-    """Lets a ValueError name the option whose value it is about."""
+    """Adds the option's name to a ValueError about its value."""
     try:
         yield
     except ValueError as error:
@@ -134,5 +134,5 @@ def _naming(option: str) -> Iterator[None]:
 
 
 def describe_data(data: DataSource, codec: Codec) -> dict:
-    """What a run must find again to resume exactly, wherever it lies by then."""
+    """Returns what must be unchanged for a run to resume exactly; places are not included."""
     return data.describe() | {"classes": len(data.class_names), "codec": codec.identity()}

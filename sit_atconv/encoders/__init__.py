@@ -1,1 +1,1 @@
-"""Frozen image encoders, as evaluation and alignment use them."""
+"""Frozen image encoders for evaluation and alignment."""

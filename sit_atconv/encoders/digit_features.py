@@ -1,7 +1,7 @@
-"""A small classifier of 8x8 digits as a torch-fidelity feature extractor: metrics on the embedded data, no download.
+"""Classifier of 8x8 digits as a torch-fidelity feature extractor: metrics without a download.
 
-Its numbers are Frechet distances and scores in its own features and have nothing to do with Inception's. The weights
-beside this file are frozen; `python -m sit_atconv.evaluation.train_digit_features` makes them.
+Its Frechet distances and scores cannot be compared with those of Inception. The weights next to this file are frozen;
+`python -m sit_atconv.evaluation.train_digit_features` creates them.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ NUM_FEATURES = 48
 
 
 class DigitClassifier(nn.Module):
-    """Greyscale images (B, 1, 8, 8) in [-1, 1] -> features (B, 48) and logits (B, 10)."""
+    """Classifier of greyscale images (B, 1, 8, 8) in [-1, 1]: returns features (B, 48) and logits (B, 10)."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,7 @@ class DigitClassifier(nn.Module):
 
 
 class DigitFeatures(FeatureExtractorBase):
-    """`DigitClassifier` with the shipped weights, behind torch-fidelity's contract: uint8 (B, 3, 8, 8) in."""
+    """Feature extractor of torch-fidelity for uint8 (B, 3, 8, 8): `DigitClassifier` with shipped weights."""
 
     def __init__(self, name: str, features_list: list[str], **kwargs):
         super().__init__(name, features_list)
@@ -62,7 +62,7 @@ class DigitFeatures(FeatureExtractorBase):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if x.shape[1:] != (3, 8, 8):
             h, w = x.shape[-2:]
-            raise ValueError(f"the extractor 'digits' is for 8x8 images, not {h}x{w}: use --extractor inception")
+            raise ValueError(f"the extractor 'digits' is for 8x8 images, not {h}x{w}: give --extractor inception")
         grey = x.float().mean(1, keepdim=True) / 127.5 - 1
         outputs = dict(zip(self.get_provided_features_list(), self.classifier(grey), strict=True))
         return tuple(outputs[name] for name in self.features_list)

@@ -529,8 +529,8 @@ def test_an_unreadable_image_stops_training_with_one_line(launch, digit_folder, 
             "--train.batch_size", 120, "--model.depth", 1, "--data.num_workers", workers, "--out", tmp_path / "run"]
     codes, output = launch(TRAIN, argv)
     assert codes == [1] and "Traceback" not in output, output
-    assert re.search(rf"error: the training data cannot be read: .*{re.escape(victim.name)} .*: mend the file, or give "
-                     "--data.skip_unreadable true, which leaves it out and records it", output), output
+    assert re.search(rf"error: the training data cannot be read: .*{re.escape(victim.name)} .*: fix the file, or give "
+                     "--data.skip_unreadable true, which skips the file and records it", output), output
 
 
 def skip_options(images, run, *options):

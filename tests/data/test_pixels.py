@@ -1,4 +1,4 @@
-"""Image files of every kind become upright RGB, and pixels become uint8 by one rule."""
+"""Tests of reading image files as upright RGB, of the crop and of the conversion to uint8."""
 
 import os
 import warnings
@@ -26,7 +26,7 @@ def test_uint8_rule():
     assert torch.equal(to_uint8(to_float(levels)), levels)
 
 
-def test_crop_takes_the_middle():
+def test_crop_takes_the_centre():
     picture = Image.new("RGB", (300, 100))
     picture.paste((255, 0, 0), (100, 0, 200, 100))
     assert np.array(center_crop(picture, 100))[..., 0].min() == 255
@@ -48,8 +48,8 @@ def random_picture(rng: np.random.Generator, width: int, height: int) -> Image.I
     return Image.fromarray(np.where(levels > 127, 255, 0).astype(np.uint8) if rng.random() < 0.3 else levels)
 
 
-def test_the_crop_has_the_pixels_of_adms_for_every_shape():
-    """Bit for bit, whether the picture is enlarged whole or cut first."""
+def test_the_crop_equals_adms_for_every_shape():
+    """Bitwise, for pictures that are enlarged whole and for those that are cut first."""
     rng = np.random.default_rng(0)
     shapes = [(30000, 4, 16), (4, 30000, 16), (999, 1, 7), (1, 999, 7), (577, 36, 36), (16 * 31 + 1, 31, 32)]
     while len(shapes) < 150:
@@ -65,7 +65,7 @@ def test_the_crop_has_the_pixels_of_adms_for_every_shape():
 
 @pytest.mark.parametrize("sides", [(30000, 4), (4, 30000), (300000, 1)])
 def test_an_extreme_shape_is_never_enlarged_whole(tmp_path, monkeypatch, sides):
-    """A file of a few hundred bytes took gigabytes."""
+    """Otherwise a file of a few hundred bytes takes gigabytes of memory."""
     Image.new("RGB", sides, (200, 100, 50)).save(tmp_path / "image.png")
     resize, made = Image.Image.resize, []
     monkeypatch.setattr(Image.Image, "resize", lambda *args, **kw: made.append(args[1]) or resize(*args, **kw))
@@ -82,7 +82,7 @@ def pixels(picture: Image.Image) -> torch.Tensor:
     ("mode", "suffix"), [("RGB", "png"), ("RGBA", "png"), ("P", "png"), ("L", "png"), ("LA", "png"), ("1", "png"),
                          ("CMYK", "tif"), ("I;16", "png"), ("I;16", "tif")],
 )
-def test_every_kind_of_image_is_read_as_what_it_shows(photograph, tmp_path, mode, suffix):
+def test_every_pixel_format_is_read_correctly(photograph, tmp_path, mode, suffix):
     grey = photograph.convert("L")
     if mode == "I;16":
         shown, stored = grey.convert("RGB"), Image.fromarray(np.array(grey).astype(np.uint16) * 257)
@@ -100,7 +100,7 @@ def test_a_cmyk_jpeg_is_not_inverted(photograph, tmp_path):
     assert (read_image(tmp_path / "image.jpg", 60).int() - pixels(center_crop(photograph, 60))).abs().float().mean() < 4
 
 
-def test_exif_turns_it_upright(photograph, tmp_path):
+def test_a_picture_is_turned_upright_by_its_exif_data(photograph, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: show it rotated by 270 degrees
     photograph.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
@@ -128,19 +128,19 @@ def save_cut(path):
         ("cut.jpg", save_cut, "truncated"),
         ("float.tif", save_float, "floating point"),
         ("large.tif", save_32_bit, "1000000"),
-        ("pipe.png", lambda path: os.mkfifo(path), "it is no regular file"),
+        ("pipe.png", lambda path: os.mkfifo(path), "it is not a regular file"),
         ("broken.png", lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40)), ""),
     ],
 )
-def test_what_cannot_be_read_is_an_error_with_its_reason(tmp_path, name, write, reason):
+def test_an_unreadable_file_is_an_error_with_its_reason(tmp_path, name, write, reason):
     write(tmp_path / name)
     with pytest.raises(ValueError, match=f"cannot be read as an image: .*{reason}") as error:
         read_image(tmp_path / name, 8)
-    assert str(tmp_path) not in str(error.value)  # the caller says where
+    assert str(tmp_path) not in str(error.value)  # the caller adds the place
 
 
-def test_a_file_that_the_disk_does_not_give_is_another_error(tmp_path, monkeypatch):
-    """Which nobody may skip: it may be there the next time."""
+def test_a_missing_file_or_a_failing_disk_is_an_os_error(tmp_path, monkeypatch):
+    """Such images are never skipped, since they may be readable the next time."""
     (tmp_path / "link.png").symlink_to("nowhere")
     with pytest.raises(OSError, match=r"link\.png cannot be read: No such file"):
         read_image(tmp_path / "link.png", 8)
@@ -174,7 +174,7 @@ def test_the_size_before_the_crop_is_that_of_the_upright_picture(photograph, tmp
     assert torch.equal(image, read_image(tmp_path / "turned.png", 60))
 
 
-def test_large_scans_are_read_by_an_option_that_the_message_names(tmp_path):
+def test_the_error_for_a_large_scan_names_the_option_that_reads_it(tmp_path):
     Image.new("1", (1000, 451)).save(tmp_path / "scan.png")
     with pytest.raises(ValueError, match=r"it has 0\.5 megapixels, more than --max-megapixels 0\.4 allows \(training: "
                                          r"--data\.max_megapixels\)"):
@@ -182,8 +182,8 @@ def test_large_scans_are_read_by_an_option_that_the_message_names(tmp_path):
     assert read_image(tmp_path / "scan.png", 8, max_megapixels=0.5).shape == (3, 8, 8)
 
 
-def test_pillows_own_limit_neither_refuses_nor_warns_and_is_left_as_it_was(tmp_path, monkeypatch):
-    """Other code in the process may rely on it. Several threads read at once."""
+def test_pillows_own_limit_is_lifted_while_threads_read_and_restored_afterwards(tmp_path, monkeypatch):
+    """Other code in the process may rely on the limit."""
     Image.new("RGB", (60, 40)).save(tmp_path / "image.gif")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
@@ -196,10 +196,10 @@ def test_pillows_own_limit_neither_refuses_nor_warns_and_is_left_as_it_was(tmp_p
     assert Image.MAX_IMAGE_PIXELS == 100
 
 
-def test_suffixes_are_those_of_images_that_pillow_decodes(photograph, tmp_path):
-    """Each is read, if Pillow can write one."""
+def test_pillow_decodes_every_suffix(photograph, tmp_path):
+    """A file of each format that Pillow can write is read."""
     suffixes = SUFFIXES
-    assert suffixes >= {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}  # what rules 1 take
+    assert suffixes >= {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}  # the suffixes of rules 1
     assert suffixes >= {".jfif", ".jpe", ".gif", ".jp2", ".tga", ".pgm", ".pnm", ".apng", ".dib", ".mpo", ".psd"}
     assert not suffixes & {".pdf", ".eps", ".wmf", ".mpg", ".h5", ".grib", ".bufr", ".fits", ".pfm", ".mp4", ".txt"}
     kinds = {suffix: kind for suffix, kind in Image.registered_extensions().items() if suffix in suffixes}

@@ -6,7 +6,7 @@ from sit_atconv.data.latents import CachedLatents
 from sit_atconv.data.sources import DataConfig
 
 
-def test_classes_that_are_held_out_as_a_whole_are_refused_or_kept(digit_folder):
+def test_classes_whose_images_are_all_held_out_are_refused_unless_kept(digit_folder):
     data = ImageFolder(digit_folder, 16)
     held_out = np.concatenate([np.flatnonzero(data.labels == label) for label in (3, 7)])
     config = DataConfig(images=str(digit_folder), held_out=len(held_out))
@@ -18,7 +18,7 @@ def test_classes_that_are_held_out_as_a_whole_are_refused_or_kept(digit_folder):
     assert config.find_empty_classes(data, held_out, exists=True) == [3, 7]  # such a run can resume
 
 
-def test_what_is_left_of_a_class_is_enough():
+def test_one_remaining_image_of_a_class_is_enough():
     data = Digits()
     held_out = np.flatnonzero(data.labels == 3)[1:]
     assert DataConfig(held_out=len(held_out)).find_empty_classes(data, held_out, exists=False) == []

@@ -1,4 +1,4 @@
-"""DINOv2 from its files as an extractor is tested in tests/evaluation/test_extractors.py."""
+"""Tests of the DINOv2 network; tests/evaluation/test_extractors.py tests its files and the extractor."""
 
 import numpy as np
 import pytest
@@ -12,12 +12,12 @@ from tests.conftest import relative_error
 
 @pytest.fixture(scope="module")
 def images():
-    """Noise, uint8 (2, 3, 250, 270): every filter shows on it."""
+    """Returns noise, uint8 (2, 3, 250, 270), on which every filter has an effect."""
     return torch.randint(0, 256, (2, 3, 250, 270), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def make_dinov2(width=128, depth=2, side=37):
-    """Random weights under Meta's names, large enough that every one of them shows."""
+    """Returns random weights under Meta's names, large enough that each has an effect."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape, std=0.05):
@@ -44,7 +44,7 @@ def as_timm(weights):
 
 
 def bicubic(size, new_size, scale):
-    """(new_size, size): each row holds the four taps of a cubic with a = -0.75 around (i + 0.5) * scale - 0.5."""
+    """Returns (new_size, size) whose rows hold the four taps of a cubic, a = -0.75, at (i + 0.5) * scale - 0.5."""
     matrix = torch.zeros(new_size, size, dtype=torch.float64)
     for i in range(new_size):
         x = (i + 0.5) * scale - 0.5
@@ -56,7 +56,7 @@ def bicubic(size, new_size, scale):
 
 
 def cls_token(weights, images):
-    """DINOv2 written out in float64: the normalised CLS token (B, C) of uint8 (B, 3, H, W)."""
+    """Returns the normalised CLS token (B, C) for uint8 (B, 3, H, W), written out in float64."""
     w = {name: tensor.double() for name, tensor in weights.items()}
     pixels = np.stack([  # Pillow resizes as torch does with antialiasing; mode F does not round
         [np.asarray(Image.fromarray(plane.astype(np.float32)).resize((224, 224), Image.Resampling.BICUBIC))
@@ -95,14 +95,14 @@ def encode(weights, images):
         return DINOv2(weights).eval()(images)[0]
 
 
-def test_the_cls_token_is_that_of_the_written_out_network(images):
+def test_the_cls_token_equals_that_of_the_written_out_network(images):
     weights = make_dinov2()
     token = encode(weights, images)
     assert token.shape == (2, 128) and torch.equal(token, encode(as_timm(weights), images))
     assert relative_error(token, cls_token(weights, images)) < 1e-5
 
 
-def test_small_images_are_enlarged_too(images):
+def test_small_images_are_enlarged(images):
     weights, small = make_dinov2(depth=1), images[:, :, :8, :8]
     assert relative_error(encode(weights, small), cls_token(weights, small)) < 1e-5
 
@@ -122,7 +122,7 @@ def test_small_images_are_enlarged_too(images):
         ({"head.weight": torch.zeros(10, 128)}, r"its head\.weight is \(10, 128\), not absent"),
     ],
 )
-def test_other_transformers_are_named(change, message):
+def test_weights_of_other_transformers_are_refused(change, message):
     weights = {name: tensor for name, tensor in (make_dinov2(depth=1) | change).items() if tensor is not None}
     with pytest.raises(ValueError, match=rf"{message}.*without registers"):
         DINOv2(weights)
