@@ -136,7 +136,7 @@ def test_what_changed_on_the_disk_is_not_indexed_anew(launch, latents, argv, tmp
     content_[-1000] ^= 4
     flipped.write_bytes(content_)
     codes, output = launch(ENCODE, argv)
-    assert codes == [1] and f"{flipped} is damaged: its content is not as it was written: delete that file" in output
+    assert codes == [1] and f"{flipped} is damaged: its content does not match its checksum: delete that file" in output
     flipped.unlink()
     codes, output = launch(ENCODE, argv)
     assert codes == [0] and same(out, latents), output
@@ -155,7 +155,7 @@ def test_verify(launch, latents, fails, tmp_path, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 1 and f"error: {out} is damaged; delete the shards named" in error
     assert "shard-00002.safetensors is missing" in error
-    assert "shard-00004.safetensors is damaged: its content is not as it was written" in error
+    assert "shard-00004.safetensors is damaged: its content does not match its checksum" in error
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ def test_errors_before_anything_starts(latents, vae, make_vae, tmp_path):
     copy = shutil.copytree(latents, tmp_path / "copy")
     shard = copy / "shard-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"shard-00002\.safetensors has \d+ bytes, and \d+ by the index: delete it"):
+    with pytest.raises(ValueError, match=r"shard-00002\.safetensors has \d+ bytes, and the index says \d+: delete it"):
         DataConfig(latents=str(copy)).open()
     shard.unlink()
     with pytest.raises(ValueError, match=r"shard-00002\.safetensors is missing: run the same"):
