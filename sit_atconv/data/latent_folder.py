@@ -180,7 +180,7 @@ class LatentFolder:
 
     @functools.cached_property
     def places(self) -> list[tuple[LatentSettings, range]]:
-        """The settings and image numbers of each shard; numbers continue across parts."""
+        """Returns the settings and image numbers of each shard; numbers continue across parts."""
         places, start = [], 0
         for part in self.settings.parts:
             end = start + part.num_images
@@ -385,6 +385,14 @@ def read_index(folder: str | Path) -> LatentIndex:
                          "command if it was stopped") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {ENCODE_AGAIN}") from error
+
+
+def find_index(folder: Path) -> LatentIndex | None:
+    """Returns the index, or None if `read_index` raises an error."""
+    try:
+        return read_index(folder)
+    except ValueError:
+        return None
 
 
 def write_index(folder: Path, index: LatentIndex) -> None:
