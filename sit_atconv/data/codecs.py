@@ -1,7 +1,6 @@
-"""Codecs between pixels and what the model sees; nobody else knows of moments, scale or shift.
+"""Codecs between pixels and the latents of the model: the only place for moments, scale and shift.
 
-A codec is known by the `kind` of its description: a name in CODECS, or the path of a user's own class,
-`my_module.MyCodec`.
+The `kind` in a codec's description is a name in CODECS, or the path of a user's own class, `my_module.MyCodec`.
 """
 
 import contextlib
@@ -11,7 +10,7 @@ import math
 import os
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -24,12 +23,12 @@ from sit_atconv.runtime.names import is_object_path
 from sit_atconv.runtime.settings import differences
 from sit_atconv.runtime.tables import Table, import_module_of
 
-if TYPE_CHECKING:  # diffusers is imported where a VAE is loaded
+if TYPE_CHECKING:  # diffusers is slow to import
     from diffusers import AutoencoderKL
 
 DECODED_AT_ONCE = 16
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-LISTED = 3  # of the tensors that a VAE lacks
+LISTED = 3  # names of missing tensors in an error message
 WHERE_FROM = "Give the path of a downloaded AutoencoderKL folder (config.json and weights), or connect to the " \
     "network once so that the hub id is cached"
 
@@ -38,12 +37,12 @@ class Codec(Protocol):
     """A frozen map from images to the latents that a model is trained on, and back.
 
     A codec of your own inherits this class and defines at least `channels`, `downsample`, `encode` and `decode`, which
-    run their networks under `torch.no_grad()`. Its path, `my_module.MyCodec`, is what `--data.codec` and
-    `encode.py --vae` take.
+    run their networks under `torch.no_grad()`. Give its path, `my_module.MyCodec`, to `--data.codec` and
+    `encode.py --vae`.
 
     Attributes:
         channels: C of the latents.
-        downsample: pixels of an image for each latent, along a side.
+        downsample: image side divided by latent side.
     """
 
     channels: int
@@ -54,45 +53,44 @@ class Codec(Protocol):
         """Returns the codec that `describe()` described; by default this class without arguments.
 
         Args:
-            description: that of a run, of latents or of weights; of a codec that is named for the first time, its
-                `kind` alone.
+            description: from a run, latents or weights; for a codec that is named for the first time, only its `kind`.
             options: `precision`, `slicing`, `tiling` and `remedy`, as `VAECodec` takes them.
         """
         return cls()
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """Returns what is worth caching, (B, *stored_shape), of images (B, 3, H, W) in [-1, 1]."""
+        """Returns the values to cache, (B, *stored_shape), for images (B, 3, H, W) in [-1, 1]."""
 
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
-        """Returns images (B, 3 or 1, H, W) in [-1, 1] of latents (B, C, h, w)."""
+        """Returns images (B, 3 or 1, H, W) in [-1, 1] for latents (B, C, h, w)."""
 
     def latents(
         self, stored: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> Tensor:
-        """Returns the latents (B, C, h, w), float32, of what `encode` returned; by default the same.
+        """Returns latents (B, C, h, w), float32, from the result of `encode`; by default unchanged.
 
-        A random draw is made with `noise` (B, C, h, w) if it is given, else with the generator's.
+        A codec that draws at random uses `noise` (B, C, h, w) if it is given, else noise from the generator.
         """
         return stored.float()
 
     def stored_shape(self, image_size: int) -> tuple[int, int, int]:
-        """Returns the shape of what is stored of an image; by default that of its latents."""
+        """Returns the shape of an image's cached values; by default that of its latents."""
         side = self.latent_size(image_size)
         return self.channels, side, side
 
     def describe(self) -> dict:
-        """Returns `kind` and all that makes it another codec, as JSON has it; `source`, where it is, may change."""
+        """Returns `kind` and all else that identifies the codec, as JSON values, and its place as `source`."""
         kind = f"{type(self).__module__}.{type(self).__qualname__}"
         return {"kind": kind, "channels": self.channels, "downsample": self.downsample}
 
     def to(self, device: torch.device | str) -> "Codec":
-        """Moves what it computes with to a device."""
+        """Moves the codec to a device and returns it."""
         return self
 
     def latent_size(self, image_size: int) -> int:
-        """Returns the side of the latent grid. ValueError: the images' side is not divisible by the downsampling."""
+        """Returns the side of the latent grid. ValueError: `downsample` does not divide the image size."""
         if image_size % self.downsample:
             raise ValueError(f"image size {image_size} is not divisible by the codec's downsampling {self.downsample}")
         return image_size // self.downsample
@@ -108,20 +106,20 @@ class Codec(Protocol):
         return {key: value for key, value in self.describe().items() if key != "source"}
 
     def check(self, description: dict, made: str) -> None:
-        """Raises ValueError where this is not the codec described, by its weights, scale, shift, ...
+        """Raises ValueError if this is not the codec described: other weights, scale, shift, ...
 
         Args:
-            description: what `describe()` once returned; where that codec was does not matter.
-            made: what was made with that one, for the message: "the weights were trained".
+            description: earlier result of `describe()`; its `source` does not matter.
+            made: what was made with that codec, for the message: "the weights were trained".
         """
         here = self.identity()
-        then = {key: description.get(key, value) for key, value in here.items()}  # older ones say less
+        then = {key: description.get(key, value) for key, value in here.items()}  # older descriptions have fewer fields
         if changes := differences(then, here):
-            raise ValueError(f"{made} with another codec than {self.name} ({'; '.join(changes)}): give the former")
+            raise ValueError(f"{made} with another codec than {self.name} ({'; '.join(changes)}): give that codec")
 
 
 class IdentityCodec(Codec):
-    """Pixel space: the model sees the images themselves."""
+    """The codec of pixel space: the model sees the images themselves."""
 
     downsample = 1
 
@@ -146,16 +144,14 @@ class VAECodec(Codec):
     """Any diffusers `AutoencoderKL`, by hub id or local folder.
 
     Args:
-        source: hub id (`stabilityai/sd-vae-ft-ema`) or a folder that `save_pretrained` wrote, whose path is kept
-            absolute.
-        precision: of its arithmetic; "tf32" is float32 but for a GPU's convolutions, which PyTorch does in TF32 too.
-        slicing: one image after another: the memory of one, whatever the batch.
-        tiling: images larger than the VAE was made for in overlapping tiles, blended at the seams: approximate.
-        remedy: what the user can do where nothing is found, for the message.
+        source: hub id (`stabilityai/sd-vae-ft-ema`) or a folder that `save_pretrained` wrote, stored as absolute path.
+        precision: of its arithmetic; "tf32" is float32 with TF32 convolutions on a GPU.
+        slicing: process one image after another, so that a batch needs the memory of one image.
+        tiling: process images larger than the VAE was made for in overlapping tiles and blend the seams: approximate.
+        remedy: advice for the error message if the VAE is not found.
 
     Raises:
-        ValueError: nothing there can be loaded, or it is no whole AutoencoderKL; the message names `source` and the
-            remedy.
+        ValueError: `source` cannot be loaded or is not a complete AutoencoderKL; the message names it and the remedy.
     """
 
     def __init__(
@@ -174,7 +170,7 @@ class VAECodec(Codec):
 
     @classmethod
     def of(cls, vae: "AutoencoderKL") -> "VAECodec":
-        """Returns the codec of a VAE that somebody else loaded and keeps, in whatever arithmetic it has by then."""
+        """Returns the codec of a VAE that the caller loaded and owns; its dtype is whatever it has when used."""
         codec = cls.__new__(cls)
         codec._hold(vae, "its VAE", None, None)
         return codec
@@ -187,20 +183,20 @@ class VAECodec(Codec):
 
     def stored_shape(self, image_size: int) -> tuple[int, int, int]:
         """Returns the shape of posterior mean and log-variance together, (2C, h, w)."""
-        channels, *size = super().stored_shape(image_size)
-        return 2 * channels, *size
+        channels, height, width = super().stored_shape(image_size)
+        return 2 * channels, height, width
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> posterior mean and log-variance (B, 2C, h, w), unscaled."""
+        """Returns posterior mean and log-variance (B, 2C, h, w), unscaled, of images (B, 3, H, W) in [-1, 1]."""
         with torch.no_grad(), self._arithmetic():
             return self.vae.encode(images.to(self.vae.dtype)).latent_dist.parameters.to(images.dtype)
 
     def latents(
         self, stored: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> Tensor:
-        """Moments (B, 2C, h, w) -> a posterior draw, minus shift, times scale (B, C, h, w), float32.
+        """Returns (posterior draw - shift) * scale, (B, C, h, w), float32, from moments (B, 2C, h, w).
 
-        The draw is made with `noise` (B, C, h, w) where it is given, else with the generator's.
+        The draw uses `noise` (B, C, h, w) if it is given, else noise from the generator.
         """
         mean, log_variance = stored.float().chunk(2, dim=1)
         if noise is None:
@@ -209,7 +205,6 @@ class VAECodec(Codec):
         return (draw - per_channel(self.shift, draw)) * per_channel(self.scale, draw)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1]."""
         draw = z / per_channel(self.scale, z) + per_channel(self.shift, z)
         with torch.no_grad(), self._arithmetic():
             return self.vae.decode(draw.to(self.vae.dtype)).sample.to(z.dtype)
@@ -223,7 +218,7 @@ class VAECodec(Codec):
         return self
 
     @contextlib.contextmanager
-    def _arithmetic(self):
+    def _arithmetic(self) -> Iterator[None]:
         before = torch.backends.cudnn.allow_tf32
         torch.backends.cudnn.allow_tf32 = before if self.precision is None else self.precision == "tf32"
         try:
@@ -232,18 +227,15 @@ class VAECodec(Codec):
             torch.backends.cudnn.allow_tf32 = before
 
 
-CODECS = Table("codec", type, {"identity": IdentityCodec, "autoencoder_kl": VAECodec})
+CODECS: Table[type[Codec]] = Table("codec", type, {"identity": IdentityCodec, "autoencoder_kl": VAECodec})
 
 
 def typed_codec(name: str, channels: int) -> dict:
-    """Returns the description of the codec that a user names.
+    """Returns the description of the codec that a user names. ValueError: its module cannot be imported.
 
     Args:
-        name: "identity" or another name in CODECS, the path of the user's own, or the hub id or folder of a VAE.
+        name: "identity" or another name in CODECS, the path of the user's own class, or the hub id or folder of a VAE.
         channels: of the images, for "identity".
-
-    Raises:
-        ValueError: the module of the user's own cannot be imported.
     """
     if name in CODECS:
         return {"kind": name, "channels": channels, "source": name}
@@ -259,14 +251,12 @@ def open_codec(
     """Returns the codec that `describe()` described.
 
     Args:
-        description: of the codec; `source` is where it is now.
-        made: what was made with it, for the message of an error.
-        precision: of a VAE's arithmetic.
-        remedy: how the user says where the VAE is now, for the message of an error.
-        options: `slicing` and `tiling`, as `VAECodec` takes them.
+        description: of the codec; `source` is its present place.
+        made: what was made with it, for error messages.
+        precision, remedy, options: as `VAECodec` takes them.
 
     Raises:
-        ValueError: an unknown kind, or a codec whose weights, scale, shift, ... are not those described.
+        ValueError: an unknown kind, or a codec whose weights, scale, shift, ... differ from the description.
     """
     kind = str(description.get("kind"))
     entry = CODECS.find(kind)
@@ -278,41 +268,41 @@ def open_codec(
 
 
 def decode_in_parts(codec: Codec, z: Tensor) -> Tensor:
-    """`codec.decode` of a few at a time: a decoder needs much memory for each image of a batch."""
+    """Decodes a few latents at a time, because a decoder needs much memory for each image."""
     return torch.cat([codec.decode(part) for part in z.split(DECODED_AT_ONCE)])
 
 
 def scale_and_shift(config: Mapping, source: str) -> tuple[float | list[float], float | list[float]]:
-    """What turns a posterior's draw into latents, (draw - shift) * scale: numbers, or lists of one for each channel.
+    """Returns scale and shift of latents = (draw - shift) * scale, each a number or a list of C numbers.
 
     Args:
         config: of a diffusers `AutoencoderKL`. With `latents_mean` and `latents_std`, z = (draw - mean) * factor / std.
-        source: where the VAE is, for the message.
+        source: hub id or folder of the VAE, for the message.
 
     Raises:
-        ValueError: the scaling factor is null, or mean and standard deviation are not whole.
+        ValueError: the scaling factor is not a finite number other than 0, or mean or deviation are incomplete.
     """
     factor, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0
     if not isinstance(factor, int | float) or not math.isfinite(factor) or not factor:
-        raise ValueError(f"the VAE {source} has scaling_factor {factor} in its config.json, and its latents need a "
-                         "number: write the one that it is used with there")
+        raise ValueError(f"the VAE {source} has scaling_factor {factor} in its config.json: write the number that "
+                         "the VAE was trained with there")
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None and std is None:
         return factor, shift
     if not mean or not std or not len(mean) == len(std) == config["latent_channels"] or shift or 0 in std:
         raise ValueError(f"the VAE {source} has latents_mean {mean}, latents_std {std} and shift_factor {shift} in its "
-                         f"config.json: it needs both of the former for {config['latent_channels']} channels, and no "
-                         "shift_factor beside them")
+                         f"config.json: it needs both latents_mean and latents_std with {config['latent_channels']} "
+                         "values each, and no shift_factor")
     return [factor / deviation for deviation in std], list(mean)
 
 
 def per_channel(value: float | list[float], z: Tensor) -> float | Tensor:
-    """A number as it is; a list of one for each channel as (C, 1, 1), of the dtype and on the device of `z`."""
+    """Returns a number unchanged, and a list as a tensor (C, 1, 1) with the dtype and device of `z`."""
     return torch.tensor(value, dtype=z.dtype, device=z.device)[:, None, None] if isinstance(value, list) else value
 
 
 def _load_vae(source: str, remedy: str) -> "AutoencoderKL":
-    """Loads it in float32, once its config.json shows that it is an AutoencoderKL of images."""
+    """Loads a VAE in float32, after checking by its config.json that it is an AutoencoderKL of images."""
     from diffusers import AutoencoderKL
 
     _check_folder(Path(source))
@@ -325,18 +315,18 @@ def _load_vae(source: str, remedy: str) -> "AutoencoderKL":
             source, torch_dtype=torch.float32, variant=weights_variant(Path(source)), output_loading_info=True,
             ignore_mismatched_sizes=True, **options)
     wrong = [f"{name} is missing" for name in sorted(report["missing_keys"])]
-    wrong += [f"{name} is {(*there,)} there, {(*here,)} by its config.json"
+    wrong += [f"{name} has shape {(*there,)}, and its config.json needs {(*here,)}"
               for name, there, here in sorted(report["mismatched_keys"])]
     if wrong:
         more = f", and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
-        raise ValueError(f"the weights of the VAE {source} are not whole: {'; '.join(wrong[:LISTED])}{more}. Download "
-                         "or save it again")
+        raise ValueError(f"the weights of the VAE {source} are incomplete: {'; '.join(wrong[:LISTED])}{more}. "
+                         "Download or save it again")
     return vae
 
 
 @contextlib.contextmanager
-def _not_loaded(source: str, remedy: str):
-    """Turns what diffusers logs, warns and raises (a dozen types) into a ValueError with the place and the remedy."""
+def _not_loaded(source: str, remedy: str) -> Iterator[None]:
+    """Turns the logs, warnings and errors of diffusers into one ValueError with place and remedy."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -346,27 +336,26 @@ def _not_loaded(source: str, remedy: str):
     except Exception as error:
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         if isinstance(error, OSError) and not Path(source).exists() and Path(source).parent.is_dir():
-            reason = f"there is no folder {source}, and it is not in the hub's cache, the only place to look while a " \
-                f"folder {Path(source).parent} is here: to download it, run in another directory"
+            reason = f"there is no folder {source}, and the hub's cache does not have it; because there is a folder " \
+                f"{Path(source).parent} here, nothing is downloaded: to download it, run in another directory"
         raise ValueError(f"no VAE could be loaded from {source!r} ({reason}). {remedy}") from error
     finally:
         logging.disable(disabled)
 
 
 def _check_folder(folder: Path) -> None:
-    """Raises ValueError where what is here is no folder of a model."""
+    """Raises ValueError for a file or a pipeline instead of a VAE's folder."""
     if folder.is_file():
-        raise ValueError(f"{folder} is a file, and a VAE is a folder (config.json and weights): give that")
+        raise ValueError(f"{folder} is a file: give the folder of the VAE (config.json and weights)")
     if (folder / "model_index.json").is_file():
         remedy = f"give {folder / 'vae'}" if (folder / "vae").is_dir() else "it has no VAE"
         raise ValueError(f"{folder} is a pipeline, not a VAE: {remedy}")
 
 
 def _check_config(source: str, config: Mapping) -> None:
-    """Raises ValueError for a model that is no AutoencoderKL of RGB images, before its weights are read."""
+    """Raises ValueError if the model is not an AutoencoderKL of RGB images, before its weights are read."""
     if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
-        raise ValueError(f"{source} is an {kind}, and the VAE must be an AutoencoderKL: give the folder or hub id of "
-                         "one")
+        raise ValueError(f"{source} is an {kind}: give the folder or hub id of an AutoencoderKL")
     channels = config.get("in_channels", 3), config.get("out_channels", 3)
     if channels != (3, 3):
         raise ValueError(f"the VAE {source} takes {channels[0]} channels and gives {channels[1]}: images have 3")
@@ -375,7 +364,7 @@ def _check_config(source: str, config: Mapping) -> None:
 
 
 def _weights_sha256(vae: "AutoencoderKL") -> str:
-    """Of architecture, names and values: the same for the same VAE, whatever file it came from."""
+    """Returns a checksum of architecture, names and values, which does not depend on the file format."""
     architecture = ("act_fn", "norm_num_groups", "down_block_types", "layers_per_block", "mid_block_add_attention",
                     "sample_size")
     begin = json.dumps([vae.config.get(key) for key in architecture])

@@ -1,4 +1,4 @@
-"""The contract of data sources: the embedded digits, folders of images, cached latents, and those of users."""
+"""The contract of data sources: digits, folders of images, cached latents, and those of users."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -12,14 +12,14 @@ class DataSource(Protocol):
     """A data set that a model is trained on, indexed by (image, mirrored) as `order.py` draws them.
 
     A source of your own inherits this class and defines at least `class_names`, `labels`, `image_size`, `__len__` and
-    `__getitem__`. Its path, `my_module.MySource`, is what `--data.images` takes.
+    `__getitem__`. Give its path, `my_module.MySource`, to `--data.images`.
 
     Attributes:
         class_names: names of labels 0, 1, ...
-        labels: those of all images, int64 (N,).
+        labels: labels of all images, int64 (N,).
         image_size: side of the images in pixels.
         channels: of the images: 3 or 1.
-        is_encoded: whether it yields what `Codec.encode` returns, instead of pixels.
+        is_encoded: True if it yields results of `Codec.encode` instead of pixels.
     """
 
     class_names: Sequence[str]
@@ -33,37 +33,40 @@ class DataSource(Protocol):
         """Returns the source that a run asks for; by default this class without arguments.
 
         Args:
-            name: what the user gave, such as a folder.
-            options: `image_size`, `mirror`, `keep_empty_classes` and `max_megapixels` of `DataConfig`, and `rules`, by
-                which a run that exists reads a folder.
+            name: value of `--data.images` or `--data.latents`, such as a folder.
+            options: `image_size`, `mirror`, `keep_empty_classes` and `max_megapixels` of `DataConfig`, and `rules`, the
+                number of the rules by which an existing run reads a folder.
         """
         return cls()
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of images."""
+        """Returns the number of images."""
 
     @abstractmethod
     def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor, int]:
-        """Returns image i, flipped horizontally if asked for, and its label: pixels are uint8 (C, H, W), a quarter of
-        floats. ValueError, which names the image: it cannot be read; `--data.skip_unreadable` leaves it out."""
+        """Returns the image of item (index, mirrored), flipped if `mirrored`, uint8 (C, H, W), and its label.
+
+        Raises:
+            ValueError: the image cannot be read; the message names it. `--data.skip_unreadable` leaves it out.
+        """
 
     def describe(self) -> dict:
-        """Returns what a run must find again to resume, wherever it is by then: JSON, for example a checksum."""
+        """Returns JSON values that identify the data, such as a checksum; a run resumes only with equal ones."""
         return {"kind": f"{type(self).__module__}.{type(self).__qualname__}", "images": len(self)}
 
     @property
     def class_counts(self) -> list[int]:
-        """Images of each class."""
+        """Number of images of each class."""
         return np.bincount(self.labels, minlength=len(self.class_names)).tolist()
 
     @property
     def codec(self) -> dict:
-        """Description of the codec that is used if the user names none."""
+        """Description of the codec to use if the user names none."""
         return {"kind": "identity", "channels": self.channels}
 
     def name(self, index: int) -> str:
-        """Returns what an image is called, the same whenever the source is opened."""
+        """Returns the name of an image, the same each time the source is opened."""
         return f"image {index}"
 
     def find(self, names: Iterable[str]) -> np.ndarray:

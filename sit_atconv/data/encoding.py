@@ -290,10 +290,7 @@ def _complete(job: Job) -> None:
     reports = []
     with together() as faults:
         for number in share(range(job.folder.num_shards), job.state):
-            try:
-                report = inspect_shard(job.folder.shard(number), job.folder.settings, len(job.images.class_names))
-            except (ValueError, OSError) as error:
-                report = ShardReport({}, [], {}, None, [str(error)])
+            report = inspect_shard(job.folder.shard(number), job.folder.settings, len(job.images.class_names))
             faults += [f"{fault}: delete that file and run the same command again" for fault in report.faults]
             reports.append(report)
     reports = sorted(gather_object(reports), key=lambda report: report.entry["file"])

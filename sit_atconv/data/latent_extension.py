@@ -108,8 +108,8 @@ class _Existing:
                 continue
             shard = open_shard(folder.shard(number))
             labels |= dict(zip(shard.names, shard.tensors["labels"].tolist(), strict=True))
-            inside = [*shard.names, *shard.skipped]
-            names += sorted(inside, key=lambda name: self.where.get(name, len(self.where)))
+            ordered = sorted([*shard.names, *shard.skipped], key=lambda name: self.where.get(name, len(self.where)))
+            names += ordered
         return names, labels
 
     def _former_classes(self, stored_labels: dict[str, int], all_read: bool) -> list[str]:

@@ -345,9 +345,13 @@ def locate(ends: list[int], index: int) -> tuple[int, int]:
 
 
 def inspect_shard(path: Path, settings: LatentSettings, num_classes: int) -> ShardReport:
-    """Reads a whole shard and checks its values. Raises as `open_shard` does."""
-    entry = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    shard, faults = open_shard(path, check=True), []
+    """Reads a whole shard and reports its faults; a shard that cannot be read is one of them."""
+    try:
+        entry = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        shard, faults = open_shard(path, check=True), list[str]()
+    except (ValueError, OSError) as error:
+        fault = f"{path} is missing" if isinstance(error, FileNotFoundError) else str(error)
+        return ShardReport({"file": path.name}, [0] * num_classes, {}, None, [fault])
     labels, n = shard.tensors["labels"], len(shard.names)
     for kind in settings.kinds:
         values = shard.tensors.get(kind, torch.empty(0))
@@ -416,29 +420,20 @@ def verify(folder: Path, after_shard: Callable[[int], object] = lambda size: Non
     Raises:
         ValueError: the index itself cannot be read.
     """
-    index, faults = read_index(folder), []
-    counts = torch.zeros(len(index.class_names), dtype=torch.int64)
-
-    def compare(entry: dict) -> tuple[list[int], list[str]]:
-        path = Path(folder, entry["file"])
-        try:
-            report = inspect_shard(path, index.settings, len(counts))
-        except (ValueError, OSError) as error:
-            fault = f"{path} is missing" if isinstance(error, FileNotFoundError) else str(error)
-            return [0] * len(counts), [fault]
-        return report.class_counts, report.faults + [
-            f"{path} has {key} {report.entry[key]}, and the index says {entry[key]}"
-            for key in entry if report.entry[key] != entry[key]
-        ]
-
+    index = read_index(folder)
+    faults, reports = list[str](), list[ShardReport]()
+    paths = [Path(folder, entry["file"]) for entry in index.shards]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads help: checksums take most time and release the GIL
-        for entry, (of_shard, wrong) in zip(index.shards, pool.map(compare, index.shards), strict=True):
-            counts += torch.tensor(of_shard)
-            faults += wrong
+        found = pool.map(lambda path: inspect_shard(path, index.settings, len(index.class_names)), paths)
+        for path, entry, report in zip(paths, index.shards, found, strict=True):
+            faults += report.faults
+            faults += [f"{path} has {key} {value}, and the index says {entry[key]}"
+                       for key, value in report.entry.items() if value != entry[key]]
+            reports.append(report)
             after_shard(entry["bytes"])
     if not faults:
         faults += [f"class {name} has {count} images, and the index says {recorded}" for name, count, recorded
-                   in zip(index.class_names, counts.tolist(), index.class_counts, strict=True) if count != recorded]
+                   in zip(index.class_names, sum_counts(reports), index.class_counts, strict=True) if count != recorded]
     if empty := index.unwanted_classes:
         faults.append(f"{folder} has {empty}: encode with --keep-empty-classes to keep them")
     known = {entry["file"] for entry in index.shards} | unfinished_shards(folder, index)

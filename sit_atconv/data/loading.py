@@ -1,4 +1,4 @@
-"""Batches on the device, in the order asked for, read ahead by worker processes."""
+"""Batches on the device in a given order, read ahead by worker processes."""
 
 import dataclasses
 import signal
@@ -15,25 +15,18 @@ from sit_atconv.data.order import BatchOrder
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch.
+    """One micro-batch."""
 
-    Args:
-        inputs: what the data set yields, (B, ...); zeros where an image cannot be read.
-        y: labels (B,).
-        readable: False where an image cannot be read, (B,) bool.
-        unreadable: file name -> reason, of the images that cannot be read; stays on the CPU.
-    """
-
-    inputs: Tensor
-    y: Tensor
-    readable: Tensor
-    unreadable: dict[str, str]
+    inputs: Tensor  # (B, ...) from the data source; zeros for an image that cannot be read
+    y: Tensor  # labels (B,)
+    readable: Tensor  # (B,) bool, False for an image that cannot be read
+    unreadable: dict[str, str]  # file name -> reason, of the images that cannot be read
 
     def to(self, device: torch.device) -> "Batch":
         return self._apply(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """Called by DataLoader."""
+        """Returns the batch in pinned memory; DataLoader calls it."""
         return self._apply(Tensor.pin_memory)
 
     def _apply(self, function: Callable[[Tensor], Tensor]) -> "Batch":
@@ -42,32 +35,30 @@ class Batch:
 
 
 class BatchReader(Dataset):
-    """Reads the images of a whole micro-batch.
-
-    An image that cannot be read leaves zeros, so that the batch keeps its shape and the others' bits stay what they
-    are. Whoever skips it must give it no weight in a loss.
+    """Reader of whole micro-batches for a DataLoader.
 
     Args:
-        data: the data set.
-        skip_unreadable: whether images that cannot be read are left out; else they are errors.
+        data: the data source.
+        skip_unreadable: replace an image that cannot be read by zeros instead of raising an error. The batch keeps its
+            shape and the other images stay bitwise the same; a loss must give the zeros no weight.
     """
 
     def __init__(self, data: DataSource, skip_unreadable: bool = False):
         self.data, self.skip_unreadable = data, skip_unreadable
 
     def __getitem__(self, items: Sequence[tuple[int, bool]]) -> Batch:
-        """Reads (index, mirrored), ... ValueError, OSError: an image or the cached latents cannot be read."""
+        """Reads items (index, mirrored). ValueError, OSError: an image or a shard of latents cannot be read."""
         data, samples, readable, unreadable = self.data, [], [], {}
         for index, mirrored in items:
             try:
                 samples.append(data[index, mirrored])
                 readable.append(True)
             except ValueError as error:
-                if data.is_encoded:  # a damaged shard is no single image
+                if data.is_encoded:  # a damaged shard affects many images
                     raise
                 if not self.skip_unreadable:
-                    raise ValueError(f"{error}: mend the file, or give --data.skip_unreadable true, which leaves it "
-                                     "out and records it in unreadable.json of the run") from error
+                    raise ValueError(f"{error}: fix the file, or give --data.skip_unreadable true to leave it out and "
+                                     "record it in unreadable.json of the run") from error
                 nothing = torch.zeros(data.channels, data.image_size, data.image_size, dtype=torch.uint8)
                 samples.append((nothing, int(data.labels[index])))
                 readable.append(False)
@@ -78,7 +69,7 @@ class BatchReader(Dataset):
 
 
 def leave_ctrl_c_to_the_parent(worker: int) -> None:
-    """Runs in a loader's worker: a terminal sends Ctrl-C to workers too, which would print a traceback each."""
+    """Ignores Ctrl-C in a loader's worker, where it would only print a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -91,18 +82,18 @@ def load_batches(
     *,
     skip_unreadable: bool = False,
 ) -> Iterator[Batch]:
-    """Yields one micro-batch after another, for ever.
+    """Yields micro-batches without end.
 
     Args:
-        data: the data set.
-        order: which of its images make up a micro-batch; needs no preparing by accelerate, knowing its process.
-        num_workers: processes that read ahead; 0 reads when asked.
-        device: where the tensors shall be.
+        data: the data source.
+        order: the images of each micro-batch of this process; accelerate must not prepare it.
+        num_workers: processes that read ahead; 0 reads in this process when a batch is needed.
+        device: device of the tensors.
         on_start: called by each worker with its number.
-        skip_unreadable: whether images that cannot be read are left out; else they are errors.
+        skip_unreadable: as `BatchReader` takes it.
 
     Raises:
-        ValueError: an image cannot be read, a worker died, ...; in one line.
+        ValueError: an image cannot be read, a worker died, ...; the message is one line.
     """
     loader = DataLoader(BatchReader(data, skip_unreadable), sampler=order, batch_size=None, num_workers=num_workers,
                         pin_memory=device.type == "cuda", worker_init_fn=on_start)
@@ -112,10 +103,10 @@ def load_batches(
             try:
                 batch = next(batches)
             except (ValueError, OSError, RuntimeError) as error:
-                lines = [line for line in str(error).splitlines() if line.strip()]  # a worker's comes as its traceback
+                lines = [line for line in str(error).splitlines() if line.strip()]  # a worker's traceback
                 reason = lines[-1].removeprefix(f"{type(error).__name__}: ") if lines else type(error).__name__
                 raise ValueError(f"the training data cannot be read: {reason}") from error
             yield batch.to(device)
     finally:
-        if num_workers:  # left to the garbage collector they may outlive the process, which would wait for them
-            batches._shutdown_workers()  # nothing public ends them at once
+        if num_workers:  # without this the process may wait for its workers at exit; nothing public ends them at once
+            batches._shutdown_workers()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The order of training data: a function of (seed, step), so that resuming needs no state and repeats no image."""
+"""The order of training data, a function of (seed, step), so that resuming needs no state."""
 
 import copy
 import itertools
@@ -8,23 +8,23 @@ import numpy as np
 
 
 class BatchOrder:
-    """The images of every micro-batch, for one of several processes; endless. Yields lists of (index, mirrored).
+    """Endless, deterministic order of the micro-batches of one process, as lists of (index, mirrored).
 
-    Each epoch is a fresh permutation, a function of (seed, epoch), cut into whole batches; what is left over at its
-    end is skipped. A step's batch is cut into `accumulation` x `num_processes` micro-batches, so that neither changes
-    what the step as a whole sees. A `batch_sampler` for a DataLoader that needs no preparing by accelerate.
+    Each epoch is a permutation that depends on (seed, epoch), cut into whole batches; the rest of the epoch is skipped.
+    The batch of a step is split into `accumulation` x `num_processes` micro-batches, so neither number changes the
+    images of a step. It is a `batch_sampler` for a DataLoader that accelerate must not prepare.
 
     Args:
         num_images: size of the data set.
         batch_size: images in one optimizer step, over all processes and micro-batches.
-        seed: of the permutations and of mirroring.
+        seed: seed of the permutations and flips.
         accumulation: micro-batches in one step.
-        rank, num_processes: which process this is, of how many.
-        mirror: take the mirror image every other time, a function of (seed, epoch, position).
-        held_out: images that are never taken, as `hold_out` returns them.
+        rank, num_processes: number of this process, and of all processes.
+        mirror: flip images horizontally with probability 0.5, a function of (seed, epoch, position).
+        held_out: images that are never used, as `hold_out` returns them.
 
     Raises:
-        ValueError: batch arithmetic that does not come out even, or a batch larger than what there is to train on.
+        ValueError: `batch_size` is not divisible, is below 1, or is larger than the number of images to train on.
     """
 
     def __init__(
@@ -42,9 +42,8 @@ class BatchOrder:
         if batch_size < 1 or accumulation < 1:
             raise ValueError(f"batch_size and accumulation must be at least 1, not {batch_size} and {accumulation}")
         if batch_size % (accumulation * num_processes):
-            raise ValueError(
-                f"batch_size {batch_size} is not divisible by accumulation {accumulation} x {num_processes} processes"
-            )
+            raise ValueError(f"batch_size {batch_size} is not divisible by accumulation {accumulation} x "
+                             f"{num_processes} processes")
         self.images = np.setdiff1d(np.arange(num_images), held_out)
         self.num_images = len(self.images)
         if batch_size > self.num_images:
@@ -64,22 +63,22 @@ class BatchOrder:
 
     @property
     def micro_batch(self) -> int:
-        """Images that a process sees at a time."""
+        """Number of images in a micro-batch of one process."""
         return self.batch_size // (self.accumulation * self.num_processes)
 
     def starting_at(self, step: int) -> "BatchOrder":
-        """The same order from a step on, at no cost."""
+        """Returns the same order starting at a step, at no cost."""
         order = copy.copy(self)
         order.first_step = step
         return order
 
     def rows(self, micro_batch: int) -> slice:
-        """Which of a step's `batch_size` samples this process takes in one micro-batch."""
+        """Returns the rows of a step's batch that this process takes in one micro-batch."""
         first = (micro_batch * self.num_processes + self.rank) * self.micro_batch
         return slice(first, first + self.micro_batch)
 
     def batch(self, step: int) -> list[int]:
-        """The images of a whole step."""
+        """Returns the images of a whole step."""
         epoch, position = divmod(step, self.steps_per_epoch)
         return self.permutation(epoch)[position * self.batch_size :][: self.batch_size].tolist()
 
@@ -95,25 +94,25 @@ class BatchOrder:
             first = 0
 
     def permutation(self, epoch: int) -> np.ndarray:
-        """The order of all images in one epoch, (num_images,)."""
+        """Returns the order of all images in one epoch, (num_images,)."""
         return np.random.default_rng(np.random.SeedSequence((self.seed, epoch))).permutation(self.images)
 
     def mirrored(self, epoch: int) -> np.ndarray:
-        """Which positions of one epoch take the mirror image, (num_images,)."""
+        """Returns True for each position of an epoch whose image is flipped, (num_images,)."""
         if not self.mirror:
             return np.zeros(self.num_images, bool)
-        seed = np.random.SeedSequence((self.seed, epoch), spawn_key=(1,))  # apart from the permutation's
+        seed = np.random.SeedSequence((self.seed, epoch), spawn_key=(1,))  # independent of the permutation
         return np.random.default_rng(seed).random(self.num_images) < 0.5
 
 
 def hold_out(num_images: int, count: int) -> np.ndarray:
-    """`count` of them to be kept from training, in no order: the same for every seed and model."""
+    """Returns `count` indices of images to keep from training, unordered and the same for every seed."""
     if count >= num_images:
-        raise ValueError(f"data.held_out {count} leaves nothing of {num_images} images to train on: lower it, or "
-                         "set it to 0")
+        raise ValueError(f"data.held_out {count} leaves none of the {num_images} images to train on: lower it, "
+                         "or set it to 0")
     return np.random.default_rng(0).permutation(num_images)[:count]
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The seed of all that is drawn in one step: posterior and path noise, times, label dropout."""
+    """Returns the seed of all random draws in one step: posterior and path noise, times, label dropout."""
     return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])

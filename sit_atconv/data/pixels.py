@@ -1,4 +1,4 @@
-"""From image files to pixels and back: reading, ADM's crop, and the one rule by which pixels become uint8."""
+"""Pixels of image files: reading, ADM's centre crop, and the one rule for conversion to uint8."""
 
 import contextlib
 import math
@@ -15,30 +15,30 @@ from sit_atconv.data import MAX_MEGAPIXELS
 
 UINT8_RULE = "clamp(127.5 * x + 128, 0, 255), truncated"
 CROP_RULE = "upright by EXIF, RGB, halved by box filter while twice as large, bicubic, centre (ADM)"
-LONG = 16  # pictures this many times as long as wide are cropped before they are enlarged
+LONG = 16  # pictures at least this many times as long as wide are cropped before they are enlarged
 WEIGHT_BITS = 22  # of the fixed-point weights in Pillow's resize
 _readers, _num_readers, _pillows_limit = threading.Lock(), 0, None
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] -> uint8 by clamp(127.5 x + 128, 0, 255), truncated: the rule of DiT and SiT."""
+    """Converts [-1, 1] to uint8 by clamp(127.5 x + 128, 0, 255), truncated: the rule of DiT and SiT."""
     return (127.5 * images.float() + 128.0).clamp(0, 255).to(torch.uint8)
 
 
 def to_float(pixels: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]; `to_uint8` undoes it."""
+    """Converts uint8 to float32 in [-1, 1]; `to_uint8` is the inverse."""
     return pixels.float() / 127.5 - 1
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """uint8 (C, H, W), one or three channels -> RGB picture (greyscale repeated)."""
+    """Converts uint8 (C, H, W) with one or three channels to an RGB picture (greyscale repeated)."""
     return Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
 def center_crop(picture: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop (arXiv 2105.05233): halved by box filter while possible, then bicubic, then cut.
+    """Applies ADM's centre crop (arXiv 2105.05233): halve by box filter while possible, bicubic, cut.
 
-    A long and narrow picture is cut first, so that memory is bounded; its pixels are the same.
+    A long and narrow picture is cut first, with the same result, to limit memory.
     """
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
@@ -58,8 +58,7 @@ def _enlarged_part(
 ) -> Image.Image:
     """Returns the part of an enlarged RGB picture whose columns and rows have these taps and weights.
 
-    Bit for bit what Pillow's bicubic `resize` and then `crop` return, without the rest of the enlarged picture:
-    horizontally, then vertically, each rounded to 8 bits.
+    Equal bit for bit to Pillow's bicubic `resize` and `crop`: horizontal, then vertical, each rounded to 8 bits.
     """
     (x, across), (y, down) = columns, rows
     pixels = np.asarray(picture.crop((x.min(), y.min(), x.max() + 1, y.max() + 1)))  # (H, W, 3)
@@ -68,13 +67,9 @@ def _enlarged_part(
 
 
 def _bicubic_taps(length: int, enlarged: int, start: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the five source pixels of each of `size` pixels, and their weights, both (size, 5).
+    """Returns the five source pixels of `size` enlarged pixels, and their weights, both (size, 5).
 
-    Args:
-        length: of a side of the source.
-        enlarged: length of that side after it is enlarged.
-        start: the first of the `size` pixels on the enlarged side.
-        size: number of pixels.
+    `length` and `enlarged` are the side's lengths before and after, `start` is the first of the pixels.
     """
     center = ((np.arange(start, start + size) + 0.5) * (length / enlarged))[:, None]
     first, end = np.maximum(np.trunc(center - 2 + 0.5), 0), np.minimum(np.trunc(center + 2 + 0.5), length)
@@ -94,32 +89,29 @@ def _weighted(pixels: np.ndarray, taps: np.ndarray, weights: np.ndarray) -> np.n
 
 
 def read_image(path: Path, size: int | None, max_megapixels: float = MAX_MEGAPIXELS) -> Tensor:
-    """Returns an image file as uint8 (3, H, W). Arguments and errors are those of `read_picture`."""
+    """Reads an image file as uint8 (3, H, W). Arguments and errors are those of `read_picture`."""
     return read_picture(path, size, max_megapixels)[0]
 
 
 def read_picture(
     path: Path, size: int | None, max_megapixels: float = MAX_MEGAPIXELS
 ) -> tuple[Tensor, tuple[int, int]]:
-    """Reads an image file, upright, as RGB.
-
-    Greyscale is repeated, 16 bits become 8, transparency is dropped.
+    """Reads an image file, upright, as RGB: greyscale repeated, 16 bits scaled to 8, transparency dropped.
 
     Args:
-        path: the file.
-        size: side in pixels of the square that it is cropped to; None takes it whole.
-        max_megapixels: size in millions of pixels above which it is refused.
+        path: path of the file.
+        size: side in pixels of the square centre crop; None: no crop.
+        max_megapixels: size in megapixels above which the file is refused.
 
     Returns:
-        uint8 (3, H, W), and the (height, width) that the upright picture had before the crop.
+        uint8 (3, H, W), and the (height, width) of the upright picture before the crop.
 
     Raises:
-        OSError: the file itself cannot be read: there is none, the disk fails, the memory is full; names the file.
-        ValueError: what is in it is no image, or half of one, or too large; the message leaves the file's name to the
-            caller.
+        OSError: the file cannot be read: it is missing, the disk fails, memory is full; the message names the file.
+        ValueError: its content is not an image, is incomplete, or is too large; the message does not name the file.
     """
     if not path.is_file() and path.exists():
-        raise ValueError("cannot be read as an image: it is no regular file")
+        raise ValueError("cannot be read as an image: it is not a regular file")
     try:
         with _without_pillows_limit(), Image.open(path) as file:
             _check_size(file.width * file.height / 1e6, max_megapixels)
@@ -127,9 +119,9 @@ def read_picture(
             size_before = picture.height, picture.width
             pixels = np.array(center_crop(picture, size) if size else picture)
             return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), size_before
-    except MemoryError as error:  # an OSError, since it may be readable the next time
+    except MemoryError as error:  # an OSError, because the file may be readable next time
         raise OSError(f"{path} cannot be read: out of memory (use fewer workers, or remove the file)") from error
-    except Exception as error:  # Pillow's readers raise whatever a damaged file makes them raise
+    except Exception as error:  # a damaged file can cause any error in Pillow
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(f"{path} cannot be read: {error.strerror}") from error
         reason = (str(error) or type(error).__name__).splitlines()[0].replace(f" {str(path)!r}", "")
@@ -144,10 +136,7 @@ def _check_size(megapixels: float, most: float) -> None:
 
 @contextlib.contextmanager
 def _without_pillows_limit() -> Iterator[None]:
-    """Lifts Pillow's limit on pixels while any thread reads; `_check_size` is ours.
-
-    The limit is a global of Pillow, which other code of the process may rely on: it is restored afterwards.
-    """
+    """Lifts Pillow's global pixel limit while any thread reads; `_check_size` replaces it."""
     global _num_readers, _pillows_limit
     with _readers:
         if _num_readers == 0:
@@ -163,9 +152,9 @@ def _without_pillows_limit() -> Iterator[None]:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Any picture of 8 or 16 bits as RGB. ValueError: values that are neither, as in float or 32-bit TIFFs.
+    """Converts any picture of 8 or 16 bits to RGB. ValueError: float or 32-bit values, as in some TIFFs.
 
-    (Pillow's own `convert` cuts 16-bit greyscale off at 255: nearly all of it would be white.)
+    Pillow's own `convert` clips 16-bit greyscale at 255, so nearly all of it would be white.
     """
     if picture.mode.startswith("I"):
         levels = np.array(picture)

@@ -1,4 +1,4 @@
-"""The data that a model is trained on, as a run's configuration names them."""
+"""The data that a model is trained on, as the configuration of a run names them."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,29 +14,29 @@ from sit_atconv.data.latents import CachedLatents
 from sit_atconv.runtime.names import is_object_path, name_classes
 from sit_atconv.runtime.tables import Table, import_module_of
 
-SOURCES = Table("data source", type, {"digits": Digits})  # what `data.images` names; all else is a folder
+SOURCES = Table("data source", type, {"digits": Digits})  # names for `data.images`; all others are folders
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What the model is trained on.
+    """The data that a model is trained on.
 
     Args:
-        images: "digits" (embedded, 8x8), or a folder of images: labels from its dataset.json or its subfolders; or a
-            `DataSource` of yours, my_module.MySource.
-        latents: a folder that encode.py wrote, instead of images; its index knows size, classes and VAE.
-        image_size: side in pixels after a centre crop. Not given, it is what the latents have, or 256.
-        codec: the hub id or folder of a diffusers AutoencoderKL, "identity" for pixel space, or a `Codec` of yours,
-            my_module.MyCodec. Not given, it is that of the latents, stabilityai/sd-vae-ft-ema for a folder of images,
+        images: "digits" (embedded, 8x8), a folder of images with labels from its dataset.json or subfolders, or your
+            own `DataSource`, my_module.MySource.
+        latents: folder that encode.py wrote, instead of images; its index has size, classes and VAE.
+        image_size: side in pixels after a centre crop. Default: the size of the latents, or 256.
+        codec: hub id or folder of a diffusers AutoencoderKL, "identity" for pixel space, or your own `Codec`,
+            my_module.MyCodec. Default: the codec of the latents, stabilityai/sd-vae-ft-ema for a folder of images, or
             "identity" for digits.
-        codec_precision: of the VAE's arithmetic.
-        mirror: take the mirror image every other time, at random.
-        num_workers: processes that load images, for each training process.
-        held_out: images that are never trained on; their loss, at fixed noise and times, compares models.
-        skip_unreadable: leave images that cannot be read out of their batch, with a loss of weight 0, and record them
-            in unreadable.json of the run, instead of ending the run.
-        keep_empty_classes: accept classes without images to train on; they are drawn only where asked for.
-        max_megapixels: files with more pixels count as unreadable.
+        codec_precision: number format of the VAE's arithmetic; tf32 is fp32 with TF32 convolutions on a GPU.
+        mirror: flip images horizontally with probability 0.5.
+        num_workers: number of processes that load images, for each training process.
+        held_out: number of images that are never trained on; their loss at fixed noise and times compares models.
+        skip_unreadable: give images that cannot be read a loss of weight 0 and record them in unreadable.json of the
+            run, instead of ending the run.
+        keep_empty_classes: accept classes without images to train on; they are sampled only on request.
+        max_megapixels: size in megapixels above which an image file counts as unreadable.
     """
 
     images: str = "digits"
@@ -51,7 +51,7 @@ class DataConfig:
     keep_empty_classes: bool = False
     max_megapixels: float = MAX_MEGAPIXELS
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("num_workers", "held_out"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name} must not be negative: {getattr(self, name)}")
@@ -59,14 +59,14 @@ class DataConfig:
             raise ValueError(f"data.max_megapixels must be positive, not {self.max_megapixels}")
 
     def open(self, rules: int | None = None) -> tuple[DataSource, Codec]:
-        """Returns the data source, and the codec whose latents the model sees.
+        """Returns the data source, and the codec that gives the latents of the model.
 
         Args:
-            rules: the rules by which a run that exists reads a folder of images; classes that are empty there stay.
-                None for a new run.
+            rules: number of the rules by which an existing run reads a folder of images, empty classes included; None
+                for a new run.
 
         Raises:
-            ValueError: no images or latents there, no codec, or another one, or another size, than the latents have.
+            ValueError: images, latents or codec are not found, or codec or size differ from those of the latents.
         """
         with _naming("data.images" if self.latents is None else "data.latents"):
             data = self._source_class().open(
@@ -75,7 +75,7 @@ class DataConfig:
         made = f"{self.latents or self.images} was encoded" if data.is_encoded else "training begins"
         if data.is_encoded and self.image_size not in (None, data.image_size):
             raise ValueError(f"data.image_size is {self.image_size}, but {made} at {data.image_size}: encode the "
-                             f"images at {self.image_size}, or leave it out")
+                             f"images at {self.image_size}, or leave data.image_size out")
         with _naming("data.codec"):
             described = typed_codec(self.codec, data.channels) if self.codec else data.codec
             codec = open_codec(described, made, self.codec_precision, remedy="--data.codec takes the folder of a "
@@ -87,7 +87,7 @@ class DataConfig:
     def _source_class(self) -> type[DataSource]:
         if self.latents is not None:
             if self.images != type(self).images:
-                raise ValueError(f"data.images {self.images} and data.latents {self.latents}: give one of them")
+                raise ValueError(f"data.images {self.images} and data.latents {self.latents}: give only one of them")
             return CachedLatents
         if not (self.images in SOURCES or is_object_path(self.images)):
             return ImageFolder
@@ -98,12 +98,12 @@ class DataConfig:
         return found
 
     def find_empty_classes(self, data: DataSource, held_out: np.ndarray, exists: bool) -> list[int]:
-        """Returns the labels of which there is no image to train on.
+        """Returns the labels of classes without images to train on.
 
         Args:
             data: the data source.
-            held_out: images that are never trained on.
-            exists: whether the run exists: it resumes in any case.
+            held_out: indices of images that are never trained on.
+            exists: True for an existing run, which may always resume.
 
         Raises:
             ValueError: `held_out` takes all images of a class of a new run.
@@ -118,7 +118,7 @@ class DataConfig:
 
 
 def untrained_classes(data: DataSource, left_out: np.ndarray) -> list[int]:
-    """Returns the labels of which no image is trained on, if the images `left_out` (indices) are not."""
+    """Returns the labels of classes whose images are all in `left_out` (indices), or that have none."""
     counts = np.array(data.class_counts)
     taken = np.bincount(data.labels[left_out], minlength=len(counts)) if len(left_out) else np.zeros_like(counts)
     return np.flatnonzero(counts == taken).tolist()
@@ -126,7 +126,7 @@ def untrained_classes(data: DataSource, left_out: np.ndarray) -> list[int]:
 
 @contextlib.contextmanager
 def _naming(option: str) -> Iterator[None]:
-    """Lets a ValueError name the option whose value it is about."""
+    """Adds the name of an option to the ValueErrors about its value."""
     try:
         yield
     except ValueError as error:
@@ -134,5 +134,5 @@ def _naming(option: str) -> Iterator[None]:
 
 
 def describe_data(data: DataSource, codec: Codec) -> dict:
-    """What a run must find again to resume exactly, wherever it lies by then."""
+    """Returns a description of data and codec; a run resumes only with an equal one, in any place."""
     return data.describe() | {"classes": len(data.class_names), "codec": codec.identity()}

@@ -529,7 +529,7 @@ def test_an_image_that_cannot_be_read_ends_training_in_a_line(launch, digit_fold
             "--train.batch_size", 120, "--model.depth", 1, "--data.num_workers", workers, "--out", tmp_path / "run"]
     codes, output = launch(TRAIN, argv)
     assert codes == [1] and "Traceback" not in output, output
-    assert re.search(rf"error: the training data cannot be read: .*{re.escape(victim.name)} .*: mend the file, or give "
+    assert re.search(rf"error: the training data cannot be read: .*{re.escape(victim.name)} .*: fix the file, or give "
                      "--data.skip_unreadable true, which leaves it out and records it", output), output
 
 

@@ -40,7 +40,7 @@ def test_decoding_undoes_scale_and_shift(vae_folder):
     assert torch.equal(codec.decode(z), codec.vae.decode(z / 0.5 + 0.1).sample)
 
 
-def test_slicing_and_bf16_change_rounding_alone_and_tiling_what_is_larger_than_a_tile(vae_folder):
+def test_slicing_and_bf16_change_only_rounding_and_tiling_only_images_larger_than_a_tile(vae_folder):
     photograph = torch.from_numpy(load_sample_image("china.jpg")[:96, :96].copy()).permute(2, 0, 1)
     images = to_float(torch.stack([photograph, photograph.flip(-1)]))
     plain = VAECodec(vae_folder).encode(images)
@@ -57,7 +57,7 @@ def test_slicing_and_bf16_change_rounding_alone_and_tiling_what_is_larger_than_a
     assert torch.equal(tiled.encode(images[..., :32, :32]), VAECodec(vae_folder).encode(images[..., :32, :32]))
 
 
-def test_the_same_weights_are_the_same_wherever_they_lie(vae_folder, make_vae, tmp_path):
+def test_the_same_vae_in_another_folder_is_accepted(vae_folder, make_vae, tmp_path):
     shutil.copytree(vae_folder, tmp_path / "copy")
     here, there = VAECodec(vae_folder), VAECodec(str(tmp_path / "copy"), "bf16")
     there.check(here.describe(), "it was made")
@@ -73,7 +73,7 @@ def test_the_same_weights_in_another_architecture_are_another_vae(vae_folder, tm
     assert VAECodec(str(copy)).weights != VAECodec(vae_folder).weights
 
 
-def test_a_description_opens_the_same_vae_and_notices_another(vae_folder):
+def test_a_description_opens_the_same_vae_and_refuses_another(vae_folder):
     description = VAECodec(vae_folder).describe()
     assert len(description["weights"]) == 64
     assert {key: value for key, value in description.items() if key not in ("source", "weights")} == {
@@ -84,7 +84,7 @@ def test_a_description_opens_the_same_vae_and_notices_another(vae_folder):
         open_codec(description | {"scale": 0.9})
 
 
-def test_the_scale_that_sd_vae_says_nothing_of(vae_folder, tmp_path):
+def test_a_config_without_scaling_factor_gets_the_scale_of_sd_vae(vae_folder, tmp_path):
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path)
     config = tmp_path / "config.json"
     config.write_text("\n".join(line for line in config.read_text().splitlines()
@@ -93,7 +93,7 @@ def test_the_scale_that_sd_vae_says_nothing_of(vae_folder, tmp_path):
     assert (codec.scale, codec.shift) == (0.18215, 0.0)
 
 
-def test_errors(tmp_path):
+def test_unusable_vaes_and_sizes_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no VAE could be loaded from .*nowhere"):
         VAECodec(str(tmp_path / "nowhere"))
     AutoencoderKL(in_channels=1, block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "grey")
@@ -102,7 +102,7 @@ def test_errors(tmp_path):
     lacking = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
     del lacking.decoder.conv_out
     lacking.save_pretrained(tmp_path / "lacking")
-    with pytest.raises(ValueError, match=r"lacking are not whole: decoder\.conv_out\.bias is missing; decoder\.conv"):
+    with pytest.raises(ValueError, match=r"lacking are incomplete: decoder\.conv_out\.bias is missing; decoder\.conv"):
         VAECodec(str(tmp_path / "lacking"))
     with pytest.raises(ValueError, match="'jpeg'"):
         open_codec({"kind": "jpeg"})
@@ -113,35 +113,35 @@ def test_errors(tmp_path):
 
 
 def changed(vae_folder, folder, **config) -> str:
-    """A copy of the VAE with other values in its config.json."""
+    """Returns the path of a copy of the VAE with other values in its config.json."""
     shutil.copytree(vae_folder, folder)
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
     return str(folder)
 
 
-def test_what_is_no_plain_autoencoder_is_called_what_it_is(vae_folder, tmp_path):
+def test_a_folder_that_is_not_a_plain_autoencoder_is_refused_with_the_reason(vae_folder, tmp_path):
     shutil.copytree(vae_folder, tmp_path / "pipe" / "vae")
     (tmp_path / "pipe" / "model_index.json").write_text("{}")
     AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
                     num_decoder_blocks=(1, 1)).save_pretrained(tmp_path / "tiny")
     for folder, message in [
         (tmp_path / "pipe", rf"pipe is a pipeline, not a VAE: give {tmp_path}/pipe/vae$"),
-        (tmp_path / "tiny", "tiny is an AutoencoderTiny, and the VAE must be an AutoencoderKL"),
-        (tmp_path / "tiny" / "config.json", r"config\.json is a file, and a VAE is a folder"),
+        (tmp_path / "tiny", "tiny is an AutoencoderTiny: give the folder or hub id of an AutoencoderKL"),
+        (tmp_path / "tiny" / "config.json", r"config\.json is a file: give the folder of the VAE"),
         (changed(vae_folder, tmp_path / "other", latent_channels=8),
-         r"decoder\.conv_in\.weight is \(8, 4, 3, 3\) there, \(8, 8, 3, 3\) by its config\.json; .*, and 4 more"),
+         r"decoder\.conv_in\.weight has shape \(8, 4, 3, 3\), and its config\.json needs \(8, 8, 3, 3\); .*, and 4 more"),
         (changed(vae_folder, tmp_path / "null", scaling_factor=None), "null has scaling_factor None in its config"),
-        (changed(vae_folder, tmp_path / "half", latents_mean=[0.0] * 4, shift_factor=0.0), "needs both of the former"),
+        (changed(vae_folder, tmp_path / "half", latents_mean=[0.0] * 4, shift_factor=0.0), "needs both latents_mean"),
         (changed(vae_folder, tmp_path / "both", latents_mean=[0.0] * 4, latents_std=[1.0] * 4), "and no shift_factor"),
         (changed(vae_folder, tmp_path / "short", latents_mean=[0.0], latents_std=[1.0], shift_factor=None),
-         "of the former for 4 channels"),
+         "and latents_std with 4 values each"),
     ]:
         with pytest.raises(ValueError, match=message):
             VAECodec(str(folder))
 
 
-def test_a_mean_and_a_deviation_for_each_channel(vae_folder, tmp_path):
+def test_mean_and_deviation_may_differ_for_each_channel(vae_folder, tmp_path):
     mean, std = [0.5, 0.0, -0.5, 1.0], [2.0, 3.0, 4.0, 5.0]
     folder = changed(vae_folder, tmp_path / "vae", latents_mean=mean, latents_std=std, shift_factor=None)
     codec, draw = VAECodec(folder), torch.randn(2, 4, 8, 8)
@@ -155,7 +155,7 @@ def test_a_mean_and_a_deviation_for_each_channel(vae_folder, tmp_path):
         VAECodec(vae_folder).check(again | {"weights": VAECodec(vae_folder).weights}, "the weights were trained")
 
 
-def test_a_local_folder_is_known_by_its_absolute_path(vae_folder, tmp_path):
+def test_a_local_folder_is_recorded_as_an_absolute_path(vae_folder, tmp_path):
     shutil.copytree(vae_folder, tmp_path / "here" / "vae")
     with working_folder(tmp_path / "here"):
         descriptions = [VAECodec(source).describe() for source in ("vae", "./vae", "../here/vae")]
@@ -166,7 +166,7 @@ def test_a_local_folder_is_known_by_its_absolute_path(vae_folder, tmp_path):
 
 @pytest.mark.parametrize(
     "source", ["/gone/vae", "./gone", "../gone/vae", "~/vae", "gone", "a/b/c", "a\\b/c", "here/gone"])
-def test_a_path_that_is_gone_is_not_asked_of_the_hub(source, tmp_path, monkeypatch):
+def test_a_missing_path_is_not_looked_up_on_the_hub(source, tmp_path, monkeypatch):
     def ask(*args, **options):
         assert options["local_files_only"]
         raise LocalEntryNotFoundError("not cached")
@@ -179,13 +179,13 @@ def test_a_path_that_is_gone_is_not_asked_of_the_hub(source, tmp_path, monkeypat
     assert os.listdir(tmp_path) == ["here"]
 
 
-def test_a_variant_is_found(vae_folder, tmp_path):
+def test_weights_saved_as_a_variant_are_found(vae_folder, tmp_path):
     AutoencoderKL.from_pretrained(vae_folder).save_pretrained(tmp_path / "variant", variant="fp16")
     assert VAECodec(str(tmp_path / "variant")).weights == VAECodec(vae_folder).weights
 
 
-def test_tensors_by_their_old_names_are_not_missing(vae_folder, tmp_path):
-    """As published: sd-vae-ft-ema has the names of diffusers 0.4."""
+def test_tensors_with_their_old_names_are_loaded(vae_folder, tmp_path):
+    """The published sd-vae-ft-ema uses the names of diffusers 0.4."""
     copy = shutil.copytree(vae_folder, tmp_path / "copy")
     names = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
     tensors = load_file(copy / "diffusion_pytorch_model.safetensors")

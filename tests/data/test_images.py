@@ -1,4 +1,4 @@
-"""Data sets of images: which files, in which order, with which labels."""
+"""Folders of images: their files, order and labels."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def labels_of(folder) -> dict[str, str]:
     return {images.name(i): images.class_names[images.labels[i]] for i in range(len(images))}
 
 
-def test_digits_are_scikit_learns():
+def test_digits_are_those_of_scikit_learn():
     digits = Digits()
     image, label = digits[5, False]
     assert len(digits) == 1797 and image.shape == (1, 8, 8) and image.dtype == torch.uint8 and label == 5
@@ -39,7 +39,7 @@ def test_digits_are_scikit_learns():
     assert torch.equal(digits[5, True][0], image.flip(-1)) and not torch.equal(image, image.flip(-1))
 
 
-def test_folder_of_classes(photographs):
+def test_a_folder_with_a_subfolder_for_each_class(photographs):
     images = ImageFolder(photographs, 64)
     assert images.class_names == ("china", "flower") and len(images) == 4
     image, label = images[3, False]
@@ -56,8 +56,8 @@ def test_flat_folder_is_one_class(photographs):
     assert set(labels_of(photographs).values()) == {"china"}  # one subfolder is one class
 
 
-def test_names_and_their_order(photographs):
-    """Spaces, letters of any alphabet, suffixes in capitals; hidden files and other files are none."""
+def test_image_names_are_in_byte_order(photographs):
+    """Names may hold spaces, any alphabet and suffixes in capitals; hidden and other files are left out."""
     for name in ("a b.PNG", "ä.png", "日本.png", "Z.jpeg", ".hidden.png", "notes.txt"):
         (photographs / "flower" / "grey.jpg").with_name(name).write_bytes(b"")
     (photographs / ".ipynb_checkpoints").mkdir()
@@ -70,22 +70,22 @@ def test_names_and_their_order(photographs):
         ImageFolder(photographs, 8)[7, False]
 
 
-def test_linked_classes_count_and_circles_are_found(photographs, tmp_path_factory):
+def test_linked_classes_are_read_and_circular_links_are_refused(photographs, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "one").symlink_to(photographs / "china")
     (elsewhere / "two").symlink_to(photographs / "flower")
     assert list(labels_of(elsewhere).values()) == ["one", "one", "two", "two"]
     (photographs / "flower" / "circle").symlink_to(photographs)
-    with pytest.raises(ValueError, match="circle is a link to a folder that holds it"):
+    with pytest.raises(ValueError, match="circle is a link to a folder that contains it"):
         ImageFolder(photographs, 8)
     (photographs / "flower" / "circle").unlink()
     (photographs / "flower" / "to china").symlink_to("../china")
     (photographs / "china" / "to flower").symlink_to("../flower")
-    with pytest.raises(ValueError, match=r"to .* is a link to a folder that holds it"):
+    with pytest.raises(ValueError, match=r"to .* is a link to a folder that contains it"):
         ImageFolder(photographs, 8)
 
 
-def test_a_class_name_that_is_no_text_is_shown_as_one(photographs):
+def test_a_class_name_of_arbitrary_bytes_is_shown_as_text(photographs):
     (photographs / "flower").rename(photographs / os.fsdecode(b"fl\xff"))
     images = ImageFolder(photographs, 8)
     assert images.class_names == ("china", "fl\ufffd") and images[3, False][1] == 1
@@ -104,8 +104,8 @@ def test_classes_named_by_numbers_are_in_the_order_of_the_numbers(tmp_path):
     assert labels_of(tmp_path)["10/a.png"] == "10" and images.describe()["rules"] == 2
 
 
-def test_rules_1_keep_the_labels_and_the_digest_of_what_was_begun_under_them(tmp_path):
-    """The digests are those that runs and latents of that time hold."""
+def test_rules_1_keep_the_labels_and_digest_of_older_runs_and_latents(tmp_path):
+    """The expected digests come from runs and latents of that time."""
     names = ["10/a.png", "2/b.JPG", "@eaDir/d.tif", "cafe\u0301/e.webp", os.fsdecode(b"fl\xff/g.bmp"),
              "n01440764/f.jpeg"]
     touch(tmp_path, *names, "2/c.gif", "n01440764/notes.txt")
@@ -116,11 +116,11 @@ def test_rules_1_keep_the_labels_and_the_digest_of_what_was_begun_under_them(tmp
     write_labels(tmp_path, [[name, i % 3] for i, name in enumerate(names)] + [["c.gif", 7]])
     digest = "21898acef5755b50cd27b698a9921f5c2f275058d6301a3a6ddb3ea618e62b39"
     assert ImageFolder(tmp_path, 8, rules=1).describe()["files"] == digest
-    with pytest.raises(ValueError, match=r"rules 3 .* are not known here"):
+    with pytest.raises(ValueError, match=r"rules 3 .* are unknown"):
         ImageFolder(tmp_path, 8, rules=3)
 
 
-def test_what_pillow_reads_is_taken_and_the_rest_is_counted(tmp_path):
+def test_suffixes_that_pillow_reads_are_images_and_other_files_are_counted(tmp_path):
     touch(tmp_path, "a/1.GIF", "a/2.jfif", "a/3.pgm", "b/4.jp2", "b/5.tga", "b/notes.txt", "b/2.TXT", "a/film.mp4",
           "README")
     images = ImageFolder(tmp_path, 8)
@@ -129,13 +129,13 @@ def test_what_pillow_reads_is_taken_and_the_rest_is_counted(tmp_path):
     assert left_out_line(images.left_out) == "left out: 2 .txt, 1 (none), 1 .mp4" and left_out_line({}) == ""
 
 
-def test_litter_of_file_systems_is_neither_image_nor_class(tmp_path):
+def test_litter_of_file_systems_is_ignored(tmp_path):
     touch(tmp_path, "a/1.png", "a/@eaDir/1.png/SYNOPHOTO_THUMB_M.jpg", "@eaDir/2.jpg", "__MACOSX/a/._1.png",
           "a/Thumbs.db", "lost+found/3.jpg", "Desktop.ini", ".DS_Store", "a/.hidden.txt")
     assert labels_of(tmp_path) == {"a/1.png": "a"} and ImageFolder(tmp_path, 8).left_out == {}
 
 
-def test_a_folder_whose_files_are_no_images_says_what_they_are(tmp_path):
+def test_the_error_about_a_folder_without_images_lists_its_suffixes(tmp_path):
     touch(tmp_path, "cats/1.heic", "cats/2.heic", "dogs/1.png", "cows/notes.txt")
     with pytest.raises(ValueError, match=r"cats holds no images, only 2 \.heic: convert them"):
         ImageFolder(tmp_path / "cats", 8)
@@ -143,7 +143,7 @@ def test_a_folder_whose_files_are_no_images_says_what_they_are(tmp_path):
         ImageFolder(tmp_path, 8)
 
 
-def test_everything_wrong_with_subfolders_is_named_at_once(tmp_path):
+def test_one_error_lists_all_faults_of_subfolders(tmp_path):
     cafe = ["caf\u00e9", "cafe\u0301"]
     touch(tmp_path, "1.png", "2.png", "a/1.png", *(f"{name}/1.png" for name in cafe), "b /1.png", "b/1.png")
     for number in range(12):
@@ -151,12 +151,12 @@ def test_everything_wrong_with_subfolders_is_named_at_once(tmp_path):
     with pytest.raises(ValueError) as error:
         ImageFolder(tmp_path, 8)
     first, stray, empty, blank, form = str(error.value).splitlines()
-    assert first == f"{tmp_path} is wrong:" and "has images outside its class folders: 1.png and 1 more: move" in stray
+    assert first == f"{tmp_path} has faults:" and "has images outside its class folders: 1.png and 1 more: move" in stray
     assert "without images: empty0, empty1, empty10, empty11, empty2" in empty and "empty7 and 2 more: fill" in empty
     assert "has two classes of one name, b: rename 'b' or 'b '" in blank
     assert r"has two classes of one name, café: rename 'cafe\u0301' or 'caf\xe9'" in form
     (tmp_path / "1.png").unlink(), (tmp_path / "2.png").unlink()
-    assert len(ImageFolder(tmp_path, 8, rules=1, keep_empty_classes=True).class_names) == 17  # which told them apart
+    assert len(ImageFolder(tmp_path, 8, rules=1, keep_empty_classes=True).class_names) == 17  # rules 1 tell these names apart
 
 
 def test_empty_class_folders_are_kept_if_asked_for(photographs):
@@ -171,7 +171,7 @@ def write_labels(folder, labels):
 
 
 def test_labels_of_dataset_json(photographs):
-    """As StyleGAN, EDM2 and REPA write them: subfolders are no classes then."""
+    """StyleGAN, EDM2 and REPA write this file; subfolders are not classes then."""
     names = list_images(photographs)
     write_labels(photographs, [[name, label] for name, label in zip(names, (2, 0, 1, 2), strict=True)] + [["x.npy", 7]])
     assert ImageFolder(photographs, 8).class_names == ("0", "1", "2")
@@ -196,15 +196,15 @@ def test_labels_of_dataset_json(photographs):
         ("[", "dataset.json is not"),
     ],
 )
-def test_a_dataset_json_that_does_not_fit(photographs, content, message):
+def test_a_dataset_json_that_does_not_fit_is_refused(photographs, content, message):
     (photographs / "dataset.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         ImageFolder(photographs, 8)
 
 
-def test_labels_of_images_that_are_not_there(photographs):
+def test_labels_of_missing_images_are_refused(photographs):
     write_labels(photographs, [[name, 0] for name in [*list_images(photographs), "gone.png"]])
-    with pytest.raises(ValueError, match=r"labels images that are not there: gone\.png"):
+    with pytest.raises(ValueError, match=r"labels images that do not exist: gone\.png"):
         ImageFolder(photographs, 8)
 
 
@@ -218,16 +218,16 @@ def test_dataset_json_and_files_are_compared_in_one_unicode_form(photographs):
         write_labels(photographs, [[unicodedata.normalize(form, name), i % 2] for i, name in enumerate(renamed)])
         assert list(labels_of(photographs).values()) == ["0", "1", "0", "1"]
     touch(photographs, "zo\u00eb.png", "zoe\u0308.png")
-    with pytest.raises(ValueError, match=r"means two files by zoë\.png, in different Unicode forms: rename"):
+    with pytest.raises(ValueError, match=r"has one name for two files, zoë\.png, in different Unicode forms: rename"):
         ImageFolder(photographs, 8)
 
 
 @pytest.mark.parametrize("rules", [1, 2])
-def test_labels_that_no_image_has(photographs, rules):
-    """They would be drawn as if they had been trained."""
+def test_labels_without_images_are_refused_unless_kept(photographs, rules):
+    """Otherwise samples of these untrained classes would be drawn."""
     names = list_images(photographs)
     write_labels(photographs, [[name, 1] for name in names])
-    with pytest.raises(ValueError, match=r"\.json begins its labels at 1 and gives no image the labels 0: renumber"):
+    with pytest.raises(ValueError, match=r"\.json starts its labels at 1 and gives no image the labels 0: renumber"):
         ImageFolder(photographs, 8, rules=rules)
     write_labels(photographs, [[name, 7 * i] for i, name in enumerate(names)])
     message = (r"gives no image the labels 1, 2, 3, 4, 5, 6, 8, 9, 10, 11 and 8 more: renumber them, or keep them "
@@ -238,23 +238,23 @@ def test_labels_that_no_image_has(photographs, rules):
     assert len(images.class_names) == 22 and [i for i, n in enumerate(images.class_counts) if n] == [0, 7, 14, 21]
 
 
-def test_everything_wrong_with_a_dataset_json_is_named_at_once(photographs):
-    """Not one fault a run. What is wrong with an entry is not said of its image again."""
+def test_one_error_lists_all_faults_of_a_dataset_json(photographs):
+    """A fault of an entry is not repeated as a fault of its image."""
     colour, grey, *others = list_images(photographs)
     write_labels(photographs, [[colour, 4], [colour, 2], [grey, "1"], [others[0], -1], ["gone.png", 0]])
     with pytest.raises(ValueError) as error:
         ImageFolder(photographs, 8)
     first, *faults = str(error.value).splitlines()
-    assert first == f"{photographs / 'dataset.json'} is wrong:"
+    assert first == f"{photographs / 'dataset.json'} has faults:"
     for fault, expected in zip(faults, (
         f"gives {grey} the label '1' and 1 more: labels are whole", f"gives {colour} 2 different labels",
-        f"gives no label to {others[1]}", "labels images that are not there: gone.png",
+        f"gives no label to {others[1]}", "labels images that do not exist: gone.png",
         "gives no image the labels 0, 1, 2, 3: renumber",
     ), strict=True):
         assert expected in fault
 
 
-def test_errors_name_the_place(photographs, tmp_path):
+def test_errors_name_the_folder(photographs, tmp_path):
     with pytest.raises(ValueError, match="nowhere is not a folder"):
         ImageFolder(tmp_path / "nowhere", 8)
     (tmp_path / "empty").mkdir()

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def damaged(digit_folder, tmp_path):
-    """A folder of 120 images whose image 50 is half a file."""
+    """A folder of 120 images; the file of image 50 is truncated."""
     folder = shutil.copytree(digit_folder, tmp_path / "images")
     victim = folder / ImageFolder(folder, 16).name(50)
     victim.write_bytes(victim.read_bytes()[:60])
@@ -30,7 +30,7 @@ def load(data, workers, **options):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_image_leaves_zeros_and_the_rest_as_it_is(damaged, digit_folder, workers):
+def test_an_unreadable_image_becomes_zeros_and_the_others_stay_the_same(damaged, digit_folder, workers):
     whole, part = load(ImageFolder(digit_folder, 16), 0), load(damaged, workers, skip_unreadable=True)
     assert all(batch.readable.all() and not batch.unreadable for batch in whole)
     readable = torch.cat([batch.readable for batch in part])
@@ -41,8 +41,8 @@ def test_an_unreadable_image_leaves_zeros_and_the_rest_as_it_is(damaged, digit_f
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_unless_it_is_to_be_skipped_it_is_an_error_with_both_remedies(damaged, workers):
-    with pytest.raises(ValueError, match=rf"{damaged.name(50)}.*mend the file.*--data.skip_unreadable true") as error:
+def test_without_skip_unreadable_the_error_names_both_remedies(damaged, workers):
+    with pytest.raises(ValueError, match=rf"{damaged.name(50)}.*fix the file.*--data.skip_unreadable true") as error:
         load(damaged, workers)
     assert len(str(error.value).splitlines()) == 1
 
@@ -55,7 +55,7 @@ def test_a_damaged_shard_is_never_skipped(latents, tmp_path):
         BatchReader(data, skip_unreadable=True)[[(i, False) for i in range(len(data))]]
 
 
-def test_what_can_be_read_is_what_the_data_set_yields():
+def test_the_reader_returns_the_items_of_the_data_source():
     data, items = Digits(), [(3, False), (9, True)]
     batch = BatchReader(data)[items]
     assert batch.y.tolist() == data.labels[[3, 9]].tolist() and batch.readable.tolist() == [True, True]

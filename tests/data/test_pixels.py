@@ -128,7 +128,7 @@ def save_cut(path):
         ("cut.jpg", save_cut, "truncated"),
         ("float.tif", save_float, "floating point"),
         ("large.tif", save_32_bit, "1000000"),
-        ("pipe.png", lambda path: os.mkfifo(path), "it is no regular file"),
+        ("pipe.png", lambda path: os.mkfifo(path), "it is not a regular file"),
         ("broken.png", lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40)), ""),
     ],
 )

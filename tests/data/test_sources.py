@@ -6,7 +6,7 @@ from sit_atconv.data.latents import CachedLatents
 from sit_atconv.data.sources import DataConfig
 
 
-def test_classes_that_are_held_out_as_a_whole_are_refused_or_kept(digit_folder):
+def test_holding_out_all_images_of_a_class_is_refused_unless_it_is_kept(digit_folder):
     data = ImageFolder(digit_folder, 16)
     held_out = np.concatenate([np.flatnonzero(data.labels == label) for label in (3, 7)])
     config = DataConfig(images=str(digit_folder), held_out=len(held_out))
@@ -18,14 +18,14 @@ def test_classes_that_are_held_out_as_a_whole_are_refused_or_kept(digit_folder):
     assert config.find_empty_classes(data, held_out, exists=True) == [3, 7]  # such a run can resume
 
 
-def test_what_is_left_of_a_class_is_enough():
+def test_one_remaining_image_of_a_class_is_enough():
     data = Digits()
     held_out = np.flatnonzero(data.labels == 3)[1:]
     assert DataConfig(held_out=len(held_out)).find_empty_classes(data, held_out, exists=False) == []
     assert DataConfig().find_empty_classes(data, held_out[:0], exists=False) == []
 
 
-def test_cached_latents_know_all_their_labels(latents, digit_folder):
+def test_cached_latents_have_the_labels_of_the_images(latents, digit_folder):
     data = CachedLatents(latents)
     assert data.labels.tolist() == ImageFolder(digit_folder, 16).labels.tolist()
     assert data.labels[77] == data[77, False][1]

@@ -157,7 +157,7 @@ def test_an_array_larger_than_memory_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda f: np.savez(f, images=np.zeros((9, 8, 8, 3), np.uint8)), r"holds \['images'\] and no arr_0"),
+        (lambda f: np.savez(f, images=np.zeros((9, 8, 8, 3), np.uint8)), r"holds \['images'\], but no arr_0"),
         (lambda f: np.savez(f, np.zeros((9, 8, 8, 3), np.float32)), r"float32 \(9, 8, 8, 3\).*astype\(np.uint8\)"),
         (lambda f: np.savez(f, np.zeros((9, 3, 8, 8), np.uint8)), r"\(9, 3, 8, 8\)"),
         (lambda f: np.savez(f, np.zeros((9, 8, 8), np.uint8)), r"\(9, 8, 8\)"),
@@ -278,5 +278,5 @@ def test_an_npz_cut_short_is_named(tmp_path):
     with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (99, 8, 8, 3)})
         file.write(bytes(100))
-    with pytest.raises(ValueError, match=r"x\.npz cannot be read as an \.npz: arr_0 is cut short"):
+    with pytest.raises(ValueError, match=r"x\.npz cannot be read as an \.npz: arr_0 is truncated"):
         open_image_set(str(path))
