@@ -1,4 +1,4 @@
-"""From a folder of images to a folder of latents: shared by several processes, and resumed after any kill."""
+"""Encodes a folder of images into cached latents: on several processes, and resumable after any kill."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sit_atconv.data.codecs import WHERE_FROM, Codec, open_codec, typed_codec
+from sit_atconv.data.codecs import WHERE_FROM, Codec, Precision, open_codec, typed_codec
 from sit_atconv.data.images import RULES, ImageFolder
 from sit_atconv.data.latent_extension import arrange
 from sit_atconv.data.latent_folder import (
@@ -28,7 +28,9 @@ from sit_atconv.data.latent_folder import (
     LatentFolder,
     LatentIndex,
     LatentSettings,
+    Shard,
     ShardReport,
+    find_index,
     inspect_shard,
     locate,
     newest_settings,
@@ -49,7 +51,7 @@ from sit_atconv.runtime.processes import held_by_main, share, together
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What to encode; the help of `encode.py` says what each option means, and has the defaults."""
+    """The options of `encode.py`; its help explains them and its parser has the defaults."""
 
     images: str
     out: Path
@@ -59,7 +61,7 @@ class EncodeOptions:
     mirror: bool
     batch_size: int
     shard_mib: float
-    precision: str
+    precision: Precision
     slicing: bool
     tiling: bool
     skip_unreadable: bool
@@ -72,7 +74,7 @@ class EncodeOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """What is encoded, by what, into what; and which of several processes this is."""
+    """The task of one encoding process."""
 
     options: EncodeOptions
     images: ImageFolder
@@ -81,55 +83,44 @@ class Job:
     state: PartialState
 
 
-@dataclass(frozen=True)
-class EncodedShard:
-    """What `LatentFolder.write` wants, and what must not be left out but stops the work: a disk that fails, ..."""
-
-    tensors: dict[str, Tensor]
-    names: list[str]
-    skipped: dict[str, str]
-    enlarged: int
-    faults: list[str]
-
-
 class Pictures(Dataset):
-    """Image i as uint8 (3, H, W), whether it was enlarged to that, and why it is no image, and why its file cannot be
-    read; "" where all is well.
+    """Images that are read without raising errors, for a DataLoader.
 
-    An image that cannot be read is zeros, so that its batch keeps its shape and the others' bits stay the same.
+    Item i is the image, uint8 (3, H, W), then True if it was enlarged, then the reason why it is not an image, then the
+    reason why its file cannot be read; "" without such a reason. An image that cannot be read is zeros, so that its
+    batch keeps its shape and the other latents stay bitwise the same.
     """
 
     def __init__(self, images: ImageFolder):
         self.images = images
 
     def __getitem__(self, index: int) -> tuple[Tensor, bool, str, str]:
-        nothing = torch.zeros(3, self.images.image_size, self.images.image_size, dtype=torch.uint8)
+        zeros = torch.zeros(3, self.images.image_size, self.images.image_size, dtype=torch.uint8)
         try:
             pixels, size = self.images.read_with_size(index)
             return pixels, min(size) < self.images.image_size, "", ""
         except OSError as error:
-            return nothing, False, "", str(error)
-        except Exception as error:  # whatever one file does, the others are read and it is named
-            return nothing, False, str(error) or f"cannot be read as an image: {type(error).__name__}", ""
+            return zeros, False, "", str(error)
+        except Exception as error:  # any error of one file is reported with its name, and the others are read
+            return zeros, False, str(error) or f"cannot be read as an image: {type(error).__name__}", ""
 
 
 def encode_images(options: EncodeOptions, patch_sizes: Sequence[int] = ()) -> tuple[LatentIndex, float]:
-    """Encodes what is missing of a folder of latents, on all processes together, and completes it with its index.
+    """Encodes the missing shards of a folder of latents, on all processes together, and writes its index.
 
-    Neither the number of processes nor a kill on the way changes a byte (but for the last bits of a VAE's arithmetic
-    with another number of threads).
+    The bytes depend neither on the number of processes nor on kills (but a VAE's last bits on the number of threads).
 
     Args:
-        options: as asked for.
-        patch_sizes: of the models that are likely to be trained: it is said if none of them fits the latents.
+        options: those of the command.
+        patch_sizes: those of the presets; a warning is printed if none of them divides the latents.
 
     Returns:
-        The index, and the images encoded a second: 0 where all was there.
+        The index, and the number of images encoded per second, 0 if there was nothing to encode.
 
     Raises:
-        ValueError: images, VAE or size that cannot be; a folder that holds something else or is in use; too little
-            room; images that cannot be read, all of them named.
-        OSError: what could not be written, or is damaged.
+        ValueError: unusable images, VAE or image size, or `out` holds something else, is in use, or has too little
+            free disk space.
+        OSError: images that cannot be read (all of them are named), shards that cannot be written or are damaged.
     """
     _check_out(options)
     known = newest_settings(options.out)
@@ -140,24 +131,24 @@ def encode_images(options: EncodeOptions, patch_sizes: Sequence[int] = ()) -> tu
                        slicing=options.slicing, tiling=options.tiling, remedy=WHERE_FROM)
     images, settings = arrange(images, latent_settings(options, images, codec), options.out, extend=options.extend)
     folder = LatentFolder(options.out, settings)
-    may_skip = options.skip_unreadable or options.extend  # which leaves existing shards as they are
+    may_skip = options.skip_unreadable or options.extend  # --extend never changes existing shards
     missing = folder.missing(may_skip)
     index = None if missing else _finished(folder)
-    room = folder.settings.bytes_per_image * sum(len(folder.images(number)) for number in missing)
+    room = settings.bytes_per_image * sum(len(folder.images(number)) for number in missing)
     check_room(folder.path, room)
     if is_main_process():
         print("\n".join(describe_images(images, settings, patch_sizes)), file=sys.stderr)
     if index:
         return index, 0.0
 
-    state = PartialState(cpu=on_cpu(), timeout=timedelta(days=7))  # one may wait long for another's last shard
+    state = PartialState(cpu=on_cpu(), timeout=timedelta(days=7))  # a process may wait long for another's last shard
     if state.device.type == "cpu":
         share_cores(options.cpu_threads)
         keep_freed_memory()
     job = Job(options, images, codec.to(state.device), folder, state)
     with held_by_main(folder.path, state):
         if state.is_main_process:
-            for partial in folder.path.glob(f"{PARTIAL}*"):  # of a process that was killed
+            for partial in folder.path.glob(f"{PARTIAL}*"):  # left by a process that was killed
                 partial.unlink()
             if not _outlasts(folder, missing):
                 (folder.path / INDEX).unlink(missing_ok=True)
@@ -166,7 +157,7 @@ def encode_images(options: EncodeOptions, patch_sizes: Sequence[int] = ()) -> tu
                   f"{folder.num_shards} shards are there, the others take {gigabytes(room)}", file=sys.stderr)
         state.wait_for_everyone()
         missing = folder.missing(may_skip)
-        state.wait_for_everyone()  # all have listed them before one writes: all share out the same
+        state.wait_for_everyone()  # no process writes before all have the same list to share
         rate = _encode_missing(job, missing)
         _complete(job)
         state.wait_for_everyone()
@@ -174,28 +165,24 @@ def encode_images(options: EncodeOptions, patch_sizes: Sequence[int] = ()) -> tu
 
 
 def _finished(folder: LatentFolder) -> LatentIndex | None:
-    """Returns the index if it is that of the shards which are there; a damaged one is made again."""
-    try:
-        index = read_index(folder.path)
-    except ValueError:
+    """Returns the index if it describes the shards in the folder, else None: then it is written again."""
+    index = find_index(folder.path)
+    if not index or index.settings != folder.settings or index.unwanted_classes:
         return None
     sizes = [folder.shard(number).stat().st_size for number in range(folder.num_shards)]
-    fits = index.settings == folder.settings and [entry["bytes"] for entry in index.shards] == sizes
-    return index if fits and not index.unwanted_classes else None
+    return index if [entry["bytes"] for entry in index.shards] == sizes else None
 
 
 def _outlasts(folder: LatentFolder, missing: list[int]) -> bool:
-    """Whether the index is that of shards which are all there: it is valid until that of all parts replaces it."""
-    try:
-        index = read_index(folder.path)
-    except ValueError:
-        return False
+    """True if all shards of the index exist: then it stays valid until the index of all parts replaces it."""
+    index = find_index(folder.path)
     to_make = {folder.shard(number).name for number in missing}
-    return index.settings in folder.settings.parts and not to_make & {entry["file"] for entry in index.shards}
+    return bool(index and index.settings in folder.settings.parts
+                and not to_make & {entry["file"] for entry in index.shards})
 
 
 def latent_settings(options: EncodeOptions, images: ImageFolder, codec: Codec) -> LatentSettings:
-    """ValueError: the codec cannot encode images of this size."""
+    """Returns the settings of a new folder. ValueError: the codec cannot encode images of this size."""
     settings = LatentSettings(
         num_images=len(images),
         files=images.files_sha256(),
@@ -217,11 +204,11 @@ def latent_settings(options: EncodeOptions, images: ImageFolder, codec: Codec) -
 
 
 def _check_out(options: EncodeOptions) -> None:
-    """Raises ValueError where the folder holds something else, or lies among the images."""
+    """Raises ValueError if `out` holds something else, or is inside the folder of images."""
     if options.out.is_file():
         raise ValueError(f"{options.out} is a file: give another --out")
     if options.out.resolve().is_relative_to(Path(options.images).resolve()):
-        raise ValueError(f"{options.out} lies in {options.images} and would count among the images: give another --out")
+        raise ValueError(f"{options.out} is inside {options.images} and would count as images: give another --out")
     ours = re.compile(rf"shard-\d+\.safetensors|{INDEX}|{PREVIEW}|\.lock|{re.escape(PARTIAL)}.*")
     for path in options.out.iterdir() if options.out.exists() else ():
         if not ours.fullmatch(path.name):
@@ -229,36 +216,45 @@ def _check_out(options: EncodeOptions) -> None:
 
 
 def _encode_missing(job: Job, missing: list[int]) -> float:
-    """Encodes this process's part. Returns the images a second of all; raises on all processes what one found."""
+    """Encodes this process's share of the shards.
+
+    Returns:
+        The number of images that all processes together encode per second.
+
+    Raises:
+        OSError: on all processes, with the faults that any of them found.
+    """
+    folder, images = job.folder, job.images
     mine = share(missing, job.state)
-    batches = [batch for number in mine for batch in job.folder.batches(number)]
-    loader = iter(DataLoader(Pictures(job.images), batch_sampler=batches, pin_memory=job.state.device.type == "cuda",
+    batches = (list(batch) for number in mine for batch in folder.batches(number))
+    loader = iter(DataLoader(Pictures(images), batch_sampler=batches, pin_memory=job.state.device.type == "cuda",
                              num_workers=_num_workers(job.options), worker_init_fn=leave_ctrl_c_to_the_parent))
     several = job.state.num_processes > 1
-    progress = tqdm(total=sum(map(len, batches)), unit="image", disable=not job.state.is_main_process,
+    progress = tqdm(total=sum(len(folder.images(number)) for number in mine), unit="image",
+                    disable=not job.state.is_main_process,
                     desc=f"encoding, process 1 of {job.state.num_processes}" if several else "encoding")
     unreadable, clock = [], time.perf_counter()
     with together() as faults, progress:
         for number in mine:
-            shard = _encode_shard(job, number, loader, progress)
-            unreadable += [f"{job.images.folder / name} {why}" for name, why in shard.skipped.items()]
-            faults += shard.faults
+            shard, wrong = _encode_shard(job, number, loader, progress)
+            unreadable += [f"{images.folder / name} {why}" for name, why in shard.skipped.items()]
+            faults += wrong
             if faults:
                 break
             if job.options.skip_unreadable or not shard.skipped:
-                enlarged = shard.enlarged if job.folder.settings.rules > 1 else None  # older folders keep their bytes
-                job.folder.write(number, shard.tensors, shard.names, shard.skipped, enlarged)
-    rate = sum(len(job.folder.images(number)) for number in missing) / (time.perf_counter() - clock)
+                folder.write(number, shard.tensors, shard.names, shard.skipped, shard.enlarged)
+    rate = sum(len(folder.images(number)) for number in missing) / (time.perf_counter() - clock)
     if (unreadable := sorted(gather_object(unreadable))) and not job.options.skip_unreadable:
-        raise OSError("\n".join([f"{len(unreadable)} images cannot be read: mend them and run the same command again, "
+        raise OSError("\n".join([f"{len(unreadable)} images cannot be read: fix them and run the same command again, "
                                  "or give --skip-unreadable to leave them out", *unreadable]))
     return rate
 
 
-def _encode_shard(job: Job, number: int, loader: Iterator, progress: tqdm) -> EncodedShard:
-    """Takes the shard's batches from the loader."""
-    indices, reasons, faults, enlarged = job.folder.images(number), [], [], 0
-    parts = {kind: [] for kind in job.folder.settings.kinds}
+def _encode_shard(job: Job, number: int, loader: Iterator, progress: tqdm) -> tuple[Shard, list[str]]:
+    """Encodes the next batches of the loader as a shard. Also returns faults that must stop the command."""
+    settings, indices = job.folder.settings, job.folder.images(number)
+    reasons, faults, enlarged = list[str](), list[str](), 0
+    parts: dict[str, list[Tensor]] = {kind: [] for kind in settings.kinds}
     for _ in job.folder.batches(number):
         pixels, small, why, wrong = next(loader)
         enlarged += int(small.sum())
@@ -268,18 +264,19 @@ def _encode_shard(job: Job, number: int, loader: Iterator, progress: tqdm) -> En
         read = torch.tensor([not reason for reason in why])
         for kind in parts:
             moments = job.codec.encode(x.flip(-1) if kind == "mirrored" else x)
-            parts[kind].append(moments.to(job.folder.settings.torch_dtype).cpu()[read])
+            parts[kind].append(moments.to(settings.torch_dtype).cpu()[read])
         progress.update(len(why))
     tensors = {kind: torch.cat(moments).contiguous() for kind, moments in parts.items()}
     kept = [i for i, reason in zip(indices, reasons, strict=True) if not reason]
     names = [job.images.name(i) for i in kept]
     skipped = {job.images.name(i): reason for i, reason in zip(indices, reasons, strict=True) if reason}
     finite = torch.stack([moments.isfinite().flatten(1).all(1) for moments in tensors.values()]).all(0).tolist()
-    faults += [f"{job.images.folder / name}: its latents do not fit into {job.options.dtype}: give --dtype float32, or "
-               "--precision fp32 if they do not fit into the VAE's arithmetic"
+    faults += [f"{job.images.folder / name}: its latents are too large for {job.options.dtype}: give --dtype float32, "
+               "or --precision fp32 if they are too large for the VAE's own arithmetic"
                for name, fits in zip(names, finite, strict=True) if not fits]
-    labels = torch.from_numpy(job.images.labels)[kept]
-    return EncodedShard(tensors | {"labels": labels}, names, skipped, enlarged, faults)
+    tensors["labels"] = torch.from_numpy(job.images.labels)[kept]
+    counted = enlarged if settings.rules > 1 else None  # shards of older folders keep their bytes
+    return Shard(tensors, names, skipped, settings.as_dict(), counted), faults
 
 
 def _num_workers(options: EncodeOptions) -> int:
@@ -289,14 +286,11 @@ def _num_workers(options: EncodeOptions) -> int:
 
 
 def _complete(job: Job) -> None:
-    """Reads all shards again, each process some, and writes preview and index. Raises where something is wrong."""
+    """Checks all shards, shared by the processes, and writes preview and index. Raises the faults found."""
     reports = []
     with together() as faults:
         for number in share(range(job.folder.num_shards), job.state):
-            try:
-                report = inspect_shard(job.folder.shard(number), job.folder.settings, len(job.images.class_names))
-            except (ValueError, OSError) as error:
-                report = ShardReport({}, [], {}, None, [str(error)])
+            report = inspect_shard(job.folder.shard(number), job.folder.settings, len(job.images.class_names))
             faults += [f"{fault}: delete that file and run the same command again" for fault in report.faults]
             reports.append(report)
     reports = sorted(gather_object(reports), key=lambda report: report.entry["file"])
@@ -304,7 +298,7 @@ def _complete(job: Job) -> None:
     if not any(counts):
         raise ValueError(f"none of the {len(job.images)} images of {job.images.folder} can be read")
     if (empty := show_empty_classes(class_names, counts)) and not job.options.keep_empty_classes:
-        raise ValueError(f"{empty}: mend or add images and run the same command again, or give --keep-empty-classes")
+        raise ValueError(f"{empty}: fix or add images and run the same command again, or give --keep-empty-classes")
     with together():
         if job.state.is_main_process:
             _draw_preview(job, reports)
@@ -312,8 +306,8 @@ def _complete(job: Job) -> None:
 
 
 def _draw_preview(job: Job, reports: list[ShardReport], columns: int = 5) -> None:
-    """Some images, from all over the set, above what is decoded from their latents and from those of their mirror."""
-    rows = {"image": []} | {f"decoded {kind}": [] for kind in job.folder.settings.kinds}
+    """Saves a picture of some images above their decoded latents, not flipped and flipped."""
+    rows: dict[str, list[Tensor]] = {"image": [], **{f"decoded {kind}": [] for kind in job.folder.settings.kinds}}
     pictures = Pictures(job.images)
     ends = list(itertools.accumulate(report.entry["num_images"] for report in reports))
     for index in np.linspace(0, ends[-1] - 1, min(columns, ends[-1])).astype(int).tolist():
@@ -327,4 +321,4 @@ def _draw_preview(job: Job, reports: list[ShardReport], columns: int = 5) -> Non
             rows[f"decoded {kind}"].append(to_uint8(job.codec.decode(z))[0].expand(3, -1, -1).cpu())
     pixels = torch.stack([image for row in rows.values() for image in row]).permute(0, 2, 3, 1).numpy()
     labels = [label for label, row in enumerate(rows.values()) for _ in row]
-    save_sample_grid(pixels, labels, list(rows), job.folder.path / PREVIEW, "images, and what their latents decode to")
+    save_sample_grid(list(pixels), labels, list(rows), job.folder.path / PREVIEW, "images and their decoded latents")

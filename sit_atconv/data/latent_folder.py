@@ -1,16 +1,16 @@
-"""Images as latents on disk: the folder that `encode.py` writes and training reads.
+"""The folder of cached latents that `encode.py` writes and training reads.
 
-    LATENTS/shard-00000.safetensors     moments (n, 2C, h, w), mirrored (the same, of the mirror images), labels (n,);
-                                        in the metadata the settings, the files' names and what was left out
-    LATENTS/index.json                  settings, class names and counts, every shard's size and checksum
-    LATENTS/preview.png                 images above what decodes from their latents
+    LATENTS/shard-00000.safetensors     moments (n, 2C, h, w), mirrored (the same for the horizontally flipped images),
+                                        labels (n,); in the metadata settings, file names and the images left out
+    LATENTS/index.json                  settings, class names and counts, size and checksum of each shard
+    LATENTS/preview.png                 images, and below them the decoded latents
 
-Image i belongs to shard i // images_per_shard, and there to a batch fixed by i, whoever encodes it and whatever is
-there already. A shard appears whole, and the index last: a folder with an index is complete.
+Image i belongs to shard i // images_per_shard and to a fixed batch there, whichever process encodes it and whatever
+shards exist already. Each shard is written atomically and the index last: a folder with an index is complete.
 
-A folder that was extended consists of parts, one after another, each with shards of its own. The settings of a part
-list the parts before it, so any shard of the last part describes the whole folder. The index of the former parts stays
-until that of all parts replaces it.
+An extended folder consists of parts that follow each other, each with its own shards. The settings of a part list the
+parts before it, so any shard of the last part describes the whole folder. While the folder is being extended, the
+index still describes the former parts; at the end the index of all parts replaces it.
 """
 
 import bisect
@@ -27,11 +27,13 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sit_atconv import __version__
 from sit_atconv.runtime.files import sha256_of, write_aside
 from sit_atconv.runtime.names import name_classes
 from sit_atconv.runtime.settings import differences
@@ -40,49 +42,33 @@ FORMATS = (1, 2)  # 2: with fields that readers before 2026-11-25 do not know
 INDEX = "index.json"
 PREVIEW = "preview.png"
 SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
-LATER_SETTINGS = {"rules": 1, "extends": []}  # values of fields that a shard or an index does not have
+LATER_SETTINGS = {"rules": 1, "extends": []}  # values of fields that older shards and indexes lack
 LATER_FIELDS = {"enlarged": None, "keep_empty_classes": False}
+ENCODE_AGAIN = "run the same sit_atconv/encode.py command again"
 
 
 @dataclass(frozen=True)
 class LatentSettings:
-    """All that the bytes of the shards depend on; of an extended folder, those of one part.
+    """All settings that the bytes of the shards depend on; for an extended folder, those of one part."""
 
-    Args:
-        num_images: images that the part was made of.
-        files: sha256 of their names and labels and of all class names.
-        image_size: side of the images in pixels.
-        crop: how they came to that size.
-        codec: what `Codec.identity()` said.
-        precision: of the codec's arithmetic.
-        slicing, tiling: whether it took images one by one, and in tiles.
-        mirrored: whether mirror images are there too.
-        dtype: in which the moments are stored, by its name in torch.
-        moments_shape: what `Codec.stored_shape()` said.
-        batch_size: images encoded together.
-        images_per_shard: a multiple of that.
-        rules: by which files become images and labels, as `ImageFolder` has them.
-        extends: num_images, files and new class_names of each part before this one.
-    """
-
-    num_images: int
-    files: str
-    image_size: int
-    crop: str
-    codec: dict
-    precision: str
-    slicing: bool
-    tiling: bool
-    mirrored: bool
-    dtype: str
-    moments_shape: list[int]
-    batch_size: int
-    images_per_shard: int
-    rules: int = 1
-    extends: list[dict] = dataclasses.field(default_factory=list)
+    num_images: int  # of the part
+    files: str  # sha256 of the part's file names and labels and of all class names
+    image_size: int  # side in pixels
+    crop: str  # rule by which images get that size
+    codec: dict  # Codec.identity()
+    precision: str  # of the codec's arithmetic
+    slicing: bool  # True if the codec encodes one image after another
+    tiling: bool  # True if the codec encodes large images in tiles
+    mirrored: bool  # True if the shards also hold the horizontally flipped images
+    dtype: str  # of the stored moments, by its name in torch
+    moments_shape: list[int]  # Codec.stored_shape()
+    batch_size: int  # images encoded together
+    images_per_shard: int  # a multiple of batch_size
+    rules: int = 1  # number of the `Rules` by which files became images and labels
+    extends: list[dict] = dataclasses.field(default_factory=list)  # num_images, files, class_names of earlier parts
 
     def as_dict(self) -> dict:
-        """Returns the settings as shards and index hold them: without options that older folders do not have."""
+        """Returns the settings as they are stored: without later fields that have their old value."""
         return _without(LATER_SETTINGS, dataclasses.asdict(self))
 
     @property
@@ -107,7 +93,7 @@ class LatentSettings:
 
     @property
     def kinds(self) -> list[str]:
-        """The tensors of moments in a shard."""
+        """The names of the tensors of moments in a shard."""
         return ["moments", "mirrored"] if self.mirrored else ["moments"]
 
     @property
@@ -121,11 +107,11 @@ class LatentSettings:
 
     @property
     def bytes_per_image(self) -> int:
-        """In a shard, name and label included."""
+        """Bytes that an image takes in a shard, name and label included."""
         return math.prod(self.moments_shape) * self.torch_dtype.itemsize * len(self.kinds) + 128
 
     def differences(self, then: dict) -> list[str]:
-        """Returns what differs from the settings of a shard, as `runtime.settings.differences` puts it."""
+        """Returns the differences from the settings of a shard, as `runtime.settings.differences` words them."""
         return differences(LATER_SETTINGS | then, dataclasses.asdict(self))
 
 
@@ -135,36 +121,20 @@ def _without(defaults: dict, content: dict) -> dict:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard, mapped into memory: a tensor is read from disk where it is touched.
+    """A shard mapped into memory: a tensor is read from disk only where it is used."""
 
-    Args:
-        tensors: moments, labels and perhaps mirrored.
-        names: of the image files, relative to their folder.
-        skipped: images left out, name -> why.
-        settings: what the shard was made with.
-        enlarged: number of images whose shorter side is below `image_size`; None where it was not counted.
-    """
-
-    tensors: dict[str, Tensor]
-    names: list[str]
-    skipped: dict[str, str]
-    settings: dict
-    enlarged: int | None = None
+    tensors: dict[str, Tensor]  # moments, labels and, if flipped images were encoded, mirrored
+    names: list[str]  # image files, relative to the folder of images
+    skipped: dict[str, str]  # images left out: name -> reason
+    settings: dict  # LatentSettings.as_dict()
+    enlarged: int | None = None  # number of images whose shorter side is below image_size; None: not counted
 
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What is in a shard, having read all of it.
+    """The result of reading a whole shard."""
 
-    Args:
-        entry: file, num_images, bytes, sha256, as the index has it.
-        class_counts: images of each class.
-        skipped: images left out, name -> why.
-        enlarged: as `Shard` has it.
-        faults: what is wrong with it.
-    """
-
-    entry: dict
+    entry: dict  # file, num_images, bytes, sha256, as the index stores them
     class_counts: list[int]
     skipped: dict[str, str]
     enlarged: int | None
@@ -173,35 +143,22 @@ class ShardReport:
 
 @dataclass(frozen=True)
 class LatentIndex:
-    """The index of a complete folder.
+    """The index of a complete folder."""
 
-    Args:
-        num_images: images that are in the shards.
-        vae: hub id or folder of the VAE.
-        settings: those of the last part, which list the others.
-        class_names: names of labels 0, 1, ...
-        class_counts: images of each.
-        skipped: images left out, name -> why.
-        shards: file, num_images, bytes, sha256 of each.
-        versions: of the libraries that completed it.
-        enlarged: number of images that were smaller than `image_size`; None where some shard does not say it.
-        keep_empty_classes: whether it has classes without images, by the user's wish.
-    """
-
-    num_images: int
-    vae: str
-    settings: LatentSettings
-    class_names: list[str]
+    num_images: int  # in the shards, without those left out
+    vae: str  # hub id or folder
+    settings: LatentSettings  # of the last part; they list the other parts
+    class_names: list[str]  # of labels 0, 1, ...
     class_counts: list[int]
-    skipped: dict[str, str]
-    shards: list[dict]
-    versions: dict[str, str]
-    enlarged: int | None = None
-    keep_empty_classes: bool = False
+    skipped: dict[str, str]  # images left out: name -> reason
+    shards: list[dict]  # file, num_images, bytes, sha256 of each
+    versions: dict[str, str]  # of sit_atconv and the libraries that completed the folder
+    enlarged: int | None = None  # as in `Shard`; None if any shard does not say it
+    keep_empty_classes: bool = False  # True if the user asked to keep classes without images, and there are some
 
     @property
     def unwanted_classes(self) -> str:
-        """Classes without images that nobody asked to keep, as a user would say it; "" if there are none."""
+        """Classes without images that the user did not ask to keep, in words; "" if there are none."""
         return "" if self.keep_empty_classes else show_empty_classes(self.class_names, self.class_counts)
 
     @property
@@ -209,26 +166,21 @@ class LatentIndex:
         return sum(entry["bytes"] for entry in self.shards)
 
     def identity(self) -> str:
-        """The same for the same data, wherever they and the VAE lie."""
+        """Returns a checksum of the data, which does not depend on where they and the VAE are."""
         return _sha256({"settings": self.settings.as_dict(), "class_names": self.class_names,
                         "shards": self.shards})
 
 
 @dataclass(frozen=True)
 class LatentFolder:
-    """A folder that is being filled, and which images belong where in it.
-
-    Args:
-        path: of the folder.
-        settings: those of its last part.
-    """
+    """A folder that is being filled, and the place of each image in it."""
 
     path: Path
-    settings: LatentSettings
+    settings: LatentSettings  # of the last part
 
     @functools.cached_property
     def places(self) -> list[tuple[LatentSettings, range]]:
-        """The settings and the images of each shard. (Images count on from part to part; a part begins a shard.)"""
+        """Returns the settings and image numbers of each shard; numbers continue across parts."""
         places, start = [], 0
         for part in self.settings.parts:
             end = start + part.num_images
@@ -245,25 +197,25 @@ class LatentFolder:
         return self.path / f"shard-{number:05d}.safetensors"
 
     def images(self, number: int) -> range:
-        """The images that belong to a shard."""
+        """Returns the numbers of the images in a shard."""
         return self.places[number][1]
 
     def batches(self, number: int) -> list[range]:
-        """The images of a shard, as they are encoded together."""
+        """Returns the numbers of a shard's images, batch by batch as they are encoded."""
         images, size = self.images(number), self.settings.batch_size
         return [images[start : start + size] for start in range(0, len(images), size)]
 
     def missing(self, may_skip: bool = False) -> list[int]:
-        """The shards to be made: not there, not whole, or, unless they may, leaving images out.
+        """Returns the shards to encode: missing, damaged, or leaving images out unless `may_skip`.
 
         Raises:
-            ValueError: a shard was made with other settings, or there is one too many.
+            ValueError: a shard was encoded with other settings, or does not belong to the folder.
         """
         missing = [number for number in range(self.num_shards) if not self._has(number, may_skip)]
         known = {self.shard(number).name for number in range(self.num_shards)}
         for path in sorted(self.path.glob("shard-*")):
             if path.name not in known:
-                raise ValueError(f"{path} is none of the {self.num_shards} shards that this will have: delete it, or "
+                raise ValueError(f"{path} is not one of the {self.num_shards} shards of this folder: delete it, or "
                                  "give another --out")
         return missing
 
@@ -272,43 +224,34 @@ class LatentFolder:
         try:
             shard = open_shard(path)
             if changes := self.places[number][0].differences(shard.settings):
-                open_shard(path, check=True)  # or it is damaged, and missing
+                open_shard(path, check=True)  # if the header is damaged, the shard is missing and not different
         except (ValueError, OSError):
             return False
         if changes:
-            raise ValueError(f"{path} was encoded with other settings ({'; '.join(changes)}): resume with those, or "
-                             "give another --out")
+            raise ValueError(f"{path} was encoded with other settings ({'; '.join(changes)}): use the former settings, "
+                             "or give another --out")
         return may_skip or not shard.skipped
 
     def write(
         self, number: int, tensors: dict[str, Tensor], names: list[str], skipped: dict[str, str],
         enlarged: int | None = None,
     ) -> None:
-        """Writes a shard; the arguments are those of `Shard`. OSError: the disk is full, ...; nothing is left then."""
+        """Writes a shard atomically, from the fields of `Shard`. OSError: the disk is full, ..."""
         from safetensors.torch import save
 
-        content = {"settings": self.places[number][0].as_dict(), "names": names, "skipped": skipped}
-        content |= {} if enlarged is None else {"enlarged": enlarged}
-        # One entry, since safetensors writes several in an order that changes from run to run.
+        content: dict = {"settings": self.places[number][0].as_dict(), "names": names, "skipped": skipped}
+        if enlarged is not None:
+            content["enlarged"] = enlarged
+        # A single entry, because safetensors writes several entries in an order that changes from run to run.
         metadata = {"latents": json.dumps({"content": content, "crc32": _crc32(tensors, content)})}
         write_aside(self.shard(number), save(tensors, metadata), durable=True)
 
     def write_index(
         self, vae: str, class_names: list[str], reports: list[ShardReport], keep_empty_classes: bool = False
     ) -> None:
-        """Completes the folder.
-
-        Args:
-            vae: where the VAE is.
-            class_names: of labels 0, 1, ...
-            reports: those of all shards in order.
-            keep_empty_classes: whether classes without images were asked for.
-        """
-        from importlib.metadata import version
-
+        """Completes the folder. `reports` are those of all shards in order; the rest is as in the index."""
         class_counts = sum_counts(reports)
-        enlarged = [report.enlarged for report in reports]
-
+        enlarged = [report.enlarged for report in reports if report.enlarged is not None]
         index = LatentIndex(
             num_images=sum(report.entry["num_images"] for report in reports),
             vae=vae,
@@ -317,44 +260,41 @@ class LatentFolder:
             class_counts=class_counts,
             skipped={name: why for report in reports for name, why in report.skipped.items()},
             shards=[report.entry for report in reports],
-            versions={name: version(name) for name in ("torch", "diffusers", "pillow", "safetensors")},
-            enlarged=None if None in enlarged else sum(enlarged),
+            versions={"sit_atconv": __version__}
+            | {name: version(name) for name in ("torch", "diffusers", "pillow", "safetensors")},
+            enlarged=sum(enlarged) if len(enlarged) == len(reports) else None,
             keep_empty_classes=keep_empty_classes and 0 in class_counts,
         )
         write_index(self.path, index)
 
 
 def sum_counts(reports: list[ShardReport]) -> list[int]:
-    """Returns the images of each class in all shards together."""
+    """Returns the number of images of each class in all shards together."""
     return [sum(counts) for counts in zip(*(report.class_counts for report in reports), strict=True)]
 
 
 def show_empty_classes(class_names: Sequence[str], class_counts: Sequence[int]) -> str:
-    """Returns how many classes have no images, and which; "" if there are none."""
+    """Returns the number and names of the classes without images, in words; "" if there are none."""
     empty = [label for label, count in enumerate(class_counts) if not count]
     return name_classes(class_names, empty, " without images", most=20) if empty else ""
 
 
 def newest_settings(folder: Path) -> LatentSettings | None:
-    """Returns the settings of the last part of a folder, complete or not, or None if it has no whole shard."""
+    """Returns the settings of the last part of a folder, or None if it has no intact shard."""
     for path in sorted(folder.glob("shard-*"), reverse=True):
         try:
             return LatentSettings(**open_shard(path, check=True).settings)
         except (ValueError, OSError, TypeError):
-            continue  # the shard before it knows the same, or the part before
+            continue  # an earlier shard has the same settings, or those of the part before
     return None
 
 
 def open_shard(path: Path, check: bool = False) -> Shard:
-    """Maps a shard into memory.
-
-    Args:
-        path: of the shard.
-        check: read all of it, and compare with the checksums written with it.
+    """Maps a shard into memory; `check` reads all of it and compares its checksums.
 
     Raises:
-        OSError: there is none.
-        ValueError: it is not whole, or not as it was written.
+        OSError: there is no such file.
+        ValueError: it is incomplete or damaged.
     """
     size = os.stat(path).st_size
     try:
@@ -364,7 +304,7 @@ def open_shard(path: Path, check: bool = False) -> Shard:
         metadata = json.loads(header.pop("__metadata__")["latents"])
         end = start + max(entry["data_offsets"][1] for entry in header.values())
         if end != size:
-            raise ValueError(f"it has {size} bytes, and {end} by its header")
+            raise ValueError(f"it has {size} bytes, and its header says {end}")
         stored = _map(path, size)
         tensors = {
             name: stored[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
@@ -372,47 +312,52 @@ def open_shard(path: Path, check: bool = False) -> Shard:
             for name, entry in header.items()
         }
         if not {"moments", "labels"} <= tensors.keys():
-            raise ValueError(f"it holds {', '.join(tensors)} only")
+            raise ValueError(f"it only holds {', '.join(tensors)}, without moments or labels")
         if check and metadata["crc32"] != _crc32(tensors, metadata["content"]):
-            raise ValueError("its content is not as it was written")
+            raise ValueError("its content does not match its checksum")
         shard = Shard(tensors, **metadata["content"])
-        dict(shard.settings["codec"])  # they are settings at all
+        dict(shard.settings["codec"])  # fails if these are not settings
         return shard
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # whatever a flipped byte leads to
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # all that a flipped bit can cause
         reason = str(error).splitlines()[0] if type(error) is ValueError else "its header cannot be read"
         raise ValueError(f"{path} is damaged: {reason}") from error
 
 
 def _map(path: Path, size: int) -> Tensor:
-    """A file as uint8 (size,). Unlike Python's own mappings, a tensor's keeps no descriptor of the file open."""
+    """Maps a file as uint8 (size,). Unlike Python's mmap, this keeps no file descriptor open."""
     content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-    if sys.platform == "linux":  # read no neighbours: 1.6 times the samples/s from a disk
+    if sys.platform == "linux":  # without reading ahead, 1.6 times as many samples/s come from a disk
         place, length = ctypes.c_void_p(content.data_ptr()), ctypes.c_size_t(size)
         ctypes.CDLL(None).madvise(place, length, mmap.MADV_RANDOM)
     return content
 
 
 def _crc32(tensors: dict[str, Tensor], content: dict) -> dict[str, int]:
-    sums = {name: zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy()) for name, tensor in sorted(tensors.items())}
+    sums = {name: zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            for name, tensor in sorted(tensors.items())}
     return sums | {"content": zlib.crc32(json.dumps(content).encode())}
 
 
 def locate(ends: list[int], index: int) -> tuple[int, int]:
-    """Which shard, and which of its images: `ends` are the running totals of images in them."""
+    """Returns the shard of an image and its place there; `ends` are running totals of images."""
     number = bisect.bisect_right(ends, index)
     return number, index - (ends[number - 1] if number else 0)
 
 
 def inspect_shard(path: Path, settings: LatentSettings, num_classes: int) -> ShardReport:
-    """Reads all of a shard. OSError, ValueError: as `open_shard`."""
-    entry = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    shard, faults = open_shard(path, check=True), []
+    """Reads a whole shard and reports its faults; a shard that cannot be read is one of them."""
+    try:
+        entry = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        shard, faults = open_shard(path, check=True), list[str]()
+    except (ValueError, OSError) as error:
+        fault = f"{path} is missing" if isinstance(error, FileNotFoundError) else str(error)
+        return ShardReport({"file": path.name}, [0] * num_classes, {}, None, [fault])
     labels, n = shard.tensors["labels"], len(shard.names)
     for kind in settings.kinds:
         values = shard.tensors.get(kind, torch.empty(0))
-        expected = (n, *settings.moments_shape), settings.torch_dtype
-        if (values.shape, values.dtype) != expected:
-            faults.append(f"{path} holds {kind} {tuple(values.shape)} {values.dtype}, and not {expected}")
+        found, expected = (tuple(values.shape), values.dtype), ((n, *settings.moments_shape), settings.torch_dtype)
+        if found != expected:
+            faults.append(f"{path} holds {kind} {found[0]} {found[1]}, and must hold {expected[0]} {expected[1]}")
             continue
         for start in range(0, n, 64):
             finite = values[start : start + 64].isfinite().flatten(1).all(1)
@@ -420,27 +365,38 @@ def inspect_shard(path: Path, settings: LatentSettings, num_classes: int) -> Sha
                        for i in (~finite).nonzero()[:, 0].tolist()]
     known = labels[(labels >= 0) & (labels < num_classes)]
     if len(known) != n:
-        faults.append(f"{path} holds labels that are not 0 ... {num_classes - 1}, one for each image")
+        faults.append(f"{path} must hold one label from 0 to {num_classes - 1} for each image")
     counts = known.bincount(minlength=num_classes).tolist()
     return ShardReport(entry | {"num_images": n}, counts, shard.skipped, shard.enlarged, faults)
 
 
 def read_index(folder: str | Path) -> LatentIndex:
-    """What `write_index` wrote. ValueError: there is none, or it is damaged."""
+    """Reads the index. ValueError: it is missing or damaged, or a later version wrote it."""
     path = Path(folder) / INDEX
-    again = "run the same sit_atconv/encode.py again"
     try:
         content = json.loads(path.read_bytes())
-        if content.pop("format") not in FORMATS:
-            raise ValueError(f"{path} is of another version: encode the images again")
+        if (number := content.pop("format")) not in FORMATS:
+            wrote = dict(content.get("versions") or {}).get("sit_atconv")
+            raise ValueError(f"{path} has format {number}, and sit_atconv {__version__} reads formats "
+                             f"{' and '.join(map(str, FORMATS))}: it was written by "
+                             f"{f'sit_atconv {wrote}' if wrote else 'a later version'}; install that version or a "
+                             "later one, or encode the images again into another folder")
         if content.pop("sha256") != _sha256(content):
-            raise ValueError(f"{path} is not as it was written: {again}")
+            raise ValueError(f"{path} does not match its checksum: {ENCODE_AGAIN}")
         return LatentIndex(**content | {"settings": LatentSettings(**content["settings"])})
     except OSError as error:
-        raise ValueError(f"{folder} holds no {INDEX}: encode images into it with sit_atconv/encode.py, or let that "
-                         "finish") from error
+        raise ValueError(f"{folder} holds no {INDEX}: encode images into it with sit_atconv/encode.py, or resume that "
+                         "command if it was stopped") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {again}") from error
+        raise ValueError(f"{path} is damaged: {ENCODE_AGAIN}") from error
+
+
+def find_index(folder: Path) -> LatentIndex | None:
+    """Returns the index, or None if `read_index` raises an error."""
+    try:
+        return read_index(folder)
+    except ValueError:
+        return None
 
 
 def write_index(folder: Path, index: LatentIndex) -> None:
@@ -455,41 +411,31 @@ def _sha256(content: dict) -> str:
 
 
 def verify(folder: Path, after_shard: Callable[[int], object] = lambda size: None) -> list[str]:
-    """All that is wrong with a complete folder: checksums, counts, values that are not finite, files too many.
+    """Returns all faults of a complete folder: checksums, counts, non-finite values, unknown shards.
 
     Args:
         folder: LATENTS.
-        after_shard: is told the bytes of each shard read.
+        after_shard: called with the number of bytes of each shard that was read.
 
     Raises:
         ValueError: the index itself cannot be read.
     """
-    index, faults = read_index(folder), []
-    counts = torch.zeros(len(index.class_names), dtype=torch.int64)
-
-    def compare(entry: dict) -> tuple[list[int], list[str]]:
-        path = Path(folder, entry["file"])
-        try:
-            report = inspect_shard(path, index.settings, len(counts))
-        except FileNotFoundError:
-            return [0] * len(counts), [f"{path} is missing"]
-        except (ValueError, OSError) as error:
-            return [0] * len(counts), [str(error)]
-        return report.class_counts, report.faults + [
-            f"{path} has {key} {report.entry[key]}, and {entry[key]} by the index"
-            for key in entry if report.entry[key] != entry[key]
-        ]
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # checksums are most of the work, and leave Python meanwhile
-        for entry, (of_shard, wrong) in zip(index.shards, pool.map(compare, index.shards), strict=True):
-            counts += torch.tensor(of_shard)
-            faults += wrong
+    index = read_index(folder)
+    faults, reports = list[str](), list[ShardReport]()
+    paths = [Path(folder, entry["file"]) for entry in index.shards]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads help: checksums take most time and release the GIL
+        found = pool.map(lambda path: inspect_shard(path, index.settings, len(index.class_names)), paths)
+        for path, entry, report in zip(paths, index.shards, found, strict=True):
+            faults += report.faults
+            faults += [f"{path} has {key} {value}, and the index says {entry[key]}"
+                       for key, value in report.entry.items() if value != entry[key]]
+            reports.append(report)
             after_shard(entry["bytes"])
     if not faults:
-        faults += [f"class {name} has {count} images, and {recorded} by the index" for name, count, recorded
-                   in zip(index.class_names, counts.tolist(), index.class_counts, strict=True) if count != recorded]
+        faults += [f"class {name} has {count} images, and the index says {recorded}" for name, count, recorded
+                   in zip(index.class_names, sum_counts(reports), index.class_counts, strict=True) if count != recorded]
     if empty := index.unwanted_classes:
-        faults.append(f"{folder} has {empty}: encode with --keep-empty-classes if they shall stay")
+        faults.append(f"{folder} has {empty}: encode with --keep-empty-classes to keep them")
     known = {entry["file"] for entry in index.shards} | unfinished_shards(folder, index)
     faults += [f"{path} is not in the index" for path in sorted(Path(folder).glob("shard-*")) if path.name not in known]
     return faults

@@ -1,4 +1,4 @@
-"""Says what an encoding sees in the images and what reading them has shown."""
+"""Lines that `encode.py` prints about images and latents."""
 
 import shlex
 from collections.abc import Sequence
@@ -6,24 +6,24 @@ from collections.abc import Sequence
 from sit_atconv.data.images import RULES, ImageFolder, left_out_line
 from sit_atconv.data.latent_folder import LatentIndex, LatentSettings
 
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # no names of classes
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # unlikely as names of classes
 
 
 def describe_images(images: ImageFolder, settings: LatentSettings, patch_sizes: Sequence[int] = ()) -> list[str]:
-    """Returns line by line what is known of the images before they are read.
+    """Returns lines about the images that can be printed before they are read.
 
     Args:
         images: all images, in the order of the latents.
         settings: of the last part of the latents.
-        patch_sizes: of the models that are likely to be trained.
+        patch_sizes: those of the presets; a warning is given if none of them divides the latents.
     """
     names = images.class_names
     lines = [f"{images.folder}: {len(images)} images, {describe_classes(names, images.class_counts)}"]
     if images.left_out:
         lines.append(left_out_line(images.left_out))
     if settings.rules < RULES:
-        lines.append(f"rules of its first shards (version {settings.rules} of {RULES}): class folders in text order, "
-                     "fewer suffixes")
+        lines.append(f"the rules of the first shards stay (version {settings.rules} of {RULES}): class folders in text "
+                     "order, fewer suffixes")
     if settings.extends:
         former, known = (sum(part) for part in zip(*((part["num_images"], len(part["class_names"]))
                                                      for part in settings.extends), strict=True))
@@ -31,17 +31,17 @@ def describe_images(images: ImageFolder, settings: LatentSettings, patch_sizes: 
         lines.append(f"extension: images {former} to {len(images) - 1}; new labels: {', '.join(added) or 'none'}")
     if len(names) > 1 and {name.lower() for name in names} <= SPLITS:
         train = next((name for name in names if name.lower().startswith("train")), names[0])
-        lines.append(f"warning: the classes {' and '.join(map(repr, names))} have the names of a data set's splits: "
-                     f"if that is what they are, give --images {shlex.quote(str(images.folder / train))}")
+        lines.append(f"warning: the classes {' and '.join(map(repr, names))} are named like the splits of a data set: "
+                     f"if they are splits, give --images {shlex.quote(str(images.folder / train))}")
     side = settings.latent_size
     if patch_sizes and all(side % patch for patch in patch_sizes):
-        lines.append(f"warning: latents of {side}x{side}, and no preset's patch ({', '.join(map(str, patch_sizes))}) "
-                     "divides that: give another --image-size, or train with another --model.patch_size")
+        lines.append(f"warning: no preset's patch size ({', '.join(map(str, patch_sizes))}) divides the latents' size "
+                     f"{side}x{side}: give another --image-size, or train with another --model.patch_size")
     return lines
 
 
 def describe_classes(names: Sequence[str], counts: Sequence[int], most: int = 10) -> str:
-    """Returns the images of each class, or those of the smallest and the largest class if there are many."""
+    """Returns the number of images of each class, or of the smallest and largest class if there are many."""
     if len(names) <= most:
         each = ", ".join(f"{name!r} {count}" for name, count in zip(names, counts, strict=True))
         return f"{len(names)} {'class' if len(names) == 1 else 'classes'}: {each}"
@@ -51,7 +51,7 @@ def describe_classes(names: Sequence[str], counts: Sequence[int], most: int = 10
 
 
 def describe_latents(index: LatentIndex) -> list[str]:
-    """Returns line by line what reading the images has shown."""
+    """Returns lines about the images that are known once they were read."""
     lines = [describe_classes(index.class_names, index.class_counts)]
     if index.enlarged:
         lines.append(f"{index.enlarged} of {index.num_images} images are smaller than {index.settings.image_size} px "

@@ -11,7 +11,10 @@ from torch import Tensor
 from sit_atconv.models.constants import kept
 from sit_atconv.ops import dynamic_depthwise_conv2d
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu_tanh": functools.partial(nn.GELU, approximate="tanh"), "silu": nn.SiLU}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
+    "silu": nn.SiLU,
+}
 
 
 class ATConv(nn.Module):

@@ -1,7 +1,7 @@
 """Operator of ATConv: a depthwise convolution with a different kernel for each sample.
 
-`reference.py` is the definition; the other files are faster implementations of it, gradients included. Needs only torch;
-Triton is imported at the first call with a CUDA or ROCm tensor.
+`reference.py` is the definition; the other files are faster implementations of it, gradients included. Needs only
+torch; Triton is imported at the first call with a CUDA or ROCm tensor.
 """
 
 import os

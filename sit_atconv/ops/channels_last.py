@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # On a CPU, samples of at least this size are convolved one by one without a copy of x, smaller ones in one call:
-# many small calls would be slower (docs/speed.md, "What makes it fast", times both). A compiled graph has one call, which
-# compiles faster and serves any batch size.
+# many small calls would be slower (docs/speed.md, "What makes it fast", times both). A compiled graph has one call,
+# which compiles faster and serves any batch size.
 LARGE_SAMPLE = 2**20  # bytes
 
 

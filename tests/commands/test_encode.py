@@ -136,7 +136,7 @@ def test_what_changed_on_the_disk_is_not_indexed_anew(launch, latents, argv, tmp
     content_[-1000] ^= 4
     flipped.write_bytes(content_)
     codes, output = launch(ENCODE, argv)
-    assert codes == [1] and f"{flipped} is damaged: its content is not as it was written: delete that file" in output
+    assert codes == [1] and f"{flipped} is damaged: its content does not match its checksum: delete that file" in output
     flipped.unlink()
     codes, output = launch(ENCODE, argv)
     assert codes == [0] and same(out, latents), output
@@ -155,7 +155,7 @@ def test_verify(launch, latents, fails, tmp_path, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 1 and f"error: {out} is damaged; delete the shards named" in error
     assert "shard-00002.safetensors is missing" in error
-    assert "shard-00004.safetensors is damaged: its content is not as it was written" in error
+    assert "shard-00004.safetensors is damaged: its content does not match its checksum" in error
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_unreadable_images_are_all_named_and_mended_in_place(launch, mixed, vae,
     argv = encode_argv(mixed, vae, tmp_path / "out")
     spoil(mixed)
     codes, output = launch(ENCODE, argv)
-    assert codes == [1] and "error: 2 images cannot be read: mend them" in output and "--skip-unreadable" in output
+    assert codes == [1] and "error: 2 images cannot be read: fix them" in output and "--skip-unreadable" in output
     assert all(f"{mixed / name} cannot be read as an image: cannot identify" in output for name in UNREADABLE)
     assert "Traceback" not in output and not (tmp_path / "out" / "index.json").exists()
     for name in UNREADABLE:
@@ -217,7 +217,7 @@ def test_unreadable_images_are_left_out_if_asked_and_recorded(launch, mixed, vae
     codes, output = launch(ENCODE, [*encode_argv(mixed, vae, out), "--skip-unreadable"])
     assert codes == [0] and "2 left out" in output and "images/s" not in output
     codes, output = launch(ENCODE, encode_argv(mixed, vae, out))  # not asked to leave them out any more
-    assert codes == [1] and "2 images cannot be read: mend them" in output
+    assert codes == [1] and "2 images cannot be read: fix them" in output
     for name in UNREADABLE:
         Image.new("RGB", (40, 40)).save(mixed / name)
     codes, output = launch(ENCODE, encode_argv(mixed, vae, out))
@@ -229,7 +229,7 @@ def test_without_mirror_images(launch, mixed, vae, tmp_path):
     assert codes == [0], output
     cached = CachedLatents(tmp_path / "out")
     assert cached[3, False][0].shape == (8, 16, 16) and "mirrored" not in cached.shards[0]
-    with pytest.raises(ValueError, match=r"has no mirror images: set data\.mirror to false"):
+    with pytest.raises(ValueError, match=r"has no horizontally flipped images: set data\.mirror to false"):
         CachedLatents(tmp_path / "out", mirror=True)
 
 
@@ -243,7 +243,7 @@ def test_values_that_the_dtype_cannot_hold(launch, mixed, make_vae, tmp_path):
     argv = encode_argv(mixed, vae, tmp_path / "out")
     argv[argv.index("float32")] = "float16"
     codes, output = launch(ENCODE, argv)
-    assert codes == [1] and "class 0/cmyk.jpg: its latents do not fit into float16: give --dtype float32" in output
+    assert codes == [1] and "class 0/cmyk.jpg: its latents are too large for float16: give --dtype float32" in output
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -272,7 +272,7 @@ def test_errors(fails, digit_folder, vae, make_vae, argv, latents, tmp_path, mon
     assert "no VAE could be loaded from '/nowhere/vae'" in error("--vae", "/nowhere/vae")
     assert "image size 33 is not divisible by the codec's downsampling 2" in error("--image-size", 33)
     assert "--dtype" in error("--dtype", "int8") and "'0' is not above 0" in error("--shard-mib", 0)
-    assert f"lies in {digit_folder} and would count among the images" in error("--out", digit_folder / "latents")
+    assert f"is inside {digit_folder} and would count as images" in error("--out", digit_folder / "latents")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     assert "holds something else (thesis.tex)" in error("--out", tmp_path / "other")

@@ -26,7 +26,7 @@ def test_a_class_of_unreadable_images_is_refused_unless_it_is_kept(encode, argv,
     for path in (images / "c").iterdir():
         path.write_bytes(b"no picture")
     error = error_of([*argv, "--skip-unreadable"], capsys)
-    assert "1 class without images: 1 ('c'): mend or add images" in error and "or give --keep-empty-classes" in error
+    assert "1 class without images: 1 ('c'): fix or add images" in error and "or give --keep-empty-classes" in error
     assert not (out / "index.json").exists()
     assert "'b' 4, 'c' 0" in encode(*argv, "--skip-unreadable", "--keep-empty-classes")
     assert read_index(out).keep_empty_classes and CachedLatents(out).class_counts == [4, 0]
@@ -111,7 +111,7 @@ def test_latents_keep_the_rules_that_they_were_begun_with(encode, argv, images, 
     folder.shard(0).unlink()
     for rest in ([], ["--extend"]):
         printed = encode(*argv, *rest)
-        assert "rules of its first shards (version 1 of 2): class folders in text order" in printed
+        assert "the rules of the first shards stay (version 1 of 2): class folders in text order" in printed
         assert opened[-1]["rules"] == 1 and read_index(out).class_names == ["10", "2"]
         shards = [open_shard(path) for path in out.glob("shard*")]
         assert {(shard.settings.get("rules"), shard.enlarged) for shard in shards} == {(None, None)}  # the old bytes

@@ -81,7 +81,7 @@ def test_a_lost_shard_of_any_part_is_made_again(encode, fails, argv, images, for
     for lost in (1, 3):
         (out / f"shard-0000{lost}.safetensors").unlink()
     error = fails(load_command("sit_atconv/encode.py").main, argv)
-    assert "lacks shards of several parts, and which images were in which cannot be told: restore" in error
+    assert "lacks shards of several parts, and it is unknown which images belong to which part: restore" in error
 
 
 def test_refusals_name_the_images(encode, fails, argv, images, tmp_path, capsys):
@@ -90,7 +90,7 @@ def test_refusals_name_the_images(encode, fails, argv, images, tmp_path, capsys)
     encode(*argv)
     grow(images)
     error = fails(main, argv)
-    assert "holds 3 images that" in error and "(a/0.png, a/1.png, b/00.png): --extend adds them" in error
+    assert "holds 3 images that" in error and "(a/0.png, a/1.png, b/00.png): add them with --extend" in error
     assert "other settings (image_size 32 -> 16; " in fails(main, [*argv, "--extend", "--image-size", 16])
     (images / "b" / "0.png").unlink()
     (images / "c" / "1.png").rename(images / "b" / "1.png")
@@ -134,7 +134,7 @@ def test_latents_that_are_not_complete_are_not_extended(encode, fails, argv, ima
     grow(images)
     for options in ([], ["--extend"]):
         error = fails(load_command(ENCODE).main, [*argv, *options])
-        assert "is not complete, and" in error and "does not hold the images it was begun with: complete it" in error
+        assert "is incomplete, and" in error and "not hold the images that it was started with: complete it" in error
     assert len(list((tmp_path / "out").glob("shard*"))) == 2
 
 

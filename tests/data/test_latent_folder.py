@@ -1,13 +1,15 @@
-"""The folder of latents: what belongs where, what is whole, what is damaged."""
+"""The folder of cached latents: the place of each image, missing and damaged shards, the index."""
 
 import dataclasses
 import hashlib
+import json
 import resource
 import shutil
 
 import pytest
 import torch
 
+from sit_atconv import __version__
 from sit_atconv.data.latent_folder import (
     LatentFolder,
     LatentIndex,
@@ -23,7 +25,7 @@ from sit_atconv.runtime.files import sha256_of
 
 
 def settings(**options) -> LatentSettings:
-    """Of small shards of made-up values."""
+    """Returns the settings of small shards with made-up values."""
     values = dict(num_images=4, files="", image_size=2, crop="", codec={}, precision="fp32", slicing=False,
                   tiling=False, mirrored=False, dtype="float32", moments_shape=[2, 2, 2], batch_size=4,
                   images_per_shard=4)
@@ -53,7 +55,7 @@ def test_images_belong_to_shards_and_batches_by_their_index(tmp_path):
     assert [i for shard in batches for batch in shard for i in batch] == list(range(103))
 
 
-def test_parts_follow_each_other_and_begin_new_shards_and_batches(tmp_path):
+def test_parts_follow_each_other_and_start_new_shards_and_batches(tmp_path):
     first = settings(num_images=5, files="first", images_per_shard=4, batch_size=2)
     second = first.extended(3, "second", ["a", "b"])
     third = second.extended(1, "third", ["a", "b", "c"])
@@ -72,8 +74,8 @@ def test_parts_follow_each_other_and_begin_new_shards_and_batches(tmp_path):
     assert newest_settings(tmp_path) == second
 
 
-def test_what_was_written_before_there_were_rules_and_parts_is_written_the_same(tmp_path):
-    """The digests are those of the code of that time."""
+def test_settings_without_rules_and_parts_are_written_as_before_these_fields_existed(tmp_path):
+    """The expected digests come from the code of that time."""
     entry = {"file": "f", "bytes": 1, "sha256": "0", "num_images": 4}
     index = LatentIndex(4, "vae", settings(), ["x"], [4], {}, [entry], {})
     write_index(tmp_path, index)
@@ -95,18 +97,18 @@ def test_an_index_that_older_code_cannot_read_has_another_format(tmp_path, later
     assert '"format": 2' in (tmp_path / "index.json").read_text() and read_index(tmp_path) == index
 
 
-def test_classes_without_images_are_a_fault_unless_they_were_kept(copy):
+def test_classes_without_images_are_a_fault_unless_the_user_kept_them(copy):
     index = read_index(copy)
     names, counts = [*index.class_names, "moth", " "], [*index.class_counts, 0, 0]
     more = dataclasses.replace(index, class_names=names, class_counts=counts)
     write_index(copy, more)
     assert verify(copy) == [f"{copy} has 2 classes without images: 10 ('moth'), 11 (' '): encode with "
-                            "--keep-empty-classes if they shall stay"]
+                            "--keep-empty-classes to keep them"]
     write_index(copy, dataclasses.replace(more, keep_empty_classes=True))
     assert verify(copy) == []
 
 
-def test_what_the_index_says(latents, digit_folder, vae):
+def test_the_index_describes_the_folder(latents, digit_folder, vae):
     index = read_index(latents)
     assert index.num_images == 120 == sum(index.class_counts) and index.vae == str(vae)
     assert index.class_names == [f"digit {i}" for i in range(10)] and index.skipped == {}
@@ -120,7 +122,7 @@ def test_what_the_index_says(latents, digit_folder, vae):
     assert all(str(latents.parent) not in path.read_bytes().decode(errors="ignore") for path in latents.iterdir())
 
 
-def test_a_whole_folder_is_whole(latents):
+def test_verify_finds_no_fault_in_an_intact_folder(latents):
     read = []
     assert verify(latents, read.append) == []
     assert sum(read) == sum(path.stat().st_size for path in latents.glob("shard*"))
@@ -132,13 +134,13 @@ def flip_a_byte(path, position=-100):
     path.write_bytes(content)
 
 
-def test_a_flipped_byte(copy, shard):
+def test_verify_finds_a_flipped_byte(copy, shard):
     flip_a_byte(shard)
-    assert verify(copy) == [f"{shard} is damaged: its content is not as it was written"]
+    assert verify(copy) == [f"{shard} is damaged: its content does not match its checksum"]
 
 
-def test_a_flipped_byte_anywhere_is_a_message_that_names_the_shard(copy, shard):
-    """In the header, too: no other error, and never unnoticed."""
+def test_a_flipped_bit_anywhere_raises_an_error_that_names_the_shard(copy, shard):
+    """This includes the header: no other error is raised, and no flipped bit is missed."""
     whole = shard.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     for position in [*range(0, header, 7), *range(header, len(whole), 20011)]:
@@ -151,14 +153,14 @@ def test_a_flipped_byte_anywhere_is_a_message_that_names_the_shard(copy, shard):
             except ValueError as error:
                 assert str(error).startswith(f"{shard} is damaged: "), position
             else:
-                assert position < header and opened.settings, position  # padding, or what inspection compares
-    assert any("by the index" in fault or "is damaged" in fault for fault in verify(copy))
+                assert position < header and opened.settings, position  # padding, or fields that verify compares
+    assert any("the index says" in fault or "is damaged" in fault for fault in verify(copy))
 
 
-def test_a_truncated_shard(copy, shard):
+def test_verify_finds_a_truncated_shard(copy, shard):
     shard.write_bytes(shard.read_bytes()[:-1])
     (fault,) = verify(copy)
-    assert f"{shard} is damaged: it has" in fault and "by its header" in fault
+    assert f"{shard} is damaged: it has" in fault and "its header says" in fault
     shard.write_bytes(shard.read_bytes()[:100])
     (fault,) = verify(copy)
     assert f"{shard} is damaged: its header cannot be read" in fault
@@ -166,13 +168,13 @@ def test_a_truncated_shard(copy, shard):
     assert f"{shard} is damaged" in verify(copy)[0]
 
 
-def test_a_missing_shard_and_one_too_many(copy, shard):
+def test_verify_finds_a_missing_shard_and_an_extra_one(copy, shard):
     shard.rename(copy / "shard-00009.safetensors")
     assert verify(copy) == [f"{shard} is missing", f"{copy / 'shard-00009.safetensors'} is not in the index"]
 
 
 def rewrite(copy, shard, change) -> list[str]:
-    """Has `change` alter a shard's tensors, with checksums that fit; returns the names in it."""
+    """Applies `change` to the tensors of a shard and updates all checksums; returns its file names."""
     opened = open_shard(shard)
     tensors = {name: tensor.clone() for name, tensor in opened.tensors.items()}
     change(tensors)
@@ -183,29 +185,29 @@ def rewrite(copy, shard, change) -> list[str]:
     return opened.names
 
 
-def test_values_that_are_not_finite(copy, shard):
+def test_verify_finds_values_that_are_not_finite(copy, shard):
     names = rewrite(copy, shard, lambda tensors: tensors["mirrored"][3, 2, 0, 0].fill_(float("nan")))
     assert verify(copy) == [f"{shard} holds values that are not finite, of {names[3]}"]
 
 
-def test_labels_out_of_range(copy, shard):
+def test_verify_finds_labels_out_of_range(copy, shard):
     for wrong in (10, -1):
         rewrite(copy, shard, lambda tensors, wrong=wrong: tensors["labels"][:1].fill_(wrong))
-        assert verify(copy) == [f"{shard} holds labels that are not 0 ... 9, one for each image"]
+        assert verify(copy) == [f"{shard} must hold one label from 0 to 9 for each image"]
 
 
-def test_moments_of_another_dtype(copy, shard):
+def test_verify_finds_moments_of_another_dtype(copy, shard):
     rewrite(copy, shard, lambda tensors: tensors.update(moments=tensors["moments"].half()))
     (fault,) = verify(copy)
     assert f"{shard} holds moments (20, 8, 16, 16) torch.float16" in fault
 
 
-def test_counts_that_do_not_add_up(copy):
+def test_verify_finds_wrong_class_counts(copy):
     index = read_index(copy)
     index.class_counts[3] += 1
     write_index(copy, index)
     assert verify(copy) == [f"class digit 3 has {index.class_counts[3] - 1} images, and "
-                            f"{index.class_counts[3]} by the index"]
+                            f"the index says {index.class_counts[3]}"]
 
 
 @pytest.mark.parametrize(
@@ -213,20 +215,39 @@ def test_counts_that_do_not_add_up(copy):
     [
         (lambda path: path.unlink(), "holds no index.json"),
         (lambda path: path.write_text(path.read_text()[:-30]), "is damaged"),
-        (lambda path: path.write_text(path.read_text().replace("digit 3", "digit 8")), "is not as it was written"),
+        (lambda path: path.write_text(path.read_text().replace("digit 3", "digit 8")), "does not match its checksum"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "is damaged"),
         (lambda path: path.write_text("[]"), "is damaged"),
-        (lambda path: path.write_text(path.read_text().replace('"format": 2', '"format": 9')), "is of another version"),
     ],
 )
-def test_a_damaged_index(copy, spoil, message):
+def test_a_damaged_index_is_refused(copy, spoil, message):
     spoil(copy / "index.json")
     with pytest.raises(ValueError, match=message):
         read_index(copy)
 
 
-def test_nothing_is_left_of_a_shard_that_could_not_be_written(tmp_path, monkeypatch):
-    """As on a full disk."""
+@pytest.mark.parametrize(("versions", "writer"), [
+    ({"sit_atconv": "7.1.0", "torch": "3.0"}, "sit_atconv 7.1.0"),
+    ({"torch": "3.0"}, "a later version"),
+    (None, "a later version"),
+])
+def test_an_index_of_a_later_version_is_refused_with_that_version_and_the_remedy(copy, versions, writer):
+    path = copy / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 9, "versions": versions, "new_field": 1}))
+    with pytest.raises(ValueError) as caught:
+        read_index(copy)
+    assert str(caught.value) == (
+        f"{path} has format 9, and sit_atconv {__version__} reads formats 1 and 2: it was written by {writer}; install "
+        "that version or a later one, or encode the images again into another folder"
+    )
+
+
+def test_the_index_records_the_version_that_wrote_it(latents):
+    assert read_index(latents).versions["sit_atconv"] == __version__
+
+
+def test_a_shard_that_cannot_be_written_leaves_no_file(tmp_path, monkeypatch):
+    """The disk is full."""
     folder = LatentFolder(tmp_path, settings())
 
     def full(path, content):
@@ -244,34 +265,34 @@ def test_nothing_is_left_of_a_shard_that_could_not_be_written(tmp_path, monkeypa
     assert folder.missing() == [] and [path.name for path in tmp_path.iterdir()] == ["shard-00000.safetensors"]
 
 
-def test_a_shard_that_leaves_images_out_is_missing_unless_it_may(tmp_path):
+def test_a_shard_with_skipped_images_is_missing_unless_skipping_is_allowed(tmp_path):
     folder = LatentFolder(tmp_path, settings(num_images=2))
     folder.write(0, moments(0), [], {"a": "why", "b": "why"})
     assert open_shard(folder.shard(0)).tensors["moments"].shape == (0, 2, 2, 2)
     assert folder.missing() == [0] and folder.missing(may_skip=True) == []
 
 
-def test_shards_of_other_settings_are_an_error_that_shows_them(copy, shard):
+def test_shards_of_other_settings_raise_an_error_with_the_difference(copy, shard):
     other = dataclasses.replace(read_index(copy).settings, image_size=64)
     with pytest.raises(ValueError, match=r"shard-00000\.safetensors was encoded with .*\(image_size 32 -> 64\)"):
         LatentFolder(copy, other).missing()
 
 
-def test_a_shard_too_many_is_an_error(copy, shard):
+def test_an_extra_shard_is_an_error(copy, shard):
     shutil.copy(shard, copy / "shard-00006.safetensors")
-    with pytest.raises(ValueError, match=r"shard-00006\.safetensors is none of the 6 shards that this will have"):
+    with pytest.raises(ValueError, match=r"shard-00006\.safetensors is not one of the 6 shards of this folder"):
         LatentFolder(copy, read_index(copy).settings).missing()
 
 
-def test_a_damaged_header_is_not_taken_for_other_settings(copy, shard):
+def test_a_damaged_header_is_not_mistaken_for_other_settings(copy, shard):
     whole = shard.read_bytes()
     shard.write_bytes(whole.replace(b'image_size\\": 32', b'image_size\\": 33', 1))
     assert shard.read_bytes() != whole and open_shard(shard).settings["image_size"] == 33
     assert LatentFolder(copy, read_index(copy).settings).missing() == [1]
 
 
-def test_the_same_content_is_the_same_bytes(tmp_path):
-    """Whatever the order in which the tensors come."""
+def test_the_same_content_gives_the_same_bytes(tmp_path):
+    """The order of the tensors does not matter."""
     content = []
     for turn in range(4):
         folder = LatentFolder(tmp_path / str(turn), settings())
@@ -282,8 +303,8 @@ def test_the_same_content_is_the_same_bytes(tmp_path):
     assert len(set(content)) == 1
 
 
-def test_any_number_of_shards_is_open_at_once(tmp_path):
-    """More than the system lets a process have files open."""
+def test_more_shards_can_be_open_than_file_descriptors(tmp_path):
+    """The limit on open files is lowered to 64; 100 shards are opened."""
     folder = LatentFolder(tmp_path, settings(num_images=100, batch_size=1, images_per_shard=1))
     for number in range(100):
         folder.write(number, moments(1), ["a"], {})

@@ -37,7 +37,7 @@ def test_classes_are_counted(described):
 def test_splits_that_became_classes_are_warned_of(described):
     names = ["train/cat/a.png", "Val/cat/b.png"]
     said = described(names)
-    assert "warning: the classes 'Val' and 'train' have the names of a data set's splits" in said
+    assert "warning: the classes 'Val' and 'train' are named like the splits of a data set" in said
     assert "give --images '" in said and "my images/train'" in said
     assert "warning" not in described([*names, "zebra/a.png"])
 
@@ -48,14 +48,14 @@ def test_one_split_alone_is_a_class(described):
 
 def test_latents_that_no_patch_divides_are_warned_of(described):
     said = described(["a.png"], image_size=3)
-    assert "latents of 3x3, and no preset's patch (2, 4, 8) divides that" in said
+    assert "no preset's patch size (2, 4, 8) divides the latents' size 3x3" in said
     assert "warning" not in described(["a.png"], image_size=6)
 
 
 def test_older_rules_are_named(tmp_path):
     (tmp_path / "a.png").touch()
     said = describe_images(ImageFolder(tmp_path, 8, rules=1), settings(rules=1, codec={"downsample": 1}))
-    assert said[1] == "rules of its first shards (version 1 of 2): class folders in text order, fewer suffixes"
+    assert said[1] == "the rules of the first shards stay (version 1 of 2): class folders in text order, fewer suffixes"
 
 
 def test_images_that_were_enlarged_are_counted(latents):

@@ -19,7 +19,7 @@ from sit_atconv.data.sources import DataConfig, describe_data
 from tests.conftest import encode_argv, relative_error
 
 
-def test_they_are_the_moments_of_images_and_mirror_images(latents, digit_folder, vae):
+def test_the_latents_are_the_moments_of_plain_and_flipped_images(latents, digit_folder, vae):
     cached, images, codec = CachedLatents(latents), ImageFolder(digit_folder, 32), VAECodec(str(vae))
     assert len(cached) == 120 and cached.class_names == images.class_names and cached.image_size == 32
     for i in (0, 19, 20, 119):
@@ -32,7 +32,7 @@ def test_they_are_the_moments_of_images_and_mirror_images(latents, digit_folder,
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("bfloat16", 8e-3)])
-def test_decoding_what_is_stored_is_what_the_vae_gives(launch, latents, digit_folder, vae, tmp_path, dtype, tolerance):
+def test_stored_latents_decode_as_those_straight_from_the_vae(launch, latents, digit_folder, vae, tmp_path, dtype, tolerance):
     argv = encode_argv(digit_folder, vae, tmp_path / "half")
     argv[argv.index("--dtype") + 1] = dtype
     codes, output = launch("sit_atconv/encode.py", argv)
@@ -55,7 +55,7 @@ def batches(latents, workers, start=0, count=12):
 
 
 def test_batches_are_the_same_for_any_number_of_workers_and_from_any_step(latents):
-    """An epoch has six steps, of two micro-batches each; bitwise."""
+    """An epoch has six steps of two micro-batches each; all are equal bitwise."""
     alone = batches(latents, 0, count=16)
     for workers, start in ((1, 0), (3, 0), (2, 3), (0, 7)):
         others = batches(latents, workers, start, count=16 - 2 * start)
@@ -64,14 +64,14 @@ def test_batches_are_the_same_for_any_number_of_workers_and_from_any_step(latent
     assert not torch.equal(alone[0][0], alone[12][0])
 
 
-def test_it_can_be_sent_to_a_process_that_was_not_forked(latents):
+def test_it_can_be_pickled_for_a_spawned_process(latents):
     cached = CachedLatents(latents)
     before = cached[5, False]
     again = pickle.loads(pickle.dumps(cached))
     assert torch.equal(again[5, False][0], before[0]) and again.shards.keys() == cached.shards.keys()
 
 
-def test_errors_before_anything_starts(latents, vae, make_vae, tmp_path):
+def test_unusable_latents_and_options_are_refused(latents, vae, make_vae, tmp_path):
     with pytest.raises(ValueError, match=r"nowhere holds no index\.json"):
         DataConfig(latents=str(tmp_path / "nowhere")).open()
     with pytest.raises(ValueError, match=r"data.image_size is 64, but .* was encoded at 32"):
@@ -80,16 +80,16 @@ def test_errors_before_anything_starts(latents, vae, make_vae, tmp_path):
         DataConfig(latents=str(latents), codec=str(make_vae(1))).open()
     with pytest.raises(ValueError, match=r"was encoded with another codec than .*\(scale 0\.5 -> 0\.25\)"):
         DataConfig(latents=str(latents), codec=str(make_vae(scaling_factor=0.25))).open()
-    with pytest.raises(ValueError, match=r"no VAE could be loaded from '/nowhere/vae'.*--data\.codec takes the folder"):
+    with pytest.raises(ValueError, match=r"no VAE could be loaded from '/nowhere/vae'.*Set --data\.codec to the folder"):
         DataConfig(latents=str(latents), codec="/nowhere/vae").open()
-    with pytest.raises(ValueError, match=r"data\.images here and data\.latents .*: give one of them"):
+    with pytest.raises(ValueError, match=r"data\.images here and data\.latents .*: give only one of them"):
         DataConfig(images="here", latents=str(latents)).open()
     with pytest.raises(ValueError, match=r"data\.codec: .* was encoded with .*\(kind autoencoder_kl -> identity"):
         DataConfig(latents=str(latents), codec="identity").open()
     copy = shutil.copytree(latents, tmp_path / "copy")
     shard = copy / "shard-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"shard-00002\.safetensors has \d+ bytes, and \d+ by the index: delete it"):
+    with pytest.raises(ValueError, match=r"shard-00002\.safetensors has \d+ bytes, and the index says \d+: delete it"):
         DataConfig(latents=str(copy)).open()
     shard.unlink()
     with pytest.raises(ValueError, match=r"shard-00002\.safetensors is missing: run the same"):
@@ -112,7 +112,7 @@ def test_classes_without_images_are_refused_unless_they_are_kept(latents, tmp_pa
     assert len(CachedLatents(copy).class_names) == 11
 
 
-def test_a_shard_of_other_settings_is_found_where_it_is_read(latents, tmp_path):
+def test_a_shard_of_other_settings_is_refused_when_it_is_read(latents, tmp_path):
     copy = shutil.copytree(latents, tmp_path / "copy")
     index = read_index(copy)
     write_index(copy, dataclasses.replace(index, settings=dataclasses.replace(index.settings, crop="none")))
@@ -120,8 +120,8 @@ def test_a_shard_of_other_settings_is_found_where_it_is_read(latents, tmp_path):
         CachedLatents(copy)[0, False]
 
 
-def test_what_a_run_must_find_again(latents, vae, make_vae, tmp_path):
-    """The same data elsewhere are the same; the same images encoded on the fly are not."""
+def test_the_description_of_the_data_does_not_depend_on_their_place(latents, vae, make_vae, tmp_path):
+    """A moved copy has an equal description."""
     here = DataConfig(latents=str(latents))
     description = describe_data(*here.open())
     shutil.copytree(vae, tmp_path / "vae")
