@@ -80,7 +80,7 @@ def test_errors_before_anything_starts(latents, vae, make_vae, tmp_path):
         DataConfig(latents=str(latents), codec=str(make_vae(1))).open()
     with pytest.raises(ValueError, match=r"was encoded with another codec than .*\(scale 0\.5 -> 0\.25\)"):
         DataConfig(latents=str(latents), codec=str(make_vae(scaling_factor=0.25))).open()
-    with pytest.raises(ValueError, match=r"no VAE could be loaded from '/nowhere/vae'.*--data\.codec takes the folder"):
+    with pytest.raises(ValueError, match=r"no VAE could be loaded from '/nowhere/vae'.*Set --data\.codec to the folder"):
         DataConfig(latents=str(latents), codec="/nowhere/vae").open()
     with pytest.raises(ValueError, match=r"data\.images here and data\.latents .*: give one of them"):
         DataConfig(images="here", latents=str(latents)).open()
