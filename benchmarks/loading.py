@@ -44,11 +44,8 @@ def measure_loading(
 
     Args:
         sources: maps the name of each source to a function that opens it.
-        batch_size: samples per batch.
         num_workers: number of processes that read; with 0, this process reads, and its memory is measured.
-        rounds: number of rounds.
-        seconds: duration of one round of one source.
-        mirror: flip samples horizontally with probability 0.5.
+        seconds: duration of one measurement of one source.
         cold_folders: folders that are removed from the system's file cache before each measurement.
 
     Returns:

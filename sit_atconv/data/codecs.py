@@ -26,7 +26,7 @@ from sit_atconv.runtime.tables import Table, import_module_of
 if TYPE_CHECKING:  # diffusers is imported where a VAE is loaded
     from diffusers import AutoencoderKL
 
-ARCHITECTURE = (  # config keys that change a VAE without changing its tensors' names or shapes
+ARCHITECTURE = (  # config keys that can change a VAE's output with the same tensors
     "act_fn", "norm_num_groups", "down_block_types", "layers_per_block", "mid_block_add_attention", "sample_size")
 DECODED_AT_ONCE = 16  # images; a decoder needs much memory for each
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -121,7 +121,7 @@ class Codec(Protocol):
 
 
 class IdentityCodec(Codec):
-    """Pixel space: the model sees the images themselves."""
+    """Codec of pixel space: the model sees the images themselves."""
 
     downsample = 1
 
@@ -196,7 +196,7 @@ class VAECodec(Codec):
             return self.vae.encode(images.to(self.vae.dtype)).latent_dist.parameters.to(images.dtype)
 
     def latents(self, stored: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
-        """Samples the posterior with moments (B, 2C, h, w); returns (sample - shift) * scale, float32."""
+        """Samples the posterior, (B, 2C, h, w) -> (B, C, h, w): (sample - shift) * scale, float32."""
         mean, log_variance = stored.float().chunk(2, dim=1)
         if noise is None:
             noise = torch.randn(mean.shape, generator=generator, device=mean.device)
@@ -279,7 +279,7 @@ def scale_and_shift(config: Mapping, source: str) -> tuple[float | list[float], 
     """Returns the scale and shift in z = (sample - shift) * scale, as numbers or lists of C numbers.
 
     The config of an `AutoencoderKL` with `latents_mean` and `latents_std` means z = (sample - mean) * factor / std.
-    ValueError: the scaling factor is no finite number or 0, or mean and standard deviation do not fit.
+    ValueError: the scaling factor is not a finite number other than 0, or mean and standard deviation do not fit.
     """
     factor, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0
     if not isinstance(factor, int | float) or not math.isfinite(factor) or not factor:

@@ -19,7 +19,7 @@ from sit_atconv.data.data_source import DataSource
 from sit_atconv.data.pixels import CROP_RULE, read_picture, to_uint8
 from sit_atconv.runtime.names import normal, show_some
 
-MOST_CLASSES = 10**6  # a label above this is a mistake
+MOST_CLASSES = 10**6  # labels of this size or more are refused as mistakes
 RULES = 2  # number of the rules for new data sets; 1 is for data sets that were first used before 2026-11-25
 SUFFIXES = frozenset([  # decoded by Pillow 12; fixed, so that a folder is the same data set under any version
     ".apng", ".avif", ".avifs", ".blp", ".bmp", ".bw", ".cur", ".dcx", ".dds", ".dib", ".ftc", ".ftu", ".gbr",
@@ -351,7 +351,7 @@ def _faults_of_labels(pairs: list[tuple[str, object]], names: list[str], keep_em
         yield f"matches two files named {show_some(twins, 1)} in different Unicode forms: rename one of them"
     images, named = set(names), {name for name, _ in pairs}
     if missing := [name for name in names if name not in named]:
-        yield f"gives no label to {show_some(missing, 1)}: add it"
+        yield f"gives no label to {show_some(missing, 1)}: add labels"
     if gone := [name for name in named if name not in images]:
         yield f"labels images that do not exist: {show_some(sorted(gone), 1)}: remove those labels"
     used = {label for name, label in labels.items() if name in images}
