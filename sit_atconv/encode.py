@@ -1,11 +1,11 @@
-"""Encodes a folder of images into latents that training reads, once and for all.
+"""Command that encodes a folder of images into cached latents for training.
 
     accelerate launch sit_atconv/encode.py --images IMAGENET/train --out LATENTS [--vae ID_OR_FOLDER] [--image-size 256]
     python sit_atconv/encode.py --verify LATENTS
 
-Labels are those of the images' dataset.json, or of their subfolders, or one for all. Stored are the posterior moments
-of each image and of its mirror image. Stopped at any moment, the same command resumes, with any number of processes,
-and ends with the same bytes. --extend adds the images that came later.
+Labels come from a dataset.json or from subfolders; without both, all images have one label. Stored are the posterior
+moments of each image and of the horizontally flipped image. If the command is stopped at any moment, the same command
+resumes, with any number of processes, and ends with the same bytes. --extend adds images that are new in the folder.
 """
 
 from pathlib import Path
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         if options[name] is None:
             parser.error(f"give --{name}")
     with user_errors():
-        if not Path(options["images"]).is_dir():  # found before torch is imported
+        if not Path(options["images"]).is_dir():  # an early error, before the slow import of torch
             raise ValueError(f"{options['images']} is not a folder of images")
         from sit_atconv.data.encoding import EncodeOptions, encode_images
         from sit_atconv.data.latent_summary import describe_latents
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             index, rate = encode_images(EncodeOptions(**options), PATCHES)
         except KeyboardInterrupt:
-            fail("interrupted: the same command goes on from here", code=130)
+            fail("interrupted: run the same command again to resume", code=130)
     if is_main_process():
         out = options["out"]
         left_out = f", {len(index.skipped)} left out" if index.skipped else ""
@@ -57,76 +57,75 @@ def main(argv: list[str] | None = None) -> None:
               f"{len(index.shards)} shards, {gigabytes(index.num_bytes)}{left_out}{speed}")
         print(*describe_latents(index), sep="\n")
         if options["extend"] and rate:
-            print("a run that began with the former images refuses these as other data: start another run from it with "
-                  "--init-from")
+            print("a run that was started with the former images refuses these as other data: start a new run from it "
+                  "with --init-from")
         print(f"picture: {out / 'preview.png'}\ncounts and settings: {out / 'index.json'}\n"
               f"train: {training_command(index, CachedLatents(out).labels, out)}")
 
 
 def check(latents: Path) -> None:
-    """Reads every byte and says what is wrong; leaves with exit code 1 where anything is."""
+    """Verifies a folder by reading every byte, prints its faults, and exits with code 1 if there are any."""
     with user_errors():
         from tqdm import tqdm
 
-        from sit_atconv.data.latent_folder import read_index, unfinished_shards, verify
+        from sit_atconv.data.latent_folder import ENCODE_AGAIN, read_index, unfinished_shards, verify
         from sit_atconv.runtime.files import gigabytes
 
         index = read_index(latents)
         with tqdm(total=index.num_bytes, unit="B", unit_scale=True, desc="verifying") as progress:
             faults = verify(latents, progress.update)
     if faults:
-        remedy = "delete the shards named and run the same sit_atconv/encode.py again"
         damaged = any("shard-" in fault for fault in faults)
-        fail("\n".join([f"{latents} is damaged; {remedy}" if damaged else f"{latents} has faults", *faults]))
-    print(f"{latents} is whole: {index.num_images} images of {len(index.class_names)} classes in "
-          f"{len(index.shards)} shards, {gigabytes(index.num_bytes)}, as they were written")
+        first = f"is damaged; delete the shards named below and {ENCODE_AGAIN}" if damaged else "has faults"
+        fail("\n".join([f"{latents} {first}", *faults]))
+    print(f"{latents} is intact: {index.num_images} images of {len(index.class_names)} classes in "
+          f"{len(index.shards)} shards, {gigabytes(index.num_bytes)}, with correct checksums")
     if begun := unfinished_shards(latents, index):
-        print(f"{len(begun)} shards more are of an extension that was stopped: its command completes it")
+        print(f"{len(begun)} more shards belong to an extension that was stopped: run its command again to complete it")
 
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog=command("encode"),
-        usage="%(prog)s --images DIR --out LATENTS [--vae ID_OR_FOLDER] "
-        "[--image-size 256] [options]",
-        description="Encodes a folder of images into latents that training reads with --data.latents. The same "
-        "command again goes on where it was stopped.",
+        usage="%(prog)s --images DIR --out LATENTS [--vae ID_OR_FOLDER] [--image-size 256] [options]",
+        description="Encodes a folder of images into latents that training reads with --data.latents. If the command "
+        "was stopped, run it again to resume.",
     )
     parser.add_argument("--images", metavar="DIR",
-                        help="images in one subfolder for each class, or with a dataset.json, or of one class")
-    parser.add_argument("--out", type=Path, metavar="LATENTS", help="folder of the latents")
+                        help="folder of images: one subfolder for each class, or a dataset.json, or all of one class")
+    parser.add_argument("--out", type=Path, metavar="LATENTS", help="folder to write the latents to")
     parser.add_argument("--vae", default=DEFAULT_VAE, metavar="ID_OR_FOLDER",
-                        help="a diffusers AutoencoderKL: hub id, or folder of a downloaded one; or a Codec of yours, "
-                        "my_module.MyCodec")
+                        help="hub id or folder of a diffusers AutoencoderKL, or your own Codec, my_module.MyCodec")
     add_import_option(parser)
     parser.add_argument("--image-size", type=at_least(1), default=256, metavar="PX",
-                        help="side of the images after ADM's centre crop")
+                        help="side of the images in pixels, after ADM's centre crop")
     parser.add_argument("--verify", type=Path, metavar="LATENTS",
-                        help="encode nothing, but check checksums, counts and values of this folder")
+                        help="check the checksums, counts and values of a folder of latents instead of encoding")
     parser.add_argument("--skip-unreadable", action="store_true",
-                        help="leave images that cannot be read out, and record them in the index")
+                        help="leave out images that cannot be read, and record them in the index")
     parser.add_argument("--extend", action="store_true",
-                        help="add the images that came to DIR since: existing ones keep their shards and labels")
+                        help="add the new images of DIR; existing images keep their shards and labels")
     parser.add_argument("--keep-empty-classes", action="store_true",
-                        help="accept classes without images; no sample is drawn of them unless asked for")
+                        help="accept classes without images; they are sampled only on request")
     parser.add_argument("--max-megapixels", type=positive, default=MAX_MEGAPIXELS, metavar="MP",
-                        help="refuse image files of more megapixels, which may not fit into memory")
+                        help="refuse image files with more megapixels, which may not fit into memory")
     parser.add_argument("--no-mirror", dest="mirror", action="store_false",
-                        help="do not encode mirror images too: half the time and room")
+                        help="do not encode horizontally flipped images: half the time and disk space")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16",
-                        help="in which the moments are stored")
-    parser.add_argument("--batch-size", type=at_least(1), default=32, help="images that are encoded together")
+                        help="number format of the stored moments")
+    parser.add_argument("--batch-size", type=at_least(1), default=32, help="number of images that are encoded together")
     parser.add_argument("--shard-mib", type=positive, default=128, metavar="MIB",
-                        help="size of a shard, at most, but never less than a batch")
+                        help="maximum size of a shard in MiB, but at least one batch")
     parser.add_argument("--precision", choices=tuple(DTYPES), default="tf32",
-                        help="of the VAE's arithmetic; tf32 is fp32 but for the convolutions of a GPU")
-    parser.add_argument("--slicing", action="store_true", help="encode one image after another, to save memory")
+                        help="number format of the VAE's arithmetic; tf32 is fp32 with TF32 convolutions on a GPU")
+    parser.add_argument("--slicing", action="store_true", help="encode one image after another to save memory")
     parser.add_argument("--tiling", action="store_true",
-                        help="encode images larger than the VAE was made for in blended tiles: approximate")
+                        help="encode images larger than the VAE was made for in tiles and blend them: approximate")
     parser.add_argument("--num-workers", type=at_least(0), default=None,
-                        help="processes that read images, for each that encodes (default: its cores, at most 8)")
+                        help="number of processes that read images, for each process that encodes (default: its "
+                        "number of cores, at most 8)")
     parser.add_argument("--cpu-threads", type=at_least(1), default=None,
-                        help="threads of each process on a CPU (default: its share of the cores)")
+                        help="number of threads of each process on a CPU (default: its share of the cores)")
     return parser
 
 

@@ -276,7 +276,7 @@ def _encode_shard(job: Job, number: int, loader: Iterator, progress: tqdm) -> tu
                for name, fits in zip(names, finite, strict=True) if not fits]
     tensors["labels"] = torch.from_numpy(job.images.labels)[kept]
     counted = enlarged if settings.rules > 1 else None  # shards of older folders keep their bytes
-    return Shard(tensors, names, skipped, settings.as_dict(), counted), faults
+    return Shard(tensors, names, skipped, job.folder.places[number][0].as_dict(), counted), faults
 
 
 def _num_workers(options: EncodeOptions) -> int:
@@ -307,18 +307,19 @@ def _complete(job: Job) -> None:
 
 def _draw_preview(job: Job, reports: list[ShardReport], columns: int = 5) -> None:
     """Saves a picture of some images above their decoded latents, not flipped and flipped."""
-    rows: dict[str, list[Tensor]] = {"image": [], **{f"decoded {kind}": [] for kind in job.folder.settings.kinds}}
-    pictures = Pictures(job.images)
+    kinds, pictures = job.folder.settings.kinds, Pictures(job.images)
+    tiles, labels = list[Tensor](), list[int]()
     ends = list(itertools.accumulate(report.entry["num_images"] for report in reports))
     for index in np.linspace(0, ends[-1] - 1, min(columns, ends[-1])).astype(int).tolist():
         number, place = locate(ends, index)
         shard = open_shard(job.folder.shard(number))
         kept = [i for i in job.folder.images(number) if job.images.name(i) not in shard.skipped]
-        rows["image"].append(pictures[kept[place]][0])
-        for kind in job.folder.settings.kinds:
+        tiles.append(pictures[kept[place]][0])
+        for kind in kinds:
             moments = shard.tensors[kind][place][None].to(job.state.device)
             z = job.codec.latents(moments, torch.Generator(job.state.device).manual_seed(0))
-            rows[f"decoded {kind}"].append(to_uint8(job.codec.decode(z))[0].expand(3, -1, -1).cpu())
-    pixels = torch.stack([image for row in rows.values() for image in row]).permute(0, 2, 3, 1).numpy()
-    labels = [label for label, row in enumerate(rows.values()) for _ in row]
-    save_sample_grid(list(pixels), labels, list(rows), job.folder.path / PREVIEW, "images and their decoded latents")
+            tiles.append(to_uint8(job.codec.decode(z))[0].expand(3, -1, -1).cpu())
+        labels += range(1 + len(kinds))
+    save_sample_grid([tile.permute(1, 2, 0).numpy() for tile in tiles], labels,
+                     ["image", *(f"decoded {kind}" for kind in kinds)], job.folder.path / PREVIEW,
+                     "images and their decoded latents")

@@ -1,4 +1,4 @@
-"""The encoding command: the same bytes whatever happens to it, and its errors."""
+"""The encoding command: it writes the same bytes after any kill, and its errors name the remedy."""
 
 import random
 import shutil
@@ -49,7 +49,7 @@ def test_another_number_of_threads_gives_the_same_moments_to_rounding(launch, la
 
 
 @pytest.mark.parametrize("die", ["before the second renaming", "after the second renaming", "before the index"])
-def test_killed_at_a_write_point_the_same_command_completes_it(launch, latents, argv, tmp_path, die):
+def test_after_a_kill_at_a_write_the_same_command_completes_the_folder(launch, latents, argv, tmp_path, die):
     codes, _ = launch(ENCODE, argv, die=die)
     assert codes == [-9]
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -60,11 +60,11 @@ def test_killed_at_a_write_point_the_same_command_completes_it(launch, latents, 
     codes, output = launch(ENCODE, argv)
     assert codes == [0], output
     assert same(tmp_path / "out", latents)
-    assert (tmp_path / "out" / "shard-00000.safetensors").stat().st_ino == whole  # and was not made again
+    assert (tmp_path / "out" / "shard-00000.safetensors").stat().st_ino == whole  # it was not encoded again
 
 
 def killed_and_completed(launch, argv, out: Path, latents: Path, processes: int, count: int) -> bool:
-    """Whether some of the work was on disk when a kill -9 came; the end is the same in any case."""
+    """Kills the command, completes it, compares the bytes. Returns True if shards existed before completion."""
     launch(ENCODE, argv, processes, kill_at=count)
     assert not (out / "index.json").exists()
     partly = any(out.glob("shard-*"))
@@ -75,19 +75,19 @@ def killed_and_completed(launch, argv, out: Path, latents: Path, processes: int,
     return partly
 
 
-def test_killed_on_the_way_it_ends_with_the_same_bytes(launch, latents, argv, tmp_path):
+def test_a_killed_and_resumed_command_writes_the_same_bytes(launch, latents, argv, tmp_path):
     assert killed_and_completed(launch, argv, tmp_path / "out", latents, 1, 70)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_ten_moments_it_ends_with_the_same_bytes(launch, latents, argv, tmp_path, processes):
+def test_a_command_killed_at_ten_moments_writes_the_same_bytes(launch, latents, argv, tmp_path, processes):
     moments = random.Random(0).sample(range(1, 115 // processes), 10)
     partly = [killed_and_completed(launch, argv, tmp_path / "out", latents, processes, at) for at in moments]
     assert sum(partly) >= 5
 
 
-def test_what_is_complete_is_not_done_again(launch, latents, digit_folder, vae):
+def test_a_complete_folder_is_not_encoded_again(launch, latents, digit_folder, vae):
     before = {path: path.stat().st_mtime_ns for path in latents.iterdir()}
     codes, output = launch(ENCODE, encode_argv(digit_folder, vae, latents))
     assert codes == [0] and "is complete: 120 images of 10 classes in 6 shards" in output and "images/s" not in output
@@ -95,7 +95,7 @@ def test_what_is_complete_is_not_done_again(launch, latents, digit_folder, vae):
 
 
 @pytest.mark.parametrize("lost", ["index.json", "shard-00003.safetensors"])
-def test_what_is_lost_or_damaged_is_made_again(launch, latents, argv, tmp_path, lost):
+def test_lost_or_damaged_files_are_written_again(launch, latents, argv, tmp_path, lost):
     out = shutil.copytree(latents, tmp_path / "out")
     (out / lost).write_bytes((out / lost).read_bytes()[:-20])
     codes, output = launch(ENCODE, argv)
@@ -103,8 +103,8 @@ def test_what_is_lost_or_damaged_is_made_again(launch, latents, argv, tmp_path, 
     assert same(out, latents)
 
 
-def test_an_index_of_other_shards_is_not_believed(launch, latents, digit_folder, make_vae, argv, tmp_path):
-    """Shards are taken away, another VAE's are put there, and a kill comes before the index."""
+def test_an_index_of_other_shards_is_replaced(launch, latents, digit_folder, make_vae, argv, tmp_path):
+    """The shards are replaced by those of another VAE, and the command is killed before it writes the index."""
     out = shutil.copytree(latents, tmp_path / "out")
     for shard in out.glob("shard-*"):
         shard.unlink()
@@ -114,12 +114,12 @@ def test_an_index_of_other_shards_is_not_believed(launch, latents, digit_folder,
     codes, output = launch(ENCODE, other)
     assert codes == [0], output
     shutil.copy(latents / "index.json", out / "index.json")
-    codes, output = launch(ENCODE, other)  # and should one be there all the same
+    codes, output = launch(ENCODE, other)  # with an index of other shards
     assert codes == [0], output
     assert read_index(out).settings.codec["weights"] != read_index(latents).settings.codec["weights"]
 
 
-def test_a_failing_disk_is_not_skipped(launch, mixed, vae, tmp_path):
+def test_skip_unreadable_does_not_skip_a_failing_disk(launch, mixed, vae, tmp_path):
     (mixed / "class 1" / "gone.png").symlink_to("nowhere")
     spoil(mixed)
     codes, output = launch(ENCODE, [*encode_argv(mixed, vae, tmp_path / "out"), "--skip-unreadable"])
@@ -127,8 +127,8 @@ def test_a_failing_disk_is_not_skipped(launch, mixed, vae, tmp_path):
     assert "Traceback" not in output and not (tmp_path / "out" / "index.json").exists()
 
 
-def test_what_changed_on_the_disk_is_not_indexed_anew(launch, latents, argv, tmp_path):
-    """One shard is missing and made again; another one has a flipped byte."""
+def test_a_damaged_shard_does_not_get_into_a_new_index(launch, latents, argv, tmp_path):
+    """One shard is missing and encoded again; another one has a flipped bit."""
     out = shutil.copytree(latents, tmp_path / "out")
     (out / "shard-00002.safetensors").unlink()
     flipped = out / "shard-00004.safetensors"
@@ -142,9 +142,9 @@ def test_what_changed_on_the_disk_is_not_indexed_anew(launch, latents, argv, tmp
     assert codes == [0] and same(out, latents), output
 
 
-def test_verify(launch, latents, fails, tmp_path, capsys):
+def test_verify_reports_intact_and_damaged_folders(launch, latents, fails, tmp_path, capsys):
     load_command(ENCODE).main(["--verify", str(latents)])
-    assert "is whole: 120 images of 10 classes in 6 shards, 2.0 MB" in capsys.readouterr().out
+    assert "is intact: 120 images of 10 classes in 6 shards, 2.0 MB" in capsys.readouterr().out
     out = shutil.copytree(latents, tmp_path / "out")
     (out / "shard-00002.safetensors").unlink()
     flipped = bytearray((out / "shard-00004.safetensors").read_bytes())
@@ -153,14 +153,14 @@ def test_verify(launch, latents, fails, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         load_command(ENCODE).main(["--verify", str(out)])
     error = capsys.readouterr().err
-    assert stop.value.code == 1 and f"error: {out} is damaged; delete the shards named" in error
+    assert stop.value.code == 1 and f"error: {out} is damaged; delete the shards named below" in error
     assert "shard-00002.safetensors is missing" in error
     assert "shard-00004.safetensors is damaged: its content does not match its checksum" in error
 
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Images as people have them: of all kinds, in two classes, some of them unreadable."""
+    """Images of many modes in two classes; `spoil` adds unreadable ones."""
     photograph = Image.fromarray(load_sample_image("flower.jpg")).crop((100, 100, 340, 280))
     folder = tmp_path / "mixed"
     for i in range(12):
@@ -182,7 +182,7 @@ def spoil(folder: Path):
         (folder / name).write_bytes(written)
 
 
-def test_unreadable_images_are_all_named_and_mended_in_place(launch, mixed, vae, tmp_path):
+def test_unreadable_images_are_all_named_and_can_be_fixed_in_place(launch, mixed, vae, tmp_path):
     argv = encode_argv(mixed, vae, tmp_path / "out")
     spoil(mixed)
     codes, output = launch(ENCODE, argv)
@@ -195,8 +195,8 @@ def test_unreadable_images_are_all_named_and_mended_in_place(launch, mixed, vae,
     assert codes == [0] and "17 images of 2 classes" in output, output
 
 
-def test_unreadable_images_are_left_out_if_asked_and_recorded(launch, mixed, vae, tmp_path, fails):
-    """In two processes; the others' moments are what they would be anyway."""
+def test_skip_unreadable_leaves_images_out_and_records_them(launch, mixed, vae, tmp_path, fails):
+    """Two processes encode; the moments of the other images stay the same."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     spoil(mixed)
     for name in UNREADABLE:
@@ -216,7 +216,7 @@ def test_unreadable_images_are_left_out_if_asked_and_recorded(launch, mixed, vae
         assert torch.equal(complete.tensors[name][kept], read.tensors[name])
     codes, output = launch(ENCODE, [*encode_argv(mixed, vae, out), "--skip-unreadable"])
     assert codes == [0] and "2 left out" in output and "images/s" not in output
-    codes, output = launch(ENCODE, encode_argv(mixed, vae, out))  # not asked to leave them out any more
+    codes, output = launch(ENCODE, encode_argv(mixed, vae, out))  # without --skip-unreadable
     assert codes == [1] and "2 images cannot be read: fix them" in output
     for name in UNREADABLE:
         Image.new("RGB", (40, 40)).save(mixed / name)
@@ -224,7 +224,7 @@ def test_unreadable_images_are_left_out_if_asked_and_recorded(launch, mixed, vae
     assert codes == [0] and same(out, whole), output
 
 
-def test_without_mirror_images(launch, mixed, vae, tmp_path):
+def test_no_mirror_encodes_only_plain_images(launch, mixed, vae, tmp_path):
     codes, output = launch(ENCODE, [*encode_argv(mixed, vae, tmp_path / "out"), "--no-mirror"])
     assert codes == [0], output
     cached = CachedLatents(tmp_path / "out")
@@ -233,7 +233,7 @@ def test_without_mirror_images(launch, mixed, vae, tmp_path):
         CachedLatents(tmp_path / "out", mirror=True)
 
 
-def test_values_that_the_dtype_cannot_hold(launch, mixed, make_vae, tmp_path):
+def test_values_that_the_dtype_cannot_hold_are_refused(launch, mixed, make_vae, tmp_path):
     from safetensors.torch import load_file, save_file
 
     vae = shutil.copytree(make_vae(), tmp_path / "vae")
@@ -263,7 +263,7 @@ def test_dataset_json_and_a_codec_of_16_channels_with_shift(launch, mixed, make_
     assert [labels[name] for name in stored] == [cached[i, False][1] for i in range(15)]
 
 
-def test_errors(fails, digit_folder, vae, make_vae, argv, latents, tmp_path, monkeypatch):
+def test_unusable_options_are_refused(fails, digit_folder, vae, make_vae, argv, latents, tmp_path, monkeypatch):
     def error(*options, of=argv):
         return fails(load_command(ENCODE).main, [*of, *options])
 
@@ -289,14 +289,14 @@ def test_errors(fails, digit_folder, vae, make_vae, argv, latents, tmp_path, mon
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_two_at_once_are_refused(launch, argv, tmp_path, processes):
+def test_a_folder_in_use_is_refused(launch, argv, tmp_path, processes):
     with exclusive(tmp_path / "out"):
         codes, output = launch(ENCODE, argv, processes)
     assert codes == [1] * processes and "is in use by process" in output and "Traceback" not in output
 
 
-def test_a_full_disk(launch, argv, latents, tmp_path):
-    """A limit of the file's size stands for it: the system refuses the same call."""
+def test_the_command_can_be_repeated_after_a_full_disk(launch, argv, latents, tmp_path):
+    """A limit on the file size replaces the full disk: the same system call fails."""
     codes, output = launch(ENCODE, argv, 2, die="files of 100 kB are too large")
     assert codes == [1, 1] and "shard-00000.safetensors cannot be written (File too large)" in output, output
     assert "Traceback" not in output and list((tmp_path / "out").iterdir()) == []

@@ -1,4 +1,4 @@
-"""What encoding refuses or lets pass by choice: empty classes, damaged and large images, rules of older latents."""
+"""Choices of the encoding command: empty classes, unreadable and large images, rules of older latents."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ def error_of(argv, capsys) -> str:
     return capsys.readouterr().err
 
 
-def test_a_class_of_unreadable_images_is_refused_unless_it_is_kept(encode, argv, images, tmp_path, capsys):
+def test_a_class_of_unreadable_images_is_refused_unless_kept(encode, argv, images, tmp_path, capsys):
     out = tmp_path / "out"
     for path in (images / "c").iterdir():
         path.write_bytes(b"no picture")
@@ -40,12 +40,12 @@ def test_a_class_of_unreadable_images_is_refused_unless_it_is_kept(encode, argv,
     assert read_index(out).keep_empty_classes
 
 
-def test_the_index_says_that_classes_were_kept_only_where_there_are_such(encode, argv, tmp_path):
+def test_the_index_records_kept_classes_only_if_there_are_empty_ones(encode, argv, tmp_path):
     encode(*argv, "--keep-empty-classes")
     assert "keep_empty_classes" not in json.loads((tmp_path / "out" / "index.json").read_text())
 
 
-def test_whatever_reading_a_file_raises_names_the_file(encode, argv, images, monkeypatch, capsys):
+def test_any_error_while_reading_a_file_names_the_file(encode, argv, images, monkeypatch, capsys):
     read = ImageFolder.read_with_size
 
     def fail(self, index):
@@ -59,7 +59,7 @@ def test_whatever_reading_a_file_raises_names_the_file(encode, argv, images, mon
     assert f"{images / 'c' / '3.png'} cannot be read as an image: MemoryError" in error
 
 
-def test_images_smaller_than_asked_for_are_counted(encode, argv, images, tmp_path):
+def test_enlarged_images_are_counted(encode, argv, images, tmp_path):
     from PIL import Image
 
     Image.new("RGB", (80, 20)).save(images / "b" / "wide.png")
@@ -81,7 +81,7 @@ def opened(monkeypatch):
     return calls
 
 
-def test_options_of_the_images_reach_them(encode, argv, opened, tmp_path):
+def test_image_options_reach_the_image_folder(encode, argv, opened, tmp_path):
     encode(*argv, "--max-megapixels", 500, "--keep-empty-classes")
     encode(*argv)
     assert opened[0] == {"rules": RULES, "max_megapixels": 500, "keep_empty_classes": True}
@@ -90,8 +90,8 @@ def test_options_of_the_images_reach_them(encode, argv, opened, tmp_path):
     assert b"megapixels" not in content
 
 
-def test_latents_keep_the_rules_that_they_were_begun_with(encode, argv, images, opened, tmp_path):
-    """Complete or not, and extended."""
+def test_latents_keep_the_rules_that_they_were_started_with(encode, argv, images, opened, tmp_path):
+    """This holds when they are completed and when they are extended."""
     (images / "b").rename(images / "10")
     (images / "c").rename(images / "2")
     out = tmp_path / "out"
@@ -114,7 +114,7 @@ def test_latents_keep_the_rules_that_they_were_begun_with(encode, argv, images, 
         assert "the rules of the first shards stay (version 1 of 2): class folders in text order" in printed
         assert opened[-1]["rules"] == 1 and read_index(out).class_names == ["10", "2"]
         shards = [open_shard(path) for path in out.glob("shard*")]
-        assert {(shard.settings.get("rules"), shard.enlarged) for shard in shards} == {(None, None)}  # the old bytes
+        assert {(shard.settings.get("rules"), shard.enlarged) for shard in shards} == {(None, None)}  # as before
         (images / "2" / "extra.png").write_bytes((images / "2" / "1.png").read_bytes())
     assert read_index(out).num_images == 9 and read_index(out).settings.rules == 1
 

@@ -1,4 +1,4 @@
-"""Cached latents that are extended: what is there stays as it is, and any kill leaves one state or the other."""
+"""Extending cached latents: existing shards stay the same, and a kill leaves the old or the new state."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ ENCODE = "sit_atconv/encode.py"
 
 
 def grow(images: Path):
-    """One image before the others of its class, and two of a class before the others."""
+    """Adds one image that sorts first in its class, and two of a new class that sorts first."""
     draw(images / "b" / "00.png", 10)
     draw(images / "a" / "0.png", 11)
     draw(images / "a" / "1.png", 12)
@@ -25,7 +25,7 @@ def grow(images: Path):
 
 @pytest.fixture
 def former(encode, argv, images, tmp_path):
-    """The latents before their images grew; those in `out` are extended."""
+    """Latents before the extension; those in `out` are extended."""
     encode(*argv)
     copy = shutil.copytree(tmp_path / "out", tmp_path / "former")
     grow(images)
@@ -34,7 +34,7 @@ def former(encode, argv, images, tmp_path):
 
 
 def stored(out: Path) -> dict[str, tuple[int, int, torch.Tensor]]:
-    """name -> index, label and moments."""
+    """Returns index, label and moments of each image by its name."""
     cached = CachedLatents(out)
     names = [name for entry in cached.index.shards for name in open_shard(out / entry["file"]).names]
     return {name: (i, cached[i, False][1], cached[i, False][0]) for i, name in enumerate(names)}
@@ -68,12 +68,12 @@ def test_existing_images_keep_their_place_and_new_ones_follow(encode, argv, imag
     assert "is complete: 12 images" in encode(*argv)
 
 
-def test_a_lost_shard_of_any_part_is_made_again(encode, fails, argv, images, former, tmp_path):
-    """Even if a kill took the index, too."""
+def test_a_lost_shard_of_any_part_is_encoded_again(encode, fails, argv, images, former, tmp_path):
+    """The index is lost, too."""
     draw(images / "c" / "01.png", 13)
     encode(*argv, "--extend")
     out, whole = tmp_path / "out", shutil.copytree(tmp_path / "out", tmp_path / "whole")
-    for lost in (1, 3, 4):  # of the last part, which is 4, no other shard tells
+    for lost in (1, 3, 4):  # 4 is the only shard of the last part
         (out / f"shard-0000{lost}.safetensors").unlink()
         (out / "index.json").unlink()
         encode(*argv, *(["--extend"] if lost == 4 else []))
@@ -100,7 +100,7 @@ def test_refusals_name_the_images(encode, fails, argv, images, tmp_path, capsys)
         assert f"2 images of {out} are gone from {images}: b/0.png, c/1.png" in capsys.readouterr().err
 
 
-def test_labels_of_dataset_json_must_stay_and_may_become_more(encode, argv, images, tmp_path, capsys):
+def test_labels_of_dataset_json_may_be_added_but_not_changed(encode, argv, images, tmp_path, capsys):
     out = tmp_path / "out"
     labels = {path.relative_to(images).as_posix(): i % 2 for i, path in enumerate(sorted(images.rglob("*.png")))}
     (images / "dataset.json").write_text(json.dumps({"labels": list(labels.items())}))
@@ -116,7 +116,7 @@ def test_labels_of_dataset_json_must_stay_and_may_become_more(encode, argv, imag
 
 
 def test_an_image_that_was_left_out_may_be_gone_and_stays_left_out(encode, argv, images, tmp_path):
-    """Mended, too, as long as --extend is given: existing shards stay as they are."""
+    """It also stays left out if it was fixed, because --extend does not change existing shards."""
     out = tmp_path / "out"
     (images / "b" / "2.png").write_bytes(b"no picture")
     (images / "c" / "3.png").write_bytes(b"no picture")
@@ -128,7 +128,7 @@ def test_an_image_that_was_left_out_may_be_gone_and_stays_left_out(encode, argv,
     assert "b/00.png" in stored(out) and read_index(out).skipped.keys() == {"b/2.png", "c/3.png"} and verify(out) == []
 
 
-def test_latents_that_are_not_complete_are_not_extended(encode, fails, argv, images, tmp_path):
+def test_incomplete_latents_are_not_extended(encode, fails, argv, images, tmp_path):
     encode(*argv)
     (tmp_path / "out" / "shard-00001.safetensors").unlink()
     grow(images)
@@ -138,11 +138,11 @@ def test_latents_that_are_not_complete_are_not_extended(encode, fails, argv, ima
     assert len(list((tmp_path / "out").glob("shard*"))) == 2
 
 
-def test_verify_tells_of_an_extension_that_was_stopped(encode, argv, former, tmp_path, capsys):
+def test_verify_reports_a_stopped_extension(encode, argv, former, tmp_path, capsys):
     shutil.copy(former / "index.json", tmp_path / "out" / "index.json")
     load_command(ENCODE).main(["--verify", str(tmp_path / "out")])
-    assert "is whole: 8 images of 2 classes in 3 shards" in (printed := capsys.readouterr().out)
-    assert "1 shards more are of an extension that was stopped: its command completes it" in printed
+    assert "is intact: 8 images of 2 classes in 3 shards" in (printed := capsys.readouterr().out)
+    assert "1 more shards belong to an extension that was stopped: run its command again" in printed
     assert "is complete: 11 images" in encode(*argv)
 
 
@@ -160,19 +160,19 @@ def killed_and_completed(launch, argv, out: Path, former: Path, whole: Path, die
         assert CachedLatents(out).describe() == before.describe()
         assert all(torch.equal(CachedLatents(out)[i, False][0], before[i, False][0]) for i in range(len(before)))
     codes, printed = launch(ENCODE, extend)
-    (out / ".lock").unlink(missing_ok=True)  # left by a kill at the very end, and nobody's
+    (out / ".lock").unlink(missing_ok=True)  # a kill at the very end leaves it
     assert codes == [0] and same(out, whole), printed
     return True
 
 
-def test_killed_while_it_extends_the_former_latents_hold_and_the_same_command_completes(
+def test_after_a_killed_extension_the_former_latents_are_valid_and_the_same_command_completes(
     launch, argv, former, tmp_path
 ):
     assert killed_and_completed(launch, argv, tmp_path / "killed", former, tmp_path / "out", "before the index")
 
 
 @pytest.mark.slow
-def test_killed_at_any_write_of_an_extension(launch, argv, former, tmp_path):
+def test_an_extension_can_be_killed_at_any_write(launch, argv, former, tmp_path):
     point = 1
     while killed_and_completed(launch, argv, tmp_path / "killed", former, tmp_path / "out", point):
         point += 1

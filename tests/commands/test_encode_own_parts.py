@@ -1,4 +1,4 @@
-"""A codec and a data source of a user's own module, from the commands alone."""
+"""A codec and a data source from a user's own module, used by the commands."""
 
 import json
 import sys
@@ -111,7 +111,7 @@ def test_a_data_source_trains(my_parts, launch, fails, tmp_path):
     assert "codec.kind my_parts.Halved -> identity" in fails(train, argv)
 
 
-def test_what_is_no_codec_and_no_source_is_refused(my_parts, fails, images, tmp_path):
+def test_other_classes_are_refused_as_codec_or_source(my_parts, fails, images, tmp_path):
     train = load_command("sit_atconv/train.py").main
     assert "data.codec: codec my_parts.Nothing does not inherit sit_atconv.data.codecs.Codec" in fails(
         train, [*RUN, "--data.codec", "my_parts.Nothing"])

@@ -351,7 +351,7 @@ def test_ctrl_c_prints_a_message_then_saves_and_exits(launch, tmp_path):
     """A terminal sends Ctrl-C to all processes."""
     argv = [*SMALL, "--train.steps", 500, "--train.log_every", 1000, "--train.checkpoint_every", 1000,
             "--out", tmp_path / "run"]
-    codes, output = launch(TRAIN, argv, 2, kill_at=1, kill_with=signal.SIGINT)
+    codes, output = launch(TRAIN, argv, 2, kill_at=3, kill_with=signal.SIGINT)
     assert codes == [0, 0] and "Traceback" not in output, output
     assert output.count("Ctrl-C: finishing and saving this step; press Ctrl-C again to exit at once") == 1, output
     stopped = re.search(r"stopped by SIGINT at step (\d+) of 500, saved in .*: the same command resumes", output)
