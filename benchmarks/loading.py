@@ -65,8 +65,13 @@ def measure_loading(
         order = BatchOrder(len(data), batch_size, seed=0, mirror=mirror)
         loaders[name] = load_batches(data, order, num_workers, torch.device("cpu"), leave_ctrl_c_to_the_parent)
         next(loaders[name])
-        found[name] = {"samples": len(data), "samples_per_second": 0.0, "rounds": [],
-                       "startup_seconds": time.perf_counter() - clock, "private_mib": None}
+        found[name] = {
+            "samples": len(data),
+            "samples_per_second": 0.0,
+            "rounds": [],
+            "startup_seconds": time.perf_counter() - clock,
+            "private_mib": None,
+        }
         pids[name] = [worker.pid for worker in {*active_children()} - others] if num_workers else ["self"]
     for name in tqdm(list(sources) * rounds, unit="round"):
         for _ in range(2 * num_workers):  # batches that were read ahead while another source was timed
@@ -102,8 +107,18 @@ def private_mib(pid: int | str | None) -> float:
 def write_random_latents(folder: Path, num_images: int, moments_shape: tuple[int, int, int] = (8, 32, 32)) -> None:
     """Writes a folder of random latents, float16, with their horizontal flips, for measuring."""
     settings = LatentSettings(
-        num_images, files="random", image_size=8 * moments_shape[-1], crop="none", codec={}, precision="fp32",
-        slicing=False, tiling=False, mirrored=True, dtype="float16", moments_shape=list(moments_shape), batch_size=32,
+        num_images,
+        files="random",
+        image_size=8 * moments_shape[-1],
+        crop="none",
+        codec={},
+        precision="fp32",
+        slicing=False,
+        tiling=False,
+        mirrored=True,
+        dtype="float16",
+        moments_shape=list(moments_shape),
+        batch_size=32,
         images_per_shard=4096,
     )
     check_room(folder, num_images * settings.bytes_per_image)
@@ -112,8 +127,10 @@ def write_random_latents(folder: Path, num_images: int, moments_shape: tuple[int
     latents, reports, generator = LatentFolder(folder, settings), [], torch.Generator().manual_seed(0)
     for number in trange(latents.num_shards, unit="shard", desc="writing random latents"):
         images = latents.images(number)
-        tensors = {kind: torch.randn((len(images), *moments_shape), generator=generator).to(torch.float16)
-                   for kind in settings.kinds}
+        tensors = {
+            kind: torch.randn((len(images), *moments_shape), generator=generator).to(torch.float16)
+            for kind in settings.kinds
+        }
         labels = torch.tensor(images) % num_classes
         latents.write(number, tensors | {"labels": labels}, list(map(str, images)), {})
         reports.append(inspect_shard(latents.shard(number), settings, num_classes))
@@ -135,9 +152,15 @@ def main(argv: list[str] | None = None) -> None:
         if options.images:
             sources["images"] = lambda: ImageFolder(options.images, options.image_size)
         folders = [Path(folder) for folder in (options.latents, options.random_gb and scratch) if folder]
-        found = measure_loading(sources, batch_size=options.batch_size, num_workers=options.num_workers,
-                                rounds=options.rounds, seconds=options.seconds, mirror=options.mirror,
-                                cold_folders=folders if options.cold else ())
+        found = measure_loading(
+            sources,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            rounds=options.rounds,
+            seconds=options.seconds,
+            mirror=options.mirror,
+            cold_folders=folders if options.cold else (),
+        )
     print(json.dumps(found, indent=1))
 
 
@@ -149,12 +172,20 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--latents", default=None, help="folder of latents written by encode.py")
     parser.add_argument("--images", metavar="DIR", default=None, help="folder of images")
     parser.add_argument("--image-size", type=at_least(1), default=256, metavar="PX", help="image side in pixels")
-    parser.add_argument("--random-gb", type=positive, default=None, metavar="GB",
-                        help="write random latents of shape 32x32x4, of this total size, and measure them")
+    parser.add_argument(
+        "--random-gb",
+        type=positive,
+        default=None,
+        metavar="GB",
+        help="write random latents of shape 32x32x4, of this total size, and measure them",
+    )
     parser.add_argument("--scratch", default=None, metavar="DIR", help="folder for the random latents")
     parser.add_argument("--no-mirror", dest="mirror", action="store_false", help="do not flip samples horizontally")
-    parser.add_argument("--cold", action="store_true",
-                        help="read from the disk: remove the latents from the system's file cache before each round")
+    parser.add_argument(
+        "--cold",
+        action="store_true",
+        help="read from the disk: remove the latents from the system's file cache before each round",
+    )
     parser.add_argument("--batch-size", type=at_least(1), default=256, help="samples per batch")
     parser.add_argument("--num-workers", type=at_least(0), default=2, help="number of processes that read")
     parser.add_argument("--rounds", type=at_least(1), default=5, help="number of measurements of each source")

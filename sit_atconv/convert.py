@@ -21,8 +21,12 @@ from sit_atconv.runtime.names import labels_by_name
 if TYPE_CHECKING:
     from sit_atconv.checkpoints.exported import Weights
 
-OF_FILES = {"interpolant": "--path", "prediction": "--prediction", "class_names": "--class-names",
-            "num_classes": "--num-classes"}
+OF_FILES = {
+    "interpolant": "--path",
+    "prediction": "--prediction",
+    "class_names": "--class-names",
+    "num_classes": "--num-classes",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,8 +40,11 @@ def main(argv: list[str] | None = None) -> None:
         if options["class_names"]:
             options["class_names"] = read_class_names(Path(options["class_names"]))
         weights = load(source, path, ema, options)
-        repeated = [f"{name!r} names labels {', '.join(map(str, labels))}: choose among them by number"
-                    for name, labels in labels_by_name(weights.recipe.class_names).items() if len(labels) > 1]
+        repeated = [
+            f"{name!r} names labels {', '.join(map(str, labels))}: choose among them by number"
+            for name, labels in labels_by_name(weights.recipe.class_names).items()
+            if len(labels) > 1
+        ]
         for note in (*weights.notes, *repeated):
             print(f"note: {note}", file=sys.stderr)
         print(convert(weights, source, out, form))
@@ -83,8 +90,9 @@ def load(source: str, path: Path, ema: bool | float, options: dict) -> "Weights"
         return load_published(path, options.pop("model"), ema=ema is not False, **options)
     for name, option in OF_FILES.items():
         if options[name] is not None:
-            raise ValueError(f"{option} is for files of published weights: leave it out, since the weights of {source} "
-                             "record this")
+            raise ValueError(
+                f"{option} is for files of published weights: leave it out, since the weights of {source} record this"
+            )
     return load_weights(source, ema, vae=options["vae"])
 
 
@@ -94,8 +102,11 @@ def convert(weights: "Weights", source: str, out: Path, form: str) -> str:
     needed = recipe.backbone or (recipe.objective or {}).get("class_path")
     if needed and form != "ours":
         raise ValueError(f"--to {form} cannot record that these weights need {needed}: use --to ours")
-    null = "without a null label" if not config.has_null_label else (
-        "and a null label that was never trained" if recipe.null_label_trained is False else "and a null label")
+    null = (
+        "without a null label"
+        if not config.has_null_label
+        else ("and a null label that was never trained" if recipe.null_label_trained is False else "and a null label")
+    )
     kind = {"EMA": "EMA weights", "as trained": "trained weights", None: "weights"}[recipe.average]
     unknown = "" if recipe.ema_known else " (it is not known whether they are EMA weights)"
     what = f"{kind} of {source}{unknown}, {config.num_classes} classes {null}"
@@ -110,8 +121,9 @@ def convert(weights: "Weights", source: str, out: Path, form: str) -> str:
         else:
             lines.append(f"read it back: {command('convert')} {quoted} {shlex.quote(str(_free_name(out)))}")
         if form == "repa":
-            lines.insert(1, "REPA's code builds the model with projectors, which this file lacks: load it with "
-                            "strict=False")
+            lines.insert(
+                1, "REPA's code builds the model with projectors, which this file lacks: load it with strict=False"
+            )
         return "\n".join(lines)
     if form == "pipeline":
         from sit_atconv.pipeline import export_pipeline
@@ -138,38 +150,71 @@ def make_parser() -> ArgumentParser:
         description="Converts the weights published for SiT, REPA and ATConv's ports of both to a folder that needs no "
         "further options for sampling, and our weights to those formats.",
     )
-    parser.add_argument("source", metavar="SOURCE",
-                        help="the weights to convert: a file of published weights (.pt, .safetensors), or any --ckpt "
-                        "of sample/generate.py: a run, a checkpoint, an exported folder, a pipeline, a hub id, a "
-                        "folder of SiT.save_pretrained")
-    parser.add_argument("out", type=Path, metavar="OUT",
-                        help="the folder to write, new or empty; for sit and repa a new .pt file")
-    parser.add_argument("--to", choices=("ours", "sit", "repa", "pipeline"), default="ours",
-                        help="the format to write. ours: a folder of safetensors and recipe; sit, repa: a .pt file for "
-                        "their code (for ATConv, sit needs tanh-GELU, and repa SiLU and no learn_sigma); pipeline: a "
-                        "diffusers pipeline (default: ours)")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="the weights to convert: a file of published weights (.pt, .safetensors), or any --ckpt "
+        "of sample/generate.py: a run, a checkpoint, an exported folder, a pipeline, a hub id, a "
+        "folder of SiT.save_pretrained",
+    )
+    parser.add_argument(
+        "out", type=Path, metavar="OUT", help="the folder to write, new or empty; for sit and repa a new .pt file"
+    )
+    parser.add_argument(
+        "--to",
+        choices=("ours", "sit", "repa", "pipeline"),
+        default="ours",
+        help="the format to write. ours: a folder of safetensors and recipe; sit, repa: a .pt file for "
+        "their code (for ATConv, sit needs tanh-GELU, and repa SiLU and no learn_sigma); pipeline: a "
+        "diffusers pipeline (default: ours)",
+    )
     average = parser.add_mutually_exclusive_group()
-    average.add_argument("--ema", type=finite, default=True, metavar="DECAY",
-                         help="use the EMA weights with this decay, if the run has several (default: the first)")
-    average.add_argument("--no-ema", dest="ema", action="store_false",
-                         help="use the weights as trained instead of the EMA weights")
-    parser.add_argument("--vae", metavar="ID_OR_FOLDER",
-                        help="the hub id or present folder of the VAE that the model was trained with, or identity for "
-                        f"a model of pixels (default: as the weights record it, or {DEFAULT_VAE})")
+    average.add_argument(
+        "--ema",
+        type=finite,
+        default=True,
+        metavar="DECAY",
+        help="use the EMA weights with this decay, if the run has several (default: the first)",
+    )
+    average.add_argument(
+        "--no-ema", dest="ema", action="store_false", help="use the weights as trained instead of the EMA weights"
+    )
+    parser.add_argument(
+        "--vae",
+        metavar="ID_OR_FOLDER",
+        help="the hub id or present folder of the VAE that the model was trained with, or identity for "
+        f"a model of pixels (default: as the weights record it, or {DEFAULT_VAE})",
+    )
     of_files = parser.add_argument_group(
-        "options for a published file or a folder of SiT.save_pretrained, which may not record them")
-    of_files.add_argument("--model", metavar="PRESET",
-                          help="the preset of the model: depth, width, heads, patch and mixers, e.g. SiT-XL/2 "
-                          "(default: as the file records it)")
-    of_files.add_argument("--path", dest="interpolant", choices=("linear", "gvp", "vp"),
-                          help="the interpolant of the training (default: as the file records it, or linear)")
-    of_files.add_argument("--prediction", choices=("velocity", "noise", "score", "data"),
-                          help="the meaning of the model's output (default: as the file records it, or velocity)")
-    of_files.add_argument("--class-names", metavar="FILE",
-                          help="a text file with the names of labels 0, 1, ..., one per line")
-    of_files.add_argument("--num-classes", type=at_least(1), metavar="N",
-                          help="the number of classes without the null label (default: as the file records it, or one "
-                          "fewer than its labels)")
+        "options for a published file or a folder of SiT.save_pretrained, which may not record them"
+    )
+    of_files.add_argument(
+        "--model",
+        metavar="PRESET",
+        help="the preset of the model: depth, width, heads, patch and mixers, e.g. SiT-XL/2 "
+        "(default: as the file records it)",
+    )
+    of_files.add_argument(
+        "--path",
+        dest="interpolant",
+        choices=("linear", "gvp", "vp"),
+        help="the interpolant of the training (default: as the file records it, or linear)",
+    )
+    of_files.add_argument(
+        "--prediction",
+        choices=("velocity", "noise", "score", "data"),
+        help="the meaning of the model's output (default: as the file records it, or velocity)",
+    )
+    of_files.add_argument(
+        "--class-names", metavar="FILE", help="a text file with the names of labels 0, 1, ..., one per line"
+    )
+    of_files.add_argument(
+        "--num-classes",
+        type=at_least(1),
+        metavar="N",
+        help="the number of classes without the null label (default: as the file records it, or one "
+        "fewer than its labels)",
+    )
     return parser
 
 

@@ -53,14 +53,20 @@ def main(argv: list[str] | None = None) -> None:
         out = options["out"]
         left_out = f", {len(index.skipped)} left out" if index.skipped else ""
         speed = f", {rate:.1f} images/s" if rate else ""
-        print(f"{out} is complete: {index.num_images} images of {len(index.class_names)} classes in "
-              f"{len(index.shards)} shards, {gigabytes(index.num_bytes)}{left_out}{speed}")
+        print(
+            f"{out} is complete: {index.num_images} images of {len(index.class_names)} classes in "
+            f"{len(index.shards)} shards, {gigabytes(index.num_bytes)}{left_out}{speed}"
+        )
         print(*describe_latents(index), sep="\n")
         if options["extend"] and rate:
-            print("a run that was started with the former images refuses these as other data: start a new run from it "
-                  "with --init-from")
-        print(f"picture: {out / 'preview.png'}\ncounts and settings: {out / 'index.json'}\n"
-              f"train: {training_command(index, CachedLatents(out).labels, out)}")
+            print(
+                "a run that was started with the former images refuses these as other data: start a new run from it "
+                "with --init-from"
+            )
+        print(
+            f"picture: {out / 'preview.png'}\ncounts and settings: {out / 'index.json'}\n"
+            f"train: {training_command(index, CachedLatents(out).labels, out)}"
+        )
 
 
 def check(latents: Path) -> None:
@@ -78,8 +84,10 @@ def check(latents: Path) -> None:
         damaged = any("shard-" in fault for fault in faults)
         first = f"is damaged; delete the shards named below and {ENCODE_AGAIN}" if damaged else "has faults"
         fail("\n".join([f"{latents} {first}", *faults]))
-    print(f"{latents} is intact: {index.num_images} images of {len(index.class_names)} classes in "
-          f"{len(index.shards)} shards, {gigabytes(index.num_bytes)}, with correct checksums")
+    print(
+        f"{latents} is intact: {index.num_images} images of {len(index.class_names)} classes in "
+        f"{len(index.shards)} shards, {gigabytes(index.num_bytes)}, with correct checksums"
+    )
     if begun := unfinished_shards(latents, index):
         print(f"{len(begun)} more shards belong to an extension that was stopped: run its command again to complete it")
 
@@ -91,41 +99,97 @@ def make_parser() -> ArgumentParser:
         description="Encodes a folder of images into latents that training reads with --data.latents. If the command "
         "was stopped, run it again to resume.",
     )
-    parser.add_argument("--images", metavar="DIR",
-                        help="folder of images: one subfolder for each class, or a dataset.json, or all of one class")
+    parser.add_argument(
+        "--images",
+        metavar="DIR",
+        help="folder of images: one subfolder for each class, or a dataset.json, or all of one class",
+    )
     parser.add_argument("--out", type=Path, metavar="LATENTS", help="folder to write the latents to")
-    parser.add_argument("--vae", default=DEFAULT_VAE, metavar="ID_OR_FOLDER",
-                        help="hub id or folder of a diffusers AutoencoderKL, or your own Codec, my_module.MyCodec")
+    parser.add_argument(
+        "--vae",
+        default=DEFAULT_VAE,
+        metavar="ID_OR_FOLDER",
+        help="hub id or folder of a diffusers AutoencoderKL, or your own Codec, my_module.MyCodec",
+    )
     add_import_option(parser)
-    parser.add_argument("--image-size", type=at_least(1), default=256, metavar="PX",
-                        help="side of the images in pixels, after ADM's centre crop")
-    parser.add_argument("--verify", type=Path, metavar="LATENTS",
-                        help="check the checksums, counts and values of a folder of latents instead of encoding")
-    parser.add_argument("--skip-unreadable", action="store_true",
-                        help="leave out images that cannot be read, and record them in the index")
-    parser.add_argument("--extend", action="store_true",
-                        help="add the new images of DIR; existing images keep their shards and labels")
-    parser.add_argument("--keep-empty-classes", action="store_true",
-                        help="accept classes without images; they are sampled only on request")
-    parser.add_argument("--max-megapixels", type=positive, default=MAX_MEGAPIXELS, metavar="MP",
-                        help="refuse image files with more megapixels, which may not fit into memory")
-    parser.add_argument("--no-mirror", dest="mirror", action="store_false",
-                        help="do not encode horizontally flipped images: half the time and disk space")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16",
-                        help="number format of the stored moments")
+    parser.add_argument(
+        "--image-size",
+        type=at_least(1),
+        default=256,
+        metavar="PX",
+        help="side of the images in pixels, after ADM's centre crop",
+    )
+    parser.add_argument(
+        "--verify",
+        type=Path,
+        metavar="LATENTS",
+        help="check the checksums, counts and values of a folder of latents instead of encoding",
+    )
+    parser.add_argument(
+        "--skip-unreadable",
+        action="store_true",
+        help="leave out images that cannot be read, and record them in the index",
+    )
+    parser.add_argument(
+        "--extend", action="store_true", help="add the new images of DIR; existing images keep their shards and labels"
+    )
+    parser.add_argument(
+        "--keep-empty-classes",
+        action="store_true",
+        help="accept classes without images; they are sampled only on request",
+    )
+    parser.add_argument(
+        "--max-megapixels",
+        type=positive,
+        default=MAX_MEGAPIXELS,
+        metavar="MP",
+        help="refuse image files with more megapixels, which may not fit into memory",
+    )
+    parser.add_argument(
+        "--no-mirror",
+        dest="mirror",
+        action="store_false",
+        help="do not encode horizontally flipped images: half the time and disk space",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        default="float16",
+        help="number format of the stored moments",
+    )
     parser.add_argument("--batch-size", type=at_least(1), default=32, help="number of images that are encoded together")
-    parser.add_argument("--shard-mib", type=positive, default=128, metavar="MIB",
-                        help="maximum size of a shard in MiB, but at least one batch")
-    parser.add_argument("--precision", choices=tuple(DTYPES), default="tf32",
-                        help="number format of the VAE's arithmetic; tf32 is fp32 with TF32 convolutions on a GPU")
+    parser.add_argument(
+        "--shard-mib",
+        type=positive,
+        default=128,
+        metavar="MIB",
+        help="maximum size of a shard in MiB, but at least one batch",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=tuple(DTYPES),
+        default="tf32",
+        help="number format of the VAE's arithmetic; tf32 is fp32 with TF32 convolutions on a GPU",
+    )
     parser.add_argument("--slicing", action="store_true", help="encode one image after another to save memory")
-    parser.add_argument("--tiling", action="store_true",
-                        help="encode images larger than the VAE was made for in tiles and blend them: approximate")
-    parser.add_argument("--num-workers", type=at_least(0), default=None,
-                        help="number of processes that read images, for each process that encodes (default: its "
-                        "number of cores, at most 8)")
-    parser.add_argument("--cpu-threads", type=at_least(1), default=None,
-                        help="number of threads of each process on a CPU (default: its share of the cores)")
+    parser.add_argument(
+        "--tiling",
+        action="store_true",
+        help="encode images larger than the VAE was made for in tiles and blend them: approximate",
+    )
+    parser.add_argument(
+        "--num-workers",
+        type=at_least(0),
+        default=None,
+        help="number of processes that read images, for each process that encodes (default: its "
+        "number of cores, at most 8)",
+    )
+    parser.add_argument(
+        "--cpu-threads",
+        type=at_least(1),
+        default=None,
+        help="number of threads of each process on a CPU (default: its share of the cores)",
+    )
     return parser
 
 

@@ -76,13 +76,21 @@ class SiTPipeline(DiffusionPipeline):
     ):
         super().__init__()
         if interpolant != "linear":
-            raise ValueError("the schedulers of diffusers support only the linear interpolant, but the model was "
-                             f"trained on {interpolant!r}: sample it with sample/generate.py")
+            raise ValueError(
+                "the schedulers of diffusers support only the linear interpolant, but the model was "
+                f"trained on {interpolant!r}: sample it with sample/generate.py"
+            )
         check_scheduler(scheduler)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(
-            prediction=prediction, interpolant=interpolant, id2label=id2label, step=step, ema_decay=ema_decay,
-            null_label_trained=null_label_trained, empty_classes=empty_classes, ema_known=ema_known,
+            prediction=prediction,
+            interpolant=interpolant,
+            id2label=id2label,
+            step=step,
+            ema_decay=ema_decay,
+            null_label_trained=null_label_trained,
+            empty_classes=empty_classes,
+            ema_known=ema_known,
         )
 
     @classmethod
@@ -90,9 +98,13 @@ class SiTPipeline(DiffusionPipeline):
         """Downloads a pipeline and returns its folder; the method of diffusers refuses our model class."""
         is_local = hub_options(pretrained_model_name)["local_files_only"] or options.get("local_files_only")
         return snapshot_download(
-            pretrained_model_name, revision=options.get("revision"), cache_dir=options.get("cache_dir"),
-            token=options.get("token"), force_download=bool(options.get("force_download")),
-            local_files_only=bool(is_local), allow_patterns=["*.json", "*.safetensors"],
+            pretrained_model_name,
+            revision=options.get("revision"),
+            cache_dir=options.get("cache_dir"),
+            token=options.get("token"),
+            force_download=bool(options.get("force_download")),
+            local_files_only=bool(is_local),
+            allow_patterns=["*.json", "*.safetensors"],
         )
 
     @torch.no_grad()
@@ -136,8 +148,9 @@ class SiTPipeline(DiffusionPipeline):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if unknown := sorted({*callback_on_step_end_tensor_inputs} - {*self._callback_tensor_inputs}):
-            raise ValueError(f"callback_on_step_end_tensor_inputs can be {self._callback_tensor_inputs}, not "
-                             f"{unknown[0]!r}")
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs can be {self._callback_tensor_inputs}, not {unknown[0]!r}"
+            )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, not {output_type!r}")
         device = self._execution_device
@@ -261,8 +274,10 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
         return
     name = type(scheduler).__name__
     remedy = name if "use_flow_sigmas" in config else "UniPCMultistepScheduler"
-    raise ValueError(f"this {name} does not integrate a flow: use "
-                     f'{remedy}(prediction_type="flow_prediction", use_flow_sigmas=True), or a FlowMatch scheduler')
+    raise ValueError(
+        f"this {name} does not integrate a flow: use "
+        f'{remedy}(prediction_type="flow_prediction", use_flow_sigmas=True), or a FlowMatch scheduler'
+    )
 
 
 def export_pipeline(weights: Weights, folder: Path) -> None:
@@ -284,8 +299,10 @@ def export_pipeline(weights: Weights, folder: Path) -> None:
         raise ValueError("a pipeline does not support your own objective or backbone: sample with sample/generate.py")
     codec = open_codec(recipe.codec)
     if type(codec) not in (IdentityCodec, VAECodec):
-        raise ValueError("a pipeline decodes with an AutoencoderKL, but these weights were trained with the codec "
-                         f"{recipe.codec['kind']}: sample them with sample/generate.py")
+        raise ValueError(
+            "a pipeline decodes with an AutoencoderKL, but these weights were trained with the codec "
+            f"{recipe.codec['kind']}: sample them with sample/generate.py"
+        )
     pipeline = SiTPipeline(
         weights.model,
         FlowMatchEulerDiscreteScheduler(),

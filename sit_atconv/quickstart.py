@@ -29,8 +29,12 @@ def main(argv: list[str] | None = None) -> None:
         description="Trains on scikit-learn's digits, generates, evaluates and compares speed, in minutes on a CPU.",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for all results")
-    parser.add_argument("--steps", type=at_least(1), help="number of training steps; fewer make a shorter tour with "
-                        "worse digits (default: 1800, from configs/digits.yaml)")
+    parser.add_argument(
+        "--steps",
+        type=at_least(1),
+        help="number of training steps; fewer make a shorter tour with "
+        "worse digits (default: 1800, from configs/digits.yaml)",
+    )
     options = parser.parse_args(argv)
     out, steps = options.out, ["--train.steps", options.steps] if options.steps else []
     out.mkdir(parents=True, exist_ok=True)
@@ -38,10 +42,40 @@ def main(argv: list[str] | None = None) -> None:
     run, samples, scores, speed = out / "run", out / "samples", out / "scores.json", out / "speed"
     seconds = {
         "train": run_as_typed(out, "train", "--out", run, *steps),
-        "generate": run_as_typed(out, "generate", "--ckpt", run, "--cfg", 2, "--num-samples", 1000, "--labels",
-                                 "balanced", "--solver", "heun", "--steps", 12, "--batch-size", 125, "--out", samples),
-        "evaluate": run_as_typed(out, "fid", "--samples", samples, "--reference", "digits", "--extractor", "digits",
-                                 "--features", out / "features", "--out", scores),
+        "generate": run_as_typed(
+            out,
+            "generate",
+            "--ckpt",
+            run,
+            "--cfg",
+            2,
+            "--num-samples",
+            1000,
+            "--labels",
+            "balanced",
+            "--solver",
+            "heun",
+            "--steps",
+            12,
+            "--batch-size",
+            125,
+            "--out",
+            samples,
+        ),
+        "evaluate": run_as_typed(
+            out,
+            "fid",
+            "--samples",
+            samples,
+            "--reference",
+            "digits",
+            "--extractor",
+            "digits",
+            "--features",
+            out / "features",
+            "--out",
+            scores,
+        ),
         "speed": run_as_typed(out, "speed", "--preset", "S/2", "--forms", "attention", "atconv", "--out", speed),
     }
 
@@ -90,8 +124,11 @@ def run_as_typed(out: Path, name: str, *options: object) -> tuple[float, float]:
         _follow(process.stderr.fileno(), file)
     if process.returncode:
         print(log.read_text(errors="replace")[-2000:], file=sys.stderr)
-        fail(f"that command failed with exit code {process.returncode} ({log}): fix the cause and run the quickstart "
-             "again", process.returncode)
+        fail(
+            f"that command failed with exit code {process.returncode} ({log}): fix the cause and run the quickstart "
+            "again",
+            process.returncode,
+        )
     return time.perf_counter() - wall, _cpu_seconds() - cpu
 
 

@@ -49,11 +49,15 @@ def main(argv: list[str] | None = None) -> None:
             if received:
                 assert session.last_checkpoint is not None
                 step = checkpoint_step(session.last_checkpoint)
-                print(f"stopped by {signal.Signals(received).name} at step {step} of {config.train.steps}, saved in "
-                      f"{session.last_checkpoint}: the same command resumes from there")
+                print(
+                    f"stopped by {signal.Signals(received).name} at step {step} of {config.train.steps}, saved in "
+                    f"{session.last_checkpoint}: the same command resumes from there"
+                )
             else:
-                print(f"{config.out} is complete: {config.train.steps} steps, in {session.last_checkpoint}\n"
-                      f"loss: {config.out / 'loss.png'}, samples: {config.out / 'samples'}\nsample: {sampling}")
+                print(
+                    f"{config.out} is complete: {config.train.steps} steps, in {session.last_checkpoint}\n"
+                    f"loss: {config.out / 'loss.png'}, samples: {config.out / 'samples'}\nsample: {sampling}"
+                )
         session.tracker.end()
         session.accelerator.state.destroy_process_group()
 
@@ -66,8 +70,13 @@ def train_model(job: Job, session: Session) -> int:
     device, parameters, model = accelerator.device, session.parameters, session.tapped
     shape = (train.batch_size, *job.latent_shape)
     generator = torch.Generator(device)
-    progress = tqdm(range(job.found.step, train.steps), initial=job.found.step, total=train.steps,
-                    disable=not accelerator.is_main_process, unit="step")
+    progress = tqdm(
+        range(job.found.step, train.steps),
+        initial=job.found.step,
+        total=train.steps,
+        disable=not accelerator.is_main_process,
+        unit="step",
+    )
 
     for step in progress:
         # Draw all random numbers for the whole batch, the same on every process, and set the learning rate.
@@ -90,8 +99,9 @@ def train_model(job: Job, session: Session) -> int:
             with accelerator.accumulate(*session.trained):  # processes exchange gradients only in the last micro-batch
                 terms = objective.loss(model, latents, batch.y, draw[rows], session.net.null_label)
                 added = auxiliary(model.take(), latents, pixels) if auxiliary is not None else {}
-                terms, added = ({name: term.where(batch.readable, 0.0) for name, term in named.items()}
-                                for named in (terms, added))
+                terms, added = (
+                    {name: term.where(batch.readable, 0.0) for name, term in named.items()} for named in (terms, added)
+                )
                 losses = terms.pop(next(iter(terms)))  # the first is minimised, the others are only logged
                 loss = sum((term.mean() for term in added.values()), start=losses.mean())  # also over unreadable images
                 accelerator.backward(poisoned(loss))
@@ -119,13 +129,22 @@ def train_model(job: Job, session: Session) -> int:
         # Decide what is due, and end the run if a loss or gradient was not finite.
         done, session.stop.has_work = step + 1, True
         session.watch.note(done, finite)
-        due = decide(done, config, has_held_out=len(job.held_out) > 0, stop=session.stop, watch=session.watch,
-                     num_unreadable=len(session.unreadable.met), agreement=session.agreement)
+        due = decide(
+            done,
+            config,
+            has_held_out=len(job.held_out) > 0,
+            stop=session.stop,
+            watch=session.watch,
+            num_unreadable=len(session.unreadable.met),
+            agreement=session.agreement,
+        )
         if due.bad_step:
-            fail(f"loss or gradient were not finite in step {due.bad_step}, which changed no weights; last good "
-                 f"checkpoint: {session.last_checkpoint or 'none yet'}. Start another run from it (--init-from, --out) "
-                 "with a lower train.lr or with train.max_grad_norm, or look at the images of that batch: "
-                 f"{order.batch(due.bad_step - 1)}")
+            fail(
+                f"loss or gradient were not finite in step {due.bad_step}, which changed no weights; last good "
+                f"checkpoint: {session.last_checkpoint or 'none yet'}. Start another run from it (--init-from, --out) "
+                "with a lower train.lr or with train.max_grad_norm, or look at the images of that batch: "
+                f"{order.batch(due.bad_step - 1)}"
+            )
         if due.record_unreadable:
             with user_errors():
                 session.note_unreadable(job)
@@ -160,14 +179,23 @@ def save_and_draw(job: Job, session: Session, step: int, save: bool, draw: bool)
         with user_errors():
             if save:
                 session.last_checkpoint = save_checkpoint(
-                    run, session.state, recipe, keep=config.train.keep_checkpoints,
-                    keep_every=config.train.keep_every, computed_on=session.computed_on,
+                    run,
+                    session.state,
+                    recipe,
+                    keep=config.train.keep_checkpoints,
+                    keep_every=config.train.keep_every,
+                    computed_on=session.computed_on,
                 )
         try:  # training continues if a picture cannot be drawn or written
             save_loss_curves(read_stats(run), run / "loss.png", str(run))
             if draw:
-                draw_preview(session.averages.first, session.codec, recipe, config.preview,
-                             run / "samples" / f"step-{step:07d}.png")
+                draw_preview(
+                    session.averages.first,
+                    session.codec,
+                    recipe,
+                    config.preview,
+                    run / "samples" / f"step-{step:07d}.png",
+                )
         except (RuntimeError, OSError) as error:
             session.say(f"warning: no pictures of step {step}: {str(error).splitlines()[0]}")
     session.accelerator.wait_for_everyone()

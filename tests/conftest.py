@@ -27,10 +27,28 @@ if not torch.cuda.is_available():
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 TINY_RUN = [
-    "--preset", "SiT-ATConv-Tiny/2", "--model.learn_sigma", "false", "--train.batch_size", "512",
-    "--data.held_out", "0", "--train.steps", "4", "--train.log_every", "1",
-    "--train.checkpoint_every", "2", "--train.precision", "fp32",
-    "--preview.every", "100", "--preview.num_steps", "2", "--preview.per_class", "2",
+    "--preset",
+    "SiT-ATConv-Tiny/2",
+    "--model.learn_sigma",
+    "false",
+    "--train.batch_size",
+    "512",
+    "--data.held_out",
+    "0",
+    "--train.steps",
+    "4",
+    "--train.log_every",
+    "1",
+    "--train.checkpoint_every",
+    "2",
+    "--train.precision",
+    "fp32",
+    "--preview.every",
+    "100",
+    "--preview.num_steps",
+    "2",
+    "--preview.per_class",
+    "2",
 ]  # an epoch of three steps
 
 
@@ -60,14 +78,28 @@ def launch(tmp_path_factory):
     `seconds`. They work in `folder`, if it is given.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sit_atconv.train", "sit_atconv.generation.draw", "sit_atconv.data.encoding",
-                                    "sit_atconv.evaluation.evaluate", "torchdiffeq",
-                                    "diffusers.models.autoencoders.autoencoder_kl"])
+    context.set_forkserver_preload(
+        [
+            "sit_atconv.train",
+            "sit_atconv.generation.draw",
+            "sit_atconv.data.encoding",
+            "sit_atconv.evaluation.evaluate",
+            "torchdiffeq",
+            "diffusers.models.autoencoders.autoencoder_kl",
+        ]
+    )
     logs, numbers = tmp_path_factory.mktemp("logs"), itertools.count()
 
     def run(
-        command: str, argv: list, processes: int = 1, die: str | int | None = None, kill_at: int | None = None,
-        kill_with: int = signal.SIGKILL, kill_rank: int | None = None, seconds: int = 600, work: Path | None = None,
+        command: str,
+        argv: list,
+        processes: int = 1,
+        die: str | int | None = None,
+        kill_at: int | None = None,
+        kill_with: int = signal.SIGKILL,
+        kill_rank: int | None = None,
+        seconds: int = 600,
+        work: Path | None = None,
         folder: Path | None = None,
     ) -> tuple[list[int], str]:
         log = logs / f"{next(numbers)}.txt"
@@ -75,8 +107,10 @@ def launch(tmp_path_factory):
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         workers = [
-            context.Process(target=_worker, args=(command, [*map(str, argv)], rank, processes, port, log, die, work,
-                                                  folder)) for rank in range(processes)
+            context.Process(
+                target=_worker, args=(command, [*map(str, argv)], rank, processes, port, log, die, work, folder)
+            )
+            for rank in range(processes)
         ]
         for worker in workers:
             worker.start()
@@ -106,8 +140,12 @@ def _worker(command, argv, rank, processes, port, log, die, work, folder):
     os.environ["TQDM_MININTERVAL"] = "0"
     if processes > 1:
         os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
         }
     if isinstance(die, int):
         _die_at_write(die, str(work or argv[argv.index("--out") + 1]))
@@ -155,7 +193,8 @@ def _die_at_write(number: int, folder: str):
 
     def hook(event: str, arguments: tuple):
         writes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod") or (
-            event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR))
+            event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        )
         if writes and folder in str(arguments[0]) and next(counter) == number:
             _kill()
 
@@ -296,8 +335,12 @@ def make_vae(tmp_path_factory):
         folder = tmp_path_factory.mktemp("vae")
         config = dict(latent_channels=4, scaling_factor=0.5, shift_factor=0.1) | config
         AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
-            block_out_channels=(8, 8), layers_per_block=1, **config,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            **config,
         ).save_pretrained(folder)
         return folder
 
@@ -332,8 +375,26 @@ def latents(launch, digit_folder, vae, tmp_path_factory):
 
 def encode_argv(images: Path, vae: Path, out: Path) -> list:
     """Small batches and shards: 5 and 20 images in float32."""
-    return ["--images", images, "--vae", vae, "--out", out, "--image-size", 32, "--dtype", "float32", "--batch-size", 5,
-            "--shard-mib", 0.35, "--num-workers", 1, "--cpu-threads", 1]
+    return [
+        "--images",
+        images,
+        "--vae",
+        vae,
+        "--out",
+        out,
+        "--image-size",
+        32,
+        "--dtype",
+        "float32",
+        "--batch-size",
+        5,
+        "--shard-mib",
+        0.35,
+        "--num-workers",
+        1,
+        "--cpu-threads",
+        1,
+    ]
 
 
 @pytest.fixture

@@ -31,8 +31,11 @@ def test_copies_of_training_images_fail():
     assert measure_quality(copies, WANTED).failures() == ["nearest"]
 
 
-PAIRS = [[("vp", "velocity"), ("linear", "velocity")], [("gvp", "velocity"), ("linear", "noise")],
-         [("gvp", "score"), ("vp", "data")]]
+PAIRS = [
+    [("vp", "velocity"), ("linear", "velocity")],
+    [("gvp", "velocity"), ("linear", "noise")],
+    [("gvp", "score"), ("vp", "data")],
+]
 OTHERS = [("gvp", "noise"), ("linear", "score"), ("linear", "data"), ("gvp", "data")]
 
 
@@ -65,13 +68,32 @@ def assert_learn(launch, folder, kinds, steps):
 def learn(launch, folder, path, prediction, steps):
     """Trains, samples and measures the quality of the samples."""
     run, samples = folder / "run", folder / "samples"
-    codes, output = launch("sit_atconv/train.py", [
-        "--train.steps", steps, "--flow.path", path, "--flow.prediction", prediction, "--out", run],
-        seconds=1200)
+    codes, output = launch(
+        "sit_atconv/train.py",
+        ["--train.steps", steps, "--flow.path", path, "--flow.prediction", prediction, "--out", run],
+        seconds=1200,
+    )
     assert codes == [0], output
-    codes, output = launch("sample/generate.py", [
-        "--ckpt", run, "--cfg", 2, "--num-samples", 200, "--labels", "balanced", "--steps", 100, "--batch-size", 200,
-        "--out", samples], seconds=1200)
+    codes, output = launch(
+        "sample/generate.py",
+        [
+            "--ckpt",
+            run,
+            "--cfg",
+            2,
+            "--num-samples",
+            200,
+            "--labels",
+            "balanced",
+            "--steps",
+            100,
+            "--batch-size",
+            200,
+            "--out",
+            samples,
+        ],
+        seconds=1200,
+    )
     assert codes == [0], output
     labels = np.array(json.loads((samples / "manifest.json").read_text())["labels"])
     return measure_quality(np.load(samples / "samples.npz")["arr_0"][..., 0], labels)
@@ -80,8 +102,9 @@ def learn(launch, folder, path, prediction, steps):
 @pytest.mark.slow
 def test_the_quickstarts_digits_are_good(tmp_path):
     """The tour trains, generates, evaluates and compares speed, as a user runs it."""
-    done = subprocess.run(python("-m", "sit_atconv.quickstart", "--out", "tour"), cwd=tmp_path, text=True,
-                          stdout=subprocess.PIPE)
+    done = subprocess.run(
+        python("-m", "sit_atconv.quickstart", "--out", "tour"), cwd=tmp_path, text=True, stdout=subprocess.PIPE
+    )
     assert done.returncode == 0
     print(done.stdout)
     samples = tmp_path / "tour" / "samples"

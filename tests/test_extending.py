@@ -18,8 +18,11 @@ SMALL = {  # options that keep a command short, and those that the recipe itself
 
 def commands_of(recipe: str) -> list[list[str]]:
     """The command lines of its shell blocks, split, without their launcher."""
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", recipe, re.DOTALL)
-             for line in block.replace("\\\n", " ").strip().splitlines()]
+    lines = [
+        line
+        for block in re.findall(r"```sh\n(.*?)```", recipe, re.DOTALL)
+        for line in block.replace("\\\n", " ").strip().splitlines()
+    ]
     return [shlex.split(line.removeprefix("accelerate launch ").removeprefix("python ")) for line in lines]
 
 

@@ -64,7 +64,7 @@ def test_no_file_imports_itself_by_way_of_others():
 
     def follow(name, way):
         if seen.get(name):
-            cycles.append(" -> ".join([*way[way.index(name):], name]))
+            cycles.append(" -> ".join([*way[way.index(name) :], name]))
         elif name not in seen:
             seen[name] = True
             for other in sorted(graph.get(name, ())):
@@ -109,10 +109,17 @@ def test_no_module_hides_another():
 
 @pytest.mark.parametrize(
     "argv",
-    [["sample/generate.py", "--help"], ["eval/fid.py", "--help"], ["eval/speed.py", "--help"],
-     ["eval/compare.py", "--help"], ["sit_atconv/encode.py", "--help"], ["sit_atconv/convert.py", "--help"],
-     ["sample/generate.py", "--cfg", "x"], ["eval/fid.py", "--samples", "nowhere"],
-     ["sit_atconv/convert.py", "a.pt"]],
+    [
+        ["sample/generate.py", "--help"],
+        ["eval/fid.py", "--help"],
+        ["eval/speed.py", "--help"],
+        ["eval/compare.py", "--help"],
+        ["sit_atconv/encode.py", "--help"],
+        ["sit_atconv/convert.py", "--help"],
+        ["sample/generate.py", "--cfg", "x"],
+        ["eval/fid.py", "--samples", "nowhere"],
+        ["sit_atconv/convert.py", "a.pt"],
+    ],
 )
 def test_help_and_argument_errors_load_nothing_heavy(argv, tmp_path):
     code = (

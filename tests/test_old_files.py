@@ -25,16 +25,81 @@ from tests.conftest import load_command, relative_error
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TRAIN, GENERATE, ENCODE = "sit_atconv/train.py", "sample/generate.py", "sit_atconv/encode.py"
-TINY = ["--preset", "SiT-ATConv-Tiny/2", "--model.hidden_size", "12", "--model.depth", "2", "--model.num_heads", "2",
-        "--train.precision", "fp32", "--train.lr", "1e-2", "--train.warmup_steps", "4", "--preview.num_steps", "2",
-        "--preview.per_class", "1"]
-TRAINING = [*TINY, "--train.batch_size", "64", "--train.steps", "48", "--train.checkpoint_every", "40",
-            "--train.keep_checkpoints", "1", "--train.log_every", "4", "--train.held_out_every", "8",
-            "--train.ema_decay", "[0.9,0.5]", "--train.max_grad_norm", "1.0", "--train.weight_decay", "0.1"]
-HEUN = ["--ckpt", "finished", "--cfg", 2, "--solver", "heun", "--steps", 4, "--num-samples", 100, "--labels",
-        "balanced", "--seed", 1]
-ENCODING = ["--images", "images", "--vae", "vae", "--out", "latents", "--image-size", 16, "--batch-size", 4,
-            "--shard-mib", 0.01, "--num-workers", 0, "--cpu-threads", 1]
+TINY = [
+    "--preset",
+    "SiT-ATConv-Tiny/2",
+    "--model.hidden_size",
+    "12",
+    "--model.depth",
+    "2",
+    "--model.num_heads",
+    "2",
+    "--train.precision",
+    "fp32",
+    "--train.lr",
+    "1e-2",
+    "--train.warmup_steps",
+    "4",
+    "--preview.num_steps",
+    "2",
+    "--preview.per_class",
+    "1",
+]
+TRAINING = [
+    *TINY,
+    "--train.batch_size",
+    "64",
+    "--train.steps",
+    "48",
+    "--train.checkpoint_every",
+    "40",
+    "--train.keep_checkpoints",
+    "1",
+    "--train.log_every",
+    "4",
+    "--train.held_out_every",
+    "8",
+    "--train.ema_decay",
+    "[0.9,0.5]",
+    "--train.max_grad_norm",
+    "1.0",
+    "--train.weight_decay",
+    "0.1",
+]
+HEUN = [
+    "--ckpt",
+    "finished",
+    "--cfg",
+    2,
+    "--solver",
+    "heun",
+    "--steps",
+    4,
+    "--num-samples",
+    100,
+    "--labels",
+    "balanced",
+    "--seed",
+    1,
+]
+ENCODING = [
+    "--images",
+    "images",
+    "--vae",
+    "vae",
+    "--out",
+    "latents",
+    "--image-size",
+    16,
+    "--batch-size",
+    4,
+    "--shard-mib",
+    0.01,
+    "--num-workers",
+    0,
+    "--cpu-threads",
+    1,
+]
 
 
 @pytest.fixture
@@ -81,6 +146,7 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 # ---------------------------------------------------------------------------------------------------------- runs
 
+
 def test_a_half_finished_run_resumes_to_the_same_weights(launch, old):
     """The run was killed at step 44, after the checkpoint of step 40; the same command resumes it."""
     codes, output = launch(TRAIN, [*TRAINING, "--out", "half"])
@@ -119,6 +185,7 @@ def test_the_options_of_an_old_run_are_compared(old, run, fails):
 
 # ------------------------------------------------------------------------------------------------------- samples
 
+
 @pytest.mark.parametrize(
     "name, argv",
     [
@@ -145,8 +212,9 @@ def test_weights_of_a_later_version_are_refused_with_its_number(old, fails):
 
 def test_an_old_pipeline_gives_the_same_images(old):
     pipeline = SiTPipeline.from_pretrained(old / "pipeline")
-    images = pipeline(class_labels=[3, 7], guidance_scale=2.0, num_inference_steps=4,
-                      generator=torch.Generator().manual_seed(0)).images
+    images = pipeline(
+        class_labels=[3, 7], guidance_scale=2.0, num_inference_steps=4, generator=torch.Generator().manual_seed(0)
+    ).images
     assert_same_images(np.stack([np.array(image) for image in images]), read_npz(old / "expected" / "pipeline.npz"))
     weights = load_weights(str(old / "pipeline"))
     assert weights.recipe.step == 40 and weights.recipe.ema_decay == 0.99 and weights.recipe.codec["scale"] == 0.5
@@ -169,8 +237,21 @@ def test_a_partial_folder_of_samples_is_completed(old, run):
 
 
 def test_an_old_record_compares_with_a_new_evaluation(old, run):
-    run("eval/fid.py", ["--samples", "samples", "--reference", "digits", "--extractor", "digits", "--features",
-                        "features", "--out", "new.json"])
+    run(
+        "eval/fid.py",
+        [
+            "--samples",
+            "samples",
+            "--reference",
+            "digits",
+            "--extractor",
+            "digits",
+            "--features",
+            "features",
+            "--out",
+            "new.json",
+        ],
+    )
     [record] = (old / "samples").glob("scores-digits-*.json")
     theirs, ours = read_evaluation(record), read_evaluation(old / "new.json")
     differences = protocol_differences(theirs, ours)
@@ -184,11 +265,30 @@ def test_an_old_record_compares_with_a_new_evaluation(old, run):
 
 # ------------------------------------------------------------------------------------------------------- latents
 
+
 def test_old_latents_are_verified_and_trained_on(launch, old, run):
     output, _ = run(ENCODE, ["--verify", "latents"])
     assert "latents is whole: 24 images of 10 classes in 6 shards" in output
-    codes, output = launch(TRAIN, [*TINY, "--data.latents", "latents", "--data.codec", "vae", "--data.mirror", "true",
-                                   "--data.held_out", 0, "--train.batch_size", 24, "--train.steps", 1, "--out", "run"])
+    codes, output = launch(
+        TRAIN,
+        [
+            *TINY,
+            "--data.latents",
+            "latents",
+            "--data.codec",
+            "vae",
+            "--data.mirror",
+            "true",
+            "--data.held_out",
+            0,
+            "--train.batch_size",
+            24,
+            "--train.steps",
+            1,
+            "--out",
+            "run",
+        ],
+    )
     assert codes == [0] and "24 images of 10 classes as 4x8x8" in output and "run is complete" in output, output
 
 

@@ -110,8 +110,12 @@ class ModelOfGaussian(SiT):
 @pytest.mark.parametrize(("prediction", "num_steps"), [("noise", 50), ("velocity", 1010)])
 @pytest.mark.parametrize(
     "scheduler",
-    [FlowMatchEulerDiscreteScheduler(), FlowMatchHeunDiscreteScheduler(), UniPCMultistepScheduler(**FLOW),
-     DPMSolverMultistepScheduler(**FLOW)],
+    [
+        FlowMatchEulerDiscreteScheduler(),
+        FlowMatchHeunDiscreteScheduler(),
+        UniPCMultistepScheduler(**FLOW),
+        DPMSolverMultistepScheduler(**FLOW),
+    ],
 )
 def test_noise_prediction_and_more_steps_than_scheduler_timesteps(scheduler, prediction, num_steps):
     model = ModelOfGaussian(input_size=8, hidden_size=16, depth=1, num_heads=1, num_classes=10)
@@ -150,9 +154,17 @@ def test_guidance_needs_a_trained_null_label():
             pipeline(5, **options)
 
 
-@pytest.mark.parametrize("options", [
-    dict(guidance_interval=(0.8, 0.2)), dict(guidance_interval=(0.3, 1.2)), dict(guidance_interval=(0.5, 0.5)),
-    dict(guidance_interval=None), dict(guidance_scale=float("nan")), dict(guidance_scale=float("inf"))])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(guidance_interval=(0.8, 0.2)),
+        dict(guidance_interval=(0.3, 1.2)),
+        dict(guidance_interval=(0.5, 0.5)),
+        dict(guidance_interval=None),
+        dict(guidance_scale=float("nan")),
+        dict(guidance_scale=float("inf")),
+    ],
+)
 def test_invalid_guidance_is_refused(options):
     with pytest.raises(ValueError, match=r"two increasing times in \[0, 1\]|must be a finite number"):
         make_pipeline()(3, num_inference_steps=1, output_type="latent", **options)
@@ -308,8 +320,10 @@ def test_pixel_space_has_no_vae_and_gives_rgb(tmp_path):
     export_pipeline(weights_of(IdentityCodec(1)), tmp_path / "exported")
     pipeline = load(tmp_path / "exported")
     assert pipeline.vae is None and not (tmp_path / "exported" / "vae").exists()
-    for pixels in (np.array(pipeline(3, num_inference_steps=2).images[0]),
-                   pipeline(3, num_inference_steps=2, output_type="np").images[0]):
+    for pixels in (
+        np.array(pipeline(3, num_inference_steps=2).images[0]),
+        pipeline(3, num_inference_steps=2, output_type="np").images[0],
+    ):
         assert pixels.shape == (8, 8, 3) and np.ptp(pixels, axis=2).max() == 0 < np.ptp(pixels)
 
 

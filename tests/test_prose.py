@@ -7,10 +7,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted(path for folder in ("sit_atconv", "sample", "eval", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(
+    path for folder in ("sit_atconv", "sample", "eval", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+)
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("configs/*.yaml")])
 LONGEST = 100  # characters of a docstring's first line
-OPENERS = {"Of", "What", "How", "Whether", "Beside", "Which", "Where", "Whose", "Who", "That", "From", "With", "In", "By"}
+OPENERS = {
+    "Of",
+    "What",
+    "How",
+    "Whether",
+    "Beside",
+    "Which",
+    "Where",
+    "Whose",
+    "Who",
+    "That",
+    "From",
+    "With",
+    "In",
+    "By",
+}
 INSTEAD = {  # avoided: the field's word for it
     r"(goes|go|went|gone|going) on\b": "resume, continue",
     r"mirror(ed)? images?\b": "horizontal flip",
@@ -60,7 +77,9 @@ def fault(node, line):
 @pytest.mark.parametrize("path", SOURCES, ids=named)
 def test_docstrings_open_with_one_plain_sentence(path):
     faults = [
-        f"{named(path)}:{node.body[0].lineno}: {wrong}: {line}" for node, line in docstrings(path) if (wrong := fault(node, line))
+        f"{named(path)}:{node.body[0].lineno}: {wrong}: {line}"
+        for node, line in docstrings(path)
+        if (wrong := fault(node, line))
     ]
     assert not faults, "\n".join(faults)
 

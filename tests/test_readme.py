@@ -24,4 +24,3 @@ def test_files_named_exist():
     names += re.findall(r"\]\(((?!http)[\w./-]+)\)", README)
     assert len(names) > 20 and len(tree) <= 30
     assert [name for name in names if not (ROOT / name).exists()] == []
-

@@ -67,8 +67,21 @@ def sdist(tmp_path_factory) -> Path:
 def wheel(sdist, tmp_path_factory) -> Path:
     """Built from the sdist."""
     folder = tmp_path_factory.mktemp("wheel")
-    run(python("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--no-cache-dir", "-w", folder,
-               sdist), folder)
+    run(
+        python(
+            "-m",
+            "pip",
+            "wheel",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-index",
+            "--no-cache-dir",
+            "-w",
+            folder,
+            sdist,
+        ),
+        folder,
+    )
     return next(folder.glob("*.whl"))
 
 
@@ -77,8 +90,10 @@ def scripts(wheel, tmp_path_factory) -> Path:
     """bin/ of an environment that has the wheel installed."""
     environment = tmp_path_factory.mktemp("environment")
     venv.create(environment)
-    run(python("-m", "pip", "--python", environment / "bin" / "python", "install", "--no-deps", "--no-index", wheel),
-        environment)
+    run(
+        python("-m", "pip", "--python", environment / "bin" / "python", "install", "--no-deps", "--no-index", wheel),
+        environment,
+    )
     packages = next(environment.glob("lib/python*/site-packages"))
     (packages / "borrowed.pth").write_text("\n".join(site.getsitepackages()))  # whose own .pth files are not followed
     imported = run([environment / "bin" / "python", "-c", "import sit_atconv; print(sit_atconv.__file__)"], environment)
@@ -89,8 +104,9 @@ def scripts(wheel, tmp_path_factory) -> Path:
 def run(argv: list, folder: Path, code: int = 0) -> str:
     """Runs a process that does not find the checkout; returns what it printed."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(list(map(str, argv)), cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        list(map(str, argv)), cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     assert done.returncode == code, done.stdout
     return done.stdout
 
@@ -99,7 +115,8 @@ def run(argv: list, folder: Path, code: int = 0) -> str:
 def test_the_wheel_holds_configs_types_and_weights(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if "dist-info" not in name}
     assert names == {
-        *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("sit_atconv/**/*.py")), "sit_atconv/py.typed",
+        *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("sit_atconv/**/*.py")),
+        "sit_atconv/py.typed",
         "sit_atconv/encoders/digit_features.safetensors",
         *(f"sit_atconv/configs/{name}.yaml" for name in shipped_configs()),
     }
@@ -129,8 +146,22 @@ def test_shipped_configs_are_found_by_name(scripts, tmp_path):
 
 @pytest.mark.slow
 def test_several_processes_train_and_the_printed_command_samples(scripts, tmp_path):
-    trained = run([scripts / "python", "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2,
-                   "-m", "sit_atconv.train", *TINY_RUN, "--out", "run"], tmp_path)
+    trained = run(
+        [
+            scripts / "python",
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            2,
+            "-m",
+            "sit_atconv.train",
+            *TINY_RUN,
+            "--out",
+            "run",
+        ],
+        tmp_path,
+    )
     printed = re.search(r"^sample: (sit-atconv-generate) (.*)$", trained, re.MULTILINE)
     assert "batch 512, 2 x " in trained and printed, trained
     run([scripts / printed[1], *printed[2].split(), "--cfg", 1, "--num-samples", 4, "--steps", 2], tmp_path)
@@ -141,6 +172,10 @@ def test_several_processes_train_and_the_printed_command_samples(scripts, tmp_pa
 def test_the_quickstart_runs_in_an_empty_folder(scripts, tmp_path):
     printed = run([scripts / "sit-atconv-quickstart", "--steps", 60], tmp_path)
     assert re.findall(r"^\$ (\S+)", printed, re.MULTILINE) == [
-        "sit-atconv-train", "sit-atconv-generate", "sit-atconv-fid", "sit-atconv-speed"]
+        "sit-atconv-train",
+        "sit-atconv-generate",
+        "sit-atconv-fid",
+        "sit-atconv-speed",
+    ]
     assert len(printed.splitlines()) <= 40 and "{" not in printed
     assert (tmp_path / "runs/quickstart/speed/speed.png").exists()

@@ -1,7 +1,7 @@
 """Exported weights, which sampling needs no options for: a model and its recipe, or a pipeline.
 
-    config.json  diffusion_pytorch_model.safetensors  recipe.json
-    model_index.json  transformer/  vae/ (none in pixel space)  scheduler/
+config.json  diffusion_pytorch_model.safetensors  recipe.json
+model_index.json  transformer/  vae/ (none in pixel space)  scheduler/
 """
 
 import contextlib
@@ -97,12 +97,18 @@ def load_model(folder: Path, backbone: str | None = None) -> "SiT":
         raise ValueError(f"the model in {folder} is of class {kind}: give a folder with a {model_class.__name__}")
     pickled = not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin"))
     if pickled and any(folder.glob("*-of-*.bin")):
-        raise ValueError(f"the weights in {folder} are .bin shards, which diffusers can write but not read: save them "
-                         "as .safetensors (safe_serialization=True)")
+        raise ValueError(
+            f"the weights in {folder} are .bin shards, which diffusers can write but not read: save them "
+            "as .safetensors (safe_serialization=True)"
+        )
     with damage_named(folder):
         model, report = model_class.from_pretrained(
-            folder, torch_dtype=torch.float32, variant=weights_variant(folder), output_loading_info=True,
-            use_safetensors=False if pickled else None)
+            folder,
+            torch_dtype=torch.float32,
+            variant=weights_variant(folder),
+            output_loading_info=True,
+            use_safetensors=False if pickled else None,
+        )
     if wrong := {name: keys for name, keys in report.items() if keys}:
         raise ValueError(f"the weights in {folder} do not fit their config.json: {wrong}")
     return model.eval().requires_grad_(False)
@@ -115,8 +121,9 @@ def damage_named(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"the weights in {folder} are incomplete or damaged ({reason}): copy or export them "
-                         "again") from error
+        raise ValueError(
+            f"the weights in {folder} are incomplete or damaged ({reason}): copy or export them again"
+        ) from error
 
 
 def load_exported(folder: Path) -> Weights:
@@ -135,8 +142,10 @@ def load_exported(folder: Path) -> Weights:
         recipe = dataclasses.replace(recipe, null_label_trained=False)
     model = load_model(folder, recipe.backbone)
     if len(recipe.class_names) != model.config.num_classes:
-        raise ValueError(f"recipe.json in {folder} names {len(recipe.class_names)} classes, but config.json has "
-                         f"{model.config.num_classes}: export the weights again")
+        raise ValueError(
+            f"recipe.json in {folder} names {len(recipe.class_names)} classes, but config.json has "
+            f"{model.config.num_classes}: export the weights again"
+        )
     return Weights(model, recipe, folder)
 
 

@@ -1,6 +1,6 @@
 """Published weights: training files of SiT and REPA, and bare state dicts, read without running code.
 
-    {"model": ..., "ema": ..., "opt": ..., "args": Namespace or dict}        or        {"blocks.0. ...": tensor, ...}
+{"model": ..., "ema": ..., "opt": ..., "args": Namespace or dict}        or        {"blocks.0. ...": tensor, ...}
 """
 
 import argparse
@@ -66,14 +66,17 @@ def read_published(path: Path, ema: bool = True) -> Published:
     _refuse_dit(path, args)
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.is_meta:
-            raise ValueError(f"{path} cannot be used: {name} is {tensor.dtype}, {tensor.layout} on {tensor.device}: "
-                             "weights must be dense floating-point numbers")
+            raise ValueError(
+                f"{path} cannot be used: {name} is {tensor.dtype}, {tensor.layout} on {tensor.device}: "
+                "weights must be dense floating-point numbers"
+            )
     named = [WRAPPERS.sub("", name) for name in tensors]
     if len(set(named)) < len(named):
         raise ValueError(f"{path} cannot be used: without module. and _orig_mod. two of its names are the same")
     tensors = dict(zip(named, tensors.values(), strict=True))
     repa = args.get("prediction") == "v" or any(
-        name.startswith("projectors.") or _is_pointwise(name, tensor) for name, tensor in tensors.items())
+        name.startswith("projectors.") or _is_pointwise(name, tensor) for name, tensor in tensors.items()
+    )
     if repa:
         try:
             tensors = _from_repa(tensors)
@@ -105,10 +108,15 @@ def _refuse_dit(path: Path, args: dict) -> None:
     said = " ".join(str(args[key]) for key in ("model", "model_name", "arch", "name") if key in args)
     is_said = bool(said) or "path_type" in args
     if re.search(r"(?<![a-z])dit(?![a-z])", said if is_said else path.name, re.IGNORECASE):
-        source, remedy = (f"args say {said}", "") if is_said else (
-            "file name says DiT", ", or rename the file if it was trained as a flow")
-        raise ValueError(f"{path} cannot be used: its {source}, and a DiT predicts noise and variance on the discrete "
-                         f"steps of DDPM, not a flow. Give weights of a SiT{remedy}")
+        source, remedy = (
+            (f"args say {said}", "")
+            if is_said
+            else ("file name says DiT", ", or rename the file if it was trained as a flow")
+        )
+        raise ValueError(
+            f"{path} cannot be used: its {source}, and a DiT predicts noise and variance on the discrete "
+            f"steps of DDPM, not a flow. Give weights of a SiT{remedy}"
+        )
 
 
 def _read(path: Path) -> object:
@@ -123,18 +131,24 @@ def _read(path: Path) -> object:
     except Exception as error:  # a damaged file raises errors of many types
         called = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and called:
-            raise ValueError(f"{path} cannot be used: it holds more than tensors and could run code ({called[1]}). "
-                             "Look for a .safetensors file of the weights, or, if you trust this file, save only its "
-                             "state dict") from error
+            raise ValueError(
+                f"{path} cannot be used: it holds more than tensors and could run code ({called[1]}). "
+                "Look for a .safetensors file of the weights, or, if you trust this file, save only its "
+                "state dict"
+            ) from error
         telling = isinstance(error, (RuntimeError, OSError, SafetensorError)) and str(error)
         reason = str(error).splitlines()[0].split(". ")[0] if telling else "not a pickle of tensors"
-        raise ValueError(f"{path} is not a checkpoint, or is incomplete or damaged ({reason}): download or copy it "
-                         "again") from error
+        raise ValueError(
+            f"{path} is not a checkpoint, or is incomplete or damaged ({reason}): download or copy it again"
+        ) from error
 
 
 def _is_state_dict(content: object) -> TypeGuard[dict[str, Tensor]]:
-    return (isinstance(content, dict) and len(content) > 0
-            and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()))
+    return (
+        isinstance(content, dict)
+        and len(content) > 0
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items())
+    )
 
 
 def _is_pointwise(name: str, tensor: Tensor) -> bool:
@@ -149,7 +163,8 @@ def _from_repa(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     ours = {
         name: tensor.flatten(1) if _is_pointwise(name, tensor) else tensor
-        for name, tensor in tensors.items() if not name.startswith("projectors.")
+        for name, tensor in tensors.items()
+        if not name.startswith("projectors.")
     }
     if "pos_embed" in ours and not ours["pos_embed"].any():
         del ours["pos_embed"]
@@ -177,8 +192,8 @@ def _reverse_time(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     and sin(f - ft) = sin f cos ft - cos f sin ft. So changing the first layer after them is exact, and doing it twice
     restores the weights.
     """
-    weight = tensors["t_embedder.mlp.0.weight"]                                     # (D, 2F)
-    on_cos, on_sin = weight.double().chunk(2, dim=1)                                # (D, F) each
+    weight = tensors["t_embedder.mlp.0.weight"]  # (D, 2F)
+    on_cos, on_sin = weight.double().chunk(2, dim=1)  # (D, F) each
     num_frequencies = on_cos.shape[1]
     f = 10000.0 ** (-torch.arange(num_frequencies, dtype=torch.float64) / num_frequencies)
     cos, sin = f.cos(), f.sin()

@@ -24,8 +24,10 @@ from sit_atconv.runtime.files import check_room, write_aside
 
 EMA_DECAY = 0.9999  # of SiT, REPA and ATConv's ports of both; their files do not record it
 VAES = {"ema": DEFAULT_VAE, "mse": "stabilityai/sd-vae-ft-mse"}  # SiT's and DiT's names
-FLOW = {"interpolant": ("path_type", "--path", "linear"),  # training argument, our option, default
-        "prediction": ("prediction", "--prediction", "velocity")}
+FLOW = {
+    "interpolant": ("path_type", "--path", "linear"),  # training argument, our option, default
+    "prediction": ("prediction", "--prediction", "velocity"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,24 @@ class Form:
 
 
 FORMS = {
-    "sit": Form("SiT", {"interpolant": {"Linear": "linear", "GVP": "gvp", "VP": "vp"},
-                        "prediction": {"velocity": "velocity", "noise": "noise", "score": "score"}}),
-    "repa": Form("REPA", {"interpolant": {"linear": "linear", "cosine": "gvp"}, "prediction": {"v": "velocity"}},
-                 **REPA_OPTIONS, learn_sigma=False),
+    "sit": Form(
+        "SiT",
+        {
+            "interpolant": {"Linear": "linear", "GVP": "gvp", "VP": "vp"},
+            "prediction": {"velocity": "velocity", "noise": "noise", "score": "score"},
+        },
+    ),
+    "repa": Form(
+        "REPA",
+        {"interpolant": {"linear": "linear", "cosine": "gvp"}, "prediction": {"v": "velocity"}},
+        **REPA_OPTIONS,
+        learn_sigma=False,
+    ),
 }
 
 
 # ------------------------------------------------------------------------------------------------------- loading
+
 
 def load_published(
     path: Path,
@@ -91,8 +103,10 @@ def load_published(
         published, model = Published({}, None, repa=False), load_model(path)
         options = model.config
         if num_classes not in (None, options["num_classes"]):
-            raise ValueError(f"config.json in {path} has {options['num_classes']} classes, which contradicts "
-                             f"--num-classes {num_classes}: leave that out")
+            raise ValueError(
+                f"config.json in {path} has {options['num_classes']} classes, which contradicts "
+                f"--num-classes {num_classes}: leave that out"
+            )
     else:
         published = read_published(path, ema)
         tensors = {name: tensor.float() for name, tensor in published.tensors.items()}
@@ -113,17 +127,23 @@ def load_published(
         vae = DEFAULT_VAE
         assumed.append(f"--vae {vae}")
     if assumed:
-        notes.append(f"{path} does not say how it was trained: assuming {', '.join(assumed)}; to change this, use "
-                     "these options of python -m sit_atconv.convert")
+        notes.append(
+            f"{path} does not say how it was trained: assuming {', '.join(assumed)}; to change this, use "
+            "these options of python -m sit_atconv.convert"
+        )
 
     # Open the codec.
     codec = open_codec(
-        typed_codec(vae, options["in_channels"]) if vae else codec_there, f"{path} was trained",
-        remedy="Give the VAE it was trained with by --vae, a folder or a hub id that is cached")
+        typed_codec(vae, options["in_channels"]) if vae else codec_there,
+        f"{path} was trained",
+        remedy="Give the VAE it was trained with by --vae, a folder or a hub id that is cached",
+    )
     codec.check(codec_there, f"{path} was trained")
     if codec.channels != options["in_channels"]:
-        raise ValueError(f"{path} takes {options['in_channels']} channels, but the VAE {codec.name} gives "
-                         f"{codec.channels}: give the --vae it was trained with")
+        raise ValueError(
+            f"{path} takes {options['in_channels']} channels, but the VAE {codec.name} gives "
+            f"{codec.channels}: give the --vae it was trained with"
+        )
 
     # Build the model.
     if path.is_file():
@@ -187,8 +207,10 @@ def said_flow(path: Path, published: Published, wanted: Iterable[str] = tuple(FL
         names = form.names[name]
         known = {their.lower(): our for their, our in names.items()} | {our: our for our in names.values()}
         if str(theirs).lower() not in known:
-            raise ValueError(f"{path} was trained with {argument} {theirs!r}, which is none of {', '.join(names)}: use "
-                             f"python -m sit_atconv.convert with {option}")
+            raise ValueError(
+                f"{path} was trained with {argument} {theirs!r}, which is none of {', '.join(names)}: use "
+                f"python -m sit_atconv.convert with {option}"
+            )
         flow[name] = known[str(theirs).lower()]
     return flow
 
@@ -247,20 +269,26 @@ def _classes(path: Path, num_rows: int, args: dict, given: int | None) -> dict:
     """Returns the number of classes and whether the label table has one more row, for the null label."""
     num_classes = next(n for n in (given, args.get("num_classes"), max(1, num_rows - 1)) if n is not None)
     if type(num_classes) is not int:
-        raise ValueError(f"{path} was trained with num_classes {num_classes!r}, which is not a whole number: use "
-                         "python -m sit_atconv.convert with --num-classes")
+        raise ValueError(
+            f"{path} was trained with num_classes {num_classes!r}, which is not a whole number: use "
+            "python -m sit_atconv.convert with --num-classes"
+        )
     if num_rows - num_classes not in (0, 1):
-        raise ValueError(f"{path} has a table of {num_rows} labels, which does not fit {num_classes} classes with or "
-                         "without a null label: use python -m sit_atconv.convert with --num-classes")
+        raise ValueError(
+            f"{path} has a table of {num_rows} labels, which does not fit {num_classes} classes with or "
+            "without a null label: use python -m sit_atconv.convert with --num-classes"
+        )
     return {"num_classes": num_classes, "has_null_label": num_rows > num_classes}
 
 
 def _spoken(shown: dict) -> str:
-    return (f"depth {shown['depth']}, width {shown['hidden_size']}, patch {shown['patch_size']} and mixers "
-            f"{shown['mixer']}")
+    return (
+        f"depth {shown['depth']}, width {shown['hidden_size']}, patch {shown['patch_size']} and mixers {shown['mixer']}"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- saving
+
 
 def save_published(weights: Weights, path: Path, form: str) -> str:
     """Writes a file that SiT's or REPA's code and `load_published` can read.
@@ -286,8 +314,10 @@ def save_published(weights: Weights, path: Path, form: str) -> str:
     heads = {"num_heads": config.num_heads} if "num_heads" in silent else {}
     preset = fitting_preset(shown | heads)
     if not preset:
-        raise ValueError(f"{theirs.owner}'s form names a preset, but none has {_spoken(shown)}"
-                         + (f" with {config.num_heads} heads" if heads else ""))
+        raise ValueError(
+            f"{theirs.owner}'s form names a preset, but none has {_spoken(shown)}"
+            + (f" with {config.num_heads} heads" if heads else "")
+        )
     required = {"kernel_act": theirs.kernel_act, "kernel_pool": "raster"}
     required = {name: value for name, value in required.items() if name in silent}
     for name, value in (required if theirs.learn_sigma else required | {"learn_sigma": False}).items():

@@ -1,9 +1,9 @@
 """The folder of a training run: its list of checkpoints and its log. No tensors are read here.
 
-    RUN/config.yaml, data.json     the resolved configuration, and a description of the data
-    RUN/stats.jsonl, loss.png      the loss and other figures by step
-    RUN/samples/step-*.png         pictures that the EMA weights drew during training
-    RUN/checkpoints/step-*/        see training_state.py
+RUN/config.yaml, data.json     the resolved configuration, and a description of the data
+RUN/stats.jsonl, loss.png      the loss and other figures by step
+RUN/samples/step-*.png         pictures that the EMA weights drew during training
+RUN/checkpoints/step-*/        see training_state.py
 """
 
 import json

@@ -61,8 +61,10 @@ def mixer_kinds(tensors: Mapping[str, Tensor], config: Mapping | None = None) ->
                     raise ValueError(f"weights that are not a SiT's: blocks.{i}.attn.{entry.parameters[0]} is missing")
             known = {parameter for entry in MIXERS.values() for parameter in entry.parameters}
             unknown = [f"blocks.{i}.attn.{parameter}" for parameter in (mixer.keys() - known or mixer)]
-            raise ValueError(f"a token mixer that is not known here ({', '.join(sorted(unknown)[:LISTED])}): give "
-                             "--import MODULE, a module that registers it")
+            raise ValueError(
+                f"a token mixer that is not known here ({', '.join(sorted(unknown)[:LISTED])}): give "
+                "--import MODULE, a module that registers it"
+            )
         entry = MIXERS.find(mixer_name)
         options = entry.shown(mixer)
         kinds[i] = Kind(mixer_name, entry.spoken(options) if entry.spoken else mixer_name, options)
@@ -104,17 +106,22 @@ def shown_options(tensors: Mapping[str, Tensor]) -> dict:
 
 def fitting_preset(options: dict) -> str | None:
     """Returns the first preset that these options, of which some may be missing, do not contradict."""
-    fitting = (name for name, preset in PRESETS.items()
-               if all(options.get(key, value) == value for key, value in preset.items()))
+    fitting = (
+        name
+        for name, preset in PRESETS.items()
+        if all(options.get(key, value) == value for key, value in preset.items())
+    )
     return next(fitting, None)
 
 
 def list_differences(there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> str:
     """Lists the first tensors whose name or shape differs; returns "" if there are none."""
     wrong = [
-        f"{name} {tuple(there[name].shape)} there, {tuple(tensor.shape)} here" if name in there
+        f"{name} {tuple(there[name].shape)} there, {tuple(tensor.shape)} here"
+        if name in there
         else f"{name} missing there, {tuple(tensor.shape)} here"
-        for name, tensor in here.items() if name not in there or there[name].shape != tensor.shape
+        for name, tensor in here.items()
+        if name not in there or there[name].shape != tensor.shape
     ]
     wrong += [f"{name} {tuple(tensor.shape)} there, none here" for name, tensor in there.items() if name not in here]
     more = f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""

@@ -75,6 +75,7 @@ def checkpoints_at_once(steps: int, every: int, keep: int, keep_every: int | Non
 
 # -------------------------------------------------------------------------------------------------------- saving
 
+
 def save_checkpoint(
     run: Path,
     state: TrainingState,
@@ -133,8 +134,10 @@ def save_checkpoint(
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             before = newest_checkpoint(run)
             intact = f"{before} is intact" if before else "there is no earlier one"
-            raise OSError(f"the checkpoint of step {recipe.step} cannot be written to {run} ({_reason(error)}); "
-                          f"{intact}: fix that and run the same command again") from error
+            raise OSError(
+                f"the checkpoint of step {recipe.step} cannot be written to {run} ({_reason(error)}); "
+                f"{intact}: fix that and run the same command again"
+            ) from error
         raise
     for old in list_checkpoints(run)[:-keep]:
         if not keep_every or checkpoint_step(old) % keep_every:
@@ -161,20 +164,32 @@ def _optimizer_tensors(state: TrainingState) -> "dict[str, torch.Tensor]":
     """Returns the optimizer's moments and step counts as NAME OF PARAMETER/KEY -> tensor."""
     import torch
 
-    tensors = {f"{name}/{key}": value for name, p in state.parameters().items()
-               for key, value in state.optimizer.state.get(p, {}).items() if value is not None}
+    tensors = {
+        f"{name}/{key}": value
+        for name, p in state.parameters().items()
+        for key, value in state.optimizer.state.get(p, {}).items()
+        if value is not None
+    }
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor | int | float):
-            raise OSError(f"{type(state.optimizer).__name__} keeps {name} as a {type(value).__name__}, but checkpoints "
-                          "hold only tensors and numbers: use another --optimizer")
+            raise OSError(
+                f"{type(state.optimizer).__name__} keeps {name} as a {type(value).__name__}, but checkpoints "
+                "hold only tensors and numbers: use another --optimizer"
+            )
     return {name: torch.as_tensor(value).contiguous() for name, value in tensors.items()}
 
 
 def _optimizer_numbers(optimizer: "torch.optim.Optimizer") -> list[dict]:
     """Returns for each parameter group the numbers, other than options, that the optimizer has changed."""
     options = {"lr", "weight_decay"}
-    return [{name: value for name, value in group.items() if isinstance(value, int | float) and name not in options
-             and optimizer.defaults.get(name, value) != value} for group in optimizer.param_groups]
+    return [
+        {
+            name: value
+            for name, value in group.items()
+            if isinstance(value, int | float) and name not in options and optimizer.defaults.get(name, value) != value
+        }
+        for group in optimizer.param_groups
+    ]
 
 
 def _auxiliary_tensors(auxiliary: "torch.nn.Module") -> "dict[str, torch.Tensor]":
@@ -184,6 +199,7 @@ def _auxiliary_tensors(auxiliary: "torch.nn.Module") -> "dict[str, torch.Tensor]
 
 
 # ------------------------------------------------------------------------------------------------------- loading
+
 
 @dataclass(frozen=True)
 class Resumable:
@@ -213,8 +229,10 @@ def find_resumable(run: Path) -> Resumable:
         damaged[checkpoint] = problem
     if damaged:
         checkpoint, problem = next(iter(damaged.items()))
-        raise ValueError(f"no checkpoint of {run} can be resumed from; the newest, {checkpoint}: {problem}. Give "
-                         "another --out, or delete the checkpoints to start this run from scratch")
+        raise ValueError(
+            f"no checkpoint of {run} can be resumed from; the newest, {checkpoint}: {problem}. Give "
+            "another --out, or delete the checkpoints to start this run from scratch"
+        )
     return Resumable(None, 0, {})
 
 

@@ -71,7 +71,13 @@ class Special:
 
 
 def start_from(
-    net: SiT, ckpt: str, flow_path: str, prediction: str, codec: dict, *, class_names: list[str] | None = None,
+    net: SiT,
+    ckpt: str,
+    flow_path: str,
+    prediction: str,
+    codec: dict,
+    *,
+    class_names: list[str] | None = None,
     objective: dict | None = None,
 ) -> Start:
     """Copies into `net` the tensors of `ckpt` that have the same name and shape.
@@ -103,8 +109,10 @@ def start_from(
     settled = set().union(*(special.names for special in specials))
     plain = {name: tensor for name, tensor in source.tensors.items() if name not in settled}
     if wrong := list_differences(plain, {name: tensor for name, tensor in here.items() if name not in settled}):
-        raise ValueError(f"the weights of {ckpt} are of another model: {wrong}. Give the --preset that they have, or "
-                         "their model.hidden_size, depth, patch_size, in_channels, mlp_ratio")
+        raise ValueError(
+            f"the weights of {ckpt} are of another model: {wrong}. Give the --preset that they have, or "
+            "their model.hidden_size, depth, patch_size, in_channels, mlp_ratio"
+        )
 
     values = plain | {name: value for special in specials for name, value in special.values.items()}
     for name, value in values.items():
@@ -218,8 +226,10 @@ def _label_table(net: SiT, fresh: Tensor, source: Source, class_names: list[str]
     if source.class_names and class_names:
         order = labels_there(source.class_names, class_names)
         if order not in (None, list(range(classes))):
-            lines.append("the label table's rows follow the class names, whose order differs: "
-                         f"{changed_names(source.class_names, class_names)}")
+            lines.append(
+                "the label table's rows follow the class names, whose order differs: "
+                f"{changed_names(source.class_names, class_names)}"
+            )
     value[:classes] = table[:classes] if order is None else table[order]
     if len(table) > len(fresh):
         lines.append("the null label's row is left out: this model has none (has_null_label is false)")
@@ -263,7 +273,8 @@ def _silent_options(net: SiT, here: dict[str, Tensor], source: Source) -> list[s
     return [
         f"model.{name} is {source.config[name]} there, "
         f"{net.config[name]} here: the mixers kept were trained with the former"
-        for name in silent if source.config.get(name, net.config[name]) != net.config[name]
+        for name in silent
+        if source.config.get(name, net.config[name]) != net.config[name]
     ]
 
 

@@ -35,8 +35,9 @@ def locate_weights(ckpt: str, ema: bool | float = True, *, model: str | None = N
             raise ValueError(f"{ckpt} is a file without a choice of EMA decays: leave out --ema {ema}")
         return path
     if model is not None:
-        raise ValueError(f"--model {model} is for files of published weights: leave it out, since {ckpt} has a "
-                         "config.json")
+        raise ValueError(
+            f"--model {model} is for files of published weights: leave it out, since {ckpt} has a config.json"
+        )
     if not path.exists():
         path = _download(ckpt)
     if not any(path.iterdir()):
@@ -49,8 +50,10 @@ def locate_weights(ckpt: str, ema: bool | float = True, *, model: str | None = N
     if path.resolve().name == "transformer" and is_pipeline(path.resolve().parent):
         path = path.resolve().parent
     if not is_pipeline(path) and not (path / "config.json").is_file():
-        raise ValueError(f"{ckpt} holds no weights: it has neither checkpoints/step-* with ema/ (a run after its first "
-                         "checkpoint), nor config.json (exported weights), nor model_index.json (a pipeline)")
+        raise ValueError(
+            f"{ckpt} holds no weights: it has neither checkpoints/step-* with ema/ (a run after its first "
+            "checkpoint), nor config.json (exported weights), nor model_index.json (a pipeline)"
+        )
     return _choose_ema([path], ema, ckpt)
 
 
@@ -138,6 +141,9 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"], **options))
     except Exception as error:  # no network, no such repository, no permission
-        where = "in the hub's cache (the hub is not asked if a folder with the owner's name exists here)" \
-            if options["local_files_only"] else "available from the hub"
+        where = (
+            "in the hub's cache (the hub is not asked if a folder with the owner's name exists here)"
+            if options["local_files_only"]
+            else "available from the hub"
+        )
         raise ValueError(f"{hub_id} is neither a folder here nor {where}: {type(error).__name__}") from error

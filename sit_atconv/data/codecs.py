@@ -27,7 +27,13 @@ if TYPE_CHECKING:  # diffusers is imported where a VAE is loaded
     from diffusers import AutoencoderKL
 
 ARCHITECTURE = (  # config keys that can change a VAE's output with the same tensors
-    "act_fn", "norm_num_groups", "down_block_types", "layers_per_block", "mid_block_add_attention", "sample_size")
+    "act_fn",
+    "norm_num_groups",
+    "down_block_types",
+    "layers_per_block",
+    "mid_block_add_attention",
+    "sample_size",
+)
 DECODED_AT_ONCE = 16  # images; a decoder needs much memory for each
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 WHERE_FROM = (
@@ -159,7 +165,12 @@ class VAECodec(Codec):
     """
 
     def __init__(
-        self, source: str, precision: Precision = "tf32", *, slicing: bool = False, tiling: bool = False,
+        self,
+        source: str,
+        precision: Precision = "tf32",
+        *,
+        slicing: bool = False,
+        tiling: bool = False,
         remedy: str = WHERE_FROM,
     ):
         source = os.path.abspath(source) if Path(source).exists() else source
@@ -210,8 +221,15 @@ class VAECodec(Codec):
             return self.vae.decode(draw.to(self.vae.dtype)).sample.to(z.dtype)
 
     def describe(self) -> dict:
-        return {"kind": "autoencoder_kl", "source": self.source, "weights": self.weights, "channels": self.channels,
-                "downsample": self.downsample, "scale": self.scale, "shift": self.shift}
+        return {
+            "kind": "autoencoder_kl",
+            "source": self.source,
+            "weights": self.weights,
+            "channels": self.channels,
+            "downsample": self.downsample,
+            "scale": self.scale,
+            "shift": self.shift,
+        }
 
     def to(self, device: torch.device | str) -> "VAECodec":
         self.vae.to(device)
@@ -248,8 +266,12 @@ def typed_codec(name: str, channels: int) -> dict:
 
 
 def open_codec(
-    description: dict, made: str = "the weights were trained", precision: Precision = "tf32", *,
-    remedy: str = "Pass its current folder with --vae", **options,
+    description: dict,
+    made: str = "the weights were trained",
+    precision: Precision = "tf32",
+    *,
+    remedy: str = "Pass its current folder with --vae",
+    **options,
 ) -> Codec:
     """Returns the codec that `describe()` described.
 
@@ -283,15 +305,19 @@ def scale_and_shift(config: Mapping, source: str) -> tuple[float | list[float], 
     """
     factor, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0
     if not isinstance(factor, int | float) or not math.isfinite(factor) or not factor:
-        raise ValueError(f"the VAE {source} has scaling_factor {factor} in its config.json: set it to the number by "
-                         "which the VAE's latents are scaled")
+        raise ValueError(
+            f"the VAE {source} has scaling_factor {factor} in its config.json: set it to the number by "
+            "which the VAE's latents are scaled"
+        )
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None and std is None:
         return factor, shift
     if not mean or not std or not len(mean) == len(std) == config["latent_channels"] or shift or 0 in std:
-        raise ValueError(f"the VAE {source} has latents_mean {mean}, latents_std {std} and shift_factor {shift} in its "
-                         f"config.json: set latents_mean and latents_std to {config['latent_channels']} values each, "
-                         "none of the latter 0, and remove shift_factor")
+        raise ValueError(
+            f"the VAE {source} has latents_mean {mean}, latents_std {std} and shift_factor {shift} in its "
+            f"config.json: set latents_mean and latents_std to {config['latent_channels']} values each, "
+            "none of the latter 0, and remove shift_factor"
+        )
     return [factor / deviation for deviation in std], list(mean)
 
 
@@ -316,13 +342,20 @@ def _load_vae(source: str, remedy: str) -> "AutoencoderKL":
     _check_config(source, config)
     with _not_loaded(source, remedy):
         vae, report = AutoencoderKL.from_pretrained(
-            source, torch_dtype=torch.float32, variant=weights_variant(folder), output_loading_info=True,
-            ignore_mismatched_sizes=True, **options)
+            source,
+            torch_dtype=torch.float32,
+            variant=weights_variant(folder),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
     wrong = [f"{name} is missing" for name in sorted(report["missing_keys"])]
     wrong += [f"{name} is {(*there,)}, not {(*here,)}" for name, there, here in sorted(report["mismatched_keys"])]
     if wrong:
-        raise ValueError(f"the weights of the VAE {source} do not fit its config.json: {show_some(wrong, 3)}. Download "
-                         "or save the VAE again")
+        raise ValueError(
+            f"the weights of the VAE {source} do not fit its config.json: {show_some(wrong, 3)}. Download "
+            "or save the VAE again"
+        )
     return vae
 
 
@@ -338,8 +371,10 @@ def _not_loaded(source: str, remedy: str):
     except Exception as error:
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         if isinstance(error, OSError) and not Path(source).exists() and Path(source).parent.is_dir():
-            reason = (f"there is no folder {source}, and it is not in the hub's cache. It is not downloaded because a "
-                      f"folder {Path(source).parent} exists here: to download it, run in another directory")
+            reason = (
+                f"there is no folder {source}, and it is not in the hub's cache. It is not downloaded because a "
+                f"folder {Path(source).parent} exists here: to download it, run in another directory"
+            )
         raise ValueError(f"no VAE could be loaded from {source!r} ({reason}). {remedy}") from error
     finally:
         logging.disable(disabled)
@@ -351,8 +386,9 @@ def _check_config(source: str, config: Mapping) -> None:
         raise ValueError(f"{source} is an {kind}: give the folder or hub id of an AutoencoderKL")
     channels = config.get("in_channels", 3), config.get("out_channels", 3)
     if channels != (3, 3):
-        raise ValueError(f"the VAE {source} takes {channels[0]} channels and gives {channels[1]}: give one that takes "
-                         "and gives 3")
+        raise ValueError(
+            f"the VAE {source} takes {channels[0]} channels and gives {channels[1]}: give one that takes and gives 3"
+        )
     if "scaling_factor" in config:
         scale_and_shift({"latent_channels": 4, **config}, source)
 

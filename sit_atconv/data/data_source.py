@@ -30,7 +30,13 @@ class DataSource(Protocol):
 
     @classmethod
     def open(
-        cls, name: str, *, image_size: int | None, mirror: bool, rules: int | None, keep_empty_classes: bool,
+        cls,
+        name: str,
+        *,
+        image_size: int | None,
+        mirror: bool,
+        rules: int | None,
+        keep_empty_classes: bool,
         max_megapixels: float,
     ) -> "DataSource":
         """Returns the source for a run; by default, calls this class without arguments.

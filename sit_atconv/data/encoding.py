@@ -124,11 +124,21 @@ def encode_images(options: EncodeOptions, patch_sizes: Sequence[int] = ()) -> tu
     """
     _check_out(options)
     known = newest_settings(options.out)
-    images = ImageFolder(options.images, options.image_size, rules=known.rules if known else RULES,
-                         keep_empty_classes=options.keep_empty_classes,
-                         max_megapixels=options.max_megapixels)
-    codec = open_codec(typed_codec(options.vae, images.channels), "encoding begins", options.precision,
-                       slicing=options.slicing, tiling=options.tiling, remedy=WHERE_FROM)
+    images = ImageFolder(
+        options.images,
+        options.image_size,
+        rules=known.rules if known else RULES,
+        keep_empty_classes=options.keep_empty_classes,
+        max_megapixels=options.max_megapixels,
+    )
+    codec = open_codec(
+        typed_codec(options.vae, images.channels),
+        "encoding begins",
+        options.precision,
+        slicing=options.slicing,
+        tiling=options.tiling,
+        remedy=WHERE_FROM,
+    )
     images, settings = arrange(images, latent_settings(options, images, codec), options.out, extend=options.extend)
     folder = LatentFolder(options.out, settings)
     may_skip = options.skip_unreadable or options.extend  # --extend never changes existing shards
@@ -152,9 +162,12 @@ def encode_images(options: EncodeOptions, patch_sizes: Sequence[int] = ()) -> tu
                 partial.unlink()
             if not _outlasts(folder, missing):
                 (folder.path / INDEX).unlink(missing_ok=True)
-            print(f"encoding {len(images)} images of {len(images.class_names)} classes into {folder.path}, "
-                  f"{state.num_processes} x {state.device.type}: {folder.num_shards - len(missing)} of "
-                  f"{folder.num_shards} shards are there, the others take {gigabytes(room)}", file=sys.stderr)
+            print(
+                f"encoding {len(images)} images of {len(images.class_names)} classes into {folder.path}, "
+                f"{state.num_processes} x {state.device.type}: {folder.num_shards - len(missing)} of "
+                f"{folder.num_shards} shards are there, the others take {gigabytes(room)}",
+                file=sys.stderr,
+            )
         state.wait_for_everyone()
         missing = folder.missing(may_skip)
         state.wait_for_everyone()  # no process writes before all have the same list to share
@@ -177,8 +190,9 @@ def _outlasts(folder: LatentFolder, missing: list[int]) -> bool:
     """True if all shards of the index exist: then it stays valid until the index of all parts replaces it."""
     index = find_index(folder.path)
     to_make = {folder.shard(number).name for number in missing}
-    return bool(index and index.settings in folder.settings.parts
-                and not to_make & {entry["file"] for entry in index.shards})
+    return bool(
+        index and index.settings in folder.settings.parts and not to_make & {entry["file"] for entry in index.shards}
+    )
 
 
 def latent_settings(options: EncodeOptions, images: ImageFolder, codec: Codec) -> LatentSettings:
@@ -227,12 +241,22 @@ def _encode_missing(job: Job, missing: list[int]) -> float:
     folder, images = job.folder, job.images
     mine = share(missing, job.state)
     batches = (list(batch) for number in mine for batch in folder.batches(number))
-    loader = iter(DataLoader(Pictures(images), batch_sampler=batches, pin_memory=job.state.device.type == "cuda",
-                             num_workers=_num_workers(job.options), worker_init_fn=leave_ctrl_c_to_the_parent))
+    loader = iter(
+        DataLoader(
+            Pictures(images),
+            batch_sampler=batches,
+            pin_memory=job.state.device.type == "cuda",
+            num_workers=_num_workers(job.options),
+            worker_init_fn=leave_ctrl_c_to_the_parent,
+        )
+    )
     several = job.state.num_processes > 1
-    progress = tqdm(total=sum(len(folder.images(number)) for number in mine), unit="image",
-                    disable=not job.state.is_main_process,
-                    desc=f"encoding, process 1 of {job.state.num_processes}" if several else "encoding")
+    progress = tqdm(
+        total=sum(len(folder.images(number)) for number in mine),
+        unit="image",
+        disable=not job.state.is_main_process,
+        desc=f"encoding, process 1 of {job.state.num_processes}" if several else "encoding",
+    )
     unreadable, clock = [], time.perf_counter()
     with together() as faults, progress:
         for number in mine:
@@ -245,8 +269,15 @@ def _encode_missing(job: Job, missing: list[int]) -> float:
                 folder.write(number, shard.tensors, shard.names, shard.skipped, shard.enlarged)
     rate = sum(len(folder.images(number)) for number in missing) / (time.perf_counter() - clock)
     if (unreadable := sorted(gather_object(unreadable))) and not job.options.skip_unreadable:
-        raise OSError("\n".join([f"{len(unreadable)} images cannot be read: fix them and run the same command again, "
-                                 "or give --skip-unreadable to leave them out", *unreadable]))
+        raise OSError(
+            "\n".join(
+                [
+                    f"{len(unreadable)} images cannot be read: fix them and run the same command again, "
+                    "or give --skip-unreadable to leave them out",
+                    *unreadable,
+                ]
+            )
+        )
     return rate
 
 
@@ -271,9 +302,12 @@ def _encode_shard(job: Job, number: int, loader: Iterator, progress: tqdm) -> tu
     names = [job.images.name(i) for i in kept]
     skipped = {job.images.name(i): reason for i, reason in zip(indices, reasons, strict=True) if reason}
     finite = torch.stack([moments.isfinite().flatten(1).all(1) for moments in tensors.values()]).all(0).tolist()
-    faults += [f"{job.images.folder / name}: its latents are too large for {job.options.dtype}: give --dtype float32, "
-               "or --precision fp32 if they are too large for the VAE's own arithmetic"
-               for name, fits in zip(names, finite, strict=True) if not fits]
+    faults += [
+        f"{job.images.folder / name}: its latents are too large for {job.options.dtype}: give --dtype float32, "
+        "or --precision fp32 if they are too large for the VAE's own arithmetic"
+        for name, fits in zip(names, finite, strict=True)
+        if not fits
+    ]
     tensors["labels"] = torch.from_numpy(job.images.labels)[kept]
     counted = enlarged if settings.rules > 1 else None  # shards of older folders keep their bytes
     return Shard(tensors, names, skipped, job.folder.places[number][0].as_dict(), counted), faults
@@ -320,6 +354,10 @@ def _draw_preview(job: Job, reports: list[ShardReport], columns: int = 5) -> Non
             z = job.codec.latents(moments, torch.Generator(job.state.device).manual_seed(0))
             tiles.append(to_uint8(job.codec.decode(z))[0].expand(3, -1, -1).cpu())
         labels += range(1 + len(kinds))
-    save_sample_grid([tile.permute(1, 2, 0).numpy() for tile in tiles], labels,
-                     ["image", *(f"decoded {kind}" for kind in kinds)], job.folder.path / PREVIEW,
-                     "images and their decoded latents")
+    save_sample_grid(
+        [tile.permute(1, 2, 0).numpy() for tile in tiles],
+        labels,
+        ["image", *(f"decoded {kind}" for kind in kinds)],
+        job.folder.path / PREVIEW,
+        "images and their decoded latents",
+    )

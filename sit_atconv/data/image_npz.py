@@ -12,7 +12,14 @@ from numpy.lib import format as npy
 
 IMAGES = "arr_0"
 DAMAGED = (  # raised by numpy and zipfile for a damaged file, or an array that is larger than the memory
-    zipfile.BadZipFile, zlib.error, KeyError, OSError, EOFError, ValueError, MemoryError)
+    zipfile.BadZipFile,
+    zlib.error,
+    KeyError,
+    OSError,
+    EOFError,
+    ValueError,
+    MemoryError,
+)
 
 
 class ImageNpz:
@@ -54,8 +61,10 @@ class ImageNpz:
         except DAMAGED as error:
             raise ValueError(f"{self.path} cannot be read as an .npz ({error})") from error
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
-            raise ValueError(f"{IMAGES} of {self.path} is {dtype} {shape}: images must be uint8 (N, H, W, 3); for x in "
-                             "[-1, 1] that is (127.5 * x + 128).clip(0, 255).astype(np.uint8)")
+            raise ValueError(
+                f"{IMAGES} of {self.path} is {dtype} {shape}: images must be uint8 (N, H, W, 3); for x in "
+                "[-1, 1] that is (127.5 * x + 128).clip(0, 255).astype(np.uint8)"
+            )
         if member.compress_type != zipfile.ZIP_STORED or is_fortran:
             return np.ascontiguousarray(self.read(IMAGES))
         with open(self.path, "rb") as file:  # the array follows a local header of 30 bytes, its name and an extra field

@@ -21,16 +21,79 @@ from sit_atconv.runtime.names import normal, show_some
 
 MOST_CLASSES = 10**6  # labels of this size or more are refused as mistakes
 RULES = 2  # number of the rules for new data sets; 1 is for data sets that were first used before 2026-11-25
-SUFFIXES = frozenset([  # decoded by Pillow 12; fixed, so that a folder is the same data set under any version
-    ".apng", ".avif", ".avifs", ".blp", ".bmp", ".bw", ".cur", ".dcx", ".dds", ".dib", ".ftc", ".ftu", ".gbr",
-    ".gif", ".icb", ".icns", ".ico", ".im", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf",
-    ".jpg", ".jpx", ".mpo", ".msp", ".pbm", ".pcd", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".pxr",
-    ".qoi", ".ras", ".rgb", ".rgba", ".sgi", ".tga", ".tif", ".tiff", ".vda", ".vst", ".webp", ".xbm", ".xpm",
-    ".split",
-])
+SUFFIXES = frozenset(
+    [  # decoded by Pillow 12; fixed, so that a folder is the same data set under any version
+        ".apng",
+        ".avif",
+        ".avifs",
+        ".blp",
+        ".bmp",
+        ".bw",
+        ".cur",
+        ".dcx",
+        ".dds",
+        ".dib",
+        ".ftc",
+        ".ftu",
+        ".gbr",
+        ".gif",
+        ".icb",
+        ".icns",
+        ".ico",
+        ".im",
+        ".j2c",
+        ".j2k",
+        ".jfif",
+        ".jp2",
+        ".jpc",
+        ".jpe",
+        ".jpeg",
+        ".jpf",
+        ".jpg",
+        ".jpx",
+        ".mpo",
+        ".msp",
+        ".pbm",
+        ".pcd",
+        ".pcx",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".psd",
+        ".pxr",
+        ".qoi",
+        ".ras",
+        ".rgb",
+        ".rgba",
+        ".sgi",
+        ".tga",
+        ".tif",
+        ".tiff",
+        ".vda",
+        ".vst",
+        ".webp",
+        ".xbm",
+        ".xpm",
+        ".split",
+    ]
+)
 LITTER = frozenset(  # left among images by file systems, archives and file managers; lower case
-    ["@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin", "__macosx", "lost+found",
-     "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"]
+    [
+        "@eadir",
+        "@recycle",
+        "@recently-snapshot",
+        "#recycle",
+        "#snapshot",
+        "$recycle.bin",
+        "__macosx",
+        "lost+found",
+        "system volume information",
+        "thumbs.db",
+        "ehthumbs.db",
+        "desktop.ini",
+        "icon\r",
+    ]
 )
 DATASET_JSON = "dataset.json"
 NO_SUFFIX = "(none)"
@@ -205,8 +268,13 @@ class ImageFolder(DataSource):
         return np.flatnonzero(np.isin(self.names, [os.fsencode(name) for name in names]))
 
     def describe(self) -> dict:
-        description = {"kind": "images", "images": len(self), "image_size": self.image_size, "crop": CROP_RULE,
-                       "files": self.files_sha256()}
+        description = {
+            "kind": "images",
+            "images": len(self),
+            "image_size": self.image_size,
+            "crop": CROP_RULE,
+            "files": self.files_sha256(),
+        }
         return description if self.rules == 1 else description | {"rules": self.rules}
 
     def files_sha256(self) -> str:
@@ -290,9 +358,7 @@ def _refuse(where: Path, faults: Iterable[str]) -> None:
         raise ValueError(f"{where} {found[0]}" if len(found) == 1 else "\n  ".join([f"{where} is wrong:", *found]))
 
 
-def _labels_of_subfolders(
-    folder: Path, listing: Listing, rules: Rules, keep_empty_classes: bool
-) -> ClassesAndLabels:
+def _labels_of_subfolders(folder: Path, listing: Listing, rules: Rules, keep_empty_classes: bool) -> ClassesAndLabels:
     classes = [_class_of(name) for name in listing.names]
     if set(classes) == {""}:
         return ("images",), [0] * len(classes)
@@ -317,9 +383,7 @@ def _faults_of_subfolders(
             yield f"has two classes with the same name, {form}: rename {other!a} or {name!a}"
 
 
-def _labels_of_dataset_json(
-    folder: Path, listing: Listing, rules: Rules, keep_empty_classes: bool
-) -> ClassesAndLabels:
+def _labels_of_dataset_json(folder: Path, listing: Listing, rules: Rules, keep_empty_classes: bool) -> ClassesAndLabels:
     path = folder / DATASET_JSON
     try:
         pairs = json.loads(path.read_bytes())["labels"]
@@ -357,5 +421,7 @@ def _faults_of_labels(pairs: list[tuple[str, object]], names: list[str], keep_em
     used = {label for name, label in labels.items() if name in images}
     if (empty := [str(label) for label in range(max(used, default=0)) if label not in used]) and not keep_empty_classes:
         begin = "begins its labels at 1 and " if empty == ["0"] else ""
-        yield (f"{begin}gives no image the labels {show_some(empty)}: renumber the labels, or keep these classes empty "
-               f"with {KEEP_EMPTY}")
+        yield (
+            f"{begin}gives no image the labels {show_some(empty)}: renumber the labels, or keep these classes empty "
+            f"with {KEEP_EMPTY}"
+        )

@@ -38,11 +38,14 @@ def arrange(
         if extend:
             raise ValueError(f"{path} holds no latents to extend: leave --extend out")
         return images, settings
-    of_same_images = dataclasses.replace(settings, num_images=known.num_images, files=known.files,
-                                         extends=known.extends)
+    of_same_images = dataclasses.replace(
+        settings, num_images=known.num_images, files=known.files, extends=known.extends
+    )
     if changes := of_same_images.differences(known.as_dict()):
-        raise ValueError(f"{path} was encoded with other settings ({'; '.join(changes)}): use the former settings, or "
-                         "give another --out")
+        raise ValueError(
+            f"{path} was encoded with other settings ({'; '.join(changes)}): use the former settings, or "
+            "give another --out"
+        )
     if settings.files == known.files and not known.extends:
         return images, settings
     existing = _Existing(images, known, path)
@@ -51,8 +54,10 @@ def arrange(
     if not new:
         return existing.select(existing.names), known
     if not extend:
-        raise ValueError(f"{images.folder} holds {len(new)} images that {path} does not have ({show_some(new, 3)}): "
-                         "add them with --extend, or give another --out")
+        raise ValueError(
+            f"{images.folder} holds {len(new)} images that {path} does not have ({show_some(new, 3)}): "
+            "add them with --extend, or give another --out"
+        )
     part = known.extended(len(new), existing.select(new).files_sha256(), existing.former_classes)
     return existing.select([*existing.names, *new]), part
 
@@ -119,8 +124,11 @@ class _Existing:
         names = [name for part in self.known.extends for name in part["class_names"]]
         if not all_read:
             return names  # the last part is incomplete, and all other classes are its own
-        of_label = {label: self.images.class_names[self.images.labels[self.where[name]]]
-                    for name, label in stored_labels.items() if name in self.where}
+        of_label = {
+            label: self.images.class_names[self.images.labels[self.where[name]]]
+            for name, label in stored_labels.items()
+            if name in self.where
+        }
         while len(names) in of_label:
             names.append(of_label[len(names)])
         return names
@@ -128,10 +136,16 @@ class _Existing:
     def _compare(self, stored_labels: dict[str, int]) -> None:
         """Raises a ValueError that names all images that are gone or have another label."""
         gone = [name for name in stored_labels if name not in self.where]
-        changed = [name for name, label in stored_labels.items()
-                   if name in self.where and self.labels[self.where[name]] != label]
-        faults = [f"{len(found)} images of {self.path} {what} {self.images.folder}: {show_some(found)}"
-                  for found, what in ((gone, "are gone from"), (changed, "have another label in")) if found]
+        changed = [
+            name
+            for name, label in stored_labels.items()
+            if name in self.where and self.labels[self.where[name]] != label
+        ]
+        faults = [
+            f"{len(found)} images of {self.path} {what} {self.images.folder}: {show_some(found)}"
+            for found, what in ((gone, "are gone from"), (changed, "have another label in"))
+            if found
+        ]
         if faults:
             raise ValueError("\n".join([*faults, f"Restore them, {self._otherwise()}"]))
 
@@ -142,17 +156,24 @@ class _Existing:
         if names.count(None) in (0, len(rest)):
             fill = iter(rest)
             filled = [next(fill) if name is None else name for name in names]
-            wrong = [self.select(filled[images], class_names).files_sha256() != part.files
-                     for part, images, class_names in self._parts() if None in names[images]]
+            wrong = [
+                self.select(filled[images], class_names).files_sha256() != part.files
+                for part, images, class_names in self._parts()
+                if None in names[images]
+            ]
             if not any(wrong):
                 return filled
             if len(wrong) > 1:
-                raise ValueError(f"{self.path} lacks shards of several parts, and it is unknown which images belong to "
-                                 "which part: restore the shards of all parts but one from a copy, or give another "
-                                 "--out")
-        raise ValueError(f"{self.path} is incomplete, and {self.images.folder} does not hold the images that it was "
-                         "started with: complete it with those alone (move new images away meanwhile) and add the "
-                         f"others with --extend afterwards, {self._otherwise()}")
+                raise ValueError(
+                    f"{self.path} lacks shards of several parts, and it is unknown which images belong to "
+                    "which part: restore the shards of all parts but one from a copy, or give another "
+                    "--out"
+                )
+        raise ValueError(
+            f"{self.path} is incomplete, and {self.images.folder} does not hold the images that it was "
+            "started with: complete it with those alone (move new images away meanwhile) and add the "
+            f"others with --extend afterwards, {self._otherwise()}"
+        )
 
     def _parts(self) -> Iterator[tuple[LatentSettings, slice, list[str]]]:
         """Yields the settings of each part, the places of its images, and the class names up to it."""

@@ -167,8 +167,7 @@ class LatentIndex:
 
     def identity(self) -> str:
         """Returns a checksum of the data, which does not depend on where they and the VAE are."""
-        return _sha256({"settings": self.settings.as_dict(), "class_names": self.class_names,
-                        "shards": self.shards})
+        return _sha256({"settings": self.settings.as_dict(), "class_names": self.class_names, "shards": self.shards})
 
 
 @dataclass(frozen=True)
@@ -184,8 +183,10 @@ class LatentFolder:
         places, start = [], 0
         for part in self.settings.parts:
             end = start + part.num_images
-            places += [(part, range(first, min(first + part.images_per_shard, end)))
-                       for first in range(start, end, part.images_per_shard)]
+            places += [
+                (part, range(first, min(first + part.images_per_shard, end)))
+                for first in range(start, end, part.images_per_shard)
+            ]
             start = end
         return places
 
@@ -215,8 +216,10 @@ class LatentFolder:
         known = {self.shard(number).name for number in range(self.num_shards)}
         for path in sorted(self.path.glob("shard-*")):
             if path.name not in known:
-                raise ValueError(f"{path} is not one of the {self.num_shards} shards of this folder: delete it, or "
-                                 "give another --out")
+                raise ValueError(
+                    f"{path} is not one of the {self.num_shards} shards of this folder: delete it, or "
+                    "give another --out"
+                )
         return missing
 
     def _has(self, number: int, may_skip: bool) -> bool:
@@ -228,12 +231,18 @@ class LatentFolder:
         except (ValueError, OSError):
             return False
         if changes:
-            raise ValueError(f"{path} was encoded with other settings ({'; '.join(changes)}): use the former settings, "
-                             "or give another --out")
+            raise ValueError(
+                f"{path} was encoded with other settings ({'; '.join(changes)}): use the former settings, "
+                "or give another --out"
+            )
         return may_skip or not shard.skipped
 
     def write(
-        self, number: int, tensors: dict[str, Tensor], names: list[str], skipped: dict[str, str],
+        self,
+        number: int,
+        tensors: dict[str, Tensor],
+        names: list[str],
+        skipped: dict[str, str],
         enlarged: int | None = None,
     ) -> None:
         """Writes a shard atomically, from the fields of `Shard`. OSError: the disk is full, ..."""
@@ -308,7 +317,8 @@ def open_shard(path: Path, check: bool = False) -> Shard:
         stored = _map(path, size)
         tensors = {
             name: stored[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
-            .view(SAFETENSORS_DTYPES[entry["dtype"]]).view(entry["shape"])
+            .view(SAFETENSORS_DTYPES[entry["dtype"]])
+            .view(entry["shape"])
             for name, entry in header.items()
         }
         if not {"moments", "labels"} <= tensors.keys():
@@ -333,8 +343,9 @@ def _map(path: Path, size: int) -> Tensor:
 
 
 def _crc32(tensors: dict[str, Tensor], content: dict) -> dict[str, int]:
-    sums = {name: zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            for name, tensor in sorted(tensors.items())}
+    sums = {
+        name: zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data) for name, tensor in sorted(tensors.items())
+    }
     return sums | {"content": zlib.crc32(json.dumps(content).encode())}
 
 
@@ -361,8 +372,10 @@ def inspect_shard(path: Path, settings: LatentSettings, num_classes: int) -> Sha
             continue
         for start in range(0, n, 64):
             finite = values[start : start + 64].isfinite().flatten(1).all(1)
-            faults += [f"{path} holds values that are not finite, of {shard.names[start + i]}"
-                       for i in (~finite).nonzero()[:, 0].tolist()]
+            faults += [
+                f"{path} holds values that are not finite, of {shard.names[start + i]}"
+                for i in (~finite).nonzero()[:, 0].tolist()
+            ]
     known = labels[(labels >= 0) & (labels < num_classes)]
     if len(known) != n:
         faults.append(f"{path} must hold one label from 0 to {num_classes - 1} for each image")
@@ -377,16 +390,20 @@ def read_index(folder: str | Path) -> LatentIndex:
         content = json.loads(path.read_bytes())
         if (number := content.pop("format")) not in FORMATS:
             wrote = dict(content.get("versions") or {}).get("sit_atconv")
-            raise ValueError(f"{path} has format {number}, and sit_atconv {__version__} reads formats "
-                             f"{' and '.join(map(str, FORMATS))}: it was written by "
-                             f"{f'sit_atconv {wrote}' if wrote else 'a later version'}; install that version or a "
-                             "later one, or encode the images again into another folder")
+            raise ValueError(
+                f"{path} has format {number}, and sit_atconv {__version__} reads formats "
+                f"{' and '.join(map(str, FORMATS))}: it was written by "
+                f"{f'sit_atconv {wrote}' if wrote else 'a later version'}; install that version or a "
+                "later one, or encode the images again into another folder"
+            )
         if content.pop("sha256") != _sha256(content):
             raise ValueError(f"{path} does not match its checksum: {ENCODE_AGAIN}")
         return LatentIndex(**content | {"settings": LatentSettings(**content["settings"])})
     except OSError as error:
-        raise ValueError(f"{folder} holds no {INDEX}: encode images into it with sit_atconv/encode.py, or resume that "
-                         "command if it was stopped") from error
+        raise ValueError(
+            f"{folder} holds no {INDEX}: encode images into it with sit_atconv/encode.py, or resume that "
+            "command if it was stopped"
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {ENCODE_AGAIN}") from error
 
@@ -427,13 +444,19 @@ def verify(folder: Path, after_shard: Callable[[int], object] = lambda size: Non
         found = pool.map(lambda path: inspect_shard(path, index.settings, len(index.class_names)), paths)
         for path, entry, report in zip(paths, index.shards, found, strict=True):
             faults += report.faults
-            faults += [f"{path} has {key} {value}, and the index says {entry[key]}"
-                       for key, value in report.entry.items() if value != entry[key]]
+            faults += [
+                f"{path} has {key} {value}, and the index says {entry[key]}"
+                for key, value in report.entry.items()
+                if value != entry[key]
+            ]
             reports.append(report)
             after_shard(entry["bytes"])
     if not faults:
-        faults += [f"class {name} has {count} images, and the index says {recorded}" for name, count, recorded
-                   in zip(index.class_names, sum_counts(reports), index.class_counts, strict=True) if count != recorded]
+        faults += [
+            f"class {name} has {count} images, and the index says {recorded}"
+            for name, count, recorded in zip(index.class_names, sum_counts(reports), index.class_counts, strict=True)
+            if count != recorded
+        ]
     if empty := index.unwanted_classes:
         faults.append(f"{folder} has {empty}: encode with --keep-empty-classes to keep them")
     known = {entry["file"] for entry in index.shards} | unfinished_shards(folder, index)

@@ -22,21 +22,29 @@ def describe_images(images: ImageFolder, settings: LatentSettings, patch_sizes: 
     if images.left_out:
         lines.append(left_out_line(images.left_out))
     if settings.rules < RULES:
-        lines.append(f"the rules of the first shards stay (version {settings.rules} of {RULES}): class folders in text "
-                     "order, fewer suffixes")
+        lines.append(
+            f"the rules of the first shards stay (version {settings.rules} of {RULES}): class folders in text "
+            "order, fewer suffixes"
+        )
     if settings.extends:
-        former, known = (sum(part) for part in zip(*((part["num_images"], len(part["class_names"]))
-                                                     for part in settings.extends), strict=True))
+        former, known = (
+            sum(part)
+            for part in zip(*((part["num_images"], len(part["class_names"])) for part in settings.extends), strict=True)
+        )
         added = [f"{label} is {names[label]!r}" for label in range(known, len(names))]
         lines.append(f"extension: images {former} to {len(images) - 1}; new labels: {', '.join(added) or 'none'}")
     if len(names) > 1 and {name.lower() for name in names} <= SPLITS:
         train = next((name for name in names if name.lower().startswith("train")), names[0])
-        lines.append(f"warning: the classes {' and '.join(map(repr, names))} are named like the splits of a data set: "
-                     f"if they are splits, give --images {shlex.quote(str(images.folder / train))}")
+        lines.append(
+            f"warning: the classes {' and '.join(map(repr, names))} are named like the splits of a data set: "
+            f"if they are splits, give --images {shlex.quote(str(images.folder / train))}"
+        )
     side = settings.latent_size
     if patch_sizes and all(side % patch for patch in patch_sizes):
-        lines.append(f"warning: no preset's patch size ({', '.join(map(str, patch_sizes))}) divides the latents' size "
-                     f"{side}x{side}: give another --image-size, or train with another --model.patch_size")
+        lines.append(
+            f"warning: no preset's patch size ({', '.join(map(str, patch_sizes))}) divides the latents' size "
+            f"{side}x{side}: give another --image-size, or train with another --model.patch_size"
+        )
     return lines
 
 
@@ -54,6 +62,8 @@ def describe_latents(index: LatentIndex) -> list[str]:
     """Returns lines about the images that are known once they were read."""
     lines = [describe_classes(index.class_names, index.class_counts)]
     if index.enlarged:
-        lines.append(f"{index.enlarged} of {index.num_images} images are smaller than {index.settings.image_size} px "
-                     "and were enlarged")
+        lines.append(
+            f"{index.enlarged} of {index.num_images} images are smaller than {index.settings.image_size} px "
+            "and were enlarged"
+        )
     return lines

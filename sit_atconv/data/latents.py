@@ -32,18 +32,22 @@ class CachedLatents(DataSource):
         self.places = LatentFolder(self.folder, settings).places
         faults = []
         if (empty := self.index.unwanted_classes) and not keep_empty_classes:
-            faults.append(f"{folder} has {empty}: the model would never see such a class, and its samples would be "
-                          "meaningless. Encode images of it, or give --data.keep_empty_classes true")
+            faults.append(
+                f"{folder} has {empty}: the model would never see such a class, and its samples would be "
+                "meaningless. Encode images of it, or give --data.keep_empty_classes true"
+            )
         if mirror and not settings.mirrored:
-            faults.append(f"{folder} has no horizontally flipped images: set data.mirror to false, or encode without "
-                          "--no-mirror")
+            faults.append(
+                f"{folder} has no horizontally flipped images: set data.mirror to false, or encode without --no-mirror"
+            )
         for entry in self.index.shards:
             path = self.folder / entry["file"]
             if not path.exists():
                 faults.append(f"{path} is missing: {ENCODE_AGAIN}")
             elif (size := path.stat().st_size) != entry["bytes"]:
-                faults.append(f"{path} has {size} bytes, and the index says {entry['bytes']}: delete it and "
-                              f"{ENCODE_AGAIN}")
+                faults.append(
+                    f"{path} has {size} bytes, and the index says {entry['bytes']}: delete it and {ENCODE_AGAIN}"
+                )
         if faults:
             raise ValueError("\n".join(faults))
         self.class_names = tuple(self.index.class_names)

@@ -66,8 +66,10 @@ class BatchReader(Dataset):
                 if data.is_encoded:  # a damaged shard affects more than one image
                     raise
                 if not self.skip_unreadable:
-                    raise ValueError(f"{error}: fix the file, or give --data.skip_unreadable true, which skips the "
-                                     "file and records it in the run's unreadable.json") from error
+                    raise ValueError(
+                        f"{error}: fix the file, or give --data.skip_unreadable true, which skips the "
+                        "file and records it in the run's unreadable.json"
+                    ) from error
                 nothing = torch.zeros(data.channels, data.image_size, data.image_size, dtype=torch.uint8)
                 samples.append((nothing, int(data.labels[index])))
                 readable.append(False)
@@ -104,8 +106,16 @@ def load_batches(
     Raises:
         ValueError: an image cannot be read, a worker died, ...; one line.
     """
-    batches = iter(DataLoader(BatchReader(data, skip_unreadable), sampler=order, batch_size=None,
-                              num_workers=num_workers, pin_memory=device.type == "cuda", worker_init_fn=on_start))
+    batches = iter(
+        DataLoader(
+            BatchReader(data, skip_unreadable),
+            sampler=order,
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=on_start,
+        )
+    )
     try:
         while True:
             try:

@@ -118,8 +118,10 @@ def read_picture(
     try:
         with _without_pillows_limit(), Image.open(path) as file:
             if (megapixels := file.width * file.height / 1e6) > max_megapixels:
-                raise ValueError(f"it has {math.ceil(10 * megapixels) / 10:g} megapixels, more than --max-megapixels "
-                                 f"{max_megapixels:g} allows (training: --data.max_megapixels)")
+                raise ValueError(
+                    f"it has {math.ceil(10 * megapixels) / 10:g} megapixels, more than --max-megapixels "
+                    f"{max_megapixels:g} allows (training: --data.max_megapixels)"
+                )
             picture = to_rgb(ImageOps.exif_transpose(file))
             size_before = picture.height, picture.width
             pixels = np.array(center_crop(picture, size) if size else picture)

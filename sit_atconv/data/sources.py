@@ -70,16 +70,27 @@ class DataConfig:
         """
         with _naming("data.images" if self.latents is None else "data.latents"):
             data = self._source_class().open(
-                self.latents or self.images, image_size=self.image_size, mirror=self.mirror, rules=rules,
-                keep_empty_classes=self.keep_empty_classes or rules is not None, max_megapixels=self.max_megapixels)
+                self.latents or self.images,
+                image_size=self.image_size,
+                mirror=self.mirror,
+                rules=rules,
+                keep_empty_classes=self.keep_empty_classes or rules is not None,
+                max_megapixels=self.max_megapixels,
+            )
         made = f"{self.latents or self.images} was encoded" if data.is_encoded else "training begins"
         if data.is_encoded and self.image_size not in (None, data.image_size):
-            raise ValueError(f"data.image_size is {self.image_size}, but {made} at {data.image_size}: encode the "
-                             f"images at {self.image_size}, or omit data.image_size")
+            raise ValueError(
+                f"data.image_size is {self.image_size}, but {made} at {data.image_size}: encode the "
+                f"images at {self.image_size}, or omit data.image_size"
+            )
         with _naming("data.codec"):
             described = typed_codec(self.codec, data.channels) if self.codec else data.codec
-            codec = open_codec(described, made, self.codec_precision, remedy="Set --data.codec to the folder of a "
-                               "downloaded AutoencoderKL, or to a hub id that is cached")
+            codec = open_codec(
+                described,
+                made,
+                self.codec_precision,
+                remedy="Set --data.codec to the folder of a downloaded AutoencoderKL, or to a hub id that is cached",
+            )
             if data.is_encoded:
                 codec.check(data.codec, made)
         return data, codec
@@ -93,8 +104,9 @@ class DataConfig:
             return ImageFolder
         found = SOURCES.find(import_module_of(self.images))
         if DataSource not in found.__mro__:
-            raise ValueError(f"{self.images} does not inherit sit_atconv.data.sources.DataSource: see "
-                             "docs/extending.md")
+            raise ValueError(
+                f"{self.images} does not inherit sit_atconv.data.sources.DataSource: see docs/extending.md"
+            )
         return found
 
     def find_empty_classes(self, data: DataSource, held_out: np.ndarray, exists: bool) -> list[int]:
@@ -111,9 +123,11 @@ class DataConfig:
         empty = untrained_classes(data, held_out)
         emptied = [label for label in empty if data.class_counts[label]]
         if emptied and not (exists or self.keep_empty_classes):
-            raise ValueError(f"data.held_out {self.held_out} takes all images of "
-                             f"{name_classes(data.class_names, emptied)}: lower it, or accept untrained classes with "
-                             "--data.keep_empty_classes true")
+            raise ValueError(
+                f"data.held_out {self.held_out} takes all images of "
+                f"{name_classes(data.class_names, emptied)}: lower it, or accept untrained classes with "
+                "--data.keep_empty_classes true"
+            )
         return empty
 
 

@@ -22,11 +22,15 @@ class DigitClassifier(nn.Module):
     def __init__(self):
         super().__init__()
         self.trunk = nn.Sequential(
-            nn.Conv2d(1, 24, 3, padding=1), nn.GELU(),              # (B, 24, 8, 8)
-            nn.Conv2d(24, 48, 3, padding=1, stride=2), nn.GELU(),   # (B, 48, 4, 4)
-            nn.Conv2d(48, 48, 3, padding=1), nn.GELU(),             # (B, 48, 4, 4)
+            nn.Conv2d(1, 24, 3, padding=1),
+            nn.GELU(),  # (B, 24, 8, 8)
+            nn.Conv2d(24, 48, 3, padding=1, stride=2),
+            nn.GELU(),  # (B, 48, 4, 4)
+            nn.Conv2d(48, 48, 3, padding=1),
+            nn.GELU(),  # (B, 48, 4, 4)
             nn.Flatten(),
-            nn.Linear(48 * 16, NUM_FEATURES), nn.GELU(),            # (B, 48)
+            nn.Linear(48 * 16, NUM_FEATURES),
+            nn.GELU(),  # (B, 48)
         )
         self.head = nn.Linear(NUM_FEATURES, 10)
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SIDE, PATCH, HEAD_DIM = 224, 14, 64
-PUBLISHED_WIDTH = 1024                                      # ViT-L/14, used for published distances
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # of ImageNet, for pixels in [0, 1]
+PUBLISHED_WIDTH = 1024  # ViT-L/14, used for published distances
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for pixels in [0, 1]
 SUPPORTED = "supported are ViT-S/14, B/14 and L/14 without registers"
 FC1 = "blocks.0.mlp.fc1.weight"
 
@@ -38,12 +38,19 @@ class DINOv2(nn.Module):
         weights = {name: tensor.float() for name, tensor in weights.items() if name != "mask_token"}  # used in training
         fc1 = weights.get(FC1)
         if fc1 is None or fc1.shape[0] != 4 * fc1.shape[-1] or fc1.shape[-1] % HEAD_DIM:
-            raise ValueError(f"its {FC1} is {'absent' if fc1 is None else tuple(fc1.shape)}, not (4 * C, C) with C a "
-                             f"multiple of {HEAD_DIM}: {SUPPORTED}")
+            raise ValueError(
+                f"its {FC1} is {'absent' if fc1 is None else tuple(fc1.shape)}, not (4 * C, C) with C a "
+                f"multiple of {HEAD_DIM}: {SUPPORTED}"
+            )
         self.width = fc1.shape[-1]
         self.transformer = VisionTransformer(
-            img_size=SIDE, patch_size=PATCH, num_classes=0, embed_dim=self.width, num_heads=self.width // HEAD_DIM,
-            depth=len({name.split(".")[1] for name in weights if name.startswith("blocks.")}), init_values=1.0,
+            img_size=SIDE,
+            patch_size=PATCH,
+            num_classes=0,
+            embed_dim=self.width,
+            num_heads=self.width // HEAD_DIM,
+            depth=len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
+            init_values=1.0,
             weight_init="skip",
         )
         if "pos_embed" in weights:
@@ -54,8 +61,8 @@ class DINOv2(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
-        x = F.interpolate(images.float(), size=(SIDE, SIDE), mode="bicubic", antialias=True)    # (B, 3, 224, 224)
-        return (self.transformer((x / 255 - self.mean) / self.std),)                            # (B, C)
+        x = F.interpolate(images.float(), size=(SIDE, SIDE), mode="bicubic", antialias=True)  # (B, 3, 224, 224)
+        return (self.transformer((x / 255 - self.mean) / self.std),)  # (B, C)
 
 
 def resample_positions(embedding: Tensor, side: int = SIDE // PATCH) -> Tensor:
@@ -67,8 +74,8 @@ def resample_positions(embedding: Tensor, side: int = SIDE // PATCH) -> Tensor:
     m = math.isqrt(embedding.shape[1] - 1)
     if m * m != embedding.shape[1] - 1 or m == side:
         return embedding
-    grid = embedding[:, 1:].unflatten(1, (m, m)).permute(0, 3, 1, 2)                            # (1, C, M, M)
-    grid = F.interpolate(grid, scale_factor=(side + 0.1) / m, mode="bicubic")                   # (1, C, side, side)
+    grid = embedding[:, 1:].unflatten(1, (m, m)).permute(0, 3, 1, 2)  # (1, C, M, M)
+    grid = F.interpolate(grid, scale_factor=(side + 0.1) / m, mode="bicubic")  # (1, C, side, side)
     return torch.cat([embedding[:, :1], grid.flatten(2).mT], dim=1)
 
 

@@ -56,13 +56,22 @@ def draw(comparison: Comparison, out: Path) -> tuple[list[Path], list[str]]:
     path, timed = out / "pareto.png", [run for run in runs if run.speed]
     if len(timed) < 2 or not metric:
         path.unlink(missing_ok=True)
-        reason = "fewer than two runs record images per second" if metric else (
-            f"it is unknown whether a higher {comparison.metric} is better: give --import MODULE, the module that "
-            "registers its metric")
+        reason = (
+            "fewer than two runs record images per second"
+            if metric
+            else (
+                f"it is unknown whether a higher {comparison.metric} is better: give --import MODULE, the module that "
+                "registers its metric"
+            )
+        )
         return charts, [*notes, f"no {path.name}: {reason}"]
     place = Counter(run.place for run in timed).most_common(1)[0][0]
-    notes += [f"warning: {run.name} was sampled on {run.place or 'an unknown device'}, most runs on {place}: its speed "
-              f"is not comparable, so it is not on the front of {path.name}" for run in timed if run.place != place]
+    notes += [
+        f"warning: {run.name} was sampled on {run.place or 'an unknown device'}, most runs on {place}: its speed "
+        f"is not comparable, so it is not on the front of {path.name}"
+        for run in timed
+        if run.place != place
+    ]
     save_pareto(timed, comparison.metric, metric.higher_is_better, place, path, ylabel)
     return [*charts, path], notes
 
@@ -81,8 +90,12 @@ def trend(runs: Sequence[Run], along: str) -> list[tuple[str, str, list[tuple[fl
     for run in runs:
         subject = run.evaluation.subject
         facts: dict[str, Any] = {
-            "model": str(run.model), "step": subject.get("step"), **flatten(run.evaluation.protocol),
-            "seed": subject.get("seed"), "weights": subject.get("weights") or str(run.model)}
+            "model": str(run.model),
+            "step": subject.get("step"),
+            **flatten(run.evaluation.protocol),
+            "seed": subject.get("seed"),
+            "weights": subject.get("weights") or str(run.model),
+        }
         x = facts.pop(along, None)
         identity = {**facts, "weights" if along == "step" else "model": None}
         if x is not None:
@@ -95,13 +108,20 @@ def trend(runs: Sequence[Run], along: str) -> list[tuple[str, str, list[tuple[fl
 def _distinctions(lines: Sequence[dict]) -> list[tuple[str, str]]:
     """Returns the model of each line, and in a few words the settings that distinguish it from the others."""
     names = _model_names([Path(line["model"]) for line in lines])
-    differing = [name for name in dict.fromkeys(itertools.chain(*lines))
-                 if name not in ("model", "weights") and len({json.dumps(line.get(name)) for line in lines}) > 1]
-    labels = [(name, ", ".join(f"{short(key)} {said(line.get(key))}" for key in differing))
-              for name, line in zip(names, lines, strict=True)]
+    differing = [
+        name
+        for name in dict.fromkeys(itertools.chain(*lines))
+        if name not in ("model", "weights") and len({json.dumps(line.get(name)) for line in lines}) > 1
+    ]
+    labels = [
+        (name, ", ".join(f"{short(key)} {said(line.get(key))}" for key in differing))
+        for name, line in zip(names, lines, strict=True)
+    ]
     if len(set(labels)) < len(labels):  # several EMAs of one training run
-        return [(name, f"{settings} weights {said(line['weights'])}".strip())
-                for (name, settings), line in zip(labels, lines, strict=True)]
+        return [
+            (name, f"{settings} weights {said(line['weights'])}".strip())
+            for (name, settings), line in zip(labels, lines, strict=True)
+        ]
     return labels
 
 
@@ -138,10 +158,19 @@ def save_trend(
         if len(settings) == 1:
             color, dashes = dashes, 0
         y, errors = zip(*(_value(run, metric) for _, run in line), strict=True)
-        axes.errorbar([x for x, _ in line], y, errors, fmt="os^Dv"[color // 10 % 5],
-                      linestyle=("-", "--", ":", "-.")[dashes % 4], color=colormaps["tab10"](color % 10), markersize=4,
-                      linewidth=1.4, capsize=2.5, elinewidth=1,
-                      label=", ".join(filter(None, (model if len(models) > 1 or not setting else "", setting))))
+        axes.errorbar(
+            [x for x, _ in line],
+            y,
+            errors,
+            fmt="os^Dv"[color // 10 % 5],
+            linestyle=("-", "--", ":", "-.")[dashes % 4],
+            color=colormaps["tab10"](color % 10),
+            markersize=4,
+            linewidth=1.4,
+            capsize=2.5,
+            elinewidth=1,
+            label=", ".join(filter(None, (model if len(models) > 1 or not setting else "", setting))),
+        )
     axes.set_xlabel(xlabel)
     if xlabel == TRENDS["training"][1]:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -180,15 +209,25 @@ def save_pareto(
     runs: Sequence[Run], metric: str, higher_is_better: bool, place: str | None, path: Path, ylabel: str
 ) -> None:
     """Draws score against images per second, names each point, and adds the Pareto front of `place`."""
-    figure = Figure(figsize=(6.5 + max(len(run.name) for run in runs) / 16, max(5, 2 + len(runs) / 6)),
-                    layout="constrained")
+    figure = Figure(
+        figsize=(6.5 + max(len(run.name) for run in runs) / 16, max(5, 2 + len(runs) / 6)), layout="constrained"
+    )
     axes = figure.add_subplot()
     points = [(run.speed or math.nan, _value(run, metric)[0]) for run in runs]
     names = _model_names([run.model for run in runs])
     colors = {name: colormaps["tab10"](number % 10) for number, name in enumerate(dict.fromkeys(names))}
     for run, point, name in zip(runs, points, names, strict=True):
-        axes.errorbar(*point, _value(run, metric)[1], fmt="o", markersize=6, capsize=2.5, elinewidth=1, zorder=3,
-                      color=colors[name], markerfacecolor=colors[name] if run.place == place else "white")
+        axes.errorbar(
+            *point,
+            _value(run, metric)[1],
+            fmt="o",
+            markersize=6,
+            capsize=2.5,
+            elinewidth=1,
+            zorder=3,
+            color=colors[name],
+            markerfacecolor=colors[name] if run.place == place else "white",
+        )
     _score_axis(axes, [score for _, score in points], ylabel)
     set_log(axes, "x", subs=(1, 2, 5))
     axes.set_xlabel("images per second (higher is better)")
@@ -201,17 +240,41 @@ def save_pareto(
     at_points = (axes.transScale + axes.transLimits).transform(points)[:, 1].tolist()
     heights = spread(at_points, 0.16 / (figure.get_figheight() - 1.2))
     for run, point, height, name in zip(runs, points, heights, names, strict=True):
-        axes.annotate(run.name, point, (1.03, height), textcoords="axes fraction", verticalalignment="center",
-                      fontsize=7.5, color=colors[name], annotation_clip=False, arrowprops={
-                          "arrowstyle": "-", "color": colors[name], "linewidth": 0.6, "alpha": 0.6,
-                          "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 4})
+        axes.annotate(
+            run.name,
+            point,
+            (1.03, height),
+            textcoords="axes fraction",
+            verticalalignment="center",
+            fontsize=7.5,
+            color=colors[name],
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colors[name],
+                "linewidth": 0.6,
+                "alpha": 0.6,
+                "relpos": (0, 0.5),
+                "shrinkA": 1,
+                "shrinkB": 4,
+            },
+        )
 
     handles = [Line2D([], [], color="0.6", linewidth=1.2, label=f"Pareto front{f' on {place}' if place else ''}")]
     if len(colors) > 1:
         handles += [Line2D([], [], color=color, marker="o", linestyle="", label=name) for name, color in colors.items()]
     if elsewhere := dict.fromkeys(str(run.place) for run in runs if run.place != place):
-        handles.append(Line2D([], [], color="0.3", marker="o", markerfacecolor="white", linestyle="",
-                              label=f"sampled on {', '.join(elsewhere)}: speed not comparable"))
+        handles.append(
+            Line2D(
+                [],
+                [],
+                color="0.3",
+                marker="o",
+                markerfacecolor="white",
+                linestyle="",
+                label=f"sampled on {', '.join(elsewhere)}: speed not comparable",
+            )
+        )
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.suptitle(_title(runs), fontsize=9)
     save_figure(figure, path)

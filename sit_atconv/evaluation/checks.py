@@ -20,8 +20,9 @@ from sit_atconv.runtime.commands import is_main_process
 from sit_atconv.runtime.files import gigabytes
 
 LOSSY = {"JPEG", "MPO", "JPEG2000", "WEBP", "AVIF", "HEIF", "GIF"}  # Pillow's formats that lose detail or colours
-SINGULAR = ("no more than the {} features: the covariance is singular and the Frechet distance far too large; "
-            "use more images")
+SINGULAR = (
+    "no more than the {} features: the covariance is singular and the Frechet distance far too large; use more images"
+)
 
 
 def check_fit(extractor: Extractor, samples: ImageSet, reference: Reference, device: torch.device) -> None:
@@ -31,19 +32,21 @@ def check_fit(extractor: Extractor, samples: ImageSet, reference: Reference, dev
     made_with = reference.recipe.get("extractor", {})
     for name, value in extractor.describe().items():
         if made_with.get(name, value) != value:
-            raise ValueError(f"{reference.name} was made with an extractor of {name} {made_with[name]!r}, and this one "
-                             f"has {value!r}: give another --reference or --extractor")
+            raise ValueError(
+                f"{reference.name} was made with an extractor of {name} {made_with[name]!r}, and this one "
+                f"has {value!r}: give another --reference or --extractor"
+            )
     seen = extractor(samples.read(0, 1).to(device))
     for output, gaussian in reference.gaussians.items():
         if output in seen and seen[output].shape[1] != len(gaussian.mu):
-            raise ValueError(f"{NAMES[output][0]} of {reference.name} has {len(gaussian.mu)} values, but extractor "
-                             f"{extractor.name!r} gives {seen[output].shape[1]}: give another --reference or "
-                             "--extractor")
+            raise ValueError(
+                f"{NAMES[output][0]} of {reference.name} has {len(gaussian.mu)} values, but extractor "
+                f"{extractor.name!r} gives {seen[output].shape[1]}: give another --reference or "
+                "--extractor"
+            )
 
 
-def choose_metrics(
-    asked: Sequence[str], extractor: Extractor, samples: ImageSet, reference: Reference
-) -> list[Metric]:
+def choose_metrics(asked: Sequence[str], extractor: Extractor, samples: ImageSet, reference: Reference) -> list[Metric]:
     """Returns the metrics to compute, in the order of `METRICS`; reports those left out on stderr.
 
     Args:
@@ -100,15 +103,20 @@ def warn_of_images(samples: ImageSet, reference: Reference, warnings: Warnings) 
             warnings.add(message)
         array = images.images
         if isinstance(array, np.ndarray) and not isinstance(array, np.memmap) and images.name != "digits":
-            warnings.add(f"{images.name} is compressed or in Fortran order, so every process reads all of it into "
-                         f"memory ({gigabytes(array.nbytes)}): write it with np.savez to keep it on disk")
+            warnings.add(
+                f"{images.name} is compressed or in Fortran order, so every process reads all of it into "
+                f"memory ({gigabytes(array.nbytes)}): write it with np.savez to keep it on disk"
+            )
     if reference.images is not None and reference.images.size != samples.size:
-        warnings.add("the samples are {}x{} and the reference's images {}x{}, and papers never compare two sizes: "
-                     "--image-size crops a reference folder".format(*samples.size, *reference.images.size))
+        warnings.add(
+            "the samples are {}x{} and the reference's images {}x{}, and papers never compare two sizes: "
+            "--image-size crops a reference folder".format(*samples.size, *reference.images.size)
+        )
     paths = () if isinstance(samples.images, np.ndarray) else samples.images
     if lossy := sorted(filter(is_lossy, {Path(path).suffix.lower() for path in paths})):
-        warnings.add(f"samples are {', '.join(lossy)} files, whose compression changes every score: give PNGs or an "
-                     ".npz")
+        warnings.add(
+            f"samples are {', '.join(lossy)} files, whose compression changes every score: give PNGs or an .npz"
+        )
 
 
 def is_lossy(suffix: str) -> bool:
@@ -125,8 +133,10 @@ def warn_of_order(samples: ImageSet, all_samples: ImageSet, warnings: Warnings) 
     if _lack_classes([np.arange(len(samples))], all_samples.labels):
         warnings.add(f"{are_sorted} the first {len(samples)} of {len(all_samples)} have few classes: {remedy}")
     if _lack_classes(chunks(len(samples)), samples.labels):
-        warnings.add(f"{are_sorted} each chunk of {IS_SPLIT} for the Inception Score has few classes and the score is "
-                     f"far too low: {remedy}")
+        warnings.add(
+            f"{are_sorted} each chunk of {IS_SPLIT} for the Inception Score has few classes and the score is "
+            f"far too low: {remedy}"
+        )
 
 
 def _lack_classes(parts: Sequence[np.ndarray], labels: Sequence[int]) -> bool:

@@ -65,8 +65,11 @@ def compare(
     write_aside(out / "compare.csv", to_csv(comparison))
     charts, notes = draw(comparison, out)
     first = comparison.baseline
-    warnings = [f"warning: {run.name} differs from {first.name}: {words}" for run in comparison.runs
-                if (words := in_words(first.evaluation, run.evaluation))]
+    warnings = [
+        f"warning: {run.name} differs from {first.name}: {words}"
+        for run in comparison.runs
+        if (words := in_words(first.evaluation, run.evaluation))
+    ]
     written = ", ".join(map(str, (out / "compare.md", out / "compare.csv", *charts)))
     return Report(table, [*messages, *warnings, *notes, f"written: {written}"])
 
@@ -78,16 +81,29 @@ def make_parser() -> ArgumentParser:
         description="Compares evaluations. Prints a table and writes it to DIR as Markdown and CSV, with charts of the "
         "metric against sampler steps, guidance, training step and speed where at least two runs can be compared.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
-                        help="JSON file that eval/fid.py wrote, or a folder of samples with one or more scores-*.json")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), metavar="DIR",
-                        help="folder to write tables and charts to")
-    parser.add_argument("--names", nargs="+", metavar="NAME",
-                        help="one name for each evaluation (default: the parts of their paths that differ)")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="JSON file that eval/fid.py wrote, or a folder of samples with one or more scores-*.json",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/compare"), metavar="DIR", help="folder to write tables and charts to"
+    )
+    parser.add_argument(
+        "--names",
+        nargs="+",
+        metavar="NAME",
+        help="one name for each evaluation (default: the parts of their paths that differ)",
+    )
     parser.add_argument("--baseline", default="1", help="number or name of the run to compare all others with")
-    parser.add_argument("--metric", default="FID",
-                        help=f"metric to compare and draw: {', '.join(kinds_of_scores())}, the full name of a score, "
-                        "or your own metric, by the name of its score or as module.NAME")
+    parser.add_argument(
+        "--metric",
+        default="FID",
+        help=f"metric to compare and draw: {', '.join(kinds_of_scores())}, the full name of a score, "
+        "or your own metric, by the name of its score or as module.NAME",
+    )
     add_import_option(parser)
     return parser
 

@@ -86,25 +86,34 @@ def read_comparison(
     evaluations = [read_evaluation(path) for path in paths]
     names = [" ".join(name.split()) for name in names or distinct_names(paths_to_name(paths))]  # on one line
     if len(names) != len(paths):
-        raise ValueError(f"{len(names)} names for {len(paths)} evaluations: give one for each of "
-                         f"{', '.join(distinct_names(paths_to_name(paths)))}")
+        raise ValueError(
+            f"{len(names)} names for {len(paths)} evaluations: give one for each of "
+            f"{', '.join(distinct_names(paths_to_name(paths)))}"
+        )
     if len({*names, ""}) != len(names) + 1:
-        raise ValueError(f"the names {', '.join(map(repr, names))} are not distinct, or empty: give each evaluation "
-                         "its own")
+        raise ValueError(
+            f"the names {', '.join(map(repr, names))} are not distinct, or empty: give each evaluation its own"
+        )
     runs = [Run(name, evaluation) for name, evaluation in zip(names, evaluations, strict=True)]
     meant = [run for number, run in enumerate(runs, 1) if baseline in (str(number), run.name)]
     if len(meant) > 1:
-        raise ValueError(f"--baseline {baseline} is ambiguous: it is the number of run {runs[int(baseline) - 1].name} "
-                         "and the name of another; give --names that are not numbers")
+        raise ValueError(
+            f"--baseline {baseline} is ambiguous: it is the number of run {runs[int(baseline) - 1].name} "
+            "and the name of another; give --names that are not numbers"
+        )
     if not meant:
-        raise ValueError(f"there is no run {baseline!r} to be the baseline: give a number from 1 to {len(runs)}, or "
-                         f"one of the names {', '.join(names)}")
+        raise ValueError(
+            f"there is no run {baseline!r} to be the baseline: give a number from 1 to {len(runs)}, or "
+            f"one of the names {', '.join(names)}"
+        )
     scores = meant[0].evaluation.scores
     kinds = find_metric(metric).scores if metric in METRICS or "." in metric else (metric,)
     found = [metric] if metric in scores else [name for name in scores if kind_of(name) in kinds]
     if not found:
-        raise ValueError(f"the baseline {meant[0].name} has no {metric}: give --metric one of "
-                         f"{', '.join(scores)}, or another --baseline")
+        raise ValueError(
+            f"the baseline {meant[0].name} has no {metric}: give --metric one of "
+            f"{', '.join(scores)}, or another --baseline"
+        )
     return Comparison(runs, meant[0], found[0])
 
 
@@ -120,8 +129,10 @@ def find_evaluations(sources: Sequence[Path], messages: list[str]) -> list[Path]
     others = []
     for source in map(Path, sources):
         if not source.exists():
-            raise ValueError(f"{source} does not exist: give a JSON file that eval/fid.py wrote, or the folder of "
-                             "samples that contains it")
+            raise ValueError(
+                f"{source} does not exist: give a JSON file that eval/fid.py wrote, or the folder of "
+                "samples that contains it"
+            )
         is_meant = len(sources) == 1 and source.is_file()  # then `read_evaluation` says what is wrong with it
         files = evaluations_of(source) or ([source] if is_meant else [])
         for file in files:
@@ -133,11 +144,13 @@ def find_evaluations(sources: Sequence[Path], messages: list[str]) -> list[Path]
     if not found and len(others) == 1:
         raise ValueError(f"{others[0]} contains no scores-*.json: evaluate it first, {_evaluate(others[0])}")
     if not found:
-        raise ValueError(f"none of these is an evaluation ({_counted(others)}): evaluate samples first, "
-                         f"{_evaluate(Path('SAMPLES'))}")
+        raise ValueError(
+            f"none of these is an evaluation ({_counted(others)}): evaluate samples first, {_evaluate(Path('SAMPLES'))}"
+        )
     if others:
-        folders = [f" (to evaluate {other}: {_evaluate(other)})" for other in others
-                   if (other / "manifest.json").is_file()]
+        folders = [
+            f" (to evaluate {other}: {_evaluate(other)})" for other in others if (other / "manifest.json").is_file()
+        ]
         messages.append(f"skipped: {_counted(others)}{folders[0] if folders else ''}")
     return list(found.values())
 
@@ -160,8 +173,10 @@ def evaluations_of(source: Path) -> list[Path]:
 def _counted(sources: Sequence[Path]) -> str:
     """Returns "3 PNG files, 2 folders without scores-*.json"."""
     kinds = Counter("folder" if source.is_dir() else f"{source.suffix[1:].upper()} file".strip() for source in sources)
-    return ", ".join(f"{number} {kind}{'s' * (number > 1)}{' without scores-*.json' * (kind == 'folder')}"
-                     for kind, number in kinds.items())
+    return ", ".join(
+        f"{number} {kind}{'s' * (number > 1)}{' without scores-*.json' * (kind == 'folder')}"
+        for kind, number in kinds.items()
+    )
 
 
 def _evaluate(samples: Path) -> str:
@@ -228,15 +243,20 @@ def said(value: object) -> str:
 def shared_protocol(runs: Sequence[Run]) -> dict[str, object]:
     """Returns the protocol entries that all runs agree in, as dotted name -> value."""
     first, *others = (flatten(run.evaluation.protocol) for run in runs)
-    return {name: value for name, value in first.items()
-            if value is not None and all(other.get(name) == value for other in others)}
+    return {
+        name: value
+        for name, value in first.items()
+        if value is not None and all(other.get(name) == value for other in others)
+    }
 
 
 def rows(comparison: Comparison) -> list[dict[str, Score | float | str | None]]:
     """Returns the rows of the table, one for each run: column -> value."""
     runs, baseline = comparison.runs, comparison.baseline
-    names = sorted(dict.fromkeys(name for run in runs for name in run.evaluation.scores),
-                   key=lambda name: [*kinds_of_scores(), kind_of(name)].index(kind_of(name)))
+    names = sorted(
+        dict.fromkeys(name for run in runs for name in run.evaluation.scores),
+        key=lambda name: [*kinds_of_scores(), kind_of(name)].index(kind_of(name)),
+    )
     show_place = len({run.place for run in runs}) > 1
     return [
         {
@@ -267,8 +287,18 @@ def to_markdown(comparison: Comparison) -> str:
         ["---" if column in (columns[0], columns[-1]) else "---:" for column in columns],
         *([cell.replace("|", "\\|") for cell in row] for row in cells),
     ]
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", "Shared by all:", "",
-                      *(f"- {group}: {', '.join(values)}" for group, values in shared.items()), "", NOTE, ""])
+    return "\n".join(
+        [
+            *(f"| {' | '.join(line)} |" for line in lines),
+            "",
+            "Shared by all:",
+            "",
+            *(f"- {group}: {', '.join(values)}" for group, values in shared.items()),
+            "",
+            NOTE,
+            "",
+        ]
+    )
 
 
 def _cell(column: str, value: Score | float | str | None) -> str:
@@ -283,12 +313,17 @@ def _cell(column: str, value: Score | float | str | None) -> str:
 def to_csv(comparison: Comparison) -> str:
     """Returns the table as CSV with all digits, and a column of its own for each error."""
     table = rows(comparison)
-    scores = {column for row in table for column, value in row.items()
-              if isinstance(value, Score) or column.startswith("difference")}
+    scores = {
+        column
+        for row in table
+        for column, value in row.items()
+        if isinstance(value, Score) or column.startswith("difference")
+    }
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([name for column in table[0] for name in
-                     ((column, f"error of {column}") if column in scores else (column,))])
+    writer.writerow(
+        [name for column in table[0] for name in ((column, f"error of {column}") if column in scores else (column,))]
+    )
     for row in table:
         cells: list[object] = []
         for column, value in row.items():

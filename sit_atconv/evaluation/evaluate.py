@@ -101,8 +101,12 @@ def make_reference(options: ReferenceOptions, path: Path) -> dict | None:
         return None
     return_freed_memory()
     recipe = {
-        "num": len(images), "image_size": list(images.size), "crop": images.crop, "content": extracted.content,
-        "extractor": extractor.describe(), "made_from": options.reference,
+        "num": len(images),
+        "image_size": list(images.size),
+        "crop": images.crop,
+        "content": extracted.content,
+        "extractor": extractor.describe(),
+        "made_from": options.reference,
         "environment": record.environment(state, options.batch_size),
     }
     outputs = [output for output in NAMES if output in extractor.outputs]
@@ -125,8 +129,12 @@ def _extract(
 
 
 def _measure(
-    chosen: Sequence[Metric], ours: ExtractedFeatures, theirs: ExtractedFeatures | None, reference: Reference,
-    warnings: checks.Warnings, device: torch.device,
+    chosen: Sequence[Metric],
+    ours: ExtractedFeatures,
+    theirs: ExtractedFeatures | None,
+    reference: Reference,
+    warnings: checks.Warnings,
+    device: torch.device,
 ) -> dict[str, Score]:
     """Returns the scores of the chosen metrics by name, in the order of `chosen`."""
     samples, extractor = ours.shards.images, ours.shards.extractor

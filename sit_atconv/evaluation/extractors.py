@@ -23,7 +23,7 @@ from sit_atconv.runtime.files import sha256_of, sha256_of_state
 INCEPTION_SHA256 = "6726825d"  # start of the digest of torch-fidelity's weights file
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 DINOV2_SHA256 = "d5383ea8"
-SPATIAL_CHANNELS = 7           # of Mixed_6d.branch1x1, at 17 x 17: 2,023 values, about as many as `features` has
+SPATIAL_CHANNELS = 7  # of Mixed_6d.branch1x1, at 17 x 17: 2,023 values, about as many as `features` has
 
 if "digits" not in FEATURE_EXTRACTORS_REGISTRY:
     register_feature_extractor("digits", DigitFeatures)
@@ -108,7 +108,7 @@ class Inception(FeatureExtractorInceptionV3):
         seen = []
         with self.Mixed_6d.branch1x1.register_forward_hook(lambda *call: seen.append(call[-1])):
             outputs = super().forward(x)
-        spatial = seen[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1)     # (B, 17, 17, 7), as in TensorFlow
+        spatial = seen[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1)  # (B, 17, 17, 7), as in TensorFlow
         return *outputs, spatial.flatten(1)
 
 
@@ -117,7 +117,8 @@ def _open_inception(path: Path | None) -> Extractor:
     _read(path, URL_INCEPTION_V3)  # checked here, since torch-fidelity unpickles without restriction
     network = _construct(Inception, "inception", ["2048", "logits_unbiased"], path)
     return Extractor(
-        "inception", network, sha256, ("features", "logits", "spatial"), "299x299, bilinear as TensorFlow 1")
+        "inception", network, sha256, ("features", "logits", "spatial"), "299x299, bilinear as TensorFlow 1"
+    )
 
 
 def _open_dinov2(path: Path | None) -> Extractor:
@@ -126,8 +127,9 @@ def _open_dinov2(path: Path | None) -> Extractor:
     try:
         network = DINOv2(weights)
     except ValueError as error:
-        raise ValueError(f"{path} cannot be used: {error}; download {DINOV2_URL} and give its path as --weights"
-                         ) from error
+        raise ValueError(
+            f"{path} cannot be used: {error}; download {DINOV2_URL} and give its path as --weights"
+        ) from error
     name = "dinov2" if network.width == PUBLISHED_WIDTH else f"dinov2-{network.width}"  # only ViT-L gives FD-DINOv2
     return Extractor(name, network, sha256, ("features",), "224x224, bicubic, antialiased")
 
@@ -162,9 +164,12 @@ def _construct(
         raise ValueError(f"the extractor {name!r} takes no weights from a file: leave out --weights") from error
     except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        remedy = (f"{path} does not hold its weights; give their path as --weights" if path else
-                  "it downloads its weights itself; open it once on a machine with network and copy torch's hub cache "
-                  "here, or give the path of the weights as --weights")
+        remedy = (
+            f"{path} does not hold its weights; give their path as --weights"
+            if path
+            else "it downloads its weights itself; open it once on a machine with network and copy torch's hub cache "
+            "here, or give the path of the weights as --weights"
+        )
         raise ValueError(f"the extractor {name!r} could not be opened ({reason}): {remedy}") from error
 
 
@@ -179,11 +184,15 @@ def _published(path: Path | None, url: str, sha256: str) -> tuple[Path, str]:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"{path.name} could not be downloaded ({error}): fetch {url} on a machine with network "
-                             "and give its path as --weights") from error
+            raise ValueError(
+                f"{path.name} could not be downloaded ({error}): fetch {url} on a machine with network "
+                "and give its path as --weights"
+            ) from error
     if not (digest := sha256_of(path)).startswith(sha256):
-        raise ValueError(f"{path} is not {url}: its sha256 begins with {digest[:8]}, not {sha256}; download it again "
-                         "and give its path as --weights")
+        raise ValueError(
+            f"{path} is not {url}: its sha256 begins with {digest[:8]}, not {sha256}; download it again "
+            "and give its path as --weights"
+        )
     return path, digest
 
 
@@ -194,8 +203,10 @@ def _read(path: Path, url: str, may_be_safetensors: bool = False) -> dict[str, T
             return load_file(path)
         weights = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # a damaged file may raise anything
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}): it is cut short, holds no weights, or "
-                         f"would run code; download {url} and give its path as --weights") from error
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}): it is cut short, holds no weights, or "
+            f"would run code; download {url} and give its path as --weights"
+        ) from error
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise ValueError(f"{path} holds more than named tensors: download {url} and give its path as --weights")
     return weights

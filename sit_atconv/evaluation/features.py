@@ -32,8 +32,13 @@ DAY = 86_400  # seconds
 
 @torch.inference_mode()
 def extract_features(
-    extractor: Extractor, images: ImageSet, batch_size: int = 64, device: torch.device | str = "cpu",
-    start: int = 0, stop: int | None = None, progress: tqdm | None = None,
+    extractor: Extractor,
+    images: ImageSet,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    start: int = 0,
+    stop: int | None = None,
+    progress: tqdm | None = None,
 ) -> dict[str, Tensor]:
     """Runs the extractor on images start ... stop - 1.
 
@@ -53,8 +58,10 @@ def extract_features(
     for name, values in features.items():
         if not values.isfinite().all():
             which = start + int((~values.isfinite().all(1)).nonzero()[0])
-            raise ValueError(f"extractor {extractor.name!r} gives {name} of image {which} of {images.name} that are "
-                             "not finite: its weights are damaged, give another file as --weights")
+            raise ValueError(
+                f"extractor {extractor.name!r} gives {name} of image {which} of {images.name} that are "
+                "not finite: its weights are damaged, give another file as --weights"
+            )
     return features
 
 
@@ -90,9 +97,15 @@ class FeatureShards:
     ):
         self.folder, self.extractor, self.images = folder, extractor, images
         self.batch_size, self.device = batch_size, torch.device(device)
-        self._settings = json.dumps({
-            "extractor": extractor.describe(), "batch_size": batch_size, "device": self.device.type,
-            "versions": {"torch": torch.__version__, "pillow": PIL.__version__}}, sort_keys=True)
+        self._settings = json.dumps(
+            {
+                "extractor": extractor.describe(),
+                "batch_size": batch_size,
+                "device": self.device.type,
+                "versions": {"torch": torch.__version__, "pillow": PIL.__version__},
+            },
+            sort_keys=True,
+        )
 
     def __len__(self) -> int:
         return -(-len(self.images) // SHARD)
@@ -120,8 +133,10 @@ class FeatureShards:
             with safe_open(path, "pt") as file:
                 return file.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read ({error}): give --features a folder that all processes see, "
-                             "and run the same command again") from error
+            raise ValueError(
+                f"{path} cannot be read ({error}): give --features a folder that all processes see, "
+                "and run the same command again"
+            ) from error
 
     def has(self, content: str) -> bool:
         """True if the shard whose images have this digest exists and can be read."""
@@ -138,8 +153,9 @@ class FeatureShards:
             with tempfile.TemporaryFile(dir=self.folder):
                 pass
         except OSError as error:
-            raise OSError(f"{self.folder} cannot be written to ({error.strerror or error}): give another "
-                          "--features") from error
+            raise OSError(
+                f"{self.folder} cannot be written to ({error.strerror or error}): give another --features"
+            ) from error
         for partial in self.folder.glob(PARTIAL + "*"):
             with contextlib.suppress(OSError):
                 if time.time() - partial.stat().st_mtime > DAY:
@@ -193,14 +209,19 @@ def extract_together(shards: FeatureShards, state: PartialState) -> ExtractedFea
     """
     mine, made = share(range(len(shards)), state), []
     num_images = sum(stop - start for start, stop in map(shards.bounds, mine))
-    with together(), tqdm(total=num_images, unit="image", desc=Path(shards.images.name).name,
-                          disable=not state.is_main_process) as progress:
+    with (
+        together(),
+        tqdm(
+            total=num_images, unit="image", desc=Path(shards.images.name).name, disable=not state.is_main_process
+        ) as progress,
+    ):
         shards.make_ready()
         for number in mine:
             made.append((number, shards.make(number, progress)))
     contents = [content for _, content in sorted(gather_object(made))]
     with together():
         if state.is_main_process and not all(map(shards.has, contents)):
-            raise OSError(f"{shards.folder} lacks files that other processes wrote: give --features a folder that "
-                          "all of them see")
+            raise OSError(
+                f"{shards.folder} lacks files that other processes wrote: give --features a folder that all of them see"
+            )
     return ExtractedFeatures(shards, contents)

@@ -97,38 +97,82 @@ def make_parser() -> ArgumentParser:
         "recall as the ADM evaluator measures them, and KID, with standard errors. Prints the scores and writes a JSON "
         "record with everything that could change them. After an interruption the same command resumes.",
     )
-    parser.add_argument("--samples", help="images to evaluate: a folder that sample/generate.py wrote, or its "
-                        "manifest.json; a folder of images; or an .npz with arr_0 uint8 (N, H, W, 3)")
-    parser.add_argument("--reference", required=True,
-                        help="what to compare with: an .npz with mu and sigma, from ADM or --make-reference; images, "
-                        "given as for --samples; or the word digits")
-    parser.add_argument("--make-reference", default=None, metavar="FILE.npz",
-                        help="write the statistics and some images of --reference to this file, and measure nothing")
-    parser.add_argument("--image-size", type=at_least(1), default=None, metavar="PIXELS",
-                        help="crop the images of a reference folder to squares of this side, by ADM's rule")
-    parser.add_argument("--max-megapixels", type=positive, default=MAX_MEGAPIXELS, metavar="MP",
-                        help="refuse image files with more megapixels, which may not fit into memory")
-    parser.add_argument("--num-samples", type=at_least(2), default=None, metavar="N",
-                        help="evaluate the first N samples only")
-    parser.add_argument("--extractor", default="inception",
-                        help="network that computes the features: inception; dinov2; digits (for 8x8 images, shipped); "
-                        "or one registered with torch-fidelity (vgg16, clip-vit-b-32, ..., or by an --import module)")
-    parser.add_argument("--weights", "--inception-weights", default=None, metavar="FILE",
-                        help="weights file of the extractor, as torch-fidelity and Meta publish it (default: download "
-                        "it)")
-    named = [f"{name} ({' and '.join(metric.scores)})" if len(metric.scores) > 1 else name
-             for name, metric in METRICS.items()]
-    parser.add_argument("--metrics", nargs="+", default=(), metavar="METRIC",
-                        help=f"metrics to compute: {', '.join(named)}, or your own, registered by an --import module "
-                        "or given as module.NAME (default: all that the extractor and the reference allow)")
+    parser.add_argument(
+        "--samples",
+        help="images to evaluate: a folder that sample/generate.py wrote, or its "
+        "manifest.json; a folder of images; or an .npz with arr_0 uint8 (N, H, W, 3)",
+    )
+    parser.add_argument(
+        "--reference",
+        required=True,
+        help="what to compare with: an .npz with mu and sigma, from ADM or --make-reference; images, "
+        "given as for --samples; or the word digits",
+    )
+    parser.add_argument(
+        "--make-reference",
+        default=None,
+        metavar="FILE.npz",
+        help="write the statistics and some images of --reference to this file, and measure nothing",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=at_least(1),
+        default=None,
+        metavar="PIXELS",
+        help="crop the images of a reference folder to squares of this side, by ADM's rule",
+    )
+    parser.add_argument(
+        "--max-megapixels",
+        type=positive,
+        default=MAX_MEGAPIXELS,
+        metavar="MP",
+        help="refuse image files with more megapixels, which may not fit into memory",
+    )
+    parser.add_argument(
+        "--num-samples", type=at_least(2), default=None, metavar="N", help="evaluate the first N samples only"
+    )
+    parser.add_argument(
+        "--extractor",
+        default="inception",
+        help="network that computes the features: inception; dinov2; digits (for 8x8 images, shipped); "
+        "or one registered with torch-fidelity (vgg16, clip-vit-b-32, ..., or by an --import module)",
+    )
+    parser.add_argument(
+        "--weights",
+        "--inception-weights",
+        default=None,
+        metavar="FILE",
+        help="weights file of the extractor, as torch-fidelity and Meta publish it (default: download it)",
+    )
+    named = [
+        f"{name} ({' and '.join(metric.scores)})" if len(metric.scores) > 1 else name
+        for name, metric in METRICS.items()
+    ]
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        default=(),
+        metavar="METRIC",
+        help=f"metrics to compute: {', '.join(named)}, or your own, registered by an --import module "
+        "or given as module.NAME (default: all that the extractor and the reference allow)",
+    )
     add_import_option(parser)
     parser.add_argument("--batch-size", type=at_least(1), default=64, help="number of images per forward pass")
-    parser.add_argument("--features", default="runs/features", metavar="FOLDER",
-                        help="folder that caches features; several commands may share it, and it may be deleted")
-    parser.add_argument("--out", default=None, metavar="FILE",
-                        help="file to write the record to (default: scores-EXTRACTOR-KEY.json beside the samples)")
-    parser.add_argument("--json", action="store_true",
-                        help="print JSON on stdout even on a terminal, which gets a table otherwise")
+    parser.add_argument(
+        "--features",
+        default="runs/features",
+        metavar="FOLDER",
+        help="folder that caches features; several commands may share it, and it may be deleted",
+    )
+    parser.add_argument(
+        "--out",
+        default=None,
+        metavar="FILE",
+        help="file to write the record to (default: scores-EXTRACTOR-KEY.json beside the samples)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON on stdout even on a terminal, which gets a table otherwise"
+    )
     return parser
 
 

@@ -31,8 +31,20 @@ OTHERS = {  # file in a folder that is not a set of images, whatever pictures ar
     "*/diffusion_pytorch_model.safetensors": f"a checkpoint or an exported model: {DRAW}",
 }
 SAMPLER = [  # settings of the sampler in manifests that do not list them themselves
-    "cfg", "cfg_schedule", "cfg_channels", "cfg_interval", "solver", "steps", "shift", "times", "diffusion_form",
-    "diffusion_norm", "last_step", "last_step_size", "dtype", "compile",
+    "cfg",
+    "cfg_schedule",
+    "cfg_channels",
+    "cfg_interval",
+    "solver",
+    "steps",
+    "shift",
+    "times",
+    "diffusion_form",
+    "diffusion_norm",
+    "last_step",
+    "last_step_size",
+    "dtype",
+    "compile",
 ]
 WEIGHTS = {".pt", ".pth", ".ckpt", ".bin", ".safetensors"}
 
@@ -92,8 +104,10 @@ class ImageSet:
         for path, picture in zip(self.images[start:stop], pictures, strict=True):
             if picture.shape != expected:
                 (_, h, w), (_, h0, w0) = picture.shape, expected
-                raise ValueError(f"{path} is {h}x{w}, and the first {h0}x{w0}: give images of one size, or crop "
-                                 "a reference with --image-size")
+                raise ValueError(
+                    f"{path} is {h}x{w}, and the first {h0}x{w0}: give images of one size, or crop "
+                    "a reference with --image-size"
+                )
         return torch.stack(pictures)
 
     def _read_file(self, path: str) -> Tensor:
@@ -233,8 +247,10 @@ def _open_generated(source: str, folder: Path) -> ImageSet:
         if num_samples is not None and len(labels) not in (0, num_samples):
             raise ValueError(f"{len(labels)} labels for {num_samples} samples")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged ({error}): give the folder images/ alone, or run the "
-                         "same sample/generate.py again") from error
+        raise ValueError(
+            f"{folder / MANIFEST} is damaged ({error}): give the folder images/ alone, or run the "
+            "same sample/generate.py again"
+        ) from error
     if num_samples is None:
         raise ValueError(f"the samples in {folder} are incomplete: run the same sample/generate.py again")
     images: np.ndarray | list[str]
@@ -243,7 +259,9 @@ def _open_generated(source: str, folder: Path) -> ImageSet:
     else:  # strings, since a million Paths would take 0.5 GB
         images = [os.path.join(folder, "images", name) for name in list_images(folder / "images")]
     if len(images) != num_samples:
-        raise ValueError(f"{folder} holds {len(images)} images, and its manifest says {num_samples}: run the same "
-                         "sample/generate.py again")
+        raise ValueError(
+            f"{folder} holds {len(images)} images, and its manifest says {num_samples}: run the same "
+            "sample/generate.py again"
+        )
     manifest |= {"sessions": sessions, "sampler": sampler}
     return ImageSet(source, images, labels=labels or None, manifest=manifest)

@@ -22,14 +22,18 @@ from sit_atconv.evaluation.gaussians import Gaussian, Moments
 from sit_atconv.evaluation.scores import Score, jackknife_error
 
 GROUPS = 20
-NEIGHBOURS = 3          # ADM's k
-IS_SPLIT = 5000         # ADM's chunks, in the order of the file; torch-fidelity takes equally many of equal size
+NEIGHBOURS = 3  # ADM's k
+IS_SPLIT = 5000  # ADM's chunks, in the order of the file; torch-fidelity takes equally many of equal size
 KID_SUBSET, KID_SUBSETS = 1000, 100
-SEED = 2020             # torch-fidelity's seed of KID's subsets
-BLOCK = 1000            # images compared at a time for precision and recall: bounds memory
-METHOD = {              # these constants in a protocol
-    "groups": GROUPS, "neighbours": NEIGHBOURS, "is_chunks": f"ceil(N / {IS_SPLIT}) in the order of the files",
-    "kid_subset": KID_SUBSET, "kid_subsets": KID_SUBSETS, "seed": SEED,
+SEED = 2020  # torch-fidelity's seed of KID's subsets
+BLOCK = 1000  # images compared at a time for precision and recall: bounds memory
+METHOD = {  # these constants in a protocol
+    "groups": GROUPS,
+    "neighbours": NEIGHBOURS,
+    "is_chunks": f"ceil(N / {IS_SPLIT}) in the order of the files",
+    "kid_subset": KID_SUBSET,
+    "kid_subsets": KID_SUBSETS,
+    "seed": SEED,
 }
 
 
@@ -137,8 +141,8 @@ def kid(generated: Tensor, real: Tensor, group: Tensor | None = None, progress: 
 def _mmd2_without_groups(k_xx: np.ndarray, k_xy: np.ndarray, k_yy: np.ndarray, group: np.ndarray) -> np.ndarray:
     """Returns the unbiased MMD^2 without each group of x, (GROUPS,)."""
     n, m = k_xy.shape
-    member = np.eye(GROUPS)[group]                                      # (n, GROUPS)
-    sums = member.T @ k_xx @ member                                     # kernels within and between groups
+    member = np.eye(GROUPS)[group]  # (n, GROUPS)
+    sums = member.T @ k_xx @ member  # kernels within and between groups
     diagonal, cross, sizes = member.T @ np.diagonal(k_xx), member.T @ k_xy.sum(1, dtype=np.float64), member.sum(0)
     left = n - sizes
     xx = (sums.sum() - 2 * sums.sum(1) + np.diagonal(sums)) - (diagonal.sum() - diagonal)
@@ -153,6 +157,12 @@ def precision_recall(
     """Returns precision of the samples and recall of the reference (arXiv 1904.06991), with k = 3."""
     if progress:
         print(f"precision and recall of {len(generated)} samples, {len(real)} reference images", file=sys.stderr)
-    found = prc_features_to_metric(generated.to(device), real.to(device), prc_neighborhood=NEIGHBOURS,
-                                   prc_batch_size=BLOCK, save_cpu_ram=True, verbose=False)
+    found = prc_features_to_metric(
+        generated.to(device),
+        real.to(device),
+        prc_neighborhood=NEIGHBOURS,
+        prc_batch_size=BLOCK,
+        save_cpu_ram=True,
+        verbose=False,
+    )
     return Score(found[KEY_METRIC_PRECISION]), Score(found[KEY_METRIC_RECALL])

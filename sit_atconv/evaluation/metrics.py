@@ -79,8 +79,9 @@ class Metric:
         computed = computed if isinstance(computed, tuple) else (computed,)
         scores = tuple(each if isinstance(each, Score) else Score(float(each)) for each in computed)
         if len(scores) != len(self.scores) or not all(math.isfinite(score.value) for score in scores):
-            raise ValueError(f"{', '.join(self.scores)} cannot be {', '.join(map(str, scores))}: give a finite number "
-                             "for each name")
+            raise ValueError(
+                f"{', '.join(self.scores)} cannot be {', '.join(map(str, scores))}: give a finite number for each name"
+            )
         return scores
 
     def score_names(self, extractor: str, num_samples: int) -> list[str]:
@@ -103,32 +104,57 @@ def _frechet(inputs: MetricInput) -> Score:
     return _functions().frechet(inputs.generated, inputs.real, inputs.group, progress=True)
 
 
-METRICS = Table("metric", Metric, {  # in the order of records and tables
-    "fid": Metric(
-        scores=("FID",), scores_elsewhere=("FD",), names_num_samples=True, higher_is_better=False,
-        compute=_frechet, reference="statistics", depends_on=("samples.num", "reference"),
-    ),
-    "sfid": Metric(
-        scores=("sFID",), names_num_samples=True, higher_is_better=False,
-        compute=_frechet, features="spatial", reference="statistics", depends_on=("samples.num", "reference"),
-    ),
-    "is": Metric(
-        scores=("IS",), scores_elsewhere=("score",), higher_is_better=True,
-        compute=lambda inputs: _functions().inception_score(inputs.generated),
-        features="logits", at_least=1, depends_on=("samples.num",),
-    ),
-    "prc": Metric(
-        scores=("precision", "recall"), higher_is_better=True,
-        compute=lambda inputs: _functions().precision_recall(
-            inputs.generated, inputs.real, inputs.device, progress=True),
-        reference="images", at_least=4, depends_on=("samples.num", "compared"),
-    ),
-    "kid": Metric(
-        scores=("KID",), scores_elsewhere=("KD",), higher_is_better=False,
-        compute=lambda inputs: _functions().kid(inputs.generated, inputs.real, inputs.group, progress=True),
-        reference="images", depends_on=("compared",),
-    ),
-})
+METRICS = Table(
+    "metric",
+    Metric,
+    {  # in the order of records and tables
+        "fid": Metric(
+            scores=("FID",),
+            scores_elsewhere=("FD",),
+            names_num_samples=True,
+            higher_is_better=False,
+            compute=_frechet,
+            reference="statistics",
+            depends_on=("samples.num", "reference"),
+        ),
+        "sfid": Metric(
+            scores=("sFID",),
+            names_num_samples=True,
+            higher_is_better=False,
+            compute=_frechet,
+            features="spatial",
+            reference="statistics",
+            depends_on=("samples.num", "reference"),
+        ),
+        "is": Metric(
+            scores=("IS",),
+            scores_elsewhere=("score",),
+            higher_is_better=True,
+            compute=lambda inputs: _functions().inception_score(inputs.generated),
+            features="logits",
+            at_least=1,
+            depends_on=("samples.num",),
+        ),
+        "prc": Metric(
+            scores=("precision", "recall"),
+            higher_is_better=True,
+            compute=lambda inputs: _functions().precision_recall(
+                inputs.generated, inputs.real, inputs.device, progress=True
+            ),
+            reference="images",
+            at_least=4,
+            depends_on=("samples.num", "compared"),
+        ),
+        "kid": Metric(
+            scores=("KID",),
+            scores_elsewhere=("KD",),
+            higher_is_better=False,
+            compute=lambda inputs: _functions().kid(inputs.generated, inputs.real, inputs.group, progress=True),
+            reference="images",
+            depends_on=("compared",),
+        ),
+    },
+)
 
 
 def find_metric(name: str) -> Metric:
@@ -148,8 +174,11 @@ def metric_of(score: str) -> Metric | None:
 def kind_of(score: str) -> str:
     """Returns a score's name without extractor and number: "FID" for "FID-1000" and "FD-digits-1000"."""
     first = score.split("-")[0]
-    kinds = {there: here for metric in METRICS.values()
-             for here, there in zip(metric.scores, metric.scores_elsewhere, strict=True)}
+    kinds = {
+        there: here
+        for metric in METRICS.values()
+        for here, there in zip(metric.scores, metric.scores_elsewhere, strict=True)
+    }
     return kinds.get(first, first)
 
 

@@ -59,8 +59,10 @@ def read_evaluation(path: Path) -> Evaluation:
         _check_types(evaluation)
         return evaluation
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not an evaluation that eval/fid.py wrote: give its --out, or the folder of "
-                         "samples that contains one") from error
+        raise ValueError(
+            f"{path} is not an evaluation that eval/fid.py wrote: give its --out, or the folder of "
+            "samples that contains one"
+        ) from error
 
 
 def _check_types(evaluation: Evaluation) -> None:
@@ -90,14 +92,22 @@ def is_measured_alike(a: Evaluation, b: Evaluation, name: str) -> bool:
     """True if score `name` may be subtracted: everything that it depends on agrees."""
     metric = metric_of(name)
     matters = (*ALWAYS, *(metric.depends_on if metric else ANYTHING))
-    return name in a.scores and name in b.scores and not any(
-        is_among(part, matters) for part in protocol_differences(a, b))
+    return (
+        name in a.scores
+        and name in b.scores
+        and not any(is_among(part, matters) for part in protocol_differences(a, b))
+    )
 
 
 def are_paired(a: Evaluation, b: Evaluation) -> bool:
     """True if sample i of both was drawn from the same noise with the same label."""
-    drawn = [[e.subject.get("seed"), *(flatten(e.protocol).get(f"samples.{name}") for name in
-                                       ("num", "labels", "image_size"))] for e in (a, b)]
+    drawn = [
+        [
+            e.subject.get("seed"),
+            *(flatten(e.protocol).get(f"samples.{name}") for name in ("num", "labels", "image_size")),
+        ]
+        for e in (a, b)
+    ]
     return drawn[0] == drawn[1] and drawn[0][0] is not None
 
 

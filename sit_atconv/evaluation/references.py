@@ -22,8 +22,8 @@ from sit_atconv.evaluation.image_sets import (
 from sit_atconv.runtime.files import write_aside
 
 NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # in ADM's files
-RECIPE = "recipe"   # added by --make-reference
-COMPARED = 10_000   # images for precision, recall and KID, evenly spaced over the set; as many as in ADM's files
+RECIPE = "recipe"  # added by --make-reference
+COMPARED = 10_000  # images for precision, recall and KID, evenly spaced over the set; as many as in ADM's files
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,10 @@ def _read_gaussian(npz: ImageNpz, mu_name: str, sigma_name: str) -> Gaussian:
         elif np.linalg.eigvalsh(sigma).min(initial=0) < -1e-3 * scale:
             fault = "are not a mean and a covariance, which has no negative eigenvalues"
     if fault:
-        raise ValueError(f"{mu_name} and {sigma_name} of {npz.path} {fault}: the file is damaged or not a reference, "
-                         "give another --reference")
+        raise ValueError(
+            f"{mu_name} and {sigma_name} of {npz.path} {fault}: the file is damaged or not a reference, "
+            "give another --reference"
+        )
     return Gaussian(mu, sigma)
 
 
@@ -111,15 +113,19 @@ def _read_recipe(npz: ImageNpz) -> dict:
         operator.index(recipe.get("num", 0))
         return recipe
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{RECIPE} of {npz.path} is not one that --make-reference writes ({error}): give another "
-                         "--reference") from error
+        raise ValueError(
+            f"{RECIPE} of {npz.path} is not one that --make-reference writes ({error}): give another --reference"
+        ) from error
 
 
 def save_reference(path: Path, gaussians: dict[str, Gaussian], images: ImageSet, recipe: dict) -> None:
     """Writes a file for `open_reference` and ADM's evaluator, with up to `COMPARED` of the images."""
     chosen = evenly_spaced(len(images), COMPARED)
-    arrays = {name: array for output, gaussian in gaussians.items()
-              for name, array in zip(NAMES[output], (gaussian.mu, gaussian.sigma), strict=True)}
+    arrays = {
+        name: array
+        for output, gaussian in gaussians.items()
+        for name, array in zip(NAMES[output], (gaussian.mu, gaussian.sigma), strict=True)
+    }
     pixels = (images.read(i, i + 1)[0].permute(1, 2, 0).contiguous().numpy() for i in chosen)
     shape = (len(chosen), *images.size, 3)
     text = np.array(json.dumps({**recipe, "images_kept": len(chosen)}))

@@ -46,9 +46,13 @@ def main() -> None:
 
     with torch.inference_mode():
         correct = classifier(images[held_out])[1].argmax(1) == labels[held_out]
-    report = {"command": "python -m sit_atconv.evaluation.train_digit_features", "seed": SEED,
-              "held_out_accuracy": round(correct.float().mean().item(), 4), "held_out_images": HELD_OUT,
-              "torch": torch.__version__}
+    report = {
+        "command": "python -m sit_atconv.evaluation.train_digit_features",
+        "seed": SEED,
+        "held_out_accuracy": round(correct.float().mean().item(), 4),
+        "held_out_images": HELD_OUT,
+        "torch": torch.__version__,
+    }
     save_file(classifier.state_dict(), out, metadata={key: str(value) for key, value in report.items()})
     print(json.dumps(report | {"file": str(out), "bytes": out.stat().st_size}))
 

@@ -1,6 +1,6 @@
 """Auxiliary losses: the contract for users' own, and a wrapper that gives them the hidden tokens.
 
-    accelerate launch sit_atconv/train.py --auxiliary my_module.MyLoss --auxiliary.coefficient 0.5
+accelerate launch sit_atconv/train.py --auxiliary my_module.MyLoss --auxiliary.coefficient 0.5
 """
 
 import abc

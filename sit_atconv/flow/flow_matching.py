@@ -63,8 +63,10 @@ class FlowMatching(Objective):
         if not math.isfinite(self.logit_mean):
             raise ValueError(f"flow.logit_mean must be finite, not {self.logit_mean}")
         if (self.prediction, self.weighting) == ("velocity", "likelihood"):
-            raise ValueError("flow.weighting likelihood is infinite at t = 1 for the prediction velocity: "
-                             "predict noise, score or data, or set flow.weighting to none")
+            raise ValueError(
+                "flow.weighting likelihood is infinite at t = 1 for the prediction velocity: "
+                "predict noise, score or data, or set flow.weighting to none"
+            )
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Draw:
         """Draws noise, times and label dropout for a batch (B, C, H, W), on the generator's device."""
@@ -106,4 +108,3 @@ class FlowMatching(Objective):
         ratio = {"velocity": torch.ones_like(t), "noise": slope / alpha, "score": slope / alpha, "data": slope / sigma}
         weights = ratio[self.prediction] ** 2
         return weights if self.weighting == "velocity" else weights * alpha / (slope * sigma)
-

@@ -1,6 +1,6 @@
 """Contract of training objectives, which users can implement themselves.
 
-    accelerate launch sit_atconv/train.py --flow my_module.MyObjective --flow.my_option 3
+accelerate launch sit_atconv/train.py --flow my_module.MyObjective --flow.my_option 3
 """
 
 import abc

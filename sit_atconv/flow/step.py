@@ -10,8 +10,14 @@ from sit_atconv.runtime.dtypes import torch_dtype
 
 
 def forward_and_backward(
-    objective: Objective, model, data: Tensor, y: Tensor, generator: torch.Generator, precision: str,
-    null_label: int | None, scaler: torch.amp.GradScaler | None = None,
+    objective: Objective,
+    model,
+    data: Tensor,
+    y: Tensor,
+    generator: torch.Generator,
+    precision: str,
+    null_label: int | None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> None:
     """Runs forward and backward of one micro-batch; gradients are added to existing ones.
 

@@ -48,8 +48,12 @@ def generate_samples(job: SampleJob) -> dict:
     is_done, missing = broadcast_object_list([is_done, job.missing])  # rank 0's: other ranks may see fewer files
     if is_done:
         return folder.read_manifest() if state.is_main_process else {}
-    session = {"missing": len(missing), "device": state.device.type, "processes": state.num_processes,
-               "versions": versions()}
+    session = {
+        "missing": len(missing),
+        "device": state.device.type,
+        "processes": state.num_processes,
+        "versions": versions(),
+    }
     with held_by_main(folder.folder, state):
         with together():
             if state.is_main_process:
@@ -59,18 +63,21 @@ def generate_samples(job: SampleJob) -> dict:
         if not state.is_main_process:
             return {}
         if left := folder.missing(options.num_samples, options.latents):
-            raise OSError(f"{folder.folder} lacks {len(left)} samples, the first is {left[0]}: run the same command "
-                          "again")
+            raise OSError(
+                f"{folder.folder} lacks {len(left)} samples, the first is {left[0]}: run the same command again"
+            )
         labels = job.labels(SampleStream(options.seed, range(options.num_samples))).tolist()
         is_adaptive = SOLVERS.find(job.sampler.solver).is_adaptive
-        folder.update_manifest({  # before the npz: a kill while that is written must not lose the speed
-            "ckpt": os.path.abspath(options.ckpt) if os.path.exists(options.ckpt) else options.ckpt,
-            "step": recipe.step,
-            "sampler": [*Sampler.__dataclass_fields__, "dtype", "compile"],  # names of the settings of sampling
-            "batches": f"agree to {f'the tolerance of {job.sampler.solver}' if is_adaptive else 'one grey level'}",
-            **speed,
-            "labels": labels,
-        })
+        folder.update_manifest(
+            {  # before the npz: a kill while that is written must not lose the speed
+                "ckpt": os.path.abspath(options.ckpt) if os.path.exists(options.ckpt) else options.ckpt,
+                "step": recipe.step,
+                "sampler": [*Sampler.__dataclass_fields__, "dtype", "compile"],  # names of the settings of sampling
+                "batches": f"agree to {f'the tolerance of {job.sampler.solver}' if is_adaptive else 'one grey level'}",
+                **speed,
+                "labels": labels,
+            }
+        )
         if options.npz:
             folder.write_npz(options.num_samples)
         _save_grid(job, labels)
@@ -93,8 +100,12 @@ def draw(job: SampleJob, mine: Sequence[int], state: PartialState) -> dict:
     with (
         torch.inference_mode(),
         ThreadPoolExecutor(WRITERS) as pool,
-        tqdm(total=len(mine), unit="image", desc="this process" if state.num_processes > 1 else None,
-             disable=not state.is_main_process) as progress,
+        tqdm(
+            total=len(mine),
+            unit="image",
+            desc="this process" if state.num_processes > 1 else None,
+            disable=not state.is_main_process,
+        ) as progress,
     ):
         for start in range(0, len(mine), options.batch_size):
             stream = SampleStream(options.seed, mine[start : start + options.batch_size])
@@ -103,9 +114,11 @@ def draw(job: SampleJob, mine: Sequence[int], state: PartialState) -> dict:
             evaluations += (model.evaluations - before) * len(z)
             images = decode_in_parts(codec, z)
             if not images.isfinite().all():
-                raise ValueError(f"samples {stream.indices[0]} ... {stream.indices[-1]} are not finite with "
-                                 f"--cfg {job.sampler.cfg:g} and --dtype {options.dtype}: try a smaller --cfg or a "
-                                 "wider --dtype; otherwise the weights are damaged")
+                raise ValueError(
+                    f"samples {stream.indices[0]} ... {stream.indices[-1]} are not finite with "
+                    f"--cfg {job.sampler.cfg:g} and --dtype {options.dtype}: try a smaller --cfg or a "
+                    "wider --dtype; otherwise the weights are damaged"
+                )
             images = to_uint8(images).cpu()
             latents = z.cpu() if options.latents else [None] * len(z)
             for written in writing:
@@ -131,8 +144,15 @@ def sample_batch(
     if weak and job.weak:
         weak_velocity = as_velocity(as_trained(weak, job.weak.recipe), get_interpolant(path), prediction)
     noise, y = stream.randn(job.shape, device), job.labels(stream).to(device)
-    return job.sampler(as_trained(model, job.weights.recipe), noise, y, path=path, prediction=prediction,
-                       weak=weak_velocity, randn=stream.randn_like)
+    return job.sampler(
+        as_trained(model, job.weights.recipe),
+        noise,
+        y,
+        path=path,
+        prediction=prediction,
+        weak=weak_velocity,
+        randn=stream.randn_like,
+    )
 
 
 def _ready(weights: Weights, job: SampleJob, device: torch.device) -> Counted:

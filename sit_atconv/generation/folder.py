@@ -25,11 +25,11 @@ OF_NO_SAMPLE = ["num_samples"]  # settings that do not change sample i
 class SamplesFolder:
     """A folder of samples.
 
-        manifest.json    settings, labels, identity of the weights, versions, speed
-        images/*.png     one file for each sample, named by its index
-        latents/*.npy    optional: what the codec decoded, float32 (C, h, w)
-        samples.npz      all images as arr_0, uint8 (N, H, W, 3), which the ADM evaluator reads
-        grid.png         a labelled picture of the first samples of each class
+    manifest.json    settings, labels, identity of the weights, versions, speed
+    images/*.png     one file for each sample, named by its index
+    latents/*.npy    optional: what the codec decoded, float32 (C, h, w)
+    samples.npz      all images as arr_0, uint8 (N, H, W, 3), which the ADM evaluator reads
+    grid.png         a labelled picture of the first samples of each class
     """
 
     def __init__(self, folder: str | Path):
@@ -63,10 +63,15 @@ class SamplesFolder:
             raise ValueError(f"{self.folder} holds other samples ({'; '.join(changed)}): give another --out")
         num_held, num_samples = held.get("num_samples", 0), settings.get("num_samples", 0)
         if num_held > num_samples:
-            remedy = f"complete them with --num-samples {num_held}" if not manifest.get("complete") else \
-                "evaluate the first ones only (eval/fid.py --num-samples)"
-            raise ValueError(f"{self.folder} is a folder of {num_held} samples, more than --num-samples {num_samples}: "
-                             f"give another --out, or {remedy}")
+            remedy = (
+                f"complete them with --num-samples {num_held}"
+                if not manifest.get("complete")
+                else "evaluate the first ones only (eval/fid.py --num-samples)"
+            )
+            raise ValueError(
+                f"{self.folder} is a folder of {num_held} samples, more than --num-samples {num_samples}: "
+                f"give another --out, or {remedy}"
+            )
 
     def with_fewer(self, settings: dict) -> Path | None:
         """Returns a folder beside this one with fewer samples of the same settings, or None."""
@@ -139,8 +144,9 @@ class SamplesFolder:
                 indices = range(start, min(start + READ_AT_ONCE, shape[0]))
                 for index, image in zip(indices, pool.map(self.read_image, indices), strict=True):
                     if image.shape != shape[1:]:
-                        raise ValueError(f"{self._image(index)} has another size: delete it and run the same "
-                                         "command again")
+                        raise ValueError(
+                            f"{self._image(index)} has another size: delete it and run the same command again"
+                        )
                     yield image
                     progress.update()
 

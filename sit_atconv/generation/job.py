@@ -87,8 +87,9 @@ def prepare(options: GenerateOptions) -> SampleJob:
     sampler.check(recipe.interpolant, recipe.prediction, weights.null_label, weak is not None)
     codec = open_codec(recipe.codec, precision="fp32" if options.dtype == "fp32" else "tf32")
     if sampler.cfg_channels and sampler.cfg_channels > codec.channels:
-        raise ValueError(f"--cfg-channels {sampler.cfg_channels} is more than the model's {codec.channels} channels: "
-                         "give fewer")
+        raise ValueError(
+            f"--cfg-channels {sampler.cfg_channels} is more than the model's {codec.channels} channels: give fewer"
+        )
     given, labels = _given_labels(options, recipe.class_names)
     height, width = _image_size(options.size, codec, config)
     shape = (codec.channels, height // codec.downsample, width // codec.downsample)
@@ -122,8 +123,10 @@ def prepare(options: GenerateOptions) -> SampleJob:
 
     # Collect notes for the user.
     untrained = sorted({*given} & {*recipe.empty_classes})
-    notes = [*weights.notes, *(f"label {label} ({recipe.class_names[label]!r}) had no training images"
-                               for label in untrained)]
+    notes = [
+        *weights.notes,
+        *(f"label {label} ({recipe.class_names[label]!r}) had no training images" for label in untrained),
+    ]
     if options.sampler.cfg is None and sampler.cfg == 1:
         why = "has no null label" if weights.model.null_label is None else "was trained without label dropout"
         notes.append(f"samples are not guided (--cfg 1): the model {why}")
@@ -140,22 +143,30 @@ def _load_weak(ckpt: str | None, weights: Weights, vae: str | None) -> Weights |
         raise ValueError(f"--weak {ckpt} is a file: make a folder of it, python -m sit_atconv.convert {ckpt} OUT")
     weak = load_weights(ckpt, vae=vae)
     here, there = (
-        {"interpolant": w.recipe.interpolant, "prediction": w.recipe.prediction,
-         "classes": w.model.config.num_classes, "channels": w.model.config.in_channels,
-         "codec": {key: value for key, value in w.recipe.codec.items() if key != "source"}}
+        {
+            "interpolant": w.recipe.interpolant,
+            "prediction": w.recipe.prediction,
+            "classes": w.model.config.num_classes,
+            "channels": w.model.config.in_channels,
+            "codec": {key: value for key, value in w.recipe.codec.items() if key != "source"},
+        }
         for w in (weights, weak)
     )
     for name, value in here.items():
         if there[name] != value:
-            raise ValueError(f"the weak model has {name} {there[name]}, and the model {value}: autoguidance needs a "
-                             "smaller or less trained model of the same kind")
+            raise ValueError(
+                f"the weak model has {name} {there[name]}, and the model {value}: autoguidance needs a "
+                "smaller or less trained model of the same kind"
+            )
     class_names = weak.recipe.class_names, weights.recipe.class_names
     if (order := labels_there(*class_names)) is not None:
         table = weak.model.y_embedder.embedding_table.weight.data
         table[: len(order)] = table[order]
     elif [*map(str, range(len(class_names[0])))] not in class_names:  # both name their classes
-        raise ValueError(f"the weak model has other classes: {changed_names(*class_names)}. Autoguidance needs a "
-                         "model with the same classes")
+        raise ValueError(
+            f"the weak model has other classes: {changed_names(*class_names)}. Autoguidance needs a "
+            "model with the same classes"
+        )
     return weak
 
 
@@ -170,8 +181,10 @@ def _given_labels(options: GenerateOptions, class_names: list[str]) -> tuple[lis
         return [], options.labels
     labels = read_labels(Path(options.labels), class_names)
     if len(labels) < options.num_samples:
-        raise ValueError(f"{options.labels} has {len(labels)} labels, and --num-samples is {options.num_samples}: "
-                         "give at least as many labels")
+        raise ValueError(
+            f"{options.labels} has {len(labels)} labels, and --num-samples is {options.num_samples}: "
+            "give at least as many labels"
+        )
     return labels, "labels" + sha256_of(Path(options.labels))[:12]
 
 
@@ -182,8 +195,10 @@ def _image_size(size: tuple[int, ...], codec: Codec, config) -> tuple[int, int]:
     unit = codec.downsample * config.patch_size
     for side in size:
         if side % unit:
-            raise ValueError(f"size {side} is not divisible by {unit} (patch size {config.patch_size} x codec "
-                             f"downsampling {codec.downsample}): give {side // unit * unit or unit}")
+            raise ValueError(
+                f"size {side} is not divisible by {unit} (patch size {config.patch_size} x codec "
+                f"downsampling {codec.downsample}): give {side // unit * unit or unit}"
+            )
     size = size or (config.input_size * codec.downsample,)
     return size[0], size[-1]
 
@@ -202,8 +217,11 @@ def _folder_name(options: GenerateOptions, sampler: Sampler, settings: dict, ste
         f"weak{settings['weak'][:8]}" if settings["weak"] else "",
         sampler.solver + ("" if solver.is_adaptive else grid),
         f"shift{sampler.shift:g}" if sampler.shift != 1 else "",
-        *((sampler.diffusion_form, f"{sampler.diffusion_norm:g}", sampler.last_step, f"{sampler.last_step_size:g}")
-          if solver.is_sde else ()),
+        *(
+            (sampler.diffusion_form, f"{sampler.diffusion_norm:g}", sampler.last_step, f"{sampler.last_step_size:g}")
+            if solver.is_sde
+            else ()
+        ),
         settings["labels"],
         f"seed{options.seed}",
         f"n{options.num_samples}",

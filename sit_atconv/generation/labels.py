@@ -74,8 +74,9 @@ def _labels_of_name(name: str, class_names: Sequence[str]) -> list[int]:
 def _label_of_name(name: str, class_names: Sequence[str]) -> int:
     labels = _labels_of_name(name, class_names)
     if len(labels) > 1:
-        raise ValueError(f"{len(labels)} classes are named {name!r}: give one of the labels "
-                         f"{', '.join(map(str, labels))} instead")
+        raise ValueError(
+            f"{len(labels)} classes are named {name!r}: give one of the labels {', '.join(map(str, labels))} instead"
+        )
     if not labels:
         near = difflib.get_close_matches(normal(name), map(normal, class_names), n=3, cutoff=0.3) or class_names[:3]
         raise ValueError(f"there is no class {name!r}; similar names: {', '.join(map(repr, near))}")
@@ -92,8 +93,9 @@ def read_labels(path: Path, class_names: Sequence[str]) -> list[int]:
         lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
-        raise ValueError(f"labels {path} cannot be read ({reason}): give random, balanced, or a text file with one "
-                         "class per line") from error
+        raise ValueError(
+            f"labels {path} cannot be read ({reason}): give random, balanced, or a text file with one class per line"
+        ) from error
     if not lines:
         raise ValueError(f"labels {path} is empty: write one class per line")
     labels = []

@@ -62,19 +62,19 @@ class ATConv(nn.Module):
             ValueError: H * W is not N, or `grid_size` is None and N is not a square.
         """
         grid_size = grid_size or square_grid(x.shape[1])
-        kernels = self.generate_kernels(x, grid_size)                      # (B, C, k, k)
-        y = dynamic_depthwise_conv2d(self.x_proj(x), kernels, grid_size)   # (B, N, C)
-        return self.proj(y)                                                # (B, N, C)
+        kernels = self.generate_kernels(x, grid_size)  # (B, C, k, k)
+        y = dynamic_depthwise_conv2d(self.x_proj(x), kernels, grid_size)  # (B, N, C)
+        return self.proj(y)  # (B, N, C)
 
     def generate_kernels(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Generates one kernel for each sample and channel: tokens (B, N, C) -> (B, C, k, k)."""
         k = self.kernel_size
-        p = pool_tokens(x, grid_size, k, self.pool)                         # (B, k*k, C)
-        K = self.kernel_act(self.kernel_proj(p))                            # (B, k*k, C)
-        K = self.kernel_gen(K.transpose(1, 2))                              # (B, C, k*k), shared by all channels
-        inhibition = torch.sigmoid(self.difference_control)[:, None]        # (C, 1)
+        p = pool_tokens(x, grid_size, k, self.pool)  # (B, k*k, C)
+        K = self.kernel_act(self.kernel_proj(p))  # (B, k*k, C)
+        K = self.kernel_gen(K.transpose(1, 2))  # (B, C, k*k), shared by all channels
+        inhibition = torch.sigmoid(self.difference_control)[:, None]  # (C, 1)
         K = torch.addcmul(K, inhibition, K.mean(2, keepdim=True), value=-1)  # lateral inhibition
-        return K.unflatten(2, (k, k))                                       # (B, C, k, k)
+        return K.unflatten(2, (k, k))  # (B, C, k, k)
 
 
 def pool_tokens(x: Tensor, grid_size: tuple[int, int], k: int, pool: str) -> Tensor:
@@ -96,7 +96,7 @@ def bin_members(
 
     def along(n: int, bins: int) -> Tensor:
         bin_, position = torch.arange(bins, device=device)[:, None], torch.arange(n, device=device)
-        return (position >= bin_ * n // bins) & (position < ((bin_ + 1) * n + bins - 1) // bins)      # (bins, n)
+        return (position >= bin_ * n // bins) & (position < ((bin_ + 1) * n + bins - 1) // bins)  # (bins, n)
 
     H, W = grid_size
     if pool == "grid":

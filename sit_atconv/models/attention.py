@@ -21,5 +21,5 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
-        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)       # (B, heads, N, head_dim)
+        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)  # (B, heads, N, head_dim)
         return self.proj(rearrange(y, "b h n d -> b n (h d)"))

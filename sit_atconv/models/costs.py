@@ -37,8 +37,11 @@ def multiply_adds(
     if isinstance(model, SiT) and type(model) is not SiT:  # a user's backbone: its parts are unknown
         config, known = model.config, inspect.signature(type(model)).parameters
         x = 1, config["in_channels"], *(config["patch_size"] * n for n in grid_size)
-        return _counted(f"backbone {type(model).__name__}", lambda: type(model)(**{k: config[k] for k in known}),
-                        lambda net: net(torch.empty(x), torch.empty(1), torch.zeros(1, dtype=torch.long)))
+        return _counted(
+            f"backbone {type(model).__name__}",
+            lambda: type(model)(**{k: config[k] for k in known}),
+            lambda net: net(torch.empty(x), torch.empty(1), torch.zeros(1, dtype=torch.long)),
+        )
     config = {**DEFAULTS, **(model.config if isinstance(model, SiT) else model)}
     N, D = math.prod(grid_size), config["hidden_size"]
     patch = config["patch_size"] ** 2 * config["in_channels"]
@@ -76,6 +79,7 @@ def _counted(what: str, build: Callable[[], nn.Module], run: Callable[[nn.Module
             run(build())
     except (NotImplementedError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"the multiply-adds of the {what} cannot be counted without data ({reason}): give its entry "
-                         "`multiply_adds`") from error
+        raise ValueError(
+            f"the multiply-adds of the {what} cannot be counted without data ({reason}): give its entry `multiply_adds`"
+        ) from error
     return counter.get_total_flops() // 2

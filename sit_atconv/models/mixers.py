@@ -55,27 +55,48 @@ def _attention_multiply_adds(config: Mapping, grid_size: tuple[int, int]) -> int
     return 4 * N * D * D + 2 * N * N * D  # qkv and output; q k^T and its product with v
 
 
-MIXERS = Table("mixer", Mixer, {
-    "atconv": Mixer(
-        build=lambda dim, config: ATConv(dim, config["kernel_size"], config["kernel_act"], config["kernel_pool"]),
-        parameters=("kernel_gen.weight", "kernel_gen.bias", "kernel_proj.weight", "kernel_proj.bias", "x_proj.weight",
-                    "x_proj.bias", "proj.weight", "proj.bias", "difference_control"),
-        shown=lambda tensors: {"kernel_size": math.isqrt(math.isqrt(tensors["kernel_gen.weight"].numel()))},
-        silent=("kernel_act", "kernel_pool"),
-        spoken=lambda shown: "{kernel_size}x{kernel_size} ATConv".format(**shown),
-        multiply_adds=_atconv_multiply_adds,
-    ),
-    "attention": Mixer(
-        build=lambda dim, config: Attention(dim, config["num_heads"], config["qk_norm"]),
-        parameters=("qkv.weight", "qkv.bias", "q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias",
-                    "proj.weight", "proj.bias"),
-        shown=lambda tensors: {"qk_norm": "q_norm.weight" in tensors},
-        silent=("num_heads",),
-        spoken=lambda shown: "attention" + (" with qk_norm" if shown["qk_norm"] else ""),
-        needs_positions=True,
-        multiply_adds=_attention_multiply_adds,
-    ),
-})
+MIXERS = Table(
+    "mixer",
+    Mixer,
+    {
+        "atconv": Mixer(
+            build=lambda dim, config: ATConv(dim, config["kernel_size"], config["kernel_act"], config["kernel_pool"]),
+            parameters=(
+                "kernel_gen.weight",
+                "kernel_gen.bias",
+                "kernel_proj.weight",
+                "kernel_proj.bias",
+                "x_proj.weight",
+                "x_proj.bias",
+                "proj.weight",
+                "proj.bias",
+                "difference_control",
+            ),
+            shown=lambda tensors: {"kernel_size": math.isqrt(math.isqrt(tensors["kernel_gen.weight"].numel()))},
+            silent=("kernel_act", "kernel_pool"),
+            spoken=lambda shown: "{kernel_size}x{kernel_size} ATConv".format(**shown),
+            multiply_adds=_atconv_multiply_adds,
+        ),
+        "attention": Mixer(
+            build=lambda dim, config: Attention(dim, config["num_heads"], config["qk_norm"]),
+            parameters=(
+                "qkv.weight",
+                "qkv.bias",
+                "q_norm.weight",
+                "q_norm.bias",
+                "k_norm.weight",
+                "k_norm.bias",
+                "proj.weight",
+                "proj.bias",
+            ),
+            shown=lambda tensors: {"qk_norm": "q_norm.weight" in tensors},
+            silent=("num_heads",),
+            spoken=lambda shown: "attention" + (" with qk_norm" if shown["qk_norm"] else ""),
+            needs_positions=True,
+            multiply_adds=_attention_multiply_adds,
+        ),
+    },
+)
 PATTERNS = {"hybrid": ("attention", "atconv")}  # alternating mixers, from block 0 on
 
 
@@ -97,8 +118,10 @@ def mixer_names(mixer: str | list[str], depth: int) -> list[str]:
     for name in dict.fromkeys(names):
         if name not in MIXERS and "." not in name:
             known = ", ".join([*PATTERNS, *MIXERS])
-            raise ValueError(f"mixer must be one of {known}, your own as module.NAME, or a list of these, not {name!r} "
-                             "(give --import MODULE if a module of yours registers it)")
+            raise ValueError(
+                f"mixer must be one of {known}, your own as module.NAME, or a list of these, not {name!r} "
+                "(give --import MODULE if a module of yours registers it)"
+            )
         MIXERS.find(name)
     if len(names) != depth:
         raise ValueError(f"mixer names {len(names)} blocks, but depth is {depth}")

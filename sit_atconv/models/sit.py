@@ -20,6 +20,7 @@ from sit_atconv.runtime.tables import Table
 
 # ---------------------------------------------------------------------------------------------------- embeddings
 
+
 class TimestepEmbedder(nn.Module):
     """Embedding of times t in [0, 1]: cosines and sines of geometric frequencies, then an MLP."""
 
@@ -33,9 +34,9 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """Embeds times (B,) as (B, D); the MLP sees features in `dtype`."""
         exponents = torch.arange(self.num_frequencies, device=t.device, dtype=torch.float32) / self.num_frequencies
-        angles = t[:, None].float() * torch.exp(-math.log(10000.0) * exponents)     # (B, F)
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1)                  # (B, 2F)
-        return self.mlp(features.to(dtype))                                         # (B, D)
+        angles = t[:, None].float() * torch.exp(-math.log(10000.0) * exponents)  # (B, F)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 2F)
+        return self.mlp(features.to(dtype))  # (B, D)
 
 
 class LabelEmbedder(nn.Module):
@@ -53,12 +54,12 @@ class LabelEmbedder(nn.Module):
 def sincos_pos_embed(hidden_size: int, grid_size: tuple[int, int]) -> Tensor:
     """Returns the fixed position embedding (1, H*W, D): sines and cosines of the column, then of the row."""
     rows, columns = (torch.arange(n, dtype=torch.float64) for n in grid_size)
-    row, column = torch.meshgrid(rows, columns, indexing="ij")                      # (H, W) each
+    row, column = torch.meshgrid(rows, columns, indexing="ij")  # (H, W) each
     exponents = torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4)
-    frequencies = 10000.0**-exponents                                               # (D/4,)
+    frequencies = 10000.0**-exponents  # (D/4,)
     halves = []
     for position in (column, row):
-        angles = position.reshape(-1, 1) * frequencies                              # (H*W, D/4)
+        angles = position.reshape(-1, 1) * frequencies  # (H*W, D/4)
         halves += [angles.sin(), angles.cos()]
     return torch.cat(halves, dim=1)[None].float()
 
@@ -70,6 +71,7 @@ def pos_embed_on(hidden_size: int, grid_size: tuple[int, int], device: torch.dev
 
 
 # --------------------------------------------------------------------------------------------------------- block
+
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Returns x * (1 + scale) + shift for x (B, N, D), with scale and shift (B, D), in one pass."""
@@ -94,9 +96,9 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)       # (B, D) each
-        x = add_gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1), grid_size))        # (B, N, D)
-        return add_gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))                 # (B, N, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # (B, D) each
+        x = add_gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1), grid_size))  # (B, N, D)
+        return add_gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))  # (B, N, D)
 
 
 class FinalLayer(nn.Module):
@@ -114,6 +116,7 @@ class FinalLayer(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------------- model
+
 
 class SiT(ModelMixin, ConfigMixin):
     """SiT: predicts the velocity of noisy images or latents from time and class.
@@ -242,17 +245,17 @@ class SiT(ModelMixin, ConfigMixin):
         """
         grid_size = self._grid_size(*x.shape[-2:])
         dtype = self.x_embedder.proj.weight.dtype  # dtype of the residual stream, also under autocast
-        tokens = self.x_embedder(x.to(dtype)).to(dtype)                     # (B, N, D)
+        tokens = self.x_embedder(x.to(dtype)).to(dtype)  # (B, N, D)
         if self.pos_embed is not None:
-            tokens = tokens + self._positions(grid_size)                    # (B, N, D)
-        c = self.t_embedder(t, dtype) + self.y_embedder(y)                  # (B, D)
+            tokens = tokens + self._positions(grid_size)  # (B, N, D)
+        c = self.t_embedder(t, dtype) + self.y_embedder(y)  # (B, D)
         hidden = tokens
         for number, block in enumerate(self.blocks, start=1):
-            tokens = self._apply_block(block, tokens, c, grid_size)         # (B, N, D)
+            tokens = self._apply_block(block, tokens, c, grid_size)  # (B, N, D)
             hidden = tokens if number == return_hidden else hidden
-        patches = self.final_layer(tokens, c)                               # (B, N, p*p*C_out)
-        image = self._unpatchify(patches, grid_size)                        # (B, C_out, H, W)
-        image = image[:, : self.config.in_channels].to(x.dtype)             # (B, C, H, W)
+        patches = self.final_layer(tokens, c)  # (B, N, p*p*C_out)
+        image = self._unpatchify(patches, grid_size)  # (B, C_out, H, W)
+        image = image[:, : self.config.in_channels].to(x.dtype)  # (B, C, H, W)
         return image if return_hidden is None else (image, hidden)
 
     def _apply_block(self, block: nn.Module, tokens: Tensor, c: Tensor, grid_size: tuple[int, int]) -> Tensor:

@@ -16,8 +16,10 @@ from sit_atconv.ops.reference import dynamic_depthwise_conv2d_reference
 
 def _dynamic_depthwise_conv2d_triton(x: Tensor, kernels: Tensor, grid_size: tuple[int, int]) -> Tensor:
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"impl 'triton' runs on CUDA and ROCm, not on {x.device.type}: give 'auto', or set "
-                         "TRITON_INTERPRET=1 to run it slowly on a CPU")
+        raise ValueError(
+            f"impl 'triton' runs on CUDA and ROCm, not on {x.device.type}: give 'auto', or set "
+            "TRITON_INTERPRET=1 to run it slowly on a CPU"
+        )
     from sit_atconv.ops.token_layout import dynamic_depthwise_conv2d_triton
 
     return dynamic_depthwise_conv2d_triton(x, kernels, grid_size)
@@ -79,6 +81,8 @@ def _has_triton() -> bool:
         version = "0.0"
     if tuple(map(int, version.split(".")[:2])) >= (3, 3):
         return True
-    warnings.warn(f"ATConv's convolution runs in PyTorch; it would be faster with Triton 3.3 or later (installed: "
-                  f"{version})", stacklevel=3)
+    warnings.warn(
+        f"ATConv's convolution runs in PyTorch; it would be faster with Triton 3.3 or later (installed: {version})",
+        stacklevel=3,
+    )
     return False

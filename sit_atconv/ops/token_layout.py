@@ -1,9 +1,9 @@
 """Dynamic depthwise convolution as Triton kernels in token layout, for CUDA and ROCm.
 
 Tokens (B, N, C) are read and written in place: channels are contiguous, so a shift of the grid is an offset of whole
-rows and nothing is transposed. A program holds a tile of a few columns and channels in registers, loads each input row
-once for each column of taps, and adds it to all output rows that it contributes to. Neighbouring tiles read the same row
-from the cache.
+rows and nothing is transposed. A program holds a tile of a few columns and channels in registers, loads each input
+row once for each column of taps, and adds it to all output rows that it contributes to. Neighbouring tiles read the
+same row from the cache.
 
 Sums are in float32, or in float64 if an input is float64. `dynamic_depthwise_conv2d` imports this module at first use;
 with TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, for tests.
@@ -26,12 +26,15 @@ def dynamic_depthwise_conv2d_triton(x: Tensor, kernels: Tensor, grid_size: tuple
         ValueError: a sample has 2^31 or more elements, beyond 32-bit offsets.
     """
     if x.shape[1] * x.shape[2] >= 2**31:
-        raise ValueError(f"impl 'triton' takes samples of fewer than 2^31 elements, not {x.shape[1]} x {x.shape[2]}: "
-                         "give impl 'channels_last'")
+        raise ValueError(
+            f"impl 'triton' takes samples of fewer than 2^31 elements, not {x.shape[1]} x {x.shape[2]}: "
+            "give impl 'channels_last'"
+        )
     return convolve(x, kernels, *grid_size, False)
 
 
 # ------------------------------------------------------------------------------------------------------ operators
+
 
 @custom_op("sit_atconv::convolve", mutates_args=())
 def convolve(x: Tensor, kernels: Tensor, height: int, width: int, flip: bool) -> Tensor:
@@ -66,9 +69,7 @@ def correlate(gradient: Tensor, x: Tensor, height: int, width: int, k: int, dtyp
     columns, channels = _tile(C, width, k)
     parts = triton.cdiv(height, SPLIT) * triton.cdiv(width, columns)
     accumulator = tl.float64 if dtype == torch.float64 else _accumulator(x, gradient)
-    sums = torch.empty(
-        B, parts, k * k, C, device=x.device, dtype=dtype if parts == 1 else ACCUMULATORS[accumulator]
-    )
+    sums = torch.empty(B, parts, k * k, C, device=x.device, dtype=dtype if parts == 1 else ACCUMULATORS[accumulator])
     grid = (parts, triton.cdiv(C, channels), B)
     with torch.cuda.device_of(x):
         _correlate[grid](gradient, x, sums, height, width, C, k, accumulator, SPLIT, columns, channels, num_warps=4)
@@ -125,6 +126,7 @@ def _tile(C: int, width: int, k: int) -> tuple[int, int]:
 
 
 # -------------------------------------------------------------------------------------------------------- kernels
+
 
 @triton.jit
 def _cast(value, dtype: tl.constexpr):

@@ -161,5 +161,10 @@ class _Import(argparse.Action):
 
 def add_import_option(parser: argparse._ActionsContainer) -> None:
     """Adds the repeatable option `--import MODULE`; check names of parts only after `parse_args`."""
-    parser.add_argument("--import", action=_Import, metavar="MODULE", default=argparse.SUPPRESS,
-                        help="import your module, which registers solvers, metrics or other parts; may be repeated")
+    parser.add_argument(
+        "--import",
+        action=_Import,
+        metavar="MODULE",
+        default=argparse.SUPPRESS,
+        help="import your module, which registers solvers, metrics or other parts; may be repeated",
+    )

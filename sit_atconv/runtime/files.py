@@ -73,8 +73,9 @@ def _renamed(path: Path, writer: str = "", durable: bool = False) -> Iterator[Pa
         with contextlib.suppress(OSError):
             partial.unlink()
         if isinstance(error, OSError):
-            raise OSError(f"{path} cannot be written ({error.strerror or error}): fix the cause and run the same "
-                          "command again") from error
+            raise OSError(
+                f"{path} cannot be written ({error.strerror or error}): fix the cause and run the same command again"
+            ) from error
         raise
 
 
@@ -115,11 +116,14 @@ def exclusive(folder: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no worker of a loader inherits it
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            raise ValueError(f"{folder} is in use by {file.read() or 'another process'}: wait until that has "
-                             "ended") from None
+            raise ValueError(
+                f"{folder} is in use by {file.read() or 'another process'}: wait until that has ended"
+            ) from None
         except OSError as error:  # a file system without locks
-            print(f"warning: {folder} cannot be locked ({error.strerror}): let only one command at a time "
-                  "write to it", file=sys.stderr)
+            print(
+                f"warning: {folder} cannot be locked ({error.strerror}): let only one command at a time write to it",
+                file=sys.stderr,
+            )
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             break
         file.close()  # the previous holder deleted the file before we locked it: our lock protects nothing
@@ -152,8 +156,10 @@ def hub_options(name: str) -> dict:
 
 def weights_variant(folder: Path) -> str | None:
     """Returns the diffusers variant of saved weights, such as fp16; None if some have no variant."""
-    found = [re.fullmatch(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)", path.name)
-             for path in sorted(folder.glob("diffusion_pytorch_model*"))]
+    found = [
+        re.fullmatch(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)", path.name)
+        for path in sorted(folder.glob("diffusion_pytorch_model*"))
+    ]
     variants = [match[1] for match in found if match]
     return None if None in variants or not variants else variants[0]
 
@@ -168,9 +174,7 @@ def sha256_of(*paths: Path) -> str:
     return digest.hexdigest()
 
 
-def sha256_of_state(
-    state: "Mapping[str, Tensor]", label: "Callable[[str, Tensor], str]", begin: str = ""
-) -> str:
+def sha256_of_state(state: "Mapping[str, Tensor]", label: "Callable[[str, Tensor], str]", begin: str = "") -> str:
     """Returns the sha256 of named tensors, in the order of their names.
 
     Args:

@@ -91,16 +91,26 @@ def save_loss_curves(stats: Sequence[dict], path: Path, title: str) -> None:
     left, right = figure.subplots(1, 2)
     left.plot(steps, [line["loss"] for line in stats], color="#2a6f97", linewidth=1.2, label="training")
     if held_out := [(line["step"], line["held_out_loss"]) for line in stats if "held_out_loss" in line]:
-        left.plot(*zip(*held_out, strict=True), "o-", color="#d1495b", markersize=3, linewidth=1.2,
-                  label="held out, EMA weights")
+        left.plot(
+            *zip(*held_out, strict=True),
+            "o-",
+            color="#d1495b",
+            markersize=3,
+            linewidth=1.2,
+            label="held out, EMA weights",
+        )
         left.legend(frameon=False)
     left.set_ylabel("loss")
     buckets = max(len(line["loss_by_time"]) for line in stats)
     for bucket in range(buckets):
         points = [(line["step"], line["loss_by_time"][bucket]) for line in stats]
         name = f"t {bucket / buckets:.1f}-{(bucket + 1) / buckets:.1f}"
-        right.plot(*zip(*[p for p in points if p[1] is not None] or [(steps[0], math.nan)], strict=True),
-                   color=colormaps["viridis"](bucket / buckets), linewidth=1.2, label=name)
+        right.plot(
+            *zip(*[p for p in points if p[1] is not None] or [(steps[0], math.nan)], strict=True),
+            color=colormaps["viridis"](bucket / buckets),
+            linewidth=1.2,
+            label=name,
+        )
     right.set_ylabel("training loss by time (0 noise, 1 data)")
     right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
@@ -133,11 +143,21 @@ def save_solver_curves(points: Sequence[dict], path: Path, title: str) -> None:
     for axes, shift in zip(panels, shifts, strict=True):
         axes.axhspan(max(low, 1e-3), high, color="0.85", label=f"Euler, {baseline['steps']} steps: 2 standard errors")
         for number, solver in enumerate(solvers):
-            line = sorted((p["evaluations"], p["distance"], p["error"]) for p in points
-                          if (p["solver"], p["shift"]) == (solver, shift))
+            line = sorted(
+                (p["evaluations"], p["distance"], p["error"])
+                for p in points
+                if (p["solver"], p["shift"]) == (solver, shift)
+            )
             if line:
-                axes.errorbar(*zip(*line, strict=True), fmt="o-", markersize=3.5, linewidth=1.3, capsize=2,
-                              color=colormaps["tab10"](number), label=solver)
+                axes.errorbar(
+                    *zip(*line, strict=True),
+                    fmt="o-",
+                    markersize=3.5,
+                    linewidth=1.3,
+                    capsize=2,
+                    color=colormaps["tab10"](number),
+                    label=solver,
+                )
         axes.set_title(f"shift {shift:g}", fontsize=9)
         axes.set_xlabel("NFE")
         for name in ("x", "y"):

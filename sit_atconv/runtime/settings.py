@@ -29,8 +29,11 @@ def differences(then: Mapping, now: Mapping, ignored: Iterable[str] = ()) -> lis
         now: nested settings now.
         ignored: names of settings or groups that may differ.
     """
-    return [f"{name} {short(old)} -> {short(new)}" for name, (old, new) in changed(then, now).items()
-            if not is_among(name, ignored)]
+    return [
+        f"{name} {short(old)} -> {short(new)}"
+        for name, (old, new) in changed(then, now).items()
+        if not is_among(name, ignored)
+    ]
 
 
 def is_among(name: str, names: Iterable[str]) -> bool:

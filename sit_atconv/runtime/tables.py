@@ -73,8 +73,10 @@ def import_modules(modules: Iterable[str]) -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise ValueError(f"the module {module} cannot be imported ({error}): check its name, and that Python "
-                             "finds it from this folder") from error
+            raise ValueError(
+                f"the module {module} cannot be imported ({error}): check its name, and that Python "
+                "finds it from this folder"
+            ) from error
 
 
 def import_module_of(name: str) -> str:

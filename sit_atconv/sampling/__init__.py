@@ -6,6 +6,12 @@ Solvers take any callable velocity(x, t) and know nothing of models.
 from sit_atconv.runtime.lazy import lazy_exports
 
 __getattr__, __dir__ = lazy_exports(
-    __name__, guidance="GUIDANCE Guidance branches guidance_schedule guided", ode="sample_ode", sde="sample_sde",
-    sampler="Counted Sampler", solvers="SOLVERS Solver default_solver", stream="SampleStream", times="time_grid",
+    __name__,
+    guidance="GUIDANCE Guidance branches guidance_schedule guided",
+    ode="sample_ode",
+    sde="sample_sde",
+    sampler="Counted Sampler",
+    solvers="SOLVERS Solver default_solver",
+    stream="SampleStream",
+    times="time_grid",
 )

@@ -73,8 +73,10 @@ def check_guidance(
         shown = list(interval) if isinstance(interval, tuple) else interval
         raise ValueError(f"the guidance interval must be two increasing times in [0, 1], not {shown}")
     if null_label is None and not weak and (callable(cfg) or cfg != 1):
-        raise ValueError(f"cfg = {'a schedule' if callable(cfg) else cfg} needs a null label, and this model was "
-                         "trained without one: use cfg = 1 or a weak model")
+        raise ValueError(
+            f"cfg = {'a schedule' if callable(cfg) else cfg} needs a null label, and this model was "
+            "trained without one: use cfg = 1 or a weak model"
+        )
 
 
 def branches(model, x: Tensor, t: Tensor, y: Tensor, weak=None) -> tuple[Tensor, Tensor]:
@@ -170,8 +172,14 @@ class Guidance:
 
 def classifier_free(model, y: Tensor, sampler, weak=None) -> Callable:
     """Builds `guided` with the settings of a sampler."""
-    velocity = guided(model, y, cfg=guidance_schedule(sampler.cfg_schedule, sampler.cfg), weak=weak,
-                      channels=sampler.cfg_channels, interval=sampler.cfg_interval)
+    velocity = guided(
+        model,
+        y,
+        cfg=guidance_schedule(sampler.cfg_schedule, sampler.cfg),
+        weak=weak,
+        channels=sampler.cfg_channels,
+        interval=sampler.cfg_interval,
+    )
     return lambda x, t, step, num_steps: velocity(x, t)
 
 

@@ -73,14 +73,18 @@ class Sampler:
         solver, (t0, t1) = self._solver(path), self._finite_on(path, prediction)
         cfg = self.settled(path, null_label, weak).cfg
         assert cfg is not None
-        for name, value, known in (("last_step", self.last_step, LAST_STEPS),
-                                   ("diffusion_form", self.diffusion_form.lower(), DIFFUSION_FORMS)):
+        for name, value, known in (
+            ("last_step", self.last_step, LAST_STEPS),
+            ("diffusion_form", self.diffusion_form.lower(), DIFFUSION_FORMS),
+        ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         if not solver.suits(path):
             others = [name for name, other in SOLVERS.items() if other.suits(path)]
-            raise ValueError(f"solver {self.solver} needs the linear interpolant, and this model was trained with "
-                             f"{path}: use one of {', '.join(others)}")
+            raise ValueError(
+                f"solver {self.solver} needs the linear interpolant, and this model was trained with "
+                f"{path}: use one of {', '.join(others)}"
+            )
         needs_null = GUIDANCE.find(self.guidance).needs_null_label and not weak
         check_guidance(guidance_schedule(self.cfg_schedule, cfg), null_label, not needs_null, self.cfg_interval)
         with_last_step = solver.is_sde and self.last_step != "none"
@@ -90,8 +94,10 @@ class Sampler:
         evaluated = times if solver.at_last_time and not with_last_step else times[:-1]
         for t in (evaluated[0], evaluated[-1]):
             if not t0 <= t <= t1:
-                raise ValueError(f"times must be in [{t0:g}, {t1:g}], where the formulas for prediction {prediction} "
-                                 f"and interpolant {path} are finite, not {t:g}")
+                raise ValueError(
+                    f"times must be in [{t0:g}, {t1:g}], where the formulas for prediction {prediction} "
+                    f"and interpolant {path} are finite, not {t:g}"
+                )
         if times[0] > MARGIN or not 1 - MARGIN <= times[-1] <= 1:
             raise ValueError(f"times must lead from 0 (noise) to 1 (data), not from {times[0]:g} to {times[-1]:g}")
 
@@ -142,8 +148,15 @@ class Sampler:
         if not solver.is_sde:
             return sample_ode(velocity, noise, solver=solver, times=times)
         return sample_sde(
-            velocity, noise, interpolant, solver=solver, times=times, randn=randn,
-            diffusion_form=self.diffusion_form, diffusion_norm=self.diffusion_norm, last_step=self.last_step,
+            velocity,
+            noise,
+            interpolant,
+            solver=solver,
+            times=times,
+            randn=randn,
+            diffusion_form=self.diffusion_form,
+            diffusion_norm=self.diffusion_norm,
+            last_step=self.last_step,
         )
 
 
@@ -160,8 +173,10 @@ def in_steps(guide: Callable, solver: Solver, num_steps: int) -> Callable[[Tenso
             return guide(x, t, None, None)
         step = next(calls) // solver.evaluations
         if step >= num_steps:
-            raise ValueError(f"the solver has an NFE above {solver.evaluations} per step: give the right number in its "
-                             "Solver(loop, evaluations=...)")
+            raise ValueError(
+                f"the solver has an NFE above {solver.evaluations} per step: give the right number in its "
+                "Solver(loop, evaluations=...)"
+            )
         return guide(x, t, step, num_steps)
 
     return velocity

@@ -137,15 +137,19 @@ class Solver:
         return ", ".join(filter(None, traits))
 
 
-SOLVERS = Table("solver", Solver, {
-    "euler": Solver(euler),
-    "heun": Solver(heun, evaluations=2, at_last_time=True),
-    "dopri5": Solver(dopri5, evaluations=None, at_last_time=True),
-    "unipc": Solver(unipc, linear_only=True),
-    "dpm++": Solver(dpm_pp, linear_only=True, begin=1e-3),  # as in diffusers' own grid
-    "sde-euler": Solver(euler_maruyama, is_sde=True),
-    "sde-heun": Solver(stochastic_heun, evaluations=2, at_last_time=True, is_sde=True),
-})
+SOLVERS = Table(
+    "solver",
+    Solver,
+    {
+        "euler": Solver(euler),
+        "heun": Solver(heun, evaluations=2, at_last_time=True),
+        "dopri5": Solver(dopri5, evaluations=None, at_last_time=True),
+        "unipc": Solver(unipc, linear_only=True),
+        "dpm++": Solver(dpm_pp, linear_only=True, begin=1e-3),  # as in diffusers' own grid
+        "sde-euler": Solver(euler_maruyama, is_sde=True),
+        "sde-heun": Solver(stochastic_heun, evaluations=2, at_last_time=True, is_sde=True),
+    },
+)
 DEFAULTS = ("unipc", "heun")  # the first that suits the interpolant; they need the fewest steps (docs/sampling.md)
 LAST_STEPS = ("none", "mean", "tweedie", "euler")  # last steps of an SDE: see `sample_sde`
 
@@ -165,6 +169,7 @@ def find_solver(solver: str | Solver | Callable[..., Tensor], is_sde: bool = Fal
     if not isinstance(entry, Solver):
         entry = Solver(entry, is_sde=is_sde)
     if entry.is_sde != is_sde:
-        raise ValueError(f"solver {solver} is for sample_{'sde' if entry.is_sde else 'ode'}: use that function, or "
-                         "another solver")
+        raise ValueError(
+            f"solver {solver} is for sample_{'sde' if entry.is_sde else 'ode'}: use that function, or another solver"
+        )
     return entry

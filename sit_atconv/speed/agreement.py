@@ -64,8 +64,9 @@ def take_form(model: SiT, form: str, *inputs: Tensor, gradients: bool = False) -
     return check(f"{form} and {' + '.join(twins)} with the same weights", found, expected)
 
 
-def check_operator(form: str, operator: Callable[..., Tensor], definition: Callable[..., Tensor],
-                   *inputs: Tensor) -> Check:
+def check_operator(
+    form: str, operator: Callable[..., Tensor], definition: Callable[..., Tensor], *inputs: Tensor
+) -> Check:
     """Checks values and gradients of an operator against its definition.
 
     If the definition returns the first tokens only, these are compared.

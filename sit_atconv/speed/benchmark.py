@@ -64,9 +64,11 @@ def compare(
                 try:
                     comparison.measurements.extend(measure(case, level, clock=clock, after_round=bar.update))
                 except torch.OutOfMemoryError:
-                    raise ValueError(f"{level} at {case.resolution} px in {case.dtype} with batch size "
-                                     f"{case.batch_size} does not fit into the memory of {device}: lower "
-                                     "--batch-size") from None
+                    raise ValueError(
+                        f"{level} at {case.resolution} px in {case.dtype} with batch size "
+                        f"{case.batch_size} does not fit into the memory of {device}: lower "
+                        "--batch-size"
+                    ) from None
             comparison.agreement.extend(
                 {"resolution": case.resolution, "dtype": case.dtype, **asdict(check)} for check in case.checks
             )
@@ -88,15 +90,31 @@ def measure(
         # Every form adds compilations, with and without gradients. (torch.compile got an argument for it after 2.7.)
         torch._dynamo.config.recompile_limit = 64
     timed = PREPARE[level](case)
-    seconds = time_interleaved({**timed.runs, **timed.extras}, rounds=options.rounds, warmup=options.warmup,
-                               synchronize=partial(synchronize, device), clock=clock, after_round=after_round)
+    seconds = time_interleaved(
+        {**timed.runs, **timed.extras},
+        rounds=options.rounds,
+        warmup=options.warmup,
+        synchronize=partial(synchronize, device),
+        clock=clock,
+        after_round=after_round,
+    )
     decode = Rounds.of([1000 * s for s in seconds.get("decode", [0.0] * options.rounds)])
     ms = {key: Rounds.of([1000 * timed.scale * s for s in seconds[key]]).plus(decode) for key in timed.runs}
 
     def measured(form: str, quantity: str, milliseconds: Rounds, **figures: Any) -> Measurement:
         rates = Rounds.of([1000 * case.batch_size / one for one in milliseconds.rounds])
-        return Measurement(level, quantity, form, case.resolution, case.grid_size, case.dtype, case.batch_size,
-                           milliseconds, rates, **figures)
+        return Measurement(
+            level,
+            quantity,
+            form,
+            case.resolution,
+            case.grid_size,
+            case.dtype,
+            case.batch_size,
+            milliseconds,
+            rates,
+            **figures,
+        )
 
     measurements = []
     for (form, quantity), milliseconds in ms.items():

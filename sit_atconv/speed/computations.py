@@ -29,16 +29,16 @@ class PublishedATConv(nn.Module):
 
     def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
         """Maps tokens (B, N, C) to (B, N, C)."""
-        kernels = self.generate_kernels(x)                                                     # (B, C, k, k)
-        y = published_conv2d(self.x_proj(x), kernels, grid_size or square_grid(x.shape[1]))    # (B, N, C)
-        return self.proj(y)                                                                    # (B, N, C)
+        kernels = self.generate_kernels(x)  # (B, C, k, k)
+        y = published_conv2d(self.x_proj(x), kernels, grid_size or square_grid(x.shape[1]))  # (B, N, C)
+        return self.proj(y)  # (B, N, C)
 
     def generate_kernels(self, x: Tensor) -> Tensor:
         """Returns one kernel per sample and channel: tokens (B, N, C) -> (B, C, k, k)."""
         k = self.kernel_size
-        p = F.adaptive_avg_pool1d(self.kernel_proj(x).transpose(1, 2), k * k)                  # (B, C, k*k)
-        K = self.kernel_gen(self.kernel_act(p))                                                # (B, C, k*k)
-        K = K - torch.sigmoid(self.difference_control)[:, None] * K.mean(-1, keepdim=True)     # (B, C, k*k)
+        p = F.adaptive_avg_pool1d(self.kernel_proj(x).transpose(1, 2), k * k)  # (B, C, k*k)
+        K = self.kernel_gen(self.kernel_act(p))  # (B, C, k*k)
+        K = K - torch.sigmoid(self.difference_control)[:, None] * K.mean(-1, keepdim=True)  # (B, C, k*k)
         return K.unflatten(-1, (k, k))
 
 

@@ -22,7 +22,7 @@ def form_multiply_adds(level: str, form: str, config: dict, grid_size: tuple[int
 
     if level not in ("mixer", "block"):
         return multiply_adds(config, grid_size, of_mixer)
-    mixer, = set(mixer_names(config["mixer"], config["depth"]))
+    (mixer,) = set(mixer_names(config["mixer"], config["depth"]))
     return of_mixer(mixer) + (block_multiply_adds(config, grid_size) if level == "block" else 0)
 
 
@@ -36,9 +36,9 @@ def operator_cost(form: str, config: dict, grid_size: tuple[int, int]) -> dict[s
     N, D, taps = grid_size[0] * grid_size[1], config["hidden_size"], config["kernel_size"] ** 2
     tokens, kernels = N * D, taps * D
     convolution = {
-        "forward": (taps * tokens, 2 * tokens + kernels),           # reads x and kernels, writes y
-        "grad_x": (taps * tokens, 2 * tokens + kernels),            # reads dy and kernels, writes dx
-        "grad_kernels": (taps * tokens, 2 * tokens + kernels),      # reads dy and x, writes dkernels
+        "forward": (taps * tokens, 2 * tokens + kernels),  # reads x and kernels, writes y
+        "grad_x": (taps * tokens, 2 * tokens + kernels),  # reads dy and kernels, writes dx
+        "grad_kernels": (taps * tokens, 2 * tokens + kernels),  # reads dy and x, writes dkernels
         "backward": (2 * taps * tokens, 3 * tokens + 2 * kernels),  # reads dy, x and kernels, writes dx and dkernels
     }
     return {

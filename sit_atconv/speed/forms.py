@@ -36,13 +36,21 @@ FORMS = {
     "attention": Form("attention", "attention", LEVELS, "#3f4a54", twin="second_computation"),
     # Shows that our attention is not a slow one.
     "timm": Form("timm's attention", "attention", ("mixer",), "#a3abb3", "TimmAttention", "unchanged"),
-    "published": Form("ATConv as published", "atconv", LEVELS, "#d1722c", "PublishedATConv", "unchanged",
-                      _published_multiply_adds),
+    "published": Form(
+        "ATConv as published", "atconv", LEVELS, "#d1722c", "PublishedATConv", "unchanged", _published_multiply_adds
+    ),
     "atconv": Form("ATConv", "atconv", LEVELS, "#1f6fb4", twin="second_computation", bold=True),
     "hybrid": Form("hybrid", "hybrid", ("model", "train", "sampling"), "#8a5fb5", twin="second_computation"),
     # ATConv's two projections only: no token mixer with these projections can be faster.
-    "floor": Form("floor (projections only)", "atconv", LEVELS, "#3c9a6b", "FloorMixer", "identity_kernels",
-                  lambda config, grid_size: 2 * math.prod(grid_size) * config["hidden_size"] ** 2),
+    "floor": Form(
+        "floor (projections only)",
+        "atconv",
+        LEVELS,
+        "#3c9a6b",
+        "FloorMixer",
+        "identity_kernels",
+        lambda config, grid_size: 2 * math.prod(grid_size) * config["hidden_size"] ** 2,
+    ),
 }
 
 
@@ -57,7 +65,9 @@ def find_form(name: str) -> Form:
     from sit_atconv.models.mixers import MIXERS
 
     if name not in MIXERS and "." not in name:
-        raise ValueError(f"forms must be among {', '.join(FORMS)}, or your own token mixers (as module.NAME, or by "
-                         f"the name that a module given with --import registers), not {name}")
+        raise ValueError(
+            f"forms must be among {', '.join(FORMS)}, or your own token mixers (as module.NAME, or by "
+            f"the name that a module given with --import registers), not {name}"
+        )
     MIXERS.find(name)
     return Form(name, name, LEVELS[1:])

@@ -67,8 +67,10 @@ class Case:
     def require(self, check: Check) -> None:
         """Records a passed check. Raises ValueError if the error is NaN or above the dtype's bound."""
         if check.error is not None and not check.error <= BOUNDS[self.dtype]:
-            raise ValueError(f"not timed: {check.what} do not agree at {self.resolution} px in {self.dtype} "
-                             f"(relative error {check.error:.2g}, at most {BOUNDS[self.dtype]:g} is allowed)")
+            raise ValueError(
+                f"not timed: {check.what} do not agree at {self.resolution} px in {self.dtype} "
+                f"(relative error {check.error:.2g}, at most {BOUNDS[self.dtype]:g} is allowed)"
+            )
         self.checks.append(check)
 
     def build(self, level: str, *, training: bool = False, **overrides) -> dict[str, SiT]:
@@ -121,15 +123,33 @@ def prepare_op(case: Case) -> Timed:
     both = {"backward": [0, 1], "grad_x": [0], "grad_kernels": [1]}
     definition = partial(dynamic_depthwise_conv2d_reference, grid_size=grid_size)
     # form -> (operator with contiguous output, its inputs, quantity -> inputs that get a gradient, definition)
-    operators: dict[str, tuple[Callable[..., Tensor], Callable[[], list[tuple[Tensor, ...]]], dict[str, list[int]],
-                               Callable[..., Tensor] | None]] = {
-        "attention": (lambda qkv: attend(qkv, heads).contiguous(), lambda: [(case.randn(B, N, 3 * D),) for _ in sets],
-                      {"backward": [0]}, partial(attention_definition, num_heads=heads)),
-        "published": (lambda x, kernels: published_conv2d(x, kernels, grid_size).contiguous(),
-                      lambda: [(a, b.contiguous()) for a, b in zip(x, kernels, strict=True)],  # its own layout
-                      both, definition),
-        "atconv": (lambda x, kernels: dynamic_depthwise_conv2d(x, kernels, grid_size).contiguous(),
-                   lambda: list(zip(x, kernels, strict=True)), both, definition),
+    operators: dict[
+        str,
+        tuple[
+            Callable[..., Tensor],
+            Callable[[], list[tuple[Tensor, ...]]],
+            dict[str, list[int]],
+            Callable[..., Tensor] | None,
+        ],
+    ] = {
+        "attention": (
+            lambda qkv: attend(qkv, heads).contiguous(),
+            lambda: [(case.randn(B, N, 3 * D),) for _ in sets],
+            {"backward": [0]},
+            partial(attention_definition, num_heads=heads),
+        ),
+        "published": (
+            lambda x, kernels: published_conv2d(x, kernels, grid_size).contiguous(),
+            lambda: [(a, b.contiguous()) for a, b in zip(x, kernels, strict=True)],  # its own layout
+            both,
+            definition,
+        ),
+        "atconv": (
+            lambda x, kernels: dynamic_depthwise_conv2d(x, kernels, grid_size).contiguous(),
+            lambda: list(zip(x, kernels, strict=True)),
+            both,
+            definition,
+        ),
         "floor": (torch.clone, lambda: list(zip(x)), {}, None),
     }
     for form in case.options.forms_of("op"):
@@ -181,8 +201,9 @@ def prepare_model(case: Case) -> Timed:
         with torch.inference_mode():
             return run(*case.inputs)
 
-    runs = {(form, "forward"): partial(forward, case.compiled(form, model, forward))
-            for form, model in case.models.items()}
+    runs = {
+        (form, "forward"): partial(forward, case.compiled(form, model, forward)) for form, model in case.models.items()
+    }
     return Timed(runs, case.models)
 
 
@@ -195,8 +216,9 @@ def prepare_sampling(case: Case) -> Timed:
         with torch.inference_mode():
             return sample_ode(guided(run, y, cfg=options.cfg), noise, num_steps=num_steps)
 
-    runs = {(form, "sampling"): partial(sample, case.compiled(form, model, sample))
-            for form, model in case.models.items()}
+    runs = {
+        (form, "sampling"): partial(sample, case.compiled(form, model, sample)) for form, model in case.models.items()
+    }
     extras = {}
     if case.decoder is not None:
         dtype = torch_dtype(case.dtype)
@@ -226,8 +248,15 @@ def prepare_train(case: Case) -> Timed:
 
         averaged, weight = [p.detach().clone() for p in parameters], torch.tensor(1e-4, device=case.device)
 
-        def step(run=run, null_label=model.null_label, optimizer=optimizers[form], scaler=scaler,
-                 parameters=parameters, averaged=averaged, weight=weight):
+        def step(
+            run=run,
+            null_label=model.null_label,
+            optimizer=optimizers[form],
+            scaler=scaler,
+            parameters=parameters,
+            averaged=averaged,
+            weight=weight,
+        ):
             forward_and_backward(flow, run, data, y, case.generator, case.dtype, null_label, scaler)
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -251,6 +280,7 @@ PREPARE: dict[str, Callable[[Case], Timed]] = {
 
 
 # ------------------------------------------------------------------------------------------------ models, decoder
+
 
 def random_model(config: dict, dtype: str, device: torch.device) -> SiT:
     """Returns SiT(**config) with normally distributed parameters, the same at every call.
@@ -286,14 +316,21 @@ def open_decoder(options: SpeedOptions) -> Any:
     if options.decoder == "sd-vae":
         from diffusers import AutoencoderKL
 
-        decoder = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                                block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4)
+        decoder = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=4,
+        )
         return decoder.eval().requires_grad_(False)
     codec = VAECodec(options.decoder)
     if (codec.downsample, codec.channels) != (options.downsample, options.channels):
-        raise ValueError(f"{options.decoder} decodes {codec.channels} channels of 1/{codec.downsample} the resolution, "
-                         f"not {options.channels} of 1/{options.downsample}: set --channels {codec.channels} and "
-                         f"--downsample {codec.downsample}")
+        raise ValueError(
+            f"{options.decoder} decodes {codec.channels} channels of 1/{codec.downsample} the resolution, "
+            f"not {options.channels} of 1/{options.downsample}: set --channels {codec.channels} and "
+            f"--downsample {codec.downsample}"
+        )
     return codec.vae
 
 
@@ -303,8 +340,11 @@ def check_dtype(device: torch.device, dtype: str) -> None:
     model = random_model(tiny, dtype, device)
     try:
         with torch.inference_mode():
-            model(torch.zeros(1, 4, 4, 4, device=device), torch.zeros(1, device=device),
-                  torch.zeros(1, device=device, dtype=torch.int64))
+            model(
+                torch.zeros(1, 4, 4, 4, device=device),
+                torch.zeros(1, device=device),
+                torch.zeros(1, device=device, dtype=torch.int64),
+            )
     except RuntimeError as error:
         others, reason = " or ".join(name for name in PRECISIONS if name != dtype), str(error).partition("\n")[0]
         raise ValueError(f"{dtype} does not run on this {device.type} ({reason}): use {others}") from None

@@ -53,23 +53,31 @@ class SpeedOptions:
                 raise ValueError(f"{name} must be among {', '.join(known)}, not {', '.join(sorted(unknown))}")
         for level in self.levels:
             if self.baseline not in (forms := self.forms_of(level)):
-                raise ValueError(f"the baseline {self.baseline!r} is not among the forms of the level {level!r} "
-                                 f"({', '.join(forms) or 'none'}): give another baseline or more forms")
+                raise ValueError(
+                    f"the baseline {self.baseline!r} is not among the forms of the level {level!r} "
+                    f"({', '.join(forms) or 'none'}): give another baseline or more forms"
+                )
         if len(self.batch_sizes) not in (1, len(self.resolutions)) or min(self.batch_sizes) < 1:
-            raise ValueError(f"batch_sizes must be one number of at least 1, or one for each of the "
-                             f"{len(self.resolutions)} resolutions, not {list(self.batch_sizes)}")
+            raise ValueError(
+                f"batch_sizes must be one number of at least 1, or one for each of the "
+                f"{len(self.resolutions)} resolutions, not {list(self.batch_sizes)}"
+            )
         if PRESET.format(self.preset) not in PRESETS:
             known = ", ".join(f"{size}/{patch}" for size in SIZES for patch in PATCHES)
             raise ValueError(f"there is no preset {self.preset!r}: give size and patch, one of {known}")
         if self.decoder == "sd-vae" and (self.downsample, self.channels) != (8, 4):
-            raise ValueError(f"the SD-VAE decodes 4 channels of 1/8 the resolution, not {self.channels} of "
-                             f"1/{self.downsample}: give --channels 4 --downsample 8 or --decoder none")
+            raise ValueError(
+                f"the SD-VAE decodes 4 channels of 1/8 the resolution, not {self.channels} of "
+                f"1/{self.downsample}: give --channels 4 --downsample 8 or --decoder none"
+            )
         tile = self.downsample * self.patch_size
         for resolution in self.resolutions:
             if resolution < tile or resolution % tile:
                 below = max(1, resolution // tile) * tile
-                raise ValueError(f"resolution {resolution} is not a multiple of {tile} (downsample {self.downsample} x "
-                                 f"patch {self.patch_size}): give {below} or {below + tile}")
+                raise ValueError(
+                    f"resolution {resolution} is not a multiple of {tile} (downsample {self.downsample} x "
+                    f"patch {self.patch_size}): give {below} or {below + tile}"
+                )
 
     @property
     def patch_size(self) -> int:

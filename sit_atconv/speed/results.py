@@ -79,8 +79,10 @@ class Comparison:
         kind = {"cpu": "CPU", "cuda": "GPU"}.get(where["device"], where["device"])
         versions = f"torch {where['torch']}" + (f", CUDA {where['cuda']}" if where["cuda"] else "")
         compiled = ", compiled" if options.compile else ""
-        return (f"{kind}: {where['hardware']}, CPU threads: {where['cpu_threads']}, {versions}, timm {where['timm']}, "
-                f"Python {where['python']}, {where['date'][:10]}; {options.rounds} interleaved rounds{compiled}")
+        return (
+            f"{kind}: {where['hardware']}, CPU threads: {where['cpu_threads']}, {versions}, timm {where['timm']}, "
+            f"Python {where['python']}, {where['date'][:10]}; {options.rounds} interleaved rounds{compiled}"
+        )
 
     def to_json(self) -> dict:
         return {**asdict(self), "definitions": DEFINITIONS}

@@ -69,38 +69,64 @@ def make_parser() -> ArgumentParser:
         "each form computes the right values. The results are milliseconds, images per second, ratios, multiply-adds "
         "and peak memory, as a table, a chart and JSON.",
     )
-    parser.add_argument("--preset", metavar="SIZE/PATCH",
-                        help="size and patch of the models: XL/2 compares SiT-XL/2, SiT-ATConv-XL/2 and its hybrid; "
-                        f"sizes are {', '.join(SIZES)}, patches are {', '.join(map(str, PATCHES))}")
+    parser.add_argument(
+        "--preset",
+        metavar="SIZE/PATCH",
+        help="size and patch of the models: XL/2 compares SiT-XL/2, SiT-ATConv-XL/2 and its hybrid; "
+        f"sizes are {', '.join(SIZES)}, patches are {', '.join(map(str, PATCHES))}",
+    )
     parser.add_argument("--depth", type=at_least(1), help="number of blocks; by default that of the preset")
-    parser.add_argument("--forms", nargs="+", metavar="FORM",
-                        help=f"forms to compare: {', '.join(FORMS)}, or your own token mixers (as module.NAME, or by "
-                        "the name that a module given with --import registers); each level times the forms that it has")
+    parser.add_argument(
+        "--forms",
+        nargs="+",
+        metavar="FORM",
+        help=f"forms to compare: {', '.join(FORMS)}, or your own token mixers (as module.NAME, or by "
+        "the name that a module given with --import registers); each level times the forms that it has",
+    )
     add_import_option(parser)
-    parser.add_argument("--levels", choices=LEVELS, nargs="+", metavar="LEVEL",
-                        help=f"parts of the model to time: {', '.join(LEVELS)}")
+    parser.add_argument(
+        "--levels", choices=LEVELS, nargs="+", metavar="LEVEL", help=f"parts of the model to time: {', '.join(LEVELS)}"
+    )
     parser.add_argument("--baseline", metavar="FORM", help="form that all speedups are relative to")
-    parser.add_argument("--resolutions", type=at_least(1), nargs="+", metavar="PX",
-                        help="sides of the square images, in pixels")
-    parser.add_argument("--batch-size", type=at_least(1), nargs="+", dest="batch_sizes", metavar="B",
-                        help="images per batch: one number for all resolutions, or one for each")
-    parser.add_argument("--downsample", type=at_least(1),
-                        help="factor from image side to model input side: 8 for latents, 1 for pixels")
+    parser.add_argument(
+        "--resolutions", type=at_least(1), nargs="+", metavar="PX", help="sides of the square images, in pixels"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=at_least(1),
+        nargs="+",
+        dest="batch_sizes",
+        metavar="B",
+        help="images per batch: one number for all resolutions, or one for each",
+    )
+    parser.add_argument(
+        "--downsample", type=at_least(1), help="factor from image side to model input side: 8 for latents, 1 for pixels"
+    )
     parser.add_argument("--channels", type=at_least(1), help="channels of the model's input: 4 for latents, 3 for RGB")
-    parser.add_argument("--dtypes", choices=PRECISIONS, nargs="+",
-                        help="dtypes of weights and arithmetic; a training step keeps its weights in fp32")
+    parser.add_argument(
+        "--dtypes",
+        choices=PRECISIONS,
+        nargs="+",
+        help="dtypes of weights and arithmetic; a training step keeps its weights in fp32",
+    )
     parser.add_argument("--steps", type=at_least(1), help="number of Euler steps to sample an image")
     parser.add_argument("--cfg", type=finite, help="guidance scale in sampling; 1 turns guidance off")
-    parser.add_argument("--decoder", metavar="none|sd-vae|FOLDER",
-                        help="decoder of the samples: none, sd-vae (its architecture with random weights), or a folder "
-                        "with an AutoencoderKL")
+    parser.add_argument(
+        "--decoder",
+        metavar="none|sd-vae|FOLDER",
+        help="decoder of the samples: none, sd-vae (its architecture with random weights), or a folder "
+        "with an AutoencoderKL",
+    )
     parser.add_argument("--compile", action="store_true", help="compile every form with torch.compile")
     parser.add_argument("--rounds", type=at_least(1), help="number of rounds; each round times every form once")
     parser.add_argument("--warmup", type=at_least(0), help="number of rounds to run first and discard")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; auto takes the accelerator if there is one")
     parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="folder for the results")
-    parser.add_argument("--json", action="store_true",
-                        help="print JSON on stdout and the table on stderr; the default if stdout is no terminal")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print JSON on stdout and the table on stderr; the default if stdout is no terminal",
+    )
     parser.set_defaults(**{option.name: option.default for option in fields(SpeedOptions)})
     return parser
 

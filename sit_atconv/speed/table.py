@@ -22,13 +22,26 @@ def table(comparison: Comparison) -> str:
         lines += ["", f"## {level}", ""]
         if level == "sampling":
             decoder = {"none": "not decoded", "sd-vae": "decoded by the SD-VAE's architecture with random weights"}
-            lines += [f"{options.steps} Euler steps, cfg {options.cfg:g}; "
-                      f"{decoder.get(options.decoder, f'decoded by {options.decoder}')}.", ""]
+            lines += [
+                f"{options.steps} Euler steps, cfg {options.cfg:g}; "
+                f"{decoder.get(options.decoder, f'decoded by {options.decoder}')}.",
+                "",
+            ]
         lines += _rows(rows, options.baseline) + _growth(rows)
-    names = {"multiply_adds": "GMACs", "over_floor": "x floor", "over_byte_floor": "x byte floor",
-             "peak_memory_bytes": "peak memory"}
-    keys = [*(key for key in DEFINITIONS if set(key.split(", ")) & set(options.levels)), "multiply_adds", "speedup",
-            "over_floor", *(["over_byte_floor"] if "op" in options.levels else []), "peak_memory_bytes"]
+    names = {
+        "multiply_adds": "GMACs",
+        "over_floor": "x floor",
+        "over_byte_floor": "x byte floor",
+        "peak_memory_bytes": "peak memory",
+    }
+    keys = [
+        *(key for key in DEFINITIONS if set(key.split(", ")) & set(options.levels)),
+        "multiply_adds",
+        "speedup",
+        "over_floor",
+        *(["over_byte_floor"] if "op" in options.levels else []),
+        "peak_memory_bytes",
+    ]
     return "\n".join([*lines, "", *(f"- {names.get(key, key)}: {DEFINITIONS[key]}." for key in keys)])
 
 

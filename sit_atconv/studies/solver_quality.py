@@ -122,7 +122,12 @@ def plan(options: Options) -> list[Sampler]:
 
 @torch.inference_mode()
 def measure(
-    sampler: Sampler, weights: Weights, codec: Codec, network: Extractor, real: Gaussian, options: Options,
+    sampler: Sampler,
+    weights: Weights,
+    codec: Codec,
+    network: Extractor,
+    real: Gaussian,
+    options: Options,
     device: torch.device,
 ) -> Point:
     """Draws samples, measures their speed, and compares their features with `real`, the reference."""
@@ -135,15 +140,28 @@ def measure(
         y = stream.labels(config.num_classes, "balanced", recipe.empty_classes).to(device)
         labels += y.tolist()
         clock = time.perf_counter()
-        z = sampler(as_trained(model, recipe), noise, y, path=recipe.interpolant, prediction=recipe.prediction,
-                    randn=stream.randn_like)
+        z = sampler(
+            as_trained(model, recipe),
+            noise,
+            y,
+            path=recipe.interpolant,
+            prediction=recipe.prediction,
+            randn=stream.randn_like,
+        )
         images = to_uint8(decode_in_parts(codec, z)).cpu()
         seconds += time.perf_counter() - clock
         features.append(network(images.expand(-1, 3, -1, -1).to(device))["features"])
     score = frechet(torch.cat(features), real, jackknife_groups(options.num_samples, labels))
     assert score.error is not None  # there are at least 100 samples
-    return Point(sampler.solver, sampler.shift, sampler.steps, model.evaluations / len(features), score.value,
-                 score.error, options.num_samples / seconds)
+    return Point(
+        sampler.solver,
+        sampler.shift,
+        sampler.steps,
+        model.evaluations / len(features),
+        score.value,
+        score.error,
+        options.num_samples / seconds,
+    )
 
 
 def is_enough(point: Point, baseline: Point) -> bool:
@@ -166,13 +184,18 @@ def _read(path: Path, settings: dict) -> list[Point]:
 
 def _write(path: Path, settings: dict, points: list[Point]) -> dict:
     baseline = points[0]
-    enough = sorted((point for point in points[1:] if is_enough(point, baseline)),
-                    key=lambda point: (point.evaluations, point.distance))
+    enough = sorted(
+        (point for point in points[1:] if is_enough(point, baseline)),
+        key=lambda point: (point.evaluations, point.distance),
+    )
     result = {"settings": settings, "points": [asdict(p) for p in points], "enough": [asdict(p) for p in enough]}
     write_aside(path, json.dumps(result, indent=1))
     write_aside(path.with_suffix(".md"), table(points))
-    save_solver_curves([asdict(point) for point in points], path.with_suffix(".png"),
-                       f"cfg {settings['cfg']:g}, {settings['num_samples']} samples, features: {settings['extractor']}")
+    save_solver_curves(
+        [asdict(point) for point in points],
+        path.with_suffix(".png"),
+        f"cfg {settings['cfg']:g}, {settings['num_samples']} samples, features: {settings['extractor']}",
+    )
     return result
 
 

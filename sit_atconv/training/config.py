@@ -35,17 +35,35 @@ from sit_atconv.training.ema import PROFILES
 
 # Options that choose a class, whose constructor's arguments are options, too -> base class and default class.
 CLASSES: dict[str, tuple[type, str | None]] = {
-    "backbone": (SiT, None), "flow": (Objective, "sit_atconv.flow.FlowMatching"), "auxiliary": (AuxiliaryLoss, None),
+    "backbone": (SiT, None),
+    "flow": (Objective, "sit_atconv.flow.FlowMatching"),
+    "auxiliary": (AuxiliaryLoss, None),
     "optimizer": (torch.optim.Optimizer, "torch.optim.AdamW"),
 }
 # Arguments of optimizers that are not options of that group: others set them (`train.lr`, the device).
 NO_OPTIONS = {"params", "lr", "weight_decay", "foreach", "maximize", "capturable", "differentiable", "fused"}
 # Options that may change when a run is resumed. (Data may have moved: data.json tells whether they are the same.)
 MAY_CHANGE = {
-    "out", "data.images", "data.latents", "data.codec", "data.num_workers", "data.skip_unreadable",
-    "data.keep_empty_classes", "data.max_megapixels", "train.steps", "train.accumulation",
-    "train.activation_checkpointing", "train.compile", "train.cpu_threads", "train.log_every", "train.held_out_every",
-    "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.tracker", "train.peak_tflops",
+    "out",
+    "data.images",
+    "data.latents",
+    "data.codec",
+    "data.num_workers",
+    "data.skip_unreadable",
+    "data.keep_empty_classes",
+    "data.max_megapixels",
+    "train.steps",
+    "train.accumulation",
+    "train.activation_checkpointing",
+    "train.compile",
+    "train.cpu_threads",
+    "train.log_every",
+    "train.held_out_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.keep_every",
+    "train.tracker",
+    "train.peak_tflops",
     "preview",
 }
 
@@ -112,8 +130,17 @@ class TrainConfig:
     peak_tflops: float | None = None
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulation", "log_every", "held_out_every", "checkpoint_every",
-                     "keep_checkpoints", "keep_every", "cpu_threads"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulation",
+            "log_every",
+            "held_out_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "keep_every",
+            "cpu_threads",
+        ):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"train.{name} must be at least 1, not {value}")
         for name in ("seed", "warmup_steps", "weight_decay", "lr"):
@@ -234,18 +261,27 @@ class Config:
         if not list_checkpoints(self.out):
             return
         if not (self.out / "config.yaml").exists():
-            raise ValueError(f"{self.out} has checkpoints and no config.yaml, which tells how they were trained: "
-                             "put it back, or give another --out")
+            raise ValueError(
+                f"{self.out} has checkpoints and no config.yaml, which tells how they were trained: "
+                "put it back, or give another --out"
+            )
         if changes := self.changes(self.out):
-            raise ValueError(f"{self.out} was started with other options ({'; '.join(changes)}): "
-                             "resume with those, or give another --out")
+            raise ValueError(
+                f"{self.out} was started with other options ({'; '.join(changes)}): "
+                "resume with those, or give another --out"
+            )
         then, data = {"rules": 1} | (self._saved_data() or data), {"rules": 1} | data
         if changes := differences(then, data):
             files = changed(then, data).keys() & {"files", "images", "index"}
-            remedy = "put back the files as they were (--data.skip_unreadable true leaves out damaged ones)" if files \
+            remedy = (
+                "put back the files as they were (--data.skip_unreadable true leaves out damaged ones)"
+                if files
                 else "resume with those"
-            raise ValueError(f"{self.out} was started with other data ({'; '.join(changes)}): {remedy}, or start "
-                             f"another run from these weights, --init-from {self.out} --out NEW")
+            )
+            raise ValueError(
+                f"{self.out} was started with other data ({'; '.join(changes)}): {remedy}, or start "
+                f"another run from these weights, --init-from {self.out} --out NEW"
+            )
 
     def save(self, folder: Path, data: dict | None = None) -> None:
         """Writes config.yaml, and data.json if a description of the data is given."""
@@ -410,8 +446,11 @@ def _flat_objective(options: Mapping) -> Mapping:
 
 def _given(argv: list[str], option: str) -> list[str]:
     """Returns the values of an option on the command line, given as `--option VALUE` or `--option=VALUE`."""
-    return [argument.partition("=")[2] or "".join(argv[i + 1 : i + 2])
-            for i, argument in enumerate(argv) if argument.split("=")[0] == option]
+    return [
+        argument.partition("=")[2] or "".join(argv[i + 1 : i + 2])
+        for i, argument in enumerate(argv)
+        if argument.split("=")[0] == option
+    ]
 
 
 def resolve_precision(precision: str) -> str:
@@ -438,22 +477,39 @@ def _make_parser(chosen: Mapping[str, str | None], for_help: bool = False) -> Pa
         description="Trains SiT with ATConv or attention by flow matching. Without --config it trains on the embedded "
         "digits. The same command resumes the run in --out from its newest checkpoint.",
     )
-    parser.add_argument("--config", action=ConfigAction, metavar="FILE",
-                        help="YAML file with any of the options below, or the name of a shipped one "
-                        f"({', '.join(shipped_configs())}); options after it override it")
-    parser.add_argument("--dry-run", action="store_true",
-                        help="print the model's size and the memory, time and disk that the run needs, and exit")
+    parser.add_argument(
+        "--config",
+        action=ConfigAction,
+        metavar="FILE",
+        help="YAML file with any of the options below, or the name of a shipped one "
+        f"({', '.join(shipped_configs())}); options after it override it",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the model's size and the memory, time and disk that the run needs, and exit",
+    )
     parser.add_argument("--out", type=str | None, help="folder of the run (default: runs/CONFIG-PRESET)")
-    parser.add_argument("--preset", type=str | None, help="named architecture such as SiT-ATConv-XL/2; options of the "
-                        "group model override it")
-    parser.add_argument("--init-from", type=str | None,
-                        help="initial weights: a run, an exported folder, a pipeline, a hub id or a file of published "
-                        "weights; tensors of other classes or mixers start from scratch and are listed")
+    parser.add_argument(
+        "--preset",
+        type=str | None,
+        help="named architecture such as SiT-ATConv-XL/2; options of the group model override it",
+    )
+    parser.add_argument(
+        "--init-from",
+        type=str | None,
+        help="initial weights: a run, an exported folder, a pipeline, a hub id or a file of published "
+        "weights; tensors of other classes or mixers start from scratch and are listed",
+    )
     if for_help:
-        parser.add_argument("--import", metavar="MODULE",
-                            help="import your own module, which registers parts; may be repeated")
-    parser.add_argument("--backbone", type=str | None, help="class of the model, a subclass of SiT as module.NAME; "
-                        "the group model holds its options (default: SiT)")
+        parser.add_argument(
+            "--import", metavar="MODULE", help="import your own module, which registers parts; may be repeated"
+        )
+    parser.add_argument(
+        "--backbone",
+        type=str | None,
+        help="class of the model, a subclass of SiT as module.NAME; the group model holds its options (default: SiT)",
+    )
     backbone = _locate("backbone", chosen["backbone"] or "SiT")
     parser.add_class_arguments(backbone, "model", instantiate=False, skip=FROM_DATA)
     parser.add_argument("--data", type=DataConfig, default=DataConfig())
@@ -462,8 +518,13 @@ def _make_parser(chosen: Mapping[str, str | None], for_help: bool = False) -> Pa
         if (path := chosen[group]) and for_help:
             parser.add_class_arguments(_locate(group, path), group, instantiate=False, **options)
         else:
-            parser.add_subclass_arguments(CLASSES[group][0], group, default=path and {"class_path": path},
-                                          instantiate=group != "optimizer", **options)
+            parser.add_subclass_arguments(
+                CLASSES[group][0],
+                group,
+                default=path and {"class_path": path},
+                instantiate=group != "optimizer",
+                **options,
+            )
     parser.add_argument("--train", type=TrainConfig, default=TrainConfig())
     parser.add_argument("--preview", type=PreviewConfig, default=PreviewConfig())
     return parser

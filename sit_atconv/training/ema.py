@@ -11,10 +11,14 @@ from sit_atconv.runtime.tables import Table
 
 # (decay, step) -> decay in that step (0-based). A user's own function may give its first argument another meaning,
 # such as the relative width of a power function average.
-PROFILES: Table[Callable[[float, int], float]] = Table("EMA profile", Callable, {  # type: ignore[arg-type]  # no plain class
-    "constant": lambda decay, step: decay,  # as in SiT
-    "warmup": lambda decay, step: min(decay, (1 + step) / (10 + step)),
-})
+PROFILES: Table[Callable[[float, int], float]] = Table(
+    "EMA profile",
+    Callable,  # type: ignore[arg-type]  # not a plain class
+    {
+        "constant": lambda decay, step: decay,  # as in SiT
+        "warmup": lambda decay, step: min(decay, (1 + step) / (10 + step)),
+    },
+)
 
 
 class Averages:

@@ -44,21 +44,24 @@ def report(net: SiT, config: Config, order: BatchOrder, device: torch.device) ->
     count = checkpoints_at_once(train.steps, train.checkpoint_every, train.keep_checkpoints, train.keep_every)
     rows = {
         "model": f"{trained / 1e6:.1f} M trained parameters; "
-                 f"{macs / 1e9:.2f} G multiply-adds for one forward of an image",
+        f"{macs / 1e9:.2f} G multiply-adds for one forward of an image",
         "batch": f"{order.batch_size} images a step = {processes} process{'es' * (processes > 1)} x "
-                 f"{order.accumulation} micro-batch{'es' * (order.accumulation > 1)} of {images}",
+        f"{order.accumulation} micro-batch{'es' * (order.accumulation > 1)} of {images}",
         "run": f"{train.steps:,} steps, {order.steps_per_epoch:,} steps an epoch, "
-               f"{train.steps / order.steps_per_epoch:.1f} epochs of {order.num_images:,} images",
+        f"{train.steps / order.steps_per_epoch:.1f} epochs of {order.num_images:,} images",
         "memory": f"{gibibytes(fixed + images * image)} on each device = {gibibytes(fixed)} fixed + {images} x "
-                  f"{image / 2**20:.1f} MiB an image ({train.precision}, activation checkpointing "
-                  f"{'on' if train.activation_checkpointing else 'off'})",
+        f"{image / 2**20:.1f} MiB an image ({train.precision}, activation checkpointing "
+        f"{'on' if train.activation_checkpointing else 'off'})",
         "  fixed": ", ".join(f"{name} {gibibytes(part)}" for name, part in parts.items() if part),
     }
     for card in CARDS:
         fits = int((card * GIB * (1 - KEPT_FREE) - fixed) // image)
         enough = next((n for n in range(1, share + 1) if share % n == 0 and share // n <= fits), None)
-        rows[f"  {card} GB GPU"] = f"not even one image fits, with {KEPT_FREE:.0%} kept free" if fits < 1 else (
-            f"up to {fits} images at a time, with {KEPT_FREE:.0%} kept free: accumulation {enough} is enough")
+        rows[f"  {card} GB GPU"] = (
+            f"not even one image fits, with {KEPT_FREE:.0%} kept free"
+            if fits < 1
+            else (f"up to {fits} images at a time, with {KEPT_FREE:.0%} kept free: accumulation {enough} is enough")
+        )
     rows["arithmetic"] = f"{flops / 1e12:.4g} TFLOP a step, forward and backward of the whole batch"
     rows["time"] = note
     if seconds is not None:
@@ -66,9 +69,11 @@ def report(net: SiT, config: Config, order: BatchOrder, device: torch.device) ->
         rows["time"] = (
             f"{seconds * train.steps / UNITS[unit]:.1f} {unit} ({seconds:.3g} s a step, "
             f"{flops / processes / seconds / 1e12:.3g} TFLOP/s a device), {note}; without compilation, data "
-            "loading, communication, checkpoints and previews")
-    rows["disk"] = (f"{gigabytes(size * count)} at most: {count} x {gigabytes(size)} of checkpoints, with the one "
-                    "being written")
+            "loading, communication, checkpoints and previews"
+        )
+    rows["disk"] = (
+        f"{gigabytes(size * count)} at most: {count} x {gigabytes(size)} of checkpoints, with the one being written"
+    )
     return "\n".join(f"{name:11}  {text}" for name, text in rows.items())
 
 
@@ -138,8 +143,10 @@ def time_step(
     free, here = free_bytes(device), sum(p.nbytes for p in net.parameters() if p.device.type == device.type)
     limit = min(order.micro_batch, int((free + here - fixed) // image))
     if limit < 1:
-        return None, (f"not measured: needs {(fixed + image - here) / GIB:.1f} GiB more on {device.type}, "
-                      f"{free / GIB:.1f} are free")
+        return None, (
+            f"not measured: needs {(fixed + image - here) / GIB:.1f} GiB more on {device.type}, "
+            f"{free / GIB:.1f} are free"
+        )
     averages = Averages(net.to(device), config.train.ema_decays)
     optimizer = make_optimizer(config.optimizer[0], [net], 0.0, 0.0, config.optimizer[1])
     updated = torch.ones((), dtype=torch.bool, device=device)
@@ -157,5 +164,7 @@ def time_step(
     seconds *= order.accumulation * order.micro_batch / num_images
     seconds += seconds_of(optimizer.step) + seconds_of(partial(averages.update, 0, updated))
     net.zero_grad()
-    return seconds, (f"measured on {describe_environment(device)['hardware']}, {config.train.precision}, {num_images} "
-                     f"of {order.micro_batch} images at a time")
+    return seconds, (
+        f"measured on {describe_environment(device)['hardware']}, {config.train.precision}, {num_images} "
+        f"of {order.micro_batch} images at a time"
+    )

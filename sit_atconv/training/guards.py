@@ -31,8 +31,9 @@ class StopRequest:
         self.announce, self.leave = announce, leave
         self.number, self.has_work = 0, False
         self.interrupted: float | None = None  # time of the first Ctrl-C, in seconds
-        wanted = [number for number in STOP_SIGNALS if number != signal.SIGINT
-                  or signal.getsignal(number) != signal.SIG_IGN]  # ignored: a background job of a shell
+        wanted = [
+            number for number in STOP_SIGNALS if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN
+        ]  # ignored: a background job of a shell
         self.before = {number: signal.signal(number, self._note) for number in wanted}
 
     def _note(self, number: int, frame) -> None:

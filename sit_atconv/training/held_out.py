@@ -29,8 +29,17 @@ class HeldOut:
     """
 
     def __init__(
-        self, data: DataSource, images: list[int], codec: Codec, flow: Objective, *, batch_size: int,
-        device: torch.device, rank: int = 0, num_processes: int = 1, skip_unreadable: bool = False,
+        self,
+        data: DataSource,
+        images: list[int],
+        codec: Codec,
+        flow: Objective,
+        *,
+        batch_size: int,
+        device: torch.device,
+        rank: int = 0,
+        num_processes: int = 1,
+        skip_unreadable: bool = False,
     ):
         self.flow = flow
         self.batches: list[tuple[Tensor, ...]] = []

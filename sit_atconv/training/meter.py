@@ -16,8 +16,18 @@ from tqdm import tqdm
 
 TIME_BUCKETS = 5
 PEAK_TFLOPS = {  # dense bf16 products of one device, from data sheets; TF32 is half of it. The first match counts
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L40": 181,
-    "L4": 121, "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307,
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+    "MI300X": 1307,
 }
 
 
@@ -107,12 +117,15 @@ class Meter:
 
 # ------------------------------------------------------------------------------------------------------ trackers
 
+
 def check_tracker(name: str | None) -> None:
     """Raises ValueError if the tracker is not installed."""
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
     if name is not None and not available[name]():
-        raise ValueError(f"train.tracker {name} is not installed: pip install 'sit-atconv[trackers]', or leave it out; "
-                         "stats.jsonl and loss.png are always written")
+        raise ValueError(
+            f"train.tracker {name} is not installed: pip install 'sit-atconv[trackers]', or leave it out; "
+            "stats.jsonl and loss.png are always written"
+        )
 
 
 class Tracker:
@@ -137,8 +150,9 @@ class Tracker:
         try:
             accelerator.init_trackers(project, config=plain, init_kwargs={name: its_own})
         except Exception as error:  # whatever its library raises
-            raise ValueError(f"train.tracker {name} cannot be started ({_reason(error)}): fix this, or leave it "
-                             "out") from error
+            raise ValueError(
+                f"train.tracker {name} cannot be started ({_reason(error)}): fix this, or leave it out"
+            ) from error
 
     def log(self, line: dict, step: int) -> None:
         """Sends a line of the log; the elements of a list are named NAME/0, NAME/1, ..."""
@@ -157,11 +171,13 @@ class Tracker:
         try:
             send()
         except Exception as error:  # whatever its library raises
-            tqdm.write(f"warning: train.tracker {self.name} failed ({_reason(error)}) and is switched off; stats.jsonl "
-                       "and loss.png are still written", file=sys.stderr)
+            tqdm.write(
+                f"warning: train.tracker {self.name} failed ({_reason(error)}) and is switched off; stats.jsonl "
+                "and loss.png are still written",
+                file=sys.stderr,
+            )
             self.name = None
 
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
-

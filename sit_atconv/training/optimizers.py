@@ -1,7 +1,7 @@
 """Optimizers: any of torch or of the user by class path, and Muon with AdamW for all but matrices.
 
-    accelerate launch sit_atconv/train.py --optimizer AdamW --optimizer.betas "[0.9, 0.95]"
-    accelerate launch sit_atconv/train.py --optimizer sit_atconv.training.optimizers.MuonAdamW
+accelerate launch sit_atconv/train.py --optimizer AdamW --optimizer.betas "[0.9, 0.95]"
+accelerate launch sit_atconv/train.py --optimizer sit_atconv.training.optimizers.MuonAdamW
 """
 
 from collections.abc import Callable, Sequence

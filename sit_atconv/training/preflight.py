@@ -67,14 +67,21 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
     data, codec = config.data.open(rules)
     held_out = hold_out(len(data), config.data.held_out)
     order = BatchOrder(
-        len(data), train.batch_size, seed=train.seed, accumulation=train.accumulation,
-        rank=int(os.environ.get("RANK", "0")), num_processes=int(os.environ.get("WORLD_SIZE", "1")),
-        mirror=config.data.mirror, held_out=held_out.tolist(),
+        len(data),
+        train.batch_size,
+        seed=train.seed,
+        accumulation=train.accumulation,
+        rank=int(os.environ.get("RANK", "0")),
+        num_processes=int(os.environ.get("WORLD_SIZE", "1")),
+        mirror=config.data.mirror,
+        held_out=held_out.tolist(),
     )
     empty_classes = config.data.find_empty_classes(data, held_out, exists=rules is not None)
     torch.manual_seed(train.seed)
     net = BACKBONES.find(config.backbone or "SiT")(
-        **config.model, num_classes=len(data.class_names), in_channels=codec.channels,
+        **config.model,
+        num_classes=len(data.class_names),
+        in_channels=codec.channels,
         input_size=codec.latent_size(data.image_size),
     )
     if net.null_label is None and config.flow.class_dropout_prob > 0:
@@ -95,8 +102,15 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
         count = checkpoints_at_once(train.steps, train.checkpoint_every, train.keep_checkpoints, train.keep_every)
         check_room(run, max(1, count - len(saved)) * checkpoint_bytes(net, len(train.ema_decays)))
     if config.init_from and not saved:
-        start = start_from(net, config.init_from, config.flow.path, config.prediction, codec.describe(),
-                           class_names=[*data.class_names], objective=config.objective)
+        start = start_from(
+            net,
+            config.init_from,
+            config.flow.path,
+            config.prediction,
+            codec.describe(),
+            class_names=[*data.class_names],
+            objective=config.objective,
+        )
     if is_main_process():
         to_release.enter_context(exclusive(run))
     found = find_resumable(run)
@@ -126,11 +140,15 @@ def check_auxiliary(config: Config, net: SiT, data: DataSource) -> None:
     if auxiliary is None:
         return
     if auxiliary.needs_pixels and data.is_encoded:
-        raise ValueError(f"auxiliary {type(auxiliary).__name__} needs pixels, and cached latents have none: give "
-                         "--data.images instead of --data.latents")
+        raise ValueError(
+            f"auxiliary {type(auxiliary).__name__} needs pixels, and cached latents have none: give "
+            "--data.images instead of --data.latents"
+        )
     if auxiliary.block is not None and not 1 <= auxiliary.block <= net.config.depth:
-        raise ValueError(f"auxiliary {type(auxiliary).__name__} needs block {auxiliary.block}, and the model has "
-                         f"blocks 1 ... {net.config.depth}")
+        raise ValueError(
+            f"auxiliary {type(auxiliary).__name__} needs block {auxiliary.block}, and the model has "
+            f"blocks 1 ... {net.config.depth}"
+        )
     auxiliary.build(net)
 
 

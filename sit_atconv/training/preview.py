@@ -24,8 +24,13 @@ def draw_preview(model, codec: Codec, recipe: Recipe, preview: PreviewConfig, pa
     noise = SampleStream(0, range(len(y))).randn((codec.channels, *[model.config.input_size] * 2))
     images = []
     for z, labels in zip(noise.split(AT_ONCE), y.split(AT_ONCE), strict=True):
-        z = sampler(as_trained(model, recipe), z.to(model.device), labels.to(model.device), path=recipe.interpolant,
-                    prediction=recipe.prediction)
+        z = sampler(
+            as_trained(model, recipe),
+            z.to(model.device),
+            labels.to(model.device),
+            path=recipe.interpolant,
+            prediction=recipe.prediction,
+        )
         images.append(to_uint8(codec.decode(z)).cpu())
     pixels = torch.cat(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)

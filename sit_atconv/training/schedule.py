@@ -21,7 +21,13 @@ class Due:
 
 
 def decide(
-    step: int, config: Config, *, has_held_out: bool, stop: StopRequest, watch: FiniteWatch, num_unreadable: int,
+    step: int,
+    config: Config,
+    *,
+    has_held_out: bool,
+    stop: StopRequest,
+    watch: FiniteWatch,
+    num_unreadable: int,
     agreement: Agreement,
 ) -> Due:
     """Decides what is due after a step (1-based); all processes must call it and get the same answer.

@@ -86,9 +86,17 @@ class Session:
     def recipe(self, job: Job, step: int) -> Recipe:
         """Returns the recipe of the weights of this step."""
         config = job.config
-        return Recipe(config.flow.path, config.prediction, self.codec.describe(), [*job.data.class_names], step,
-                      null_label_trained=job.null_label_trained, empty_classes=self.empty_classes,
-                      objective=config.objective, backbone=config.backbone)
+        return Recipe(
+            config.flow.path,
+            config.prediction,
+            self.codec.describe(),
+            [*job.data.class_names],
+            step,
+            null_label_trained=job.null_label_trained,
+            empty_classes=self.empty_classes,
+            objective=config.objective,
+            backbone=config.backbone,
+        )
 
     def note_unreadable(self, job: Job) -> None:
         """Records the images that any process could not read, and prints a warning for new ones."""
@@ -107,10 +115,16 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
     cannot start.
     """
     config, train, run, found = job.config, job.config.train, job.config.out, job.found
-    stop = to_release.enter_context(contextlib.closing(StopRequest(
-        announce=lambda: say_at_once("Ctrl-C: finishing and saving this step; press Ctrl-C again to exit at once"),
-        leave=lambda: leave_at_once(f"interrupted; last checkpoint: {newest_checkpoint(run) or 'none yet'}"),
-    )))
+    stop = to_release.enter_context(
+        contextlib.closing(
+            StopRequest(
+                announce=lambda: say_at_once(
+                    "Ctrl-C: finishing and saving this step; press Ctrl-C again to exit at once"
+                ),
+                leave=lambda: leave_at_once(f"interrupted; last checkpoint: {newest_checkpoint(run) or 'none yet'}"),
+            )
+        )
+    )
     watch = FiniteWatch()
 
     # Start the processes.
@@ -128,8 +142,10 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
     assert accelerator.num_processes == job.order.num_processes
     agreement = Agreement()
     if agreement.largest(found.step, -found.step, now=True) != [found.step, -found.step]:
-        fail(f"the processes find {run} at different steps, here {found.step}: put it on a disk that all nodes share",
-             everywhere=True)
+        fail(
+            f"the processes find {run} at different steps, here {found.step}: put it on a disk that all nodes share",
+            everywhere=True,
+        )
     device = accelerator.device
     prepare_device(device, train.cpu_threads, train.tf32)
 
@@ -178,19 +194,57 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
         introduce(job, accelerator, unreadable, empty_classes, is_restart, differences(before, computed_on))
 
     # Start loading data.
-    batches = to_release.enter_context(contextlib.closing(load_batches(
-        job.data, job.order.starting_at(found.step), config.data.num_workers, device, leave_signals_to_the_trainer,
-        skip_unreadable=config.data.skip_unreadable,
-    )))
+    batches = to_release.enter_context(
+        contextlib.closing(
+            load_batches(
+                job.data,
+                job.order.starting_at(found.step),
+                config.data.num_workers,
+                device,
+                leave_signals_to_the_trainer,
+                skip_unreadable=config.data.skip_unreadable,
+            )
+        )
+    )
     with user_errors(everywhere=True):
-        held_out_loss = HeldOut(job.data, job.held_out.tolist(), codec, config.flow, batch_size=job.order.micro_batch,
-                                device=device, rank=job.order.rank, num_processes=job.order.num_processes,
-                                skip_unreadable=config.data.skip_unreadable)
-    meter = Meter(device, 3 * 2 * multiply_adds(net, net.grid_size) / 1e9,
-                  train.peak_tflops or peak_tflops(device, train.precision, train.tf32))
+        held_out_loss = HeldOut(
+            job.data,
+            job.held_out.tolist(),
+            codec,
+            config.flow,
+            batch_size=job.order.micro_batch,
+            device=device,
+            rank=job.order.rank,
+            num_processes=job.order.num_processes,
+            skip_unreadable=config.data.skip_unreadable,
+        )
+    meter = Meter(
+        device,
+        3 * 2 * multiply_adds(net, net.grid_size) / 1e9,
+        train.peak_tflops or peak_tflops(device, train.precision, train.tf32),
+    )
     session = Session(
-        accelerator, codec, net, model, tapped, auxiliary, averages, optimizer, prepared, state, computed_on, batches,
-        held_out_loss, meter, tracker, unreadable, watch, stop, agreement, empty_classes, found.checkpoint,
+        accelerator,
+        codec,
+        net,
+        model,
+        tapped,
+        auxiliary,
+        averages,
+        optimizer,
+        prepared,
+        state,
+        computed_on,
+        batches,
+        held_out_loss,
+        meter,
+        tracker,
+        unreadable,
+        watch,
+        stop,
+        agreement,
+        empty_classes,
+        found.checkpoint,
     )
     unreadable.note(held_out_loss.unreadable)
     settle_gradient_exchange(job, session)
@@ -203,14 +257,20 @@ def classes_without(job: Job, unreadable: Unreadable) -> list[int]:
 
 
 def introduce(
-    job: Job, accelerator: Accelerator, unreadable: Unreadable, empty_classes: list[int], is_restart: bool,
+    job: Job,
+    accelerator: Accelerator,
+    unreadable: Unreadable,
+    empty_classes: list[int],
+    is_restart: bool,
     changes: list[str],
 ) -> None:
     """Prints what will be trained, on which data and devices, with all warnings."""
     config, train, step = job.config, job.config.train, job.found.step
     threads = f" with {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
-    lines = [f"warning: {damaged} is damaged: {problem}. It is renamed to damaged-{damaged.name}"
-             for damaged, problem in job.found.damaged.items()]
+    lines = [
+        f"warning: {damaged} is damaged: {problem}. It is renamed to damaged-{damaged.name}"
+        for damaged, problem in job.found.damaged.items()
+    ]
     if is_restart:
         lines.append(f"{config.out} has no checkpoint yet: it starts from scratch with the options and data given now")
     lines.append(
@@ -226,8 +286,10 @@ def introduce(
     if unreadable.recorded:
         lines.append(f"{len(unreadable.recorded)} images were left out as unreadable so far: see {unreadable.path}")
     if changes:
-        lines.append(f"resuming with {', '.join(changes)}: the weights will equal those of an uninterrupted run up to "
-                     "rounding, not bitwise")
+        lines.append(
+            f"resuming with {', '.join(changes)}: the weights will equal those of an uninterrupted run up to "
+            "rounding, not bitwise"
+        )
     for line in lines:
         tqdm.write(line, file=sys.stderr)
 

@@ -31,8 +31,24 @@ def test_random_latents_are_a_complete_folder(tmp_path):
 
 
 def test_the_command_measures_latents_and_images(latents, digit_folder, capsys):
-    options = ["--latents", latents, "--images", digit_folder, "--image-size", 32, "--random-gb", 0.01,
-               "--batch-size", 10, "--num-workers", 0, "--rounds", 2, "--seconds", 0.02]
+    options = [
+        "--latents",
+        latents,
+        "--images",
+        digit_folder,
+        "--image-size",
+        32,
+        "--random-gb",
+        0.01,
+        "--batch-size",
+        10,
+        "--num-workers",
+        0,
+        "--rounds",
+        2,
+        "--seconds",
+        0.02,
+    ]
     loading.main(list(map(str, options)))
     found = json.loads(capsys.readouterr().out)
     assert [speed["samples"] for speed in found.values()] == [120, 306, 120]
@@ -53,8 +69,11 @@ def test_errors(fails, latents, tmp_path):
 @pytest.mark.skipif(not loading.private_mib("self"), reason="this system does not report RssAnon")
 def test_ten_gigabytes_of_latents_are_read_in_less_than_one_of_private_memory(tmp_path):
     """Runs in its own process, since workers start with all the memory of their parent."""
-    done = subprocess.run(python(loading.__file__, "--random-gb", 10, "--scratch", tmp_path, "--rounds", 8),
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        python(loading.__file__, "--random-gb", 10, "--scratch", tmp_path, "--rounds", 8),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     speed = json.loads(done.stdout)["random latents"]
     print(f"\n{speed}")

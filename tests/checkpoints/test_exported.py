@@ -13,11 +13,15 @@ from tests.checkpoints.conftest import recipe
 from tests.conftest import working_folder
 
 
-@pytest.mark.parametrize(("options", "null_label"), [
-    ({"flow": {"class_dropout_prob": 0.0}, "init_from": None}, None),
-    ({"flow": {"class_dropout_prob": 0.1}, "init_from": None}, 10),
-    ({"flow": {"class_dropout_prob": 0.0}, "init_from": "weights"}, 10),  # whose null label may be trained
-    ("damaged", 10)])
+@pytest.mark.parametrize(
+    ("options", "null_label"),
+    [
+        ({"flow": {"class_dropout_prob": 0.0}, "init_from": None}, None),
+        ({"flow": {"class_dropout_prob": 0.1}, "init_from": None}, 10),
+        ({"flow": {"class_dropout_prob": 0.0}, "init_from": "weights"}, 10),  # whose null label may be trained
+        ("damaged", 10),
+    ],
+)
 def test_an_old_runs_config_tells_if_the_null_label_was_trained(tmp_path, state, options, null_label):
     save_checkpoint(tmp_path, state, recipe(7), keep=2)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
@@ -58,8 +62,17 @@ def test_a_recipe_has_new_fields_only_if_they_are_needed(tmp_path, state):
     """Earlier versions refuse fields that they do not know."""
     folder = save_checkpoint(tmp_path, state, recipe(3), keep=2) / "ema"
     assert list(json.loads((folder / "recipe.json").read_text())) == [
-        "interpolant", "prediction", "codec", "class_names", "step", "ema_decay", "null_label_trained", "empty_classes",
-        "ema_known", "versions"]
+        "interpolant",
+        "prediction",
+        "codec",
+        "class_names",
+        "step",
+        "ema_decay",
+        "null_label_trained",
+        "empty_classes",
+        "ema_known",
+        "versions",
+    ]
     other = dataclasses.replace(recipe(4), objective={"class_path": "mine.Objective", "init_args": {"a": 1}})
     save_checkpoint(tmp_path, state, other, keep=2)
     assert load_weights(str(tmp_path)).recipe == dataclasses.replace(other, ema_decay=0.99)

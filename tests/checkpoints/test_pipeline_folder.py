@@ -22,8 +22,16 @@ NAMES = [f"class {i}" for i in range(10)]
 
 
 def weights_of(codec, **options) -> Weights:
-    recipe = Recipe("linear", "noise", codec.describe(), NAMES, step=7, ema_decay=0.99, null_label_trained=False,
-                    empty_classes=[3, 8])
+    recipe = Recipe(
+        "linear",
+        "noise",
+        codec.describe(),
+        NAMES,
+        step=7,
+        ema_decay=0.99,
+        null_label_trained=False,
+        empty_classes=[3, 8],
+    )
     return Weights(randomised(in_channels=codec.channels), dataclasses.replace(recipe, **options), "nowhere")
 
 
@@ -57,10 +65,15 @@ def test_a_pipeline_is_loaded_with_its_recipe(vae, tmp_path, space):
         locate_weights(str(tmp_path / "ours"), ema=False)
 
 
-@pytest.mark.parametrize("options", [
-    dict(variant="fp16"), dict(max_shard_size="100KB"), dict(safe_serialization=False),
-    dict(max_shard_size="100KB", variant="fp16"),
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(variant="fp16"),
+        dict(max_shard_size="100KB"),
+        dict(safe_serialization=False),
+        dict(max_shard_size="100KB", variant="fp16"),
+    ],
+)
 def test_all_formats_that_diffusers_writes_are_loaded(tmp_path, options):
     weights = weights_of(IdentityCodec(3))
     pipeline = SiTPipeline(weights.model, FlowMatchEulerDiscreteScheduler(), prediction="noise")
@@ -101,11 +114,17 @@ def test_fields_that_an_earlier_pipeline_lacks_are_not_known(tmp_path):
 def test_errors_of_other_pipelines_and_of_damaged_ones_differ(vae, tmp_path):
     export_pipeline(weights_of(VAECodec(str(vae))), tmp_path / "pipe")
     for name, break_it, message in [
-        ("foreign", lambda f: (f / "model_index.json").write_text('{"_class_name": "DiTPipeline"}'),
-         "is a DiTPipeline, not a SiTPipeline"),
+        (
+            "foreign",
+            lambda f: (f / "model_index.json").write_text('{"_class_name": "DiTPipeline"}'),
+            "is a DiTPipeline, not a SiTPipeline",
+        ),
         ("cut", lambda f: (f / "model_index.json").write_text("{"), "incomplete or damaged"),
-        ("empty", lambda f: (f / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b""),
-         "incomplete or damaged"),
+        (
+            "empty",
+            lambda f: (f / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b""),
+            "incomplete or damaged",
+        ),
         ("no vae", lambda f: shutil.rmtree(f / "vae"), "no VAE could be loaded from .*no vae/vae"),
     ]:
         copy = shutil.copytree(tmp_path / "pipe", tmp_path / name)
@@ -121,6 +140,7 @@ def test_errors_of_other_pipelines_and_of_damaged_ones_differ(vae, tmp_path):
 
 # ------------------------------------------------------------------------------------------- where the VAE is now
 
+
 def test_a_vae_that_has_moved_is_given_by_option(vae, make_vae, tmp_path):
     shutil.copytree(vae, tmp_path / "first")
     with working_folder(tmp_path):
@@ -130,7 +150,8 @@ def test_a_vae_that_has_moved_is_given_by_option(vae, make_vae, tmp_path):
     with working_folder(tmp_path):
         moved = load_weights("ours", vae="second")
     assert moved.recipe == dataclasses.replace(
-        weights.recipe, codec=weights.recipe.codec | {"source": str(tmp_path / "second")})
+        weights.recipe, codec=weights.recipe.codec | {"source": str(tmp_path / "second")}
+    )
     with pytest.raises(ValueError, match=rf"from '{tmp_path}/first' \(there is no folder .*by --vae$"):
         export_pipeline(weights, tmp_path / "pipe")
     export_pipeline(moved, tmp_path / "pipe")
@@ -148,6 +169,7 @@ def test_a_vae_that_has_moved_is_given_by_option(vae, make_vae, tmp_path):
 
 # ------------------------------------------------------------------------------------- a model without a recipe
 
+
 def test_a_folder_of_save_pretrained_has_notes_on_what_is_assumed(tmp_path):
     model = randomised()
     model.save_pretrained(tmp_path / "bare")
@@ -159,8 +181,9 @@ def test_a_folder_of_save_pretrained_has_notes_on_what_is_assumed(tmp_path):
     )
     assert weights.recipe.average is None and weights.home == tmp_path / "bare" and len(weights.identity()) == 64
     assert weights.recipe.null_label_trained is None
-    given = load_published(tmp_path / "bare", vae="identity", interpolant="gvp", prediction="score", class_names=NAMES,
-                           num_classes=10)
+    given = load_published(
+        tmp_path / "bare", vae="identity", interpolant="gvp", prediction="score", class_names=NAMES, num_classes=10
+    )
     assert (given.recipe.interpolant, given.recipe.prediction, given.recipe.class_names) == ("gvp", "score", NAMES)
     assert not given.notes
     with pytest.raises(ValueError, match=r"config\.json in .*bare has 10 classes, which contradicts --num-classes 9"):

@@ -42,8 +42,15 @@ def published(net, path, form="sit", **args):
                 tensors[name] = tensors[name][:, :, None, None]
         tensors["projectors.0.0.weight"] = torch.ones(7, 128)
     others = {f"module.{name}": tensor + 1 for name, tensor in tensors.items()}
-    torch.save({"model": others, "ema": {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()},
-                "opt": {"state": {}}, "args": argparse.Namespace(**args)}, path)
+    torch.save(
+        {
+            "model": others,
+            "ema": {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()},
+            "opt": {"state": {}},
+            "args": argparse.Namespace(**args),
+        },
+        path,
+    )
     return path
 
 
@@ -148,13 +155,18 @@ def test_load_weights_takes_a_file(tmp_path, vae):
     assert_same_function(weights.model, small("attention"), "sit")
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda args: argparse.Namespace(**args), dict,
-    lambda args: {"seed": 0, "model": args["model"], "transport": args, "data": argparse.Namespace(**args)},
-])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda args: argparse.Namespace(**args),
+        dict,
+        lambda args: {"seed": 0, "model": args["model"], "transport": args, "data": argparse.Namespace(**args)},
+    ],
+)
 def test_training_arguments_are_read_from_namespaces_dicts_and_groups(tmp_path, wrap):
-    args = dict(model="SiT-ATConv-Tiny/2", num_classes=10, image_size=8, path_type="GVP", prediction="noise",
-                cfg_prob=0)
+    args = dict(
+        model="SiT-ATConv-Tiny/2", num_classes=10, image_size=8, path_type="GVP", prediction="noise", cfg_prob=0
+    )
     torch.save({"ema": small("atconv").state_dict(), "args": wrap(args)}, tmp_path / "a.pt")
     weights = load(tmp_path / "a.pt")
     assert (weights.recipe.interpolant, weights.recipe.prediction) == ("gvp", "noise")
@@ -162,9 +174,16 @@ def test_training_arguments_are_read_from_namespaces_dicts_and_groups(tmp_path, 
     assert weights.null_label is None and not any("assuming" in note for note in weights.notes)
 
 
-@pytest.mark.parametrize("args", [
-    argparse.Namespace(model="DiT-S/8", image_size=64), {"model": "dit-s/8"}, {"model": {"name": "DiT-S/8"}},
-    {"model": "models.DiT_S_8"}, None])
+@pytest.mark.parametrize(
+    "args",
+    [
+        argparse.Namespace(model="DiT-S/8", image_size=64),
+        {"model": "dit-s/8"},
+        {"model": {"name": "DiT-S/8"}},
+        {"model": "models.DiT_S_8"},
+        None,
+    ],
+)
 def test_a_dit_is_refused(tmp_path, args):
     """Its tensors have the names and shapes of a SiT's; without arguments only the file's name tells."""
     tensors, path = small("attention").state_dict(), tmp_path / ("fast-DiT-S-8.pt" if args is None else "a.pt")
@@ -181,8 +200,10 @@ def test_notes_say_what_is_assumed_of_a_bare_file(tmp_path):
     weights = load(tmp_path / "a.safetensors", "SiT-Tiny/2", prediction="noise")
     names, flow = weights.notes
     assert names == f"{tmp_path}/a.safetensors does not name its classes: refer to them by number"
-    assert flow == (f"{tmp_path}/a.safetensors does not say how it was trained: assuming --path linear; to "
-                    "change this, use these options of python -m sit_atconv.convert")
+    assert flow == (
+        f"{tmp_path}/a.safetensors does not say how it was trained: assuming --path linear; to "
+        "change this, use these options of python -m sit_atconv.convert"
+    )
     assert weights.recipe.average is None and weights.recipe.ema_decay is None
     assert weights.recipe.null_label_trained is True  # SiT has the row only where it is trained
 
@@ -193,16 +214,25 @@ def test_class_names_come_from_the_file_or_from_an_option(tmp_path):
     assert load(path).recipe.class_names == theirs and len(load(path).notes) == 1
     given = load(path, class_names=theirs[::-1])
     assert given.recipe.class_names == theirs[::-1] and given.notes[0] == (
-        f"the given class names are not those of {path}: label 0 is 'class 0' there, 'class 9' here (and 9 more)")
+        f"the given class names are not those of {path}: label 0 is 'class 0' there, 'class 9' here (and 9 more)"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- the way back
 
+
 @pytest.mark.parametrize(
     ("form", "mixer", "options"),
-    [("sit", "attention", {}), ("sit", "atconv", {}), ("sit", "hybrid", {}), ("sit", "atconv", dict(num_classes=1)),
-     ("repa", "attention", {}), ("repa", "atconv", {}), ("repa", "hybrid", {}),
-     ("repa", "atconv", dict(num_classes=1, has_null_label=False))],
+    [
+        ("sit", "attention", {}),
+        ("sit", "atconv", {}),
+        ("sit", "hybrid", {}),
+        ("sit", "atconv", dict(num_classes=1)),
+        ("repa", "attention", {}),
+        ("repa", "atconv", {}),
+        ("repa", "hybrid", {}),
+        ("repa", "atconv", dict(num_classes=1, has_null_label=False)),
+    ],
 )
 def test_loading_and_saving_restores_the_file(tmp_path, form, mixer, options):
     theirs = (small if form == "sit" else repa_model)(mixer, **options)
@@ -223,11 +253,14 @@ def test_loading_and_saving_restores_the_file(tmp_path, form, mixer, options):
         assert torch.allclose(again.model.state_dict()[name], tensor, rtol=3e-7, atol=1e-7), name
 
 
-@pytest.mark.parametrize("recipe", [
-    dict(class_names=[f"class {i}" for i in range(10)][::-1], null_label_trained=False, step=7, ema_decay=None),
-    dict(empty_classes=[2, 3], ema_decay=0.99, interpolant="gvp"),
-    dict(ema_decay=None, ema_known=False),
-])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        dict(class_names=[f"class {i}" for i in range(10)][::-1], null_label_trained=False, step=7, ema_decay=None),
+        dict(empty_classes=[2, 3], ema_decay=0.99, interpolant="gvp"),
+        dict(ema_decay=None, ema_known=False),
+    ],
+)
 def test_saving_and_loading_restores_the_recipe(tmp_path, recipe):
     weights = load(published(small("attention"), tmp_path / "a.pt"), "SiT-Tiny/2")
     weights = dataclasses.replace(weights, recipe=dataclasses.replace(weights.recipe, **recipe))
@@ -272,6 +305,7 @@ def test_models_that_a_form_cannot_express_are_refused(tmp_path, form, mixer, op
 
 
 # -------------------------------------------------------------------------------------------------------- errors
+
 
 def one_line(path, *args, vae="identity", **kwargs) -> str:
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as error:
@@ -319,7 +353,8 @@ def test_other_errors_name_value_and_remedy(tmp_path, vae):
     path, preset = published(small("attention"), tmp_path / "a.pt"), "SiT-Tiny/2"
     for num_classes in (9, 12):
         assert f"a table of 11 labels, which does not fit {num_classes} classes" in one_line(
-            path, preset, num_classes=num_classes)
+            path, preset, num_classes=num_classes
+        )
     assert "has 10 classes, but 2 names are given" in one_line(path, preset, class_names=["a", "b"])
     three = published(small("attention", in_channels=3), tmp_path / "b.pt")
     assert f"takes 3 channels, but the VAE {vae} gives 4: give the --vae" in one_line(three, preset, vae=str(vae))
@@ -350,15 +385,18 @@ def test_options_of_files_and_of_runs_are_refused_for_the_other(tmp_path):
             load_weights(str(tmp_path / ckpt), **options)
 
 
-@pytest.mark.parametrize(("name", "tensor", "message"), [
-    ("blocks.9999999999.x", torch.zeros(1), r"its 5 blocks are numbered up to 9999999999"),
-    ("pos_embed", torch.zeros(()), "pos_embed is missing or of another shape"),
-    ("x_embedder.proj.weight", torch.zeros(0, 4, 2, 2), r"x_embedder\.proj\.weight is missing or of another shape"),
-    ("final_layer.linear.bias", torch.zeros(16, dtype=torch.int8), r"final_layer\.linear\.bias is torch\.int8"),
-    ("final_layer.linear.bias", torch.zeros(16).to_sparse(), "weights must be dense floating-point numbers"),
-    ("final_layer.linear.bias", torch.full((16,), math.nan), "numbers that are not finite, first in final_layer"),
-    ("module.final_layer.linear.bias", torch.zeros(16), "two of its names are the same"),
-])
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("blocks.9999999999.x", torch.zeros(1), r"its 5 blocks are numbered up to 9999999999"),
+        ("pos_embed", torch.zeros(()), "pos_embed is missing or of another shape"),
+        ("x_embedder.proj.weight", torch.zeros(0, 4, 2, 2), r"x_embedder\.proj\.weight is missing or of another shape"),
+        ("final_layer.linear.bias", torch.zeros(16, dtype=torch.int8), r"final_layer\.linear\.bias is torch\.int8"),
+        ("final_layer.linear.bias", torch.zeros(16).to_sparse(), "weights must be dense floating-point numbers"),
+        ("final_layer.linear.bias", torch.full((16,), math.nan), "numbers that are not finite, first in final_layer"),
+        ("module.final_layer.linear.bias", torch.zeros(16), "two of its names are the same"),
+    ],
+)
 def test_odd_tensors_are_named(tmp_path, name, tensor, message):
     weights = SiT.from_preset("SiT-ATConv-Tiny/2", num_classes=10, learn_sigma=False).state_dict()
     torch.save({"ema": {**weights, name: tensor}, "args": argparse.Namespace(num_classes=10)}, tmp_path / "a.pt")

@@ -8,10 +8,13 @@ from sit_atconv.models.mixers import MIXERS, Mixer
 from tests.models.test_sit import randomised
 
 
-@pytest.mark.parametrize("options, spoken", [
-    ({"mixer": "hybrid", "kernel_size": 5}, ["attention", "5x5 ATConv"]),
-    ({"mixer": ["atconv", "attention"], "qk_norm": True}, ["3x3 ATConv", "attention with qk_norm"]),
-])
+@pytest.mark.parametrize(
+    "options, spoken",
+    [
+        ({"mixer": "hybrid", "kernel_size": 5}, ["attention", "5x5 ATConv"]),
+        ({"mixer": ["atconv", "attention"], "qk_norm": True}, ["3x3 ATConv", "attention with qk_norm"]),
+    ],
+)
 def test_tensors_show_the_mixers(options, spoken):
     tensors = randomised(**options).state_dict()
     assert list(map(str, mixer_kinds(tensors).values())) == spoken

@@ -154,11 +154,14 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(tmp_path, 
     assert find_resumable(tmp_path / "elsewhere") == Resumable(None, 0, {})
 
 
-@pytest.mark.parametrize(("fields", "fault"), [
-    ({"shards": 2}, "has shards, which"),
-    ({"computed_on": None}, "has no computed_on, which"),
-    ({"sha256": {"model/0.safetensors": ""}}, "has no model/diffusion_pytorch_model.safetensors, which"),
-])
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        ({"shards": 2}, "has shards, which"),
+        ({"computed_on": None}, "has no computed_on, which"),
+        ({"sha256": {"model/0.safetensors": ""}}, "has no model/diffusion_pytorch_model.safetensors, which"),
+    ],
+)
 def test_a_checkpoint_of_a_later_version_is_refused_not_damaged(tmp_path, state, fields, fault):
     save_checkpoint(tmp_path, state, recipe(3), keep=2)
     file = save_checkpoint(tmp_path, state, recipe(4), keep=2) / "state.json"

@@ -73,11 +73,18 @@ def test_the_same_model_is_copied_without_further_lines(start, mixer, published)
 def test_the_ema_weights_of_runs_and_files_are_used(tmp_path):
     model, ema, net = randomised(), fresh(), fresh()
     torch.nn.init.ones_(ema.final_layer.linear.weight)
-    save_checkpoint(tmp_path / "run", TrainingState(model, {0.9: ema}, torch.optim.SGD(model.parameters())),
-                    dataclasses.replace(RECIPE, ema_decay=None), keep=1)
+    save_checkpoint(
+        tmp_path / "run",
+        TrainingState(model, {0.9: ema}, torch.optim.SGD(model.parameters())),
+        dataclasses.replace(RECIPE, ema_decay=None),
+        keep=1,
+    )
     torch.save({"model": model.state_dict(), "ema": ema.state_dict()}, tmp_path / "file.pt")
-    for name, kind in [("run", "EMA, step 7"), ("run/checkpoints/step-0000007/model", "as trained, step 7"),
-                       ("file.pt", "EMA")]:
+    for name, kind in [
+        ("run", "EMA, step 7"),
+        ("run/checkpoints/step-0000007/model", "as trained, step 7"),
+        ("file.pt", "EMA"),
+    ]:
         lines = start_from(net, str(tmp_path / name), "linear", "velocity", CODEC).lines
         assert f"{name} ({kind}): " in lines[0]
         assert_kept(net, ema if "EMA" in kind else model, net.state_dict())
@@ -91,6 +98,7 @@ def test_the_model_can_be_trained(start):
 
 
 # ------------------------------------------------------------------------------------------------- label table
+
 
 @pytest.mark.parametrize(("published", "there"), [(True, "6 rows"), (False, "5 classes")])
 def test_another_class_count_starts_the_label_table_from_scratch(start, published, there):
@@ -143,8 +151,10 @@ def test_rows_follow_the_names_of_their_classes(start):
     lines, _, before = start(theirs, net, recipe=recipe, class_names=here)
     there = theirs.state_dict()[TABLE]
     assert torch.equal(net.state_dict()[TABLE], torch.cat([there[:10].flip(0), there[10:]]))
-    assert lines[1:] == ["the label table's rows follow the class names, whose order differs: label 0 is 'class 0' "
-                         "there, ' cafe\u0301 ' here (and 9 more)"]
+    assert lines[1:] == [
+        "the label table's rows follow the class names, whose order differs: label 0 is 'class 0' "
+        "there, ' cafe\u0301 ' here (and 9 more)"
+    ]
     assert f": {len(before)} of {len(before)} tensors kept" in lines[0]
     lines, _, _ = start(theirs, other := fresh(has_null_label=False), recipe=recipe, class_names=here)
     assert torch.equal(other.state_dict()[TABLE], there[:10].flip(0)) and len(lines) == 3
@@ -157,8 +167,10 @@ def test_rows_follow_the_names_of_their_classes(start):
 
 def test_labels_of_a_file_without_names_are_reported(start):
     lines, _, _ = start(randomised(), fresh(), published=True, class_names=NAMES[::-1])
-    assert lines[1:] == ["the weights do not name their classes: label 0 becomes 'class 9', "
-                         "label 1 becomes 'class 8', label 2 becomes 'class 7', ..."]
+    assert lines[1:] == [
+        "the weights do not name their classes: label 0 becomes 'class 9', "
+        "label 1 becomes 'class 8', label 2 becomes 'class 7', ..."
+    ]
 
 
 def test_the_training_arguments_of_a_file_are_used(tmp_path):
@@ -175,11 +187,17 @@ def test_the_training_arguments_of_a_file_are_used(tmp_path):
     assert "the label table starts from scratch: 10 classes there, 11 classes here" in eleven.lines
 
 
-@pytest.mark.parametrize(("trained", "there", "here", "kept"), [
-    (True, {}, {}, True), (False, {}, {}, False), (None, {}, {}, None),
-    (True, dict(num_classes=5), {}, False), (True, dict(has_null_label=False), {}, False),
-    (True, {}, dict(has_null_label=False), False),
-])
+@pytest.mark.parametrize(
+    ("trained", "there", "here", "kept"),
+    [
+        (True, {}, {}, True),
+        (False, {}, {}, False),
+        (None, {}, {}, None),
+        (True, dict(num_classes=5), {}, False),
+        (True, dict(has_null_label=False), {}, False),
+        (True, {}, dict(has_null_label=False), False),
+    ],
+)
 def test_the_result_tells_if_the_null_label_was_trained(tmp_path, trained, there, here, kept):
     theirs = randomised(**there)
     recipe = dataclasses.replace(RECIPE, class_names=NAMES[: theirs.config.num_classes], null_label_trained=trained)
@@ -199,6 +217,7 @@ def test_a_dit_is_refused_and_a_model_without_a_recipe_is_taken(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- positions
+
 
 def test_another_resolution_needs_no_line(start):
     theirs, net = randomised(mixer="attention"), fresh(mixer="attention", input_size=16)
@@ -227,6 +246,7 @@ def test_a_trained_position_embedding_is_copied(start, dtype):
 
 # ------------------------------------------------------------------------------------------------- mixers
 
+
 def mixer_names(net, *blocks):
     return {name for name in net.state_dict() if name.startswith(tuple(f"blocks.{i}.attn." for i in blocks))}
 
@@ -236,11 +256,19 @@ def mixer_names(net, *blocks):
     [
         (dict(mixer="attention"), dict(), (0, 1, 2, 3), "mixers of all 4 blocks (attention there, 3x3 ATConv here)"),
         (dict(mixer="hybrid"), dict(), (0, 2), "mixers of blocks 0, 2 (attention there, 3x3 ATConv here)"),
-        (dict(mixer="hybrid"), dict(mixer=["atconv", "attention"] * 2), (0, 1, 2, 3),
-         "mixers of blocks 0, 2 (attention there, 3x3 ATConv here) and of blocks 1, 3 (3x3 ATConv there, attention"),
+        (
+            dict(mixer="hybrid"),
+            dict(mixer=["atconv", "attention"] * 2),
+            (0, 1, 2, 3),
+            "mixers of blocks 0, 2 (attention there, 3x3 ATConv here) and of blocks 1, 3 (3x3 ATConv there, attention",
+        ),
         (dict(), dict(kernel_size=5), (0, 1, 2, 3), "mixers of all 4 blocks (3x3 ATConv there, 5x5 ATConv here)"),
-        (dict(mixer="attention", qk_norm=True), dict(mixer="attention"), (0, 1, 2, 3),
-         "mixers of all 4 blocks (attention with qk_norm there, attention here)"),
+        (
+            dict(mixer="attention", qk_norm=True),
+            dict(mixer="attention"),
+            (0, 1, 2, 3),
+            "mixers of all 4 blocks (attention with qk_norm there, attention here)",
+        ),
     ],
 )
 def test_other_mixers_start_from_scratch_as_a_whole(start, there, here, fresh_blocks, line):
@@ -273,8 +301,12 @@ def test_a_users_own_mixer_starts_from_scratch_or_is_kept(start, monkeypatch, pu
 @pytest.mark.parametrize(
     ("blocks", "spoken"),
     [
-        (range(28), "all 28 blocks"), (range(0, 28, 2), "blocks 0, 2, ..., 26"), ([3], "block 3"),
-        ([0, 1, 2, 5], "blocks 0-2, 5"), (range(20), "blocks 0-19"), ([0, 27], "blocks 0, 27"),
+        (range(28), "all 28 blocks"),
+        (range(0, 28, 2), "blocks 0, 2, ..., 26"),
+        ([3], "block 3"),
+        ([0, 1, 2, 5], "blocks 0-2, 5"),
+        (range(20), "blocks 0-19"),
+        ([0, 27], "blocks 0, 27"),
     ],
 )
 def test_blocks_are_named_briefly(blocks, spoken):
@@ -309,6 +341,7 @@ def test_repas_weights_are_converted(start):
 
 # ------------------------------------------------------------------------------------------------- output layer
 
+
 @pytest.mark.parametrize("published", [True, False])
 @pytest.mark.parametrize("learned_there", [True, False])
 def test_learn_sigma_may_differ(start, learned_there, published):
@@ -327,6 +360,7 @@ def test_learn_sigma_may_differ(start, learned_there, published):
 
 # ------------------------------------------------------------------------------------------------- differences
 
+
 def test_other_settings_of_the_training_are_named(start):
     vae = {"kind": "autoencoder_kl", "source": "a", "weights": "c" * 64, "channels": 4, "scale": 0.18, "shift": 0.0}
     other = vae | {"source": "b", "scale": 0.5, "weights": "d" * 64, "unknown": 1}
@@ -334,7 +368,8 @@ def test_other_settings_of_the_training_are_named(start):
     lines, _, _ = start(randomised(), fresh(), recipe=recipe, flow_path="gvp", prediction="noise", codec=other)
     assert lines[1:] == [
         "the weights were trained with other settings: interpolant linear -> gvp, prediction velocity -> noise, "
-        f"codec.weights {'c' * 12} -> {'d' * 12}, codec.scale 0.18 -> 0.5"]
+        f"codec.weights {'c' * 12} -> {'d' * 12}, codec.scale 0.18 -> 0.5"
+    ]
     assert len(start(randomised(), fresh(), recipe=recipe, codec=vae | {"source": "elsewhere"})[0]) == 1
 
 
@@ -342,8 +377,11 @@ def test_other_settings_of_the_training_are_named(start):
 @pytest.mark.parametrize(
     ("there", "here", "message"),
     [
-        (dict(hidden_size=32), dict(),
-         r"x_embedder\.proj\.weight \(32, 4, 2, 2\) there, \(48, 4, 2, 2\) here; .*and \d+ more"),
+        (
+            dict(hidden_size=32),
+            dict(),
+            r"x_embedder\.proj\.weight \(32, 4, 2, 2\) there, \(48, 4, 2, 2\) here; .*and \d+ more",
+        ),
         (dict(depth=3), dict(), r"blocks\.2\..* \(\d+.*\) there, none here; .*and \d+ more"),
         (dict(), dict(depth=3), r"blocks\.2\..* missing there, \(\d+.*\) here; .*and \d+ more"),
         (dict(patch_size=4), dict(), r"x_embedder\.proj\.weight \(48, 4, 4, 4\) there"),
@@ -365,6 +403,9 @@ def test_another_model_is_refused_and_nothing_changes(start, there, here, messag
 def test_one_missing_tensor_is_refused(start):
     theirs = randomised().state_dict()
     theirs["extra.weight"] = theirs.pop("t_embedder.mlp.2.bias")
-    with pytest.raises(ValueError, match=r"t_embedder\.mlp\.2\.bias missing there, \(48,\) here; extra\.weight \(48,\) "
-                                         r"there, none here\. Give"):
+    with pytest.raises(
+        ValueError,
+        match=r"t_embedder\.mlp\.2\.bias missing there, \(48,\) here; extra\.weight \(48,\) "
+        r"there, none here\. Give",
+    ):
         start(theirs, fresh(), published=True)

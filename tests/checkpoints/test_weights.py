@@ -40,8 +40,10 @@ def test_errors_say_why_nothing_is_loaded(tmp_path, monkeypatch):
     (tmp_path / "other" / "notes.txt").write_text("")
     (tmp_path / "file.bin").write_bytes(b"\x00" * 99)
     for ckpt, message in [
-        (tmp_path / "nowhere", "neither a folder here"), (tmp_path / "empty", "is an empty folder"),
-        (tmp_path / "other", "holds no weights"), (tmp_path / "file.bin", "is not a checkpoint"),
+        (tmp_path / "nowhere", "neither a folder here"),
+        (tmp_path / "empty", "is an empty folder"),
+        (tmp_path / "other", "holds no weights"),
+        (tmp_path / "file.bin", "is not a checkpoint"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_weights(str(ckpt))

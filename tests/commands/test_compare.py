@@ -23,16 +23,19 @@ def runs(tmp_path):
 
 
 def test_the_command_prints_a_table_and_draws_without_torch(runs, tmp_path):
-    code = (f"import runpy, sys\nsys.argv = {[COMPARE, *map(str, runs)]!r}\nsys.modules['torch'] = None\n"
-            f"runpy.run_path({str(ROOT / COMPARE)!r}, run_name='__main__')")
+    code = (
+        f"import runpy, sys\nsys.argv = {[COMPARE, *map(str, runs)]!r}\nsys.modules['torch'] = None\n"
+        f"runpy.run_path({str(ROOT / COMPARE)!r}, run_name='__main__')"
+    )
     done = subprocess.run(python("-c", code), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == (tmp_path / "runs" / "compare" / "compare.md").read_text()
     assert "| ours (baseline) | 2.00 ± 0.10 |" in done.stdout
     assert "| theirs | 2.50 ± 0.10 | **+0.50 ± 0.14** |" in done.stdout
     assert "warning: theirs differs from ours: cfg 2 → 2.5\n" in done.stderr
-    assert done.stderr.splitlines()[-1] == ("written: runs/compare/compare.md, runs/compare/compare.csv, "
-                                            "runs/compare/pareto.png")
+    assert done.stderr.splitlines()[-1] == (
+        "written: runs/compare/compare.md, runs/compare/compare.csv, runs/compare/pareto.png"
+    )
 
 
 def test_a_terminal_without_arrows_gets_question_marks(runs, tmp_path):

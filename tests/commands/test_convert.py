@@ -50,8 +50,18 @@ def test_repas_file_is_converted_to_ours_and_back(convert, tmp_path):
     theirs = repa_model("hybrid")
     source = published(theirs, tmp_path / "a.pt", "repa")
     (tmp_path / "names.txt").write_text("".join(f"digit {i}\n" for i in range(10)))
-    lines = convert(source, tmp_path / "new" / "ours", "--model", "SiT-ATConv-Tiny/2-Hybrid", "--vae", "identity",
-                    "--class-names", tmp_path / "names.txt", "--prediction", "velocity")
+    lines = convert(
+        source,
+        tmp_path / "new" / "ours",
+        "--model",
+        "SiT-ATConv-Tiny/2-Hybrid",
+        "--vae",
+        "identity",
+        "--class-names",
+        tmp_path / "names.txt",
+        "--prediction",
+        "velocity",
+    )
     assert lines[0] == f"{tmp_path}/new/ours: EMA weights of {source}, 10 classes and a null label"
     assert lines[1] == f"sample: python sample/generate.py --ckpt {tmp_path}/new/ours"
     ours = load_weights(str(tmp_path / "new" / "ours"))
@@ -78,8 +88,7 @@ def test_a_run_is_converted_to_sits_form(convert, tiny_run, tmp_path):
 def test_ema_weights_in_sits_form_are_not_loaded_as_trained(convert, tiny_run, tmp_path, fails):
     lines = convert(tiny_run, tmp_path / "run.pt", "--to", "sit")
     assert lines[1].split()[-1] == f"{tmp_path}/run"
-    error = fails(load_command("sit_atconv/convert.py").main, [
-        tmp_path / "run.pt", tmp_path / "out", "--no-ema"])
+    error = fails(load_command("sit_atconv/convert.py").main, [tmp_path / "run.pt", tmp_path / "out", "--no-ema"])
     assert "holds only EMA weights, of decay" in error and "leave out --no-ema" in error
 
 
@@ -131,24 +140,30 @@ def test_a_pipeline_is_converted_to_ours(convert, tiny_run, tmp_path, fails):
     assert ours.recipe == run.recipe
     assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), run.model.parameters(), strict=True))
     assert "--path is for files" in fails(
-        load_command(CONVERT).main, [tmp_path / "pipe", tmp_path / "out", "--path", "gvp"])
+        load_command(CONVERT).main, [tmp_path / "pipe", tmp_path / "out", "--path", "gvp"]
+    )
 
 
 def test_unknown_settings_are_reported_as_unknown(notes, tmp_path, fails):
     small("attention").save_pretrained(tmp_path / "bare")
     lines, said = notes(tmp_path / "bare", tmp_path / "ours", "--vae", "identity", "--path", "gvp")
-    assert lines[0] == (f"{tmp_path}/ours: weights of {tmp_path}/bare (it is not known whether they are EMA weights), "
-                        "10 classes and a null label")
-    assert said == [f"note: {tmp_path}/bare does not name its classes: refer to them by number",
-                    f"note: {tmp_path}/bare does not say how it was trained: assuming --prediction velocity; "
-                    "to change this, use these options of python -m sit_atconv.convert"]
+    assert lines[0] == (
+        f"{tmp_path}/ours: weights of {tmp_path}/bare (it is not known whether they are EMA weights), "
+        "10 classes and a null label"
+    )
+    assert said == [
+        f"note: {tmp_path}/bare does not name its classes: refer to them by number",
+        f"note: {tmp_path}/bare does not say how it was trained: assuming --prediction velocity; "
+        "to change this, use these options of python -m sit_atconv.convert",
+    ]
     again = load_weights(str(tmp_path / "ours"))
     assert again.recipe.average is None and again.recipe.interpolant == "gvp" and not again.notes
 
 
 def test_class_names_are_read_from_a_text_file(notes, tmp_path, fails):
-    source = published(small("attention"), tmp_path / "a.pt", model="SiT-Tiny/2", path_type="Linear",
-                       prediction="velocity")
+    source = published(
+        small("attention"), tmp_path / "a.pt", model="SiT-Tiny/2", path_type="Linear", prediction="velocity"
+    )
     names = tmp_path / "names.txt"
     lines = [f" class {i} " for i in range(8)] + ["cafe\u0301", "caf\u00e9"]
     names.write_text("\ufeff" + "\r\n".join(lines) + "\n\n", encoding="utf-8")
@@ -160,20 +175,38 @@ def test_class_names_are_read_from_a_text_file(notes, tmp_path, fails):
         assert message in fails(load_command(CONVERT).main, [source, tmp_path / "other", *argv[2:]])
 
 
-@pytest.mark.parametrize(("solver", "scheduler"), [
-    ("euler", FlowMatchEulerDiscreteScheduler()),
-    ("unipc", UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)),
-    ("dpm++", DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)),
-])
-def test_pipeline_and_sampling_command_draw_the_same_images(
-    launch, convert, tiny_run, tmp_path, solver, scheduler
-):
+@pytest.mark.parametrize(
+    ("solver", "scheduler"),
+    [
+        ("euler", FlowMatchEulerDiscreteScheduler()),
+        ("unipc", UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)),
+        ("dpm++", DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)),
+    ],
+)
+def test_pipeline_and_sampling_command_draw_the_same_images(launch, convert, tiny_run, tmp_path, solver, scheduler):
     from sit_atconv.pipeline import SiTPipeline
 
     assert "pipeline" in convert(tiny_run, tmp_path / "pipeline", "--to", "pipeline")[0]
-    codes, output = launch("sample/generate.py", [
-        "--ckpt", tiny_run, "--cfg", 3, "--classes", 4, 7, "--num-samples", 6, "--solver", solver, "--steps", 10,
-        "--out", tmp_path / "samples"])
+    codes, output = launch(
+        "sample/generate.py",
+        [
+            "--ckpt",
+            tiny_run,
+            "--cfg",
+            3,
+            "--classes",
+            4,
+            7,
+            "--num-samples",
+            6,
+            "--solver",
+            solver,
+            "--steps",
+            10,
+            "--out",
+            tmp_path / "samples",
+        ],
+    )
     assert codes == [0], output
     pipeline = SiTPipeline.from_pretrained(tmp_path / "pipeline")
     pipeline.scheduler = scheduler

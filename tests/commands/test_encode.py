@@ -53,8 +53,10 @@ def test_after_a_kill_at_a_write_the_same_command_completes_the_folder(launch, l
     codes, _ = launch(ENCODE, argv, die=die)
     assert codes == [-9]
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
-    expected = {"before the second renaming": [".lock", ".partial-shard-00001.safetensors", "shard-00000.safetensors"],
-                "after the second renaming": [".lock", "shard-00000.safetensors", "shard-00001.safetensors"]}
+    expected = {
+        "before the second renaming": [".lock", ".partial-shard-00001.safetensors", "shard-00000.safetensors"],
+        "after the second renaming": [".lock", "shard-00000.safetensors", "shard-00001.safetensors"],
+    }
     assert left == expected.get(die, left) and "index.json" not in left
     whole = (tmp_path / "out" / "shard-00000.safetensors").stat().st_ino
     codes, output = launch(ENCODE, argv)

@@ -53,7 +53,10 @@ def test_existing_images_keep_their_place_and_new_ones_follow(encode, argv, imag
     after, index = stored(out), read_index(out)
     assert {name: found[:2] for name, found in before.items()}.items() <= {k: v[:2] for k, v in after.items()}.items()
     assert {name: found[:2] for name, found in after.items() if name not in before} == {
-        "a/0.png": (8, 2), "a/1.png": (9, 2), "b/00.png": (10, 0)}
+        "a/0.png": (8, 2),
+        "a/1.png": (9, 2),
+        "b/00.png": (10, 0),
+    }
     assert index.class_names == ["b", "c", "a"] and index.num_images == 11 and verify(out) == []
     assert CachedLatents(out).describe() != identity
     alone = tmp_path / "alone"

@@ -81,8 +81,10 @@ def test_a_codec_encodes_trains_and_samples(my_parts, encode, images, launch, tm
     assert index.settings.codec == {"kind": "my_parts.Halved", "channels": 3, "downsample": 2}
     assert index.settings.moments_shape == [6, 16, 16] and index.vae == "my_parts.Halved"
     run = tmp_path / "run"
-    codes, output = launch("sit_atconv/train.py", [
-        *RUN, "--data.latents", tmp_path / "out", "--data.codec", "my_parts.Halved", "--out", run])
+    codes, output = launch(
+        "sit_atconv/train.py",
+        [*RUN, "--data.latents", tmp_path / "out", "--data.codec", "my_parts.Halved", "--out", run],
+    )
     assert codes == [0], output
     assert json.loads((run / "data.json").read_text())["codec"] == index.settings.codec
     recipe = load_weights(str(run)).recipe
@@ -90,8 +92,9 @@ def test_a_codec_encodes_trains_and_samples(my_parts, encode, images, launch, tm
     assert load_weights(str(run), vae="my_parts.Halved").recipe == recipe
     with pytest.raises(ValueError, match=r"trained with another codec than identity \(kind my_parts\.Halved ->"):
         load_weights(str(run), vae="identity")
-    load_command("sample/generate.py").main(["--ckpt", str(run), "--num-samples", "2", "--steps", "1", "--out",
-                                             str(tmp_path / "samples")])
+    load_command("sample/generate.py").main(
+        ["--ckpt", str(run), "--num-samples", "2", "--steps", "1", "--out", str(tmp_path / "samples")]
+    )
     manifest = json.loads((tmp_path / "samples" / "manifest.json").read_text())
     assert manifest["complete"] and manifest["settings"]["size"] == [32, 32]
     del sys.modules["my_parts"]
@@ -104,8 +107,12 @@ def test_a_data_source_trains(my_parts, launch, fails, tmp_path):
     codes, output = launch("sit_atconv/train.py", [*argv, "--data.codec", "my_parts.Halved"])
     assert codes == [0], output
     described = json.loads((tmp_path / "run" / "data.json").read_text())
-    assert described == {"kind": "my_parts.Stripes", "images": 24, "classes": 2,
-                         "codec": {"kind": "my_parts.Halved", "channels": 3, "downsample": 2}}
+    assert described == {
+        "kind": "my_parts.Stripes",
+        "images": 24,
+        "classes": 2,
+        "codec": {"kind": "my_parts.Halved", "channels": 3, "downsample": 2},
+    }
     assert "cannot be read: it is not there" in (tmp_path / "run" / "unreadable.json").read_text()
     train = load_command("sit_atconv/train.py").main
     assert "codec.kind my_parts.Halved -> identity" in fails(train, argv)
@@ -114,11 +121,15 @@ def test_a_data_source_trains(my_parts, launch, fails, tmp_path):
 def test_other_classes_are_refused_as_codec_or_source(my_parts, fails, images, tmp_path):
     train = load_command("sit_atconv/train.py").main
     assert "data.codec: codec my_parts.Nothing does not inherit sit_atconv.data.codecs.Codec" in fails(
-        train, [*RUN, "--data.codec", "my_parts.Nothing"])
+        train, [*RUN, "--data.codec", "my_parts.Nothing"]
+    )
     assert "data.codec: training begins with another codec than my_parts.Halved (kind my_parts.Misnamed -> my" in fails(
-        train, [*RUN, "--data.codec", "my_parts.Misnamed"])
+        train, [*RUN, "--data.codec", "my_parts.Misnamed"]
+    )
     assert "data.images: my_parts.Nothing does not inherit sit_atconv.data.sources.DataSource" in fails(
-        train, [*RUN, "--data.images", "my_parts.Nothing"])
+        train, [*RUN, "--data.images", "my_parts.Nothing"]
+    )
     assert "data.images: the module nowhere cannot be imported" in fails(train, [*RUN, "--data.images", "nowhere.X"])
     assert "encoding begins with another codec than my_parts.Halved" in fails(
-        load_command("sit_atconv/encode.py").main, encode_argv(images, "my_parts.Misnamed", tmp_path / "out"))
+        load_command("sit_atconv/encode.py").main, encode_argv(images, "my_parts.Misnamed", tmp_path / "out")
+    )

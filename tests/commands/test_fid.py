@@ -26,8 +26,19 @@ def npz(tmp_path_factory):
 
 
 def digits_argv(samples, work, *more):
-    return ["--samples", samples, "--reference", "digits", "--extractor", "digits", "--features", work / "features",
-            "--out", work / "scores.json", *more]
+    return [
+        "--samples",
+        samples,
+        "--reference",
+        "digits",
+        "--extractor",
+        "digits",
+        "--features",
+        work / "features",
+        "--out",
+        work / "scores.json",
+        *more,
+    ]
 
 
 def quick_argv(samples, work):
@@ -79,7 +90,8 @@ def test_json_can_be_asked_for_on_a_terminal(npz, tmp_path, monkeypatch, capsys,
 
 def test_the_columns_of_the_table_are_aligned():
     assert to_table({"FD-digits-1000": Score(2.1134, 0.0987), "IS": Score(215.25)}) == (
-        "metric          value  error\nFD-digits-1000  2.113  0.099\nIS              215.2")
+        "metric          value  error\nFD-digits-1000  2.113  0.099\nIS              215.2"
+    )
 
 
 def test_samples_of_generate_py(launch, tiny_run, tmp_path, capsys):
@@ -88,8 +100,18 @@ def test_samples_of_generate_py(launch, tiny_run, tmp_path, capsys):
     argv = ["--ckpt", tiny_run, "--steps", 1, "--num-samples", 60, "--labels", "balanced", "--seed", 3, "--out", out]
     codes, output = launch("sample/generate.py", argv)
     assert codes == [0], output
-    argv = ["--samples", str(out), "--reference", "digits", "--extractor", "digits", "--metrics", "fid",
-            "--features", str(tmp_path / "features")]
+    argv = [
+        "--samples",
+        str(out),
+        "--reference",
+        "digits",
+        "--extractor",
+        "digits",
+        "--metrics",
+        "fid",
+        "--features",
+        str(tmp_path / "features"),
+    ]
     load_command(FID).main(argv)
     result = json.loads(capsys.readouterr().out)
     assert result["protocol"]["samples"]["num"] == 60 and result["protocol"]["samples"]["labels"] == "balanced"
@@ -114,8 +136,20 @@ def test_a_reference_is_made_and_used(npz, tmp_path, capsys):
 
 def test_references_are_cropped(digit_folder, tmp_path, capsys):
     """Images of 16x16 are cropped to 8x8."""
-    load_command(FID).main(["--make-reference", str(tmp_path / "r.npz"), "--reference", str(digit_folder),
-                            "--image-size", "8", "--extractor", "digits", "--features", str(tmp_path / "features")])
+    load_command(FID).main(
+        [
+            "--make-reference",
+            str(tmp_path / "r.npz"),
+            "--reference",
+            str(digit_folder),
+            "--image-size",
+            "8",
+            "--extractor",
+            "digits",
+            "--features",
+            str(tmp_path / "features"),
+        ]
+    )
     recipe = json.loads(capsys.readouterr().out)
     assert recipe["image_size"] == [8, 8] and "(ADM), to 8x8" in recipe["crop"]
     with np.load(tmp_path / "r.npz") as file:
@@ -123,6 +157,7 @@ def test_references_are_cropped(digit_folder, tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------ several processes and kills
+
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
@@ -221,6 +256,7 @@ def test_torchruns_report_ends_with_the_error(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------- errors
 
+
 def test_arguments_are_checked_before_anything_is_loaded(fails, npz, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sit_atconv.evaluation.evaluate", None)  # an import would raise
     monkeypatch.setitem(sys.modules, "torch", None)
@@ -279,9 +315,22 @@ def test_an_imported_module_registers_an_extractor(npz, tmp_path, monkeypatch, c
     (tmp_path / "module_of_a_test.py").write_text(
         "from torch_fidelity import register_feature_extractor\n"
         "from sit_atconv.encoders.digit_features import DigitFeatures\n"
-        "register_feature_extractor('mine', DigitFeatures)\n")
-    load_command(FID).main(["--samples", str(npz), "--reference", "digits", "--extractor", "mine", "--metrics", "fid",
-                            "--import", "module_of_a_test"])
+        "register_feature_extractor('mine', DigitFeatures)\n"
+    )
+    load_command(FID).main(
+        [
+            "--samples",
+            str(npz),
+            "--reference",
+            "digits",
+            "--extractor",
+            "mine",
+            "--metrics",
+            "fid",
+            "--import",
+            "module_of_a_test",
+        ]
+    )
     assert list(json.loads(capsys.readouterr().out)["scores"]) == ["FD-mine-400"]
 
 
@@ -355,8 +404,20 @@ def test_fifty_thousand_images_of_256_pixels_in_bounded_memory(tmp_path):
     rng = np.random.default_rng(0)
     images = (rng.integers(0, 256, (256, 256, 3), dtype=np.uint8) for _ in range(50_000))
     write_npz(tmp_path / "x.npz", images, (50_000, 256, 256, 3))
-    command = python("-c", WATCHED, tmp_path / "peak", ROOT / FID, "--samples", tmp_path / "x.npz", "--reference",
-                     tmp_path / "x.npz", "--features", tmp_path / "features", "--out", tmp_path / "scores.json")
+    command = python(
+        "-c",
+        WATCHED,
+        tmp_path / "peak",
+        ROOT / FID,
+        "--samples",
+        tmp_path / "x.npz",
+        "--reference",
+        tmp_path / "x.npz",
+        "--features",
+        tmp_path / "features",
+        "--out",
+        tmp_path / "scores.json",
+    )
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     scores = read_evaluation(tmp_path / "scores.json").scores
@@ -370,16 +431,36 @@ REAL = ("ADM_SAMPLES", "ADM_REFERENCE", "INCEPTION_WEIGHTS")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not all(name in os.environ for name in REAL), reason=(
-    "set ADM_SAMPLES, ADM_REFERENCE and INCEPTION_WEIGHTS to the paths of admnet_guided_upsampled_imagenet256.npz, "
-    "VIRTUAL_imagenet256_labeled.npz and torch-fidelity's weights"))
+@pytest.mark.skipif(
+    not all(name in os.environ for name in REAL),
+    reason=(
+        "set ADM_SAMPLES, ADM_REFERENCE and INCEPTION_WEIGHTS to the paths of admnet_guided_upsampled_imagenet256.npz, "
+        "VIRTUAL_imagenet256_labeled.npz and torch-fidelity's weights"
+    ),
+)
 def test_adms_own_samples_have_the_published_scores(tmp_path):
     samples, reference, weights = (os.environ[name] for name in REAL)
-    command = python(ROOT / FID, "--samples", samples, "--reference", reference, "--weights", weights,
-                     "--features", tmp_path / "features", "--out", tmp_path / "scores.json")
+    command = python(
+        ROOT / FID,
+        "--samples",
+        samples,
+        "--reference",
+        reference,
+        "--weights",
+        weights,
+        "--features",
+        tmp_path / "features",
+        "--out",
+        tmp_path / "scores.json",
+    )
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     scores = read_evaluation(tmp_path / "scores.json").scores
-    for name, value, tolerance in [("FID", 3.941, 0.003), ("sFID", 6.140, 0.003), ("IS", 216.0, 0.3),
-                                   ("precision", 0.8255, 0.002), ("recall", 0.5285, 0.002)]:
+    for name, value, tolerance in [
+        ("FID", 3.941, 0.003),
+        ("sFID", 6.140, 0.003),
+        ("IS", 216.0, 0.3),
+        ("precision", 0.8255, 0.002),
+        ("recall", 0.5285, 0.002),
+    ]:
         assert scores[name].value == pytest.approx(value, abs=tolerance), name

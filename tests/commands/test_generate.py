@@ -51,7 +51,7 @@ def test_the_files_of_a_finished_command(samples, tiny_run):
     assert {"weights", "uint8_rule", "solver", "steps", "dtype", "labels", "codec"} <= set(manifest["settings"])
     assert "guidance" not in manifest["settings"]  # as in manifests older than this option
     assert manifest["evaluations"] == 6 and manifest["forwards"] == 12  # Heun 3, both branches
-    session, = manifest["sessions"]
+    (session,) = manifest["sessions"]
     assert session["missing"] == 20 and {"sit_atconv", "torch", "diffusers"} <= set(session["versions"])
     assert min(Image.open(samples / "grid.png").size) > 100
     assert not [path for path in samples.rglob("*") if "partial" in path.name]
@@ -113,8 +113,14 @@ def test_a_command_killed_five_times_is_completed(launch, sde_samples, tiny_run,
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("every", [pytest.param(7, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.scale)])
 def test_a_kill_before_any_write_is_repaired(launch, sde_samples, tiny_run, tmp_path, processes, every):
-    argv = [*options(tiny_run, tmp_path / "out", "--batch-size", 4, "--num-samples", 8), "--solver", "sde-heun",
-            "--steps", 4, "--latents"]
+    argv = [
+        *options(tiny_run, tmp_path / "out", "--batch-size", 4, "--num-samples", 8),
+        "--solver",
+        "sde-heun",
+        "--steps",
+        4,
+        "--latents",
+    ]
     whole = [*options(tiny_run, tmp_path / "whole", "--num-samples", 8), "--solver", "sde-heun", "--steps", 4]
     codes, output = launch(GENERATE, whole)
     assert codes == [0], output
@@ -171,7 +177,8 @@ def test_classes_balanced_labels_and_the_default_folder(launch, tiny_run):
         assert codes == [0], output
     folders = sorted(folder for folder in (tiny_run / "samples").iterdir() if folder.is_dir())
     assert [folder.name for folder in folders] == [
-        "step0000004-cfg4-unipc1-balanced-seed0-n5", "step0000004-cfg4-unipc1-classes3_7-seed0-n5",
+        "step0000004-cfg4-unipc1-balanced-seed0-n5",
+        "step0000004-cfg4-unipc1-classes3_7-seed0-n5",
     ]
     labels = [json.loads((folder / "manifest.json").read_text())["labels"] for folder in folders]
     assert len(set(labels[0])) == 5 and labels[1] == [3, 7, 3, 7, 3]
@@ -181,8 +188,10 @@ def test_labels_from_a_file_and_classes_by_name(launch, tiny_run, tmp_path):
     (tmp_path / "labels.txt").write_text("\n".join(str(label) for label in (5, 5, 1, 9, 0, 2, 2)))
     argv = ["--ckpt", tiny_run, "--num-samples", 5, "--steps", 1]
     names = json.loads(next(tiny_run.glob("checkpoints/*/ema/recipe.json")).read_text())["class_names"]
-    for more, expected in ((["--out", tmp_path / "a", "--labels", tmp_path / "labels.txt"], [5, 5, 1, 9, 0]),
-                           (["--out", tmp_path / "b", "--classes", names[8], "4"], [8, 4, 8, 4, 8])):
+    for more, expected in (
+        (["--out", tmp_path / "a", "--labels", tmp_path / "labels.txt"], [5, 5, 1, 9, 0]),
+        (["--out", tmp_path / "b", "--classes", names[8], "4"], [8, 4, 8, 4, 8]),
+    ):
         codes, output = launch(GENERATE, [*argv, *more])
         assert codes == [0], output
         assert json.loads((more[1] / "manifest.json").read_text())["labels"] == expected
@@ -204,14 +213,39 @@ def test_latents_decode_to_the_images_and_the_npz_is_optional(launch, samples, t
 
 
 def test_size_interval_schedule_weak_model_and_times(launch, tiny_run, tmp_path):
-    argv = ["--ckpt", tiny_run, "--num-samples", 3, "--cfg", 3, "--interval", 0.3, 0.8, "--weak", tiny_run, "--no-npz",
-            "--cfg-schedule", "cosine", "--times", 0, 0.2, 0.5, 1, "--size", 8, 12, "--dtype", "bf16"]
+    argv = [
+        "--ckpt",
+        tiny_run,
+        "--num-samples",
+        3,
+        "--cfg",
+        3,
+        "--interval",
+        0.3,
+        0.8,
+        "--weak",
+        tiny_run,
+        "--no-npz",
+        "--cfg-schedule",
+        "cosine",
+        "--times",
+        0,
+        0.2,
+        0.5,
+        1,
+        "--size",
+        8,
+        12,
+        "--dtype",
+        "bf16",
+    ]
     codes, output = launch(GENERATE, argv)
     assert codes == [0], output
     folder = next(path for path in (tiny_run / "samples").iterdir() if "weak" in path.name)
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert re.fullmatch(r"step0000004-cfg3-cosine-0.3to0.8-weak\w{8}-unipc0_0.2_0.5_1-random-seed0-n3-8x12-bf16",
-                        folder.name)
+    assert re.fullmatch(
+        r"step0000004-cfg3-cosine-0.3to0.8-weak\w{8}-unipc0_0.2_0.5_1-random-seed0-n3-8x12-bf16", folder.name
+    )
     assert Image.open(folder / "images" / "000000.png").size == (12, 8)
     assert manifest["evaluations"] == 3 and manifest["forwards"] == 4  # the weak model at t = 0.5 only
     assert manifest["settings"]["weak"] == manifest["settings"]["weights"]
@@ -261,17 +295,21 @@ def test_custom_solver_and_guidance(launch, fails, tiny_run, tmp_path):
     assert (manifest["evaluations"], manifest["forwards"]) == (4, 8)  # two of three steps, both branches
     assert {"guidance", "solver", "steps", "dtype"} <= {*manifest["sampler"]} and "seed" not in manifest["sampler"]
     assert manifest["complete"] and manifest["batches"] == "agree to one grey level"
-    folder, = tiny_run.glob("samples/*own_sampling*")
+    (folder,) = tiny_run.glob("samples/*own_sampling*")
     assert folder.name == "step0000004-own_sampling.ZERO_INIT-cfg2-own_sampling.MIDPOINT3-random-seed0-n6"
     a, b = (np.load(path / "samples.npz")["arr_0"].astype(int) for path in (tmp_path / "a", folder))
     assert np.abs(a - b).max() <= 1
     main = load_command(GENERATE).main
     assert "guidance zero-init -> None" in fails(main, [*argv, "--out", tmp_path / "a"])
-    for name, error in (("midpiont", "solver must be one of euler"), ("nowhere.X", "the module nowhere cannot be"),
-                        ("json.dumps", "solver json.dumps is not a Solver")):
+    for name, error in (
+        ("midpiont", "solver must be one of euler"),
+        ("nowhere.X", "the module nowhere cannot be"),
+        ("json.dumps", "solver json.dumps is not a Solver"),
+    ):
         assert error in fails(main, [*argv, "--solver", name])
     assert "guidance must be one of cfg, or your own as module.NAME, not 'apg'" in fails(
-        main, [*argv, "--guidance", "apg"])
+        main, [*argv, "--guidance", "apg"]
+    )
 
 
 def test_published_weights_are_sampled_directly(launch, tmp_path, vae, fails):
@@ -287,7 +325,7 @@ def test_published_weights_are_sampled_directly(launch, tmp_path, vae, fails):
     assert "attn.qkv.weight" in fails(main, [*argv, "--model", "SiT-Tiny/2"])
     codes, output = launch(GENERATE, [*argv, "--model", "SiT-ATConv-Tiny/2"])
     assert codes == [0], output
-    folder, = (tmp_path / "sit" / "samples").iterdir()
+    (folder,) = (tmp_path / "sit" / "samples").iterdir()
     assert np.load(folder / "samples.npz")["arr_0"].shape == (2, 16, 16, 3)
 
 
@@ -427,9 +465,15 @@ def test_other_settings_never_overwrite_samples(fails, samples, tiny_run):
     assert (samples / "samples.npz").read_bytes() == before
 
 
-@pytest.mark.parametrize(("has_null_label", "trained", "why"), [
-    (False, None, "has no null label"), (True, False, "was trained without label dropout"), (True, None, None),
-    (True, True, None)])
+@pytest.mark.parametrize(
+    ("has_null_label", "trained", "why"),
+    [
+        (False, None, "has no null label"),
+        (True, False, "was trained without label dropout"),
+        (True, None, None),
+        (True, True, None),
+    ],
+)
 def test_guidance_needs_a_null_label_that_was_trained(fails, tmp_path, capsys, has_null_label, trained, why):
     """Without one, the default is no guidance and a given scale is an error; unknown counts as trained."""
     codec = {"kind": "identity", "channels": 1, "downsample": 1}

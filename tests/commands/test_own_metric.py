@@ -62,8 +62,14 @@ def evaluate(forget, tmp_path):
 
 def test_a_registered_metric_is_computed_by_default(evaluate, capsys):
     found = evaluate("all", 0, "--import", "own_metric")
-    assert list(found.scores) == ["FD-digits-200", "score-digits", "precision-digits", "recall-digits", "KD-digits",
-                                  "closeness-digits"]
+    assert list(found.scores) == [
+        "FD-digits-200",
+        "score-digits",
+        "precision-digits",
+        "recall-digits",
+        "KD-digits",
+        "closeness-digits",
+    ]
     assert found.scores["closeness-digits"].value == pytest.approx(0, abs=0.01)  # the samples are in the reference
     assert found.protocol["compared"]["num"] == 400
     assert list(json.loads(capsys.readouterr().out)["scores"]) == list(found.scores)
@@ -77,7 +83,7 @@ def test_a_metric_given_by_path_is_added_to_the_record(evaluate, forget, tmp_pat
     for more in (options, ("--metrics", "kid")):  # the second in a process that does not know the metric
         load_command("eval/fid.py").main(["--samples", "one.npz", *COMMON, *more])
         forget()
-    record, = tmp_path.glob("one.scores-digits-*.json")
+    (record,) = tmp_path.glob("one.scores-digits-*.json")
     found = read_evaluation(record).scores
     assert list(found) == ["FD-digits-200", "sure-digits", "unsure-digits", "KD-digits"]
     assert found["sure-digits"].error == 0.01 and found["unsure-digits"].value == 0.25
@@ -85,8 +91,9 @@ def test_a_metric_given_by_path_is_added_to_the_record(evaluate, forget, tmp_pat
 
 def test_records_are_compared_in_the_direction_of_the_metric(evaluate, forget, tmp_path, monkeypatch, capsys):
     figures = {}
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: figures.update({path.name: self}) or
-                        path.write_text(""))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, path, **options: figures.update({path.name: self}) or path.write_text("")
+    )
     for number, name in enumerate("ab"):
         found = evaluate(name, 200 * number, "--metrics", "near", "own_metric.sure", "fid", "--import", "own_metric")
         replace(found, subject={**found.subject, "images_per_second": 10.0 + number}).save(tmp_path / f"{name}.json")
@@ -105,8 +112,10 @@ def test_records_are_compared_in_the_direction_of_the_metric(evaluate, forget, t
     compare([*argv, "closeness"])
     said = capsys.readouterr()
     assert "| closeness-digits | sure-digits | unsure-digits | difference in closeness-digits |" in said.out
-    assert ("no pareto.png: it is unknown whether a higher closeness-digits is better: give --import MODULE, the "
-            "module that registers its metric") in said.err
+    assert (
+        "no pareto.png: it is unknown whether a higher closeness-digits is better: give --import MODULE, the "
+        "module that registers its metric"
+    ) in said.err
     assert figures == {} and "| FD-digits-200 |" in said.out
 
 
@@ -116,7 +125,7 @@ def test_errors_name_the_remedy(fails, forget, tmp_path):
     assert "no module named 'own_metrics'" in fails(main, [*argv, "own_metrics.sure"]).lower()
     assert "metric own_metric.closeness is not a Metric" in fails(main, [*argv, "own_metric.closeness"])
     assert "must be one of fid, sfid, is, prc, kid, near, or your own as module.NAME, not 'far'" in fails(
-        main, [*argv, "far", "--import", "own_metric"])
+        main, [*argv, "far", "--import", "own_metric"]
+    )
     (tmp_path / "taken.py").write_text(OWN.replace('"near"', '"my_near"').replace('"closeness"', '"FD"'))
-    assert "two metrics have a score FD: rename the score of yours" in fails(
-        main, [*argv, "fid", "--import", "taken"])
+    assert "two metrics have a score FD: rename the score of yours" in fails(main, [*argv, "fid", "--import", "taken"])

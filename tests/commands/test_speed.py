@@ -12,8 +12,19 @@ from sit_atconv.speed.forms import FORMS, LEVELS
 from tests.models.test_mixers import POOLING
 
 SCRIPT = Path(__file__).parents[2] / "eval" / "speed.py"
-QUICK = ["--preset", "Tiny/2", "--resolutions", "32", "--rounds", "2", "--device", "cpu",
-         "--forms", "attention", "atconv"]
+QUICK = [
+    "--preset",
+    "Tiny/2",
+    "--resolutions",
+    "32",
+    "--rounds",
+    "2",
+    "--device",
+    "cpu",
+    "--forms",
+    "attention",
+    "atconv",
+]
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +77,27 @@ def test_token_mixers_of_a_users_module_are_forms(main, tmp_path, capsys, monkey
     monkeypatch.setattr(MIXERS, "_entries", dict(MIXERS))
     monkeypatch.setattr(sys, "path", [*sys.path])
     try:
-        main([*QUICK, "--import", "my_table", "--forms", "atconv", "pooling", "my_mixers.POOLING", "--baseline",
-              "pooling", "--levels", "mixer", "block", "model", "train", "sampling", "--depth", "2"])
+        main(
+            [
+                *QUICK,
+                "--import",
+                "my_table",
+                "--forms",
+                "atconv",
+                "pooling",
+                "my_mixers.POOLING",
+                "--baseline",
+                "pooling",
+                "--levels",
+                "mixer",
+                "block",
+                "model",
+                "train",
+                "sampling",
+                "--depth",
+                "2",
+            ]
+        )
     finally:
         for module in ("my_mixers", "my_table"):
             sys.modules.pop(module, None)
@@ -85,7 +115,8 @@ def test_token_mixers_of_a_users_module_are_forms(main, tmp_path, capsys, monkey
         assert errors == [None] * 4  # the levels model and sampling have the same models
         assert f"Not checked: {form}, which has no second computation." in table
     assert {check["what"] for check in result["agreement"] if check["error"] is not None} == {
-        "atconv and PublishedATConv with the same weights"}
+        "atconv and PublishedATConv with the same weights"
+    }
     assert (tmp_path / "runs/speed/speed.png").exists()
 
 

@@ -27,9 +27,27 @@ from sit_atconv.training.config import parse
 from tests.conftest import ROOT, TINY_RUN, encode_argv, load_command, python, relative_error, working_folder
 
 TRAIN = "sit_atconv/train.py"
-EXACT = [*TINY_RUN, "--model.depth", "2", "--train.batch_size", "384", "--train.lr", "1e-3", "--train.lr_decay",
-         "cosine", "--train.warmup_steps", "1", "--train.weight_decay", "0.1", "--flow.class_dropout_prob", "0.3",
-         "--train.max_grad_norm", "1.0", "--train.ema_decay", "[0.9,0.5]"]
+EXACT = [
+    *TINY_RUN,
+    "--model.depth",
+    "2",
+    "--train.batch_size",
+    "384",
+    "--train.lr",
+    "1e-3",
+    "--train.lr_decay",
+    "cosine",
+    "--train.warmup_steps",
+    "1",
+    "--train.weight_decay",
+    "0.1",
+    "--flow.class_dropout_prob",
+    "0.3",
+    "--train.max_grad_norm",
+    "1.0",
+    "--train.ema_decay",
+    "[0.9,0.5]",
+]
 SMALL = [*TINY_RUN, "--model.depth", "1", "--train.batch_size", "64"]
 KINDS = [(1, 1), (2, 3), *(pytest.param(kind, marks=pytest.mark.slow) for kind in [(1, 3), (2, 1), (3, 1)])]
 
@@ -85,8 +103,9 @@ def test_a_killed_run_resumes_bitwise(launch, whole, tmp_path, kind):
     assert codes == [0] * processes and "step 2 of 4" in output and "->" not in output, output
     assert_same_run(whole(*kind), tmp_path / "run")
     half = state_of(whole(*kind), 2)["model/diffusion_pytorch_model.safetensors/final_layer.linear.weight"]
-    assert not torch.equal(half, state_of(whole(*kind), 4)["model/diffusion_pytorch_model.safetensors/"
-                                                           "final_layer.linear.weight"])
+    assert not torch.equal(
+        half, state_of(whole(*kind), 4)["model/diffusion_pytorch_model.safetensors/final_layer.linear.weight"]
+    )
 
 
 OWN_LOSS = """
@@ -122,9 +141,15 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize(("part", "processes"), [
-    ("an auxiliary loss", 1), ("Muon", 1), pytest.param("an auxiliary loss", 2, marks=pytest.mark.slow),
-    pytest.param("on a codec", 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("part", "processes"),
+    [
+        ("an auxiliary loss", 1),
+        ("Muon", 1),
+        pytest.param("an auxiliary loss", 2, marks=pytest.mark.slow),
+        pytest.param("on a codec", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_runs_with_an_auxiliary_loss_or_muon_resume_bitwise(launch, tmp_path, part, processes):
     (tmp_path / "own_loss.py").write_text(OWN_LOSS)
     argv = [*EXACT, *PARTS[part]]
@@ -190,8 +215,11 @@ class Plain(Objective):
 def test_an_objective_without_options_trains_and_logs_its_terms_separately(launch, tmp_path):
     (tmp_path / "plain.py").write_text(PLAIN_OBJECTIVE)
     (tmp_path / "own.yaml").write_text("{}")
-    codes, output = launch(TRAIN, ["--config", "own.yaml", *SMALL, "--train.steps", 1, "--flow", "plain.Plain", "--out",
-                                   "run"], folder=tmp_path)
+    codes, output = launch(
+        TRAIN,
+        ["--config", "own.yaml", *SMALL, "--train.steps", 1, "--flow", "plain.Plain", "--out", "run"],
+        folder=tmp_path,
+    )
     assert codes == [0] and list((tmp_path / "run" / "samples").glob("*.png")), output
     line = stats_of(tmp_path / "run")[-1]
     assert line["loss"] > 1 > line["flow/loss"] > 0
@@ -234,8 +262,9 @@ class Odd(Learning):
 
 def test_an_objective_that_overrides_velocity_is_needed_to_sample(launch, tmp_path):
     (tmp_path / "own_objective.py").write_text(OWN_OBJECTIVE)
-    codes, output = launch(TRAIN, [*SMALL, "--train.steps", 2, "--flow", "own_objective.Doubled", "--out", "run"],
-                           folder=tmp_path)
+    codes, output = launch(
+        TRAIN, [*SMALL, "--train.steps", 2, "--flow", "own_objective.Doubled", "--out", "run"], folder=tmp_path
+    )
     assert codes == [0], output
     recipe = recipe_of(tmp_path / "run", 2)
     assert recipe["objective"]["class_path"] == "own_objective.Doubled" and recipe["prediction"] == "velocity"
@@ -267,8 +296,17 @@ def test_a_run_killed_at_random_steps_resumes_bitwise(launch, tmp_path, processe
 @pytest.mark.parametrize("every", [pytest.param(13, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.scale)])
 def test_a_run_killed_at_any_write_resumes_bitwise(launch, tmp_path, processes, every):
     """The run is killed before it opens for writing, creates, renames or deletes a file or folder."""
-    argv = [*EXACT, "--train.accumulation", 3, "--train.steps", 3, "--train.checkpoint_every", 1,
-            "--train.keep_checkpoints", 1]
+    argv = [
+        *EXACT,
+        "--train.accumulation",
+        3,
+        "--train.steps",
+        3,
+        "--train.checkpoint_every",
+        1,
+        "--train.keep_checkpoints",
+        1,
+    ]
     codes, output = launch(TRAIN, [*argv, "--out", tmp_path / "whole"], processes)
     assert codes == [0] * processes, output
     for number in itertools.count(1, every):
@@ -297,11 +335,30 @@ def test_two_torchrun_agents_forward_a_signal_and_the_run_resumes(whole, tmp_pat
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        command = python("-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d",
-                         "--rdzv_endpoint", f"127.0.0.1:{port}", "--local_addr", "127.0.0.1", "--signals-to-handle",
-                         "SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout", 300, ROOT / TRAIN, *argv)
-        return [subprocess.Popen(command, stdout=open(tmp_path / f"{i}.txt", "a"), stderr=subprocess.STDOUT)
-                for i in range(2)]
+        command = python(
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            2,
+            "--nproc_per_node",
+            1,
+            "--rdzv_backend",
+            "c10d",
+            "--rdzv_endpoint",
+            f"127.0.0.1:{port}",
+            "--local_addr",
+            "127.0.0.1",
+            "--signals-to-handle",
+            "SIGTERM,SIGINT,SIGUSR1",
+            "--shutdown-timeout",
+            300,
+            ROOT / TRAIN,
+            *argv,
+        )
+        return [
+            subprocess.Popen(command, stdout=open(tmp_path / f"{i}.txt", "a"), stderr=subprocess.STDOUT)
+            for i in range(2)
+        ]
 
     agents = start()
     while not re.search(r"[0-3]/4 \[", "".join((tmp_path / f"{i}.txt").read_text() for i in range(2))):
@@ -349,8 +406,17 @@ def test_a_signal_to_one_process_saves_and_stops_all(launch, whole, tmp_path, nu
 
 def test_ctrl_c_prints_a_message_then_saves_and_exits(launch, tmp_path):
     """A terminal sends Ctrl-C to all processes."""
-    argv = [*SMALL, "--train.steps", 500, "--train.log_every", 1000, "--train.checkpoint_every", 1000,
-            "--out", tmp_path / "run"]
+    argv = [
+        *SMALL,
+        "--train.steps",
+        500,
+        "--train.log_every",
+        1000,
+        "--train.checkpoint_every",
+        1000,
+        "--out",
+        tmp_path / "run",
+    ]
     codes, output = launch(TRAIN, argv, 2, kill_at=3, kill_with=signal.SIGINT)
     assert codes == [0, 0] and "Traceback" not in output, output
     assert output.count("Ctrl-C: finishing and saving this step; press Ctrl-C again to exit at once") == 1, output
@@ -366,9 +432,13 @@ def test_a_second_ctrl_c_exits_while_saving(launch, tmp_path):
 
 
 def test_ctrl_c_during_imports_prints_one_line(tmp_path):
-    command = subprocess.Popen(python(ROOT / TRAIN, "--out", tmp_path / "run"), stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    command = subprocess.Popen(
+        python(ROOT / TRAIN, "--out", tmp_path / "run"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     while "libtorch" not in Path(f"/proc/{command.pid}/maps").read_text():
         assert command.poll() is None
         time.sleep(0.01)
@@ -448,8 +518,19 @@ def test_no_step_waits_for_the_device(launch, tmp_path):
     """In six more steps without a log line the host reads six more tensors: flags that have arrived."""
     counts = []
     for steps in (3, 9):
-        argv = [*SMALL, "--train.steps", steps, "--train.log_every", 100, "--train.checkpoint_every", 100,
-                "--train.max_grad_norm", 1.0, "--out", tmp_path / str(steps)]
+        argv = [
+            *SMALL,
+            "--train.steps",
+            steps,
+            "--train.log_every",
+            100,
+            "--train.checkpoint_every",
+            100,
+            "--train.max_grad_norm",
+            1.0,
+            "--out",
+            tmp_path / str(steps),
+        ]
         codes, output = launch(TRAIN, argv, die="waiting is counted")
         assert codes == [0], output
         counts.append(int(re.search(r"waited: (\d+)", output)[1]))
@@ -461,8 +542,21 @@ def test_the_held_out_loss_does_not_depend_on_processes(launch, tmp_path):
     losses = {}
     for processes, accumulation in ((1, 1), (2, 2)):
         run = tmp_path / f"{processes}"
-        argv = [*SMALL, "--data.held_out", 61, "--train.accumulation", accumulation, "--train.steps", 2,
-                "--train.held_out_every", 1, "--train.ema_decay", 0.0, "--out", run]
+        argv = [
+            *SMALL,
+            "--data.held_out",
+            61,
+            "--train.accumulation",
+            accumulation,
+            "--train.steps",
+            2,
+            "--train.held_out_every",
+            1,
+            "--train.ema_decay",
+            0.0,
+            "--out",
+            run,
+        ]
         codes, output = launch(TRAIN, argv, processes)
         assert codes == [0] * processes, output
         losses[processes] = [line["held_out_loss"] for line in stats_of(run)]
@@ -485,8 +579,21 @@ def test_a_warm_start_lists_what_starts_from_scratch(launch, tiny_run, tmp_path)
 
     The recipe keeps that the null label was trained, without label dropout and after a resume.
     """
-    argv = [*TINY_RUN, "--model.mixer", "attention", "--train.lr", 0, "--flow.class_dropout_prob", 0, "--init-from",
-            tiny_run, "--train.batch_size", 64, "--out", tmp_path / "run"]
+    argv = [
+        *TINY_RUN,
+        "--model.mixer",
+        "attention",
+        "--train.lr",
+        0,
+        "--flow.class_dropout_prob",
+        0,
+        "--init-from",
+        tiny_run,
+        "--train.batch_size",
+        64,
+        "--out",
+        tmp_path / "run",
+    ]
     codes, output = launch(TRAIN, [*argv, "--train.steps", 1])
     assert codes == [0] and f"started from {tiny_run} (EMA, step 4)" in output, output
     assert "mixers of all 4 blocks (3x3 ATConv there, attention here) start from scratch" in output
@@ -507,9 +614,29 @@ def test_the_recipe_records_empty_classes_and_an_untrained_null_label(launch, fa
     for i in hold_out(120, 2):  # the images in the order of their names
         labels[names.index(sorted(names)[i])][1] = 11
     (images / "dataset.json").write_text(json.dumps({"labels": labels}))
-    argv = [*TINY_RUN, "--data.images", images, "--data.image_size", 16, "--data.codec", "identity", "--model.depth", 1,
-            "--train.batch_size", 59, "--data.held_out", 2, "--flow.class_dropout_prob", 0, "--train.steps", 1,
-            "--preview.cfg", 1, "--out", tmp_path / "run"]
+    argv = [
+        *TINY_RUN,
+        "--data.images",
+        images,
+        "--data.image_size",
+        16,
+        "--data.codec",
+        "identity",
+        "--model.depth",
+        1,
+        "--train.batch_size",
+        59,
+        "--data.held_out",
+        2,
+        "--flow.class_dropout_prob",
+        0,
+        "--train.steps",
+        1,
+        "--preview.cfg",
+        1,
+        "--out",
+        tmp_path / "run",
+    ]
     error = fails(load_command(TRAIN).main, argv)
     assert "data.images" in error and "--data.keep_empty_classes true" in error
     codes, output = launch(TRAIN, [*argv, "--data.keep_empty_classes", "true"])
@@ -525,18 +652,55 @@ def test_an_unreadable_image_stops_training_with_one_line(launch, digit_folder, 
     images = shutil.copytree(digit_folder, tmp_path / "images")
     victim = next(images.rglob("*.png"))
     victim.write_bytes(victim.read_bytes()[:60])
-    argv = [*TINY_RUN, "--data.images", images, "--data.image_size", 16, "--data.codec", "identity",
-            "--train.batch_size", 120, "--model.depth", 1, "--data.num_workers", workers, "--out", tmp_path / "run"]
+    argv = [
+        *TINY_RUN,
+        "--data.images",
+        images,
+        "--data.image_size",
+        16,
+        "--data.codec",
+        "identity",
+        "--train.batch_size",
+        120,
+        "--model.depth",
+        1,
+        "--data.num_workers",
+        workers,
+        "--out",
+        tmp_path / "run",
+    ]
     codes, output = launch(TRAIN, argv)
     assert codes == [1] and "Traceback" not in output, output
-    assert re.search(rf"error: the training data cannot be read: .*{re.escape(victim.name)} .*: fix the file, or give "
-                     "--data.skip_unreadable true, which skips the file and records it", output), output
+    assert re.search(
+        rf"error: the training data cannot be read: .*{re.escape(victim.name)} .*: fix the file, or give "
+        "--data.skip_unreadable true, which skips the file and records it",
+        output,
+    ), output
 
 
 def skip_options(images, run, *options):
-    return [*TINY_RUN, "--data.images", images, "--data.image_size", 16, "--data.codec", "identity", "--model.depth", 1,
-            "--train.batch_size", 36, "--train.ema_decay", "[0.9,0.5]", "--data.held_out", 12,
-            "--data.skip_unreadable", "true", *options, "--out", run]
+    return [
+        *TINY_RUN,
+        "--data.images",
+        images,
+        "--data.image_size",
+        16,
+        "--data.codec",
+        "identity",
+        "--model.depth",
+        1,
+        "--train.batch_size",
+        36,
+        "--train.ema_decay",
+        "[0.9,0.5]",
+        "--data.held_out",
+        12,
+        "--data.skip_unreadable",
+        "true",
+        *options,
+        "--out",
+        run,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -743,8 +907,23 @@ def test_a_users_images_train_through_a_vae(launch, vae, tmp_path):
         picture = Image.fromarray(load_sample_image(f"{name}.jpg"))
         for i in range(2):
             picture.crop((i * 90, 40, i * 90 + 200, 240)).save(tmp_path / "images" / name / f"{i}.png")
-    options = [*TINY_RUN, "--data.images", tmp_path / "images", "--data.image_size", 32, "--data.mirror", "true",
-               "--train.batch_size", 4, "--train.steps", 2, "--out", tmp_path / "run", "--data.codec", vae]
+    options = [
+        *TINY_RUN,
+        "--data.images",
+        tmp_path / "images",
+        "--data.image_size",
+        32,
+        "--data.mirror",
+        "true",
+        "--train.batch_size",
+        4,
+        "--train.steps",
+        2,
+        "--out",
+        tmp_path / "run",
+        "--data.codec",
+        vae,
+    ]
     codes, output = launch(TRAIN, options)
     assert codes == [0], output
     weights = json.loads((tmp_path / "run" / "checkpoints" / "step-0000002" / "ema" / "config.json").read_text())
@@ -782,10 +961,25 @@ def test_cached_latents_resume_bitwise_with_other_workers(launch, latents, tmp_p
 def test_cached_latents_train_like_their_images(launch, latents, digit_folder, vae, tmp_path):
     """In float32 the losses agree up to rounding, with horizontal flips too."""
     losses = []
-    for name, options in (("cached", ["--data.latents", latents]),
-                          ("images", ["--data.images", digit_folder, "--data.image_size", 32, "--data.codec", vae])):
-        codes, output = launch(TRAIN, [*TINY_RUN, *options, "--data.mirror", "true", "--train.batch_size", 40,
-                                       "--train.steps", 3, "--out", tmp_path / name])
+    for name, options in (
+        ("cached", ["--data.latents", latents]),
+        ("images", ["--data.images", digit_folder, "--data.image_size", 32, "--data.codec", vae]),
+    ):
+        codes, output = launch(
+            TRAIN,
+            [
+                *TINY_RUN,
+                *options,
+                "--data.mirror",
+                "true",
+                "--train.batch_size",
+                40,
+                "--train.steps",
+                3,
+                "--out",
+                tmp_path / name,
+            ],
+        )
         assert codes == [0], output
         losses.append([json.loads(line)["loss"] for line in (tmp_path / name / "stats.jsonl").open()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 3
@@ -800,7 +994,7 @@ def test_other_data_are_refused(launch, fails, latents, digit_folder, vae, make_
     main = load_command(TRAIN).main
     assert "was encoded with" in fails(main, [*argv, "--data.codec", make_vae(1)])
     assert "was encoded at 32" in fails(main, [*argv, "--data.image_size", 64])
-    assert "kind latents -> digits" in fails(main, [*TINY_RUN, *argv[argv.index("--out"):]])
+    assert "kind latents -> digits" in fails(main, [*TINY_RUN, *argv[argv.index("--out") :]])
     shutil.rmtree(cached)
     codes, output = launch("sit_atconv/encode.py", [*encode_argv(digit_folder, vae, cached), "--dtype", "float16"])
     assert codes == [0], output
@@ -886,8 +1080,21 @@ def test_an_older_run_keeps_the_order_of_its_classes(launch, digit_folder, tmp_p
     images = tmp_path / "images"
     for name, digit in (("1", 1), ("2", 2), ("10", 3)):
         shutil.copytree(digit_folder / f"digit {digit}", images / name)
-    argv = [*TINY_RUN, "--data.images", images, "--data.image_size", 16, "--data.codec", "identity", "--model.depth", 1,
-            "--train.batch_size", 20, "--out", tmp_path / "run"]
+    argv = [
+        *TINY_RUN,
+        "--data.images",
+        images,
+        "--data.image_size",
+        16,
+        "--data.codec",
+        "identity",
+        "--model.depth",
+        1,
+        "--train.batch_size",
+        20,
+        "--out",
+        tmp_path / "run",
+    ]
     codes, output = launch(TRAIN, [*argv, "--train.steps", 1])
     assert codes == [0] and recipe_of(tmp_path / "run", 1)["class_names"] == ["1", "2", "10"], output
     described = json.loads((tmp_path / "run" / "data.json").read_text())

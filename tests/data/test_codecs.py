@@ -77,7 +77,11 @@ def test_a_description_opens_the_same_vae_and_rejects_another(vae_folder):
     description = VAECodec(vae_folder).describe()
     assert len(description["weights"]) == 64
     assert {key: value for key, value in description.items() if key not in ("source", "weights")} == {
-        "kind": "autoencoder_kl", "channels": 4, "downsample": 2, "scale": 0.5, "shift": 0.1,
+        "kind": "autoencoder_kl",
+        "channels": 4,
+        "downsample": 2,
+        "scale": 0.5,
+        "shift": 0.1,
     }
     assert open_codec(description).describe() == description
     with pytest.raises(ValueError, match=r"weights were trained .* codec than .* \(scale 0\.9 -> 0\.5\): give"):
@@ -87,8 +91,13 @@ def test_a_description_opens_the_same_vae_and_rejects_another(vae_folder):
 def test_a_config_without_scaling_factor_gets_that_of_sd_vae(vae_folder, tmp_path):
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path)
     config = tmp_path / "config.json"
-    config.write_text("\n".join(line for line in config.read_text().splitlines()
-                                if "scaling_factor" not in line and "shift_factor" not in line))
+    config.write_text(
+        "\n".join(
+            line
+            for line in config.read_text().splitlines()
+            if "scaling_factor" not in line and "shift_factor" not in line
+        )
+    )
     codec = VAECodec(str(tmp_path))
     assert (codec.scale, codec.shift) == (0.18215, 0.0)
 
@@ -123,19 +132,27 @@ def changed(vae_folder, folder, **config) -> str:
 def test_an_unusable_vae_is_refused_with_its_reason(vae_folder, tmp_path):
     shutil.copytree(vae_folder, tmp_path / "pipe" / "vae")
     (tmp_path / "pipe" / "model_index.json").write_text("{}")
-    AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
-                    num_decoder_blocks=(1, 1)).save_pretrained(tmp_path / "tiny")
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).save_pretrained(tmp_path / "tiny")
     for folder, message in [
         (tmp_path / "pipe", rf"pipe is a pipeline, not a VAE: give {tmp_path}/pipe/vae$"),
         (tmp_path / "tiny", "tiny is an AutoencoderTiny: give the folder or hub id of an AutoencoderKL"),
         (tmp_path / "tiny" / "config.json", r"config\.json is a file, and a VAE is a folder"),
-        (changed(vae_folder, tmp_path / "other", latent_channels=8),
-         r"decoder\.conv_in\.weight is \(8, 4, 3, 3\), not \(8, 8, 3, 3\), .* and 4 more"),
+        (
+            changed(vae_folder, tmp_path / "other", latent_channels=8),
+            r"decoder\.conv_in\.weight is \(8, 4, 3, 3\), not \(8, 8, 3, 3\), .* and 4 more",
+        ),
         (changed(vae_folder, tmp_path / "null", scaling_factor=None), "null has scaling_factor None in its config"),
         (changed(vae_folder, tmp_path / "half", latents_mean=[0.0] * 4, shift_factor=0.0), "latents_std to 4 values"),
         (changed(vae_folder, tmp_path / "both", latents_mean=[0.0] * 4, latents_std=[1.0] * 4), "remove shift_factor"),
-        (changed(vae_folder, tmp_path / "short", latents_mean=[0.0], latents_std=[1.0], shift_factor=None),
-         "latents_std to 4 values"),
+        (
+            changed(vae_folder, tmp_path / "short", latents_mean=[0.0], latents_std=[1.0], shift_factor=None),
+            "latents_std to 4 values",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             VAECodec(str(folder))
@@ -161,11 +178,13 @@ def test_a_local_folder_is_stored_as_its_absolute_path(vae_folder, tmp_path):
         descriptions = [VAECodec(source).describe() for source in ("vae", "./vae", "../here/vae")]
     assert {description["source"] for description in descriptions} == {str(tmp_path / "here" / "vae")}
     assert open_codec(descriptions[0]).describe() == VAECodec(vae_folder).describe() | {
-        "source": str(tmp_path / "here" / "vae")}
+        "source": str(tmp_path / "here" / "vae")
+    }
 
 
 @pytest.mark.parametrize(
-    "source", ["/gone/vae", "./gone", "../gone/vae", "~/vae", "gone", "a/b/c", "a\\b/c", "here/gone"])
+    "source", ["/gone/vae", "./gone", "../gone/vae", "~/vae", "gone", "a/b/c", "a\\b/c", "here/gone"]
+)
 def test_a_missing_path_is_never_sent_to_the_hub(source, tmp_path, monkeypatch):
     def ask(*args, **options):
         assert options["local_files_only"]

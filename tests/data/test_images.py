@@ -106,8 +106,14 @@ def test_classes_named_by_numbers_are_in_numerical_order(tmp_path):
 
 def test_rules_1_keep_labels_and_digest_of_old_data_sets(tmp_path):
     """The digests are those stored in runs and latents of that time."""
-    names = ["10/a.png", "2/b.JPG", "@eaDir/d.tif", "cafe\u0301/e.webp", os.fsdecode(b"fl\xff/g.bmp"),
-             "n01440764/f.jpeg"]
+    names = [
+        "10/a.png",
+        "2/b.JPG",
+        "@eaDir/d.tif",
+        "cafe\u0301/e.webp",
+        os.fsdecode(b"fl\xff/g.bmp"),
+        "n01440764/f.jpeg",
+    ]
     touch(tmp_path, *names, "2/c.gif", "n01440764/notes.txt")
     images = ImageFolder(tmp_path, 8, rules=1)
     assert images.class_names == ("10", "2", "@eaDir", "cafe\u0301", "fl\ufffd", "n01440764")
@@ -121,8 +127,18 @@ def test_rules_1_keep_labels_and_digest_of_old_data_sets(tmp_path):
 
 
 def test_files_that_pillow_reads_are_images_and_the_others_are_counted(tmp_path):
-    touch(tmp_path, "a/1.GIF", "a/2.jfif", "a/3.pgm", "b/4.jp2", "b/5.tga", "b/notes.txt", "b/2.TXT", "a/film.mp4",
-          "README")
+    touch(
+        tmp_path,
+        "a/1.GIF",
+        "a/2.jfif",
+        "a/3.pgm",
+        "b/4.jp2",
+        "b/5.tga",
+        "b/notes.txt",
+        "b/2.TXT",
+        "a/film.mp4",
+        "README",
+    )
     images = ImageFolder(tmp_path, 8)
     assert list(labels_of(tmp_path).values()) == ["a", "a", "a", "b", "b"]
     assert images.left_out == {".txt": 2, "(none)": 1, ".mp4": 1}
@@ -130,8 +146,18 @@ def test_files_that_pillow_reads_are_images_and_the_others_are_counted(tmp_path)
 
 
 def test_litter_of_file_systems_is_ignored(tmp_path):
-    touch(tmp_path, "a/1.png", "a/@eaDir/1.png/SYNOPHOTO_THUMB_M.jpg", "@eaDir/2.jpg", "__MACOSX/a/._1.png",
-          "a/Thumbs.db", "lost+found/3.jpg", "Desktop.ini", ".DS_Store", "a/.hidden.txt")
+    touch(
+        tmp_path,
+        "a/1.png",
+        "a/@eaDir/1.png/SYNOPHOTO_THUMB_M.jpg",
+        "@eaDir/2.jpg",
+        "__MACOSX/a/._1.png",
+        "a/Thumbs.db",
+        "lost+found/3.jpg",
+        "Desktop.ini",
+        ".DS_Store",
+        "a/.hidden.txt",
+    )
     assert labels_of(tmp_path) == {"a/1.png": "a"} and ImageFolder(tmp_path, 8).left_out == {}
 
 
@@ -230,8 +256,10 @@ def test_labels_without_images_are_refused_unless_kept(photographs, rules):
     with pytest.raises(ValueError, match=r"\.json begins its labels at 1 and gives no image the labels 0: renumber"):
         ImageFolder(photographs, 8, rules=rules)
     write_labels(photographs, [[name, 7 * i] for i, name in enumerate(names)])
-    message = (r"gives no image the labels 1, 2, 3, 4, 5, 6, 8, 9, 10, 11 and 8 more: renumber the labels, or keep "
-               r"these classes empty with --keep-empty-classes \(training: --data\.keep_empty_classes true\)")
+    message = (
+        r"gives no image the labels 1, 2, 3, 4, 5, 6, 8, 9, 10, 11 and 8 more: renumber the labels, or keep "
+        r"these classes empty with --keep-empty-classes \(training: --data\.keep_empty_classes true\)"
+    )
     with pytest.raises(ValueError, match=message):
         ImageFolder(photographs, 8, rules=rules)
     images = ImageFolder(photographs, 8, rules=rules, keep_empty_classes=True)
@@ -246,11 +274,17 @@ def test_all_problems_of_a_dataset_json_are_listed_at_once(photographs):
         ImageFolder(photographs, 8)
     first, *faults = str(error.value).splitlines()
     assert first == f"{photographs / 'dataset.json'} is wrong:"
-    for fault, expected in zip(faults, (
-        f"gives {grey} the label '1' and 1 more: labels are whole", f"gives {colour} 2 different labels",
-        f"gives no label to {others[1]}", "labels images that do not exist: gone.png",
-        "gives no image the labels 0, 1, 2, 3: renumber",
-    ), strict=True):
+    for fault, expected in zip(
+        faults,
+        (
+            f"gives {grey} the label '1' and 1 more: labels are whole",
+            f"gives {colour} 2 different labels",
+            f"gives no label to {others[1]}",
+            "labels images that do not exist: gone.png",
+            "gives no image the labels 0, 1, 2, 3: renumber",
+        ),
+        strict=True,
+    ):
         assert expected in fault
 
 

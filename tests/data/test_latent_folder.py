@@ -26,9 +26,21 @@ from sit_atconv.runtime.files import sha256_of
 
 def settings(**options) -> LatentSettings:
     """Returns the settings of small shards with made-up values."""
-    values = dict(num_images=4, files="", image_size=2, crop="", codec={}, precision="fp32", slicing=False,
-                  tiling=False, mirrored=False, dtype="float32", moments_shape=[2, 2, 2], batch_size=4,
-                  images_per_shard=4)
+    values = dict(
+        num_images=4,
+        files="",
+        image_size=2,
+        crop="",
+        codec={},
+        precision="fp32",
+        slicing=False,
+        tiling=False,
+        mirrored=False,
+        dtype="float32",
+        moments_shape=[2, 2, 2],
+        batch_size=4,
+        images_per_shard=4,
+    )
     return LatentSettings(**values | options)
 
 
@@ -89,8 +101,15 @@ def test_settings_without_rules_and_parts_are_written_as_before_these_fields_exi
     assert b"enlarged" not in folder.shard(0).read_bytes() and open_shard(folder.shard(0)).enlarged is None
 
 
-@pytest.mark.parametrize("later", [{"enlarged": 0}, {"keep_empty_classes": True}, {"settings": settings(rules=2)},
-                                   {"settings": settings().extended(1, "", ["x"])}])
+@pytest.mark.parametrize(
+    "later",
+    [
+        {"enlarged": 0},
+        {"keep_empty_classes": True},
+        {"settings": settings(rules=2)},
+        {"settings": settings().extended(1, "", ["x"])},
+    ],
+)
 def test_an_index_that_older_code_cannot_read_has_another_format(tmp_path, later):
     index = dataclasses.replace(LatentIndex(4, "vae", settings(), ["x"], [4], {}, [], {}), **later)
     write_index(tmp_path, index)
@@ -102,8 +121,9 @@ def test_classes_without_images_are_a_fault_unless_the_user_kept_them(copy):
     names, counts = [*index.class_names, "moth", " "], [*index.class_counts, 0, 0]
     more = dataclasses.replace(index, class_names=names, class_counts=counts)
     write_index(copy, more)
-    assert verify(copy) == [f"{copy} has 2 classes without images: 10 ('moth'), 11 (' '): encode with "
-                            "--keep-empty-classes to keep them"]
+    assert verify(copy) == [
+        f"{copy} has 2 classes without images: 10 ('moth'), 11 (' '): encode with --keep-empty-classes to keep them"
+    ]
     write_index(copy, dataclasses.replace(more, keep_empty_classes=True))
     assert verify(copy) == []
 
@@ -206,8 +226,9 @@ def test_verify_finds_wrong_class_counts(copy):
     index = read_index(copy)
     index.class_counts[3] += 1
     write_index(copy, index)
-    assert verify(copy) == [f"class digit 3 has {index.class_counts[3] - 1} images, and "
-                            f"the index says {index.class_counts[3]}"]
+    assert verify(copy) == [
+        f"class digit 3 has {index.class_counts[3] - 1} images, and the index says {index.class_counts[3]}"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -226,11 +247,14 @@ def test_a_damaged_index_is_refused(copy, spoil, message):
         read_index(copy)
 
 
-@pytest.mark.parametrize(("versions", "writer"), [
-    ({"sit_atconv": "7.1.0", "torch": "3.0"}, "sit_atconv 7.1.0"),
-    ({"torch": "3.0"}, "a later version"),
-    (None, "a later version"),
-])
+@pytest.mark.parametrize(
+    ("versions", "writer"),
+    [
+        ({"sit_atconv": "7.1.0", "torch": "3.0"}, "sit_atconv 7.1.0"),
+        ({"torch": "3.0"}, "a later version"),
+        (None, "a later version"),
+    ],
+)
 def test_an_index_of_a_later_version_is_refused_with_that_version_and_the_remedy(copy, versions, writer):
     path = copy / "index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 9, "versions": versions, "new_field": 1}))

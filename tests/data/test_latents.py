@@ -32,7 +32,9 @@ def test_the_latents_are_the_moments_of_plain_and_flipped_images(latents, digit_
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("bfloat16", 8e-3)])
-def test_stored_latents_decode_as_those_straight_from_the_vae(launch, latents, digit_folder, vae, tmp_path, dtype, tolerance):
+def test_stored_latents_decode_as_those_straight_from_the_vae(
+    launch, latents, digit_folder, vae, tmp_path, dtype, tolerance
+):
     argv = encode_argv(digit_folder, vae, tmp_path / "half")
     argv[argv.index("--dtype") + 1] = dtype
     codes, output = launch("sit_atconv/encode.py", argv)
@@ -80,7 +82,9 @@ def test_unusable_latents_and_options_are_refused(latents, vae, make_vae, tmp_pa
         DataConfig(latents=str(latents), codec=str(make_vae(1))).open()
     with pytest.raises(ValueError, match=r"was encoded with another codec than .*\(scale 0\.5 -> 0\.25\)"):
         DataConfig(latents=str(latents), codec=str(make_vae(scaling_factor=0.25))).open()
-    with pytest.raises(ValueError, match=r"no VAE could be loaded from '/nowhere/vae'.*Set --data\.codec to the folder"):
+    with pytest.raises(
+        ValueError, match=r"no VAE could be loaded from '/nowhere/vae'.*Set --data\.codec to the folder"
+    ):
         DataConfig(latents=str(latents), codec="/nowhere/vae").open()
     with pytest.raises(ValueError, match=r"data\.images here and data\.latents .*: give one of them"):
         DataConfig(images="here", latents=str(latents)).open()

@@ -79,8 +79,18 @@ def pixels(picture: Image.Image) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("mode", "suffix"), [("RGB", "png"), ("RGBA", "png"), ("P", "png"), ("L", "png"), ("LA", "png"), ("1", "png"),
-                         ("CMYK", "tif"), ("I;16", "png"), ("I;16", "tif")],
+    ("mode", "suffix"),
+    [
+        ("RGB", "png"),
+        ("RGBA", "png"),
+        ("P", "png"),
+        ("L", "png"),
+        ("LA", "png"),
+        ("1", "png"),
+        ("CMYK", "tif"),
+        ("I;16", "png"),
+        ("I;16", "tif"),
+    ],
 )
 def test_every_pixel_format_is_read_correctly(photograph, tmp_path, mode, suffix):
     grey = photograph.convert("L")
@@ -176,8 +186,11 @@ def test_the_size_before_the_crop_is_that_of_the_upright_picture(photograph, tmp
 
 def test_the_error_for_a_large_scan_names_the_option_that_reads_it(tmp_path):
     Image.new("1", (1000, 451)).save(tmp_path / "scan.png")
-    with pytest.raises(ValueError, match=r"it has 0\.5 megapixels, more than --max-megapixels 0\.4 allows \(training: "
-                                         r"--data\.max_megapixels\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"it has 0\.5 megapixels, more than --max-megapixels 0\.4 allows \(training: "
+        r"--data\.max_megapixels\)",
+    ):
         read_image(tmp_path / "scan.png", 8, max_megapixels=0.4)
     assert read_image(tmp_path / "scan.png", 8, max_megapixels=0.5).shape == (3, 8, 8)
 

@@ -24,9 +24,13 @@ def make_dinov2(width=128, depth=2, side=37):
         return std * torch.randn(shape, generator=generator)
 
     weights = {
-        "cls_token": draw(1, 1, width), "pos_embed": draw(1, 1 + side**2, width, std=0.5),
-        "mask_token": draw(1, width), "patch_embed.proj.weight": draw(width, 3, 14, 14),
-        "patch_embed.proj.bias": draw(width), "norm.weight": 1 + draw(width), "norm.bias": draw(width),
+        "cls_token": draw(1, 1, width),
+        "pos_embed": draw(1, 1 + side**2, width, std=0.5),
+        "mask_token": draw(1, width),
+        "patch_embed.proj.weight": draw(width, 3, 14, 14),
+        "patch_embed.proj.bias": draw(width),
+        "norm.weight": 1 + draw(width),
+        "norm.bias": draw(width),
     }
     for i in range(depth):
         for layer, out, into in [("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4)]:
@@ -58,18 +62,24 @@ def bicubic(size, new_size, scale):
 def cls_token(weights, images):
     """Returns the normalised CLS token (B, C) for uint8 (B, 3, H, W), written out in float64."""
     w = {name: tensor.double() for name, tensor in weights.items()}
-    pixels = np.stack([  # Pillow resizes as torch does with antialiasing; mode F does not round
-        [np.asarray(Image.fromarray(plane.astype(np.float32)).resize((224, 224), Image.Resampling.BICUBIC))
-         for plane in image] for image in images.numpy()])
+    pixels = np.stack(
+        [  # Pillow resizes as torch does with antialiasing; mode F does not round
+            [
+                np.asarray(Image.fromarray(plane.astype(np.float32)).resize((224, 224), Image.Resampling.BICUBIC))
+                for plane in image
+            ]
+            for image in images.numpy()
+        ]
+    )
     mean, std = (torch.tensor(v).double().view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     x = (torch.from_numpy(pixels).double() / 255 - mean) / std
-    patches = x.unfold(2, 14, 14).unfold(3, 14, 14)                                  # (B, 3, 16, 16, 14, 14)
+    patches = x.unfold(2, 14, 14).unfold(3, 14, 14)  # (B, 3, 16, 16, 14, 14)
     x = torch.einsum("bcijhw,dchw->bijd", patches, w["patch_embed.proj.weight"]) + w["patch_embed.proj.bias"]
     side, width = round((w["pos_embed"].shape[1] - 1) ** 0.5), x.shape[-1]
     matrix = bicubic(side, 16, side / 16.1)
     positions = w["pos_embed"][0, 1:].view(side, side, width)
     x = (x + torch.einsum("ip,jq,pqd->ijd", matrix, matrix, positions)).flatten(1, 2)
-    x = torch.cat([(w["cls_token"] + w["pos_embed"][:, :1]).expand(len(x), -1, -1), x], 1)    # (B, 257, C)
+    x = torch.cat([(w["cls_token"] + w["pos_embed"][:, :1]).expand(len(x), -1, -1), x], 1)  # (B, 257, C)
 
     def norm(x, name):
         x = x - x.mean(-1, keepdim=True)

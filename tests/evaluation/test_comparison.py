@@ -30,18 +30,44 @@ from sit_atconv.runtime.installation import command
 FOLDER = "step0400000-cfg{cfg:g}-{solver}{steps}-balanced-seed0-n{num}"
 
 
-def record(fid=3.0, model="atconv", step=400000, cfg=1.5, solver="heun", steps=12, num=1000, labels="balanced",
-           reference="ab" * 32, seed=0, device="cuda", **subject):
+def record(
+    fid=3.0,
+    model="atconv",
+    step=400000,
+    cfg=1.5,
+    solver="heun",
+    steps=12,
+    num=1000,
+    labels="balanced",
+    reference="ab" * 32,
+    seed=0,
+    device="cuda",
+    **subject,
+):
     """Returns an evaluation whose group values share the noise of all others and have a little of their own."""
     without = [fid + 0.3 * math.sin(i) + 0.02 * math.cos(i * fid) for i in range(20)]
     sampler = {"cfg": cfg, "solver": solver, "steps": steps, "times": None, "cfg_interval": [0.0, 1.0]}
     return Evaluation(
-        {f"FID-{num}": Score(fid, jackknife_error(without), without), "IS": Score(100 - fid, 1.5),
-         "recall": Score(0.61)},
-        {"samples": {"num": num, "image_size": [8, 8], "labels": labels, "sampler": sampler},
-         "reference": {"num": 1797, "content": reference}, "extractor": {"name": "inception", "sha256": "cd" * 32}},
-        {"ckpt": f"runs/{model}", "step": step, "weights": f"{model} {step}", "seed": seed, "device": device,
-         "processes": 1, "images_per_second": (50 if model == "atconv" else 40) / steps, **subject},
+        {
+            f"FID-{num}": Score(fid, jackknife_error(without), without),
+            "IS": Score(100 - fid, 1.5),
+            "recall": Score(0.61),
+        },
+        {
+            "samples": {"num": num, "image_size": [8, 8], "labels": labels, "sampler": sampler},
+            "reference": {"num": 1797, "content": reference},
+            "extractor": {"name": "inception", "sha256": "cd" * 32},
+        },
+        {
+            "ckpt": f"runs/{model}",
+            "step": step,
+            "weights": f"{model} {step}",
+            "seed": seed,
+            "device": device,
+            "processes": 1,
+            "images_per_second": (50 if model == "atconv" else 40) / steps,
+            **subject,
+        },
         {},
     )
 
@@ -70,43 +96,59 @@ def save(tmp_path):
 @pytest.fixture
 def read(save):
     return lambda *evaluations, baseline="1", metric="FID": read_comparison(
-        save(*evaluations), None, baseline, metric, [])
+        save(*evaluations), None, baseline, metric, []
+    )
 
 
 def column(comparison, start):
     return [next(value for name, value in row.items() if name.startswith(start)) for row in rows(comparison)]
 
 
-@pytest.mark.parametrize(("subject", "model"), [
-    ({"ckpt": "runs/x", "path": "elsewhere"}, "runs/x"), ({"ckpt": "/checkpoints/x.pt"}, "/checkpoints/x.pt"),
-    ({"ckpt": "runs/x/checkpoints/step-0000400/ema-0.999"}, "runs/x"), ({"path": "published.npz"}, "published.npz"),
-    ({"path": "runs/x/samples/step0000400-cfg2-heun12"}, "runs/x"), ({}, "."),
-])
+@pytest.mark.parametrize(
+    ("subject", "model"),
+    [
+        ({"ckpt": "runs/x", "path": "elsewhere"}, "runs/x"),
+        ({"ckpt": "/checkpoints/x.pt"}, "/checkpoints/x.pt"),
+        ({"ckpt": "runs/x/checkpoints/step-0000400/ema-0.999"}, "runs/x"),
+        ({"path": "published.npz"}, "published.npz"),
+        ({"path": "runs/x/samples/step0000400-cfg2-heun12"}, "runs/x"),
+        ({}, "."),
+    ],
+)
 def test_the_model_is_the_folder_of_its_run(subject, model):
     assert Run("", Evaluation({}, {}, subject, {})).model == Path(model)
 
 
-@pytest.mark.parametrize(("paths", "names"), [
-    (["x/samples/step1-cfg1-heun12-n50/scores-a", "x/samples/step1-cfg2-heun12-n50/scores-a"], ["cfg1", "cfg2"]),
-    (["runs/net-a/samples/cfg1-heun12/scores-x", "runs/net-b/samples/cfg1-heun12/scores-x"], ["a", "b"]),
-    (["runs/a/samples/cfg1-n5/scores-x", "runs/b/samples/cfg2-n5/scores-x"], ["a/cfg1", "b/cfg2"]),
-    (["s/cfg1/scores-digits", "s/cfg1/scores-inception"], ["digits", "inception"]),
-    (["s/cfg1/scores-x", "s/cfg1-compiled/scores-x"], ["cfg1", "cfg1-compiled"]),  # "cfg1" alone would become empty
-    (["s/a-b/scores-x", "s/b-a/scores-x"], ["a-b", "b-a"]),
-    (["published/scores-x", "runs/x/samples/cfg1-n5/scores-x", "runs/x/samples/cfg2-n5/scores-x"],
-     ["published", "cfg1", "cfg2"]),
-    (["sit/scores-x", "runs/net-a/samples/1/scores-x", "runs/net-b/samples/1/scores-x"], ["sit", "a/1", "b/1"]),
-    (["/w/sit-xl/scores-x", "/w/runs/y/samples/cfg1-n5/scores-x"], ["sit-xl", "cfg1-n5"]),
-    (["published/dit", "published/sit", "x/cfg1-n5/scores-x"], ["published/dit", "published/sit", "cfg1-n5/scores-x"]),
-    (["s/a/scores-x", "elsewhere/s/a/scores-x"], ["s/a", "elsewhere/s/a"]),
-    (["runs/x/samples/cfg1-heun12/scores-x"], ["cfg1-heun12"]), (["runs/x/mine"], ["mine"]),
-])
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["x/samples/step1-cfg1-heun12-n50/scores-a", "x/samples/step1-cfg2-heun12-n50/scores-a"], ["cfg1", "cfg2"]),
+        (["runs/net-a/samples/cfg1-heun12/scores-x", "runs/net-b/samples/cfg1-heun12/scores-x"], ["a", "b"]),
+        (["runs/a/samples/cfg1-n5/scores-x", "runs/b/samples/cfg2-n5/scores-x"], ["a/cfg1", "b/cfg2"]),
+        (["s/cfg1/scores-digits", "s/cfg1/scores-inception"], ["digits", "inception"]),
+        (["s/cfg1/scores-x", "s/cfg1-compiled/scores-x"], ["cfg1", "cfg1-compiled"]),  # "cfg1" alone would become empty
+        (["s/a-b/scores-x", "s/b-a/scores-x"], ["a-b", "b-a"]),
+        (
+            ["published/scores-x", "runs/x/samples/cfg1-n5/scores-x", "runs/x/samples/cfg2-n5/scores-x"],
+            ["published", "cfg1", "cfg2"],
+        ),
+        (["sit/scores-x", "runs/net-a/samples/1/scores-x", "runs/net-b/samples/1/scores-x"], ["sit", "a/1", "b/1"]),
+        (["/w/sit-xl/scores-x", "/w/runs/y/samples/cfg1-n5/scores-x"], ["sit-xl", "cfg1-n5"]),
+        (
+            ["published/dit", "published/sit", "x/cfg1-n5/scores-x"],
+            ["published/dit", "published/sit", "cfg1-n5/scores-x"],
+        ),
+        (["s/a/scores-x", "elsewhere/s/a/scores-x"], ["s/a", "elsewhere/s/a"]),
+        (["runs/x/samples/cfg1-heun12/scores-x"], ["cfg1-heun12"]),
+        (["runs/x/mine"], ["mine"]),
+    ],
+)
 def test_names_are_the_parts_of_the_paths_that_differ(paths, names):
     assert distinct_names(paths_to_name([Path(path + ".json") for path in paths])) == names
 
 
 def test_each_file_is_read_once_and_a_folder_may_hold_several(save):
-    folder, = save(record())
+    (folder,) = save(record())
     (folder / "scores-digits.json").write_bytes((folder / "scores-inception.json").read_bytes())
     (folder / "scores.json").write_text("{}")
     found = read_comparison([folder, folder / "scores-digits.json", folder / ".." / folder.name], None, "1", "FID", [])
@@ -124,8 +166,11 @@ def test_errors_name_what_cannot_be_compared(save, tmp_path):
         ([tmp_path / "empty"], {}, r"empty contains neither scores-\*\.json nor samples: give a folder"),
         ([tmp_path / "samples"], {}, "samples contains no scores-.*: evaluate it first"),
         ([tmp_path / "list.json"], {}, "list.json is not an evaluation"),
-        ([tmp_path / "list.json", tmp_path / "empty", tmp_path / "empty"], {},
-         r"none of these is an evaluation \(1 JSON file, 2 folders without scores-\*.json\): evaluate samples first"),
+        (
+            [tmp_path / "list.json", tmp_path / "empty", tmp_path / "empty"],
+            {},
+            r"none of these is an evaluation \(1 JSON file, 2 folders without scores-\*.json\): evaluate samples first",
+        ),
         (folders, {"names": ["a"]}, "1 names for 2 evaluations: give one for each of cfg1.5, cfg2$"),
         (folders, {"names": ["a", "a"]}, "'a', 'a' are not distinct"),
         (folders, {"names": ["a", " "]}, "not distinct, or empty"),
@@ -177,13 +222,26 @@ def test_differences_are_paired_and_need_the_same_measurement(read):
 
 
 def test_the_table_has_scores_and_errors_and_bold_differences_beyond_two_errors(read):
-    runs = [record(3.0), record(2.5, cfg=2.0), record(2.99, cfg=3.0),
-            record(1.0, cfg=4.0, num=500, images_per_second=None)]
+    runs = [
+        record(3.0),
+        record(2.5, cfg=2.0),
+        record(2.99, cfg=3.0),
+        record(1.0, cfg=4.0, num=500, images_per_second=None),
+    ]
     comparison = read(*runs)
     lines = to_markdown(comparison).splitlines()
     head, *body = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| ")]
-    assert head == ["name", "FID-1000", "FID-500", "IS", "recall", "difference in FID-1000", "images/s",
-                    "training step", "protocol: baseline → its own"]
+    assert head == [
+        "name",
+        "FID-1000",
+        "FID-500",
+        "IS",
+        "recall",
+        "difference in FID-1000",
+        "images/s",
+        "training step",
+        "protocol: baseline → its own",
+    ]
     first, better, same, fewer = (dict(zip(head, row, strict=True)) for row in body[1:])
     assert first["name"].endswith(" (baseline)") and first["difference in FID-1000"] == first[head[-1]] == ""
     assert first["FID-1000"] == str(runs[0].scores["FID-1000"]) and " ± " in first["FID-1000"]
@@ -240,24 +298,37 @@ def test_protocol_differences_in_words_are_short():
 
 def test_lines_join_runs_that_agree_in_everything_else():
     runs = named(
-        a=record(steps=25), b=record(steps=6), c=record(cfg=2.0, steps=6), d=record(steps=50, seed=1),
-        e=record(reference=""), f=record(step=1), g=record(model="attention"), h=record(model="attention", steps=25),
+        a=record(steps=25),
+        b=record(steps=6),
+        c=record(cfg=2.0, steps=6),
+        d=record(steps=50, seed=1),
+        e=record(reference=""),
+        f=record(step=1),
+        g=record(model="attention"),
+        h=record(model="attention", steps=25),
         i=record(cfg=2.0, solver="unipc"),
     )
 
     def joined(along, runs=runs):
         return [(model, settings, [(x, run.name) for x, run in line]) for model, settings, line in trend(runs, along)]
 
-    assert joined("samples.sampler.steps") == [("atconv", "", [(6, "b"), (25, "a")]),
-                                               ("attention", "", [(12, "g"), (25, "h")])]
+    assert joined("samples.sampler.steps") == [
+        ("atconv", "", [(6, "b"), (25, "a")]),
+        ("attention", "", [(12, "g"), (25, "h")]),
+    ]
     assert joined("samples.sampler.cfg") == [("atconv", "", [(1.5, "b"), (2.0, "c")])]
     assert joined("step") == [] and trend([], "step") == []
     trained = named(
-        v=record(step=2, cfg=4.0), w=record(step=3, cfg=4.0, ckpt="runs/atconv/checkpoints/step-03/ema"),
-        x=record(step=2), y=record(step=1), z=record(step=3, model="attention"),
+        v=record(step=2, cfg=4.0),
+        w=record(step=3, cfg=4.0, ckpt="runs/atconv/checkpoints/step-03/ema"),
+        x=record(step=2),
+        y=record(step=1),
+        z=record(step=3, model="attention"),
     )
-    assert joined("step", trained) == [("atconv", "cfg 4", [(2, "v"), (3, "w")]),
-                                       ("atconv", "cfg 1.5", [(1, "y"), (2, "x")])]
+    assert joined("step", trained) == [
+        ("atconv", "cfg 4", [(2, "v"), (3, "w")]),
+        ("atconv", "cfg 1.5", [(1, "y"), (2, "x")]),
+    ]
 
 
 def test_lines_of_two_emas_of_one_run_have_different_labels():
@@ -279,8 +350,9 @@ def charts(save, tmp_path, monkeypatch):
 
     def draw(*evaluations, metric="FID"):
         figures = {}
-        monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: figures.update({path.name: self}) or
-                            path.write_text(""))
+        monkeypatch.setattr(
+            Figure, "savefig", lambda self, path, **options: figures.update({path.name: self}) or path.write_text("")
+        )
         report = compare(save(*evaluations), tmp_path / "out", metric=metric)
         return {name.removeprefix(".partial-"): figure for name, figure in figures.items()}, "\n".join(report.messages)
 
@@ -289,14 +361,21 @@ def charts(save, tmp_path, monkeypatch):
 
 def lines_of(figure):
     """Returns label -> (points, lengths of error bars)."""
-    axes, = figure.axes
-    return {bars.get_label(): (bars[0].get_xydata().tolist(), [segment[1][1] - segment[0][1] for segment in
-                                                              bars[2][0].get_segments()]) for bars in axes.containers}
+    (axes,) = figure.axes
+    return {
+        bars.get_label(): (
+            bars[0].get_xydata().tolist(),
+            [segment[1][1] - segment[0][1] for segment in bars[2][0].get_segments()],
+        )
+        for bars in axes.containers
+    }
 
 
 def test_charts_show_scores_with_two_standard_errors(charts):
-    grid = [record(fid, model, cfg=cfg, steps=steps) for fid, (model, cfg, steps) in
-            enumerate(itertools.product(("atconv", "attention"), (1.5, 2.0), (6, 12)), 2)]
+    grid = [
+        record(fid, model, cfg=cfg, steps=steps)
+        for fid, (model, cfg, steps) in enumerate(itertools.product(("atconv", "attention"), (1.5, 2.0), (6, 12)), 2)
+    ]
     figures, said = charts(*grid)
     assert sorted(figures) == ["fid-cfg.png", "fid-steps.png", "pareto.png"]
     assert "no fid-training.png: no two runs differ in the training step alone" in said
@@ -305,7 +384,7 @@ def test_charts_show_scores_with_two_standard_errors(charts):
     points, bars = drawn["atconv, cfg 2"]
     assert points == [[6, 4.0], [12, 5.0]]
     assert bars == pytest.approx([4 * e.scores["FID-1000"].error for e in grid[2:4]])
-    axes, = figures["fid-steps.png"].axes
+    (axes,) = figures["fid-steps.png"].axes
     assert axes.get_ylabel() == "FID-1000 (lower is better)\nbars: two standard errors to each side"
     assert axes.get_xlabel() == "steps of the sampler" and [t.get_text() for t in axes.get_xticklabels()] == ["6", "12"]
     styles = {bars.get_label(): (bars[0].get_color(), bars[0].get_linestyle()) for bars in axes.containers}
@@ -321,7 +400,7 @@ def test_the_pareto_chart_names_all_points_and_keeps_other_hardware_off_its_fron
     elsewhere = record(1.0, cfg=9.0, steps=1, device="cpu", solver="a_long_name_of_a_solver")
     figures, said = charts(*runs, elsewhere)
     figure = figures["pareto.png"]
-    axes, = figure.axes
+    (axes,) = figure.axes
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw(renderer)
     labels = [text for text in axes.texts if isinstance(text, Annotation)]
@@ -329,8 +408,9 @@ def test_the_pareto_chart_names_all_points_and_keeps_other_hardware_off_its_fron
     boxes = [Text.get_window_extent(label, renderer) for label in labels]  # without the connecting lines
     assert [(a, b) for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)] == []
     assert all(figure.bbox.containsx(box.x1) and figure.bbox.containsy(box.y0) for box in boxes)
-    assert [label.xy for label in labels] == [(e.subject["images_per_second"], e.scores["FID-1000"].value)
-                                              for e in [*runs, elsewhere]]
+    assert [label.xy for label in labels] == [
+        (e.subject["images_per_second"], e.scores["FID-1000"].value) for e in [*runs, elsewhere]
+    ]
     fronts = [line for line in axes.lines if line.get_drawstyle() == "steps-pre"]
     assert fronts[0].get_xydata()[1:-1].tolist() == [[5.0, 3.0]]
     assert [bars[0].get_markerfacecolor() == "white" for bars in axes.containers] == [False] * 9 + [True]
@@ -362,18 +442,30 @@ def test_the_training_chart_has_steps_on_its_x_axis(charts, save, tmp_path):
 def test_each_run_with_another_protocol_gets_one_warning(save, tmp_path):
     runs = save(record(), record(cfg=2.0, steps=25, labels="random"), record(solver="euler", step=1))
     report = compare(runs, tmp_path / "out", names=["a", "b", "c"])
-    assert report.messages[:2] == ["warning: b differs from a: labels balanced → random; cfg 1.5 → 2; steps 12 → 25",
-                                   "warning: c differs from a: solver heun → euler"]
+    assert report.messages[:2] == [
+        "warning: b differs from a: labels balanced → random; cfg 1.5 → 2; steps 12 → 25",
+        "warning: c differs from a: solver heun → euler",
+    ]
     assert (tmp_path / "out" / "compare.md").read_text() == report.table and "| a (baseline) | 3." in report.table
     assert report.messages[-1].startswith(f"written: {tmp_path / 'out' / 'compare.md'}, ")
     assert json.loads((runs[0] / "scores-inception.json").read_text())["scores"]  # the input is unchanged
 
 
-@pytest.mark.parametrize(("metric", "part", "is_alike"), [
-    ("FID-1000", "reference", False), ("FID-1000", "compared", True), ("recall", "reference", True),
-    ("recall", "compared", False), ("IS", "reference", True), ("IS", "compared", True), ("IS", "extractor", False),
-    ("recall", "metrics", False), ("IS", "samples", False), ("recall", "samples", False),
-])
+@pytest.mark.parametrize(
+    ("metric", "part", "is_alike"),
+    [
+        ("FID-1000", "reference", False),
+        ("FID-1000", "compared", True),
+        ("recall", "reference", True),
+        ("recall", "compared", False),
+        ("IS", "reference", True),
+        ("IS", "compared", True),
+        ("IS", "extractor", False),
+        ("recall", "metrics", False),
+        ("IS", "samples", False),
+        ("recall", "samples", False),
+    ],
+)
 def test_a_score_is_subtracted_if_everything_it_depends_on_agrees(metric, part, is_alike):
     """FID depends on the statistics, precision and recall on the compared images, IS on neither; all on the method."""
     a, b = record(), record()
@@ -399,7 +491,8 @@ def test_sources_without_a_record_are_skipped_and_counted(save, tmp_path):
     assert [line for line in report.messages if line.startswith("skipped")] == [
         "skipped: 2 folders without scores-*.json, 2 JSON files, 1 file, 1 NPZ file, 2 PNG files (to evaluate "
         f"{samples / 'other'}: {command('fid')} --samples {samples / 'other'} --reference "
-        "REFERENCE)"]
+        "REFERENCE)"
+    ]
     assert "| cfg1.5 (baseline) |" in report.table and "| cfg2 |" in report.table
 
 

@@ -41,8 +41,12 @@ def npz(tmp_path):
 @pytest.fixture
 def options(tmp_path, npz):
     """Options that compare 300 digits with 400 others."""
-    return EvaluateOptions(samples=npz(DIGITS[:300], "a.npz"), reference=npz(DIGITS[300:700], "b.npz"),
-                           extractor="digits", features=str(tmp_path / "features"))
+    return EvaluateOptions(
+        samples=npz(DIGITS[:300], "a.npz"),
+        reference=npz(DIGITS[300:700], "b.npz"),
+        extractor="digits",
+        features=str(tmp_path / "features"),
+    )
 
 
 @pytest.fixture
@@ -133,18 +137,40 @@ def test_the_protocol_contains_the_manifest(options, tmp_path):
     folder = tmp_path / "samples"
     (folder / "images").mkdir(parents=True)
     np.savez(folder / "samples.npz", DIGITS[:300])
-    settings = {"num_samples": 300, "seed": 7, "labels": "balanced", "solver": "heun", "cfg": 2.0, "steps": 12,
-                "weights": "w", "uint8_rule": "truncated", "codec": {"kind": "identity"}, "size": [8, 8]}
-    manifest = {"complete": True, "settings": settings, "labels": [i % 10 for i in range(300)], "step": 400,
-                "images_per_second": 9.0, "sessions": [{"device": "cpu", "processes": 2}]}
+    settings = {
+        "num_samples": 300,
+        "seed": 7,
+        "labels": "balanced",
+        "solver": "heun",
+        "cfg": 2.0,
+        "steps": 12,
+        "weights": "w",
+        "uint8_rule": "truncated",
+        "codec": {"kind": "identity"},
+        "size": [8, 8],
+    }
+    manifest = {
+        "complete": True,
+        "settings": settings,
+        "labels": [i % 10 for i in range(300)],
+        "step": 400,
+        "images_per_second": 9.0,
+        "sessions": [{"device": "cpu", "processes": 2}],
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     found = evaluate(replace(options, samples=str(folder), metrics=["fid"]))
     assert found.protocol["samples"] == {
-        "num": 300, "image_size": [8, 8], "labels": "balanced", "uint8_rule": "truncated",
-        "codec": {"kind": "identity"}, "sampler": {"solver": "heun", "cfg": 2.0, "steps": 12}}
+        "num": 300,
+        "image_size": [8, 8],
+        "labels": "balanced",
+        "uint8_rule": "truncated",
+        "codec": {"kind": "identity"},
+        "sampler": {"solver": "heun", "cfg": 2.0, "steps": 12},
+    }
     assert found.subject["seed"] == 7 and found.subject["step"] == 400 and found.subject["processes"] == 2
-    assert found.scores["FD-digits-300"].error != evaluate(replace(options, metrics=["fid"])).scores[
-        "FD-digits-300"].error  # its groups are balanced over the classes
+    assert (
+        found.scores["FD-digits-300"].error != evaluate(replace(options, metrics=["fid"])).scores["FD-digits-300"].error
+    )  # its groups are balanced over the classes
     assert write_record(found).parent == folder
     listed = {"sampler": ["solver", "steps", "cfg", "absent"]}  # as in new manifests
     (folder / "manifest.json").write_text(json.dumps(manifest | listed))
@@ -159,25 +185,36 @@ def test_the_protocol_contains_the_manifest(options, tmp_path):
 
 # --------------------------------------------------------------------------------------------- errors and warnings
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"samples": "none"}, "holds 0 images, too few"),
-    ({"samples": "one"}, r"no metric compares .*: \S*/one\.npz holds 1 image, and fid needs at least 2"),
-    ({"reference": "one"}, r"no metric compares .*: the reference \S*/one\.npz holds 1 image, and fid needs"),
-    ({"reference": "none"}, r"no metric compares .*: the reference \S*/none\.npz holds 0 images, and fid needs"),
-    ({"samples": "one", "reference": "none"}, r"holds 1 image and the reference \S* holds 0 images, and fid"),
-    ({"samples": "three", "metrics": ["prc"]}, r"prc of .* not possible: \S*/three\.npz holds 3 images, .* at least 4"),
-    ({"reference": "three", "metrics": ["prc"]}, r"prc of .* not possible: the reference \S*/three\.npz holds 3"),
-    ({"samples": "one", "metrics": ["fid"]}, "fid of .* is not possible: .* holds 1 image, and fid needs at least 2"),
-    ({"samples": "wide"}, "for 8x8 images, not 16x16"),
-    ({"metrics": ["fvd"]}, "not 'fvd'"),
-    ({"metrics": ["sfid"]}, "sfid of .* is not possible: extractor 'digits' has no spatial features"),
-    ({"reference": "statistics", "metrics": ["prc"]}, "prc of .* is not possible: .* has no images"),
-    ({"reference": "inception"}, "mu of .* has 2048 values, but extractor 'digits' gives 48"),
-    ({"extractor": "clip9"}, r"no extractor 'clip9'.*digits.*inception"),
-])
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": "none"}, "holds 0 images, too few"),
+        ({"samples": "one"}, r"no metric compares .*: \S*/one\.npz holds 1 image, and fid needs at least 2"),
+        ({"reference": "one"}, r"no metric compares .*: the reference \S*/one\.npz holds 1 image, and fid needs"),
+        ({"reference": "none"}, r"no metric compares .*: the reference \S*/none\.npz holds 0 images, and fid needs"),
+        ({"samples": "one", "reference": "none"}, r"holds 1 image and the reference \S* holds 0 images, and fid"),
+        (
+            {"samples": "three", "metrics": ["prc"]},
+            r"prc of .* not possible: \S*/three\.npz holds 3 images, .* at least 4",
+        ),
+        ({"reference": "three", "metrics": ["prc"]}, r"prc of .* not possible: the reference \S*/three\.npz holds 3"),
+        (
+            {"samples": "one", "metrics": ["fid"]},
+            "fid of .* is not possible: .* holds 1 image, and fid needs at least 2",
+        ),
+        ({"samples": "wide"}, "for 8x8 images, not 16x16"),
+        ({"metrics": ["fvd"]}, "not 'fvd'"),
+        ({"metrics": ["sfid"]}, "sfid of .* is not possible: extractor 'digits' has no spatial features"),
+        ({"reference": "statistics", "metrics": ["prc"]}, "prc of .* is not possible: .* has no images"),
+        ({"reference": "inception"}, "mu of .* has 2048 values, but extractor 'digits' gives 48"),
+        ({"extractor": "clip9"}, r"no extractor 'clip9'.*digits.*inception"),
+    ],
+)
 def test_impossible_evaluations_are_named(options, npz, change, message):
     made = {
-        "none": lambda: npz(DIGITS[:0], "none.npz"), "one": lambda: npz(DIGITS[:1], "one.npz"),
+        "none": lambda: npz(DIGITS[:0], "none.npz"),
+        "one": lambda: npz(DIGITS[:1], "one.npz"),
         "three": lambda: npz(DIGITS[:3], "three.npz"),
         "wide": lambda: npz(np.zeros((9, 16, 16, 3), np.uint8)),
         "statistics": lambda: npz(None, mu=np.zeros(48), sigma=np.eye(48)),
@@ -202,7 +239,7 @@ def test_a_reference_fitted_to_too_few_images_gives_a_warning(options, npz, tmp_
     options = replace(options, reference=npz(DIGITS[300:340], "few.npz"), metrics=["fid"])
     make_reference(of_reference(options), tmp_path / "r.npz")
     for reference in (options.reference, str(tmp_path / "r.npz")):
-        warning, = evaluate(replace(options, reference=reference)).warnings
+        (warning,) = evaluate(replace(options, reference=reference)).warnings
         assert warning.startswith(f"{reference} is fitted to 40 images, no more than the 48 features")
 
 
@@ -214,19 +251,27 @@ def test_metrics_left_out_are_reported(options, tmp_path, capsys):
     assert "left out: prc, since" in said and "left out: kid, since" in said and "left out: sfid, since" in said
 
 
-@pytest.mark.parametrize(("samples", "message"), [
-    ("few", "holds 20 images, no more than the 48 features"),
-    ("few", "20 samples are too few for a standard error"),
-    ("equal", "all 60 images of .* are equal"),
-    ("copies", "20 of the 60 images of .* are copies of others"),
-    ("large", "the samples are 16x16 and the reference's images 8x8"),
-    ("compressed", r"x\.npz is compressed.* every process reads all of it into memory \(0\.0 MB\)"),
-    (".jpg", "samples are .jpg files, whose compression changes every score"),
-])
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ("few", "holds 20 images, no more than the 48 features"),
+        ("few", "20 samples are too few for a standard error"),
+        ("equal", "all 60 images of .* are equal"),
+        ("copies", "20 of the 60 images of .* are copies of others"),
+        ("large", "the samples are 16x16 and the reference's images 8x8"),
+        ("compressed", r"x\.npz is compressed.* every process reads all of it into memory \(0\.0 MB\)"),
+        (".jpg", "samples are .jpg files, whose compression changes every score"),
+    ],
+)
 def test_suspicious_samples_give_a_warning_that_is_recorded(options, npz, pixels, samples, message, capsys, tmp_path):
-    images = {".jpg": DIGITS[:60], "compressed": DIGITS[:60], "few": DIGITS[:20], "equal": DIGITS[:1].repeat(60, 0),
-              "copies": np.concatenate([DIGITS[:40], DIGITS[:20]]),
-              "large": DIGITS[:60].repeat(2, 1).repeat(2, 2)}[samples]
+    images = {
+        ".jpg": DIGITS[:60],
+        "compressed": DIGITS[:60],
+        "few": DIGITS[:20],
+        "equal": DIGITS[:1].repeat(60, 0),
+        "copies": np.concatenate([DIGITS[:40], DIGITS[:20]]),
+        "large": DIGITS[:60].repeat(2, 1).repeat(2, 2),
+    }[samples]
     extractor = "pixels" if samples == "large" else "digits"
     if samples.startswith("."):
         for i, image in enumerate(images):
@@ -250,13 +295,19 @@ def test_good_samples_give_no_warning(options, capsys):
     assert found.warnings == [] and "warning" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("labels", "is_warned_of"), [
-    (np.arange(300) // 30, True), (9 - np.arange(300) // 30, True),  # in any order of the classes
-    (np.array([0, 1, 10, 2])[np.arange(300) // 75], True),  # numbered folders in the order of their names
-    (np.arange(300) % 150 // 15, True),  # two processes wrote sorted samples
-    (np.arange(300) % 10, False), (np.zeros(300, int), False),
-    (np.random.RandomState(0).randint(0, 99, 300), False), (np.arange(300), False),  # few or one of each class
-])
+@pytest.mark.parametrize(
+    ("labels", "is_warned_of"),
+    [
+        (np.arange(300) // 30, True),
+        (9 - np.arange(300) // 30, True),  # in any order of the classes
+        (np.array([0, 1, 10, 2])[np.arange(300) // 75], True),  # numbered folders in the order of their names
+        (np.arange(300) % 150 // 15, True),  # two processes wrote sorted samples
+        (np.arange(300) % 10, False),
+        (np.zeros(300, int), False),
+        (np.random.RandomState(0).randint(0, 99, 300), False),
+        (np.arange(300), False),  # few or one of each class
+    ],
+)
 def test_samples_sorted_by_label_give_a_warning(options, npz, pixels, monkeypatch, labels, is_warned_of):
     monkeypatch.setattr("sit_atconv.evaluation.metric_functions.IS_SPLIT", 100)
     found = evaluate(replace(options, samples=npz(DIGITS[:300], arr_1=labels), metrics=["is"])).warnings
@@ -304,6 +355,7 @@ def test_an_old_record_without_labels_of_class_folders_is_still_compared(options
 
 # ------------------------------------------------------------------------------ which features go into which score
 
+
 @pytest.fixture
 def three_outputs(monkeypatch):
     """Makes an extractor with all outputs of Inception, each different; returns its features of digits."""
@@ -324,19 +376,20 @@ def test_each_score_uses_its_own_features(options, three_outputs, monkeypatch):
     found = values(evaluate(options))
     precision, recall = metrics.precision_recall(ours["features"], real["features"])
     assert precision.value != recall.value
-    assert found == pytest.approx({
-        "FID-300": metrics.frechet(ours["features"], fit_gaussian(real["features"])).value,
-        "sFID-300": metrics.frechet(ours["spatial"], fit_gaussian(real["spatial"])).value,
-        "IS": metrics.inception_score(ours["logits"]).value,
-        "precision": precision.value,
-        "recall": recall.value,
-        "KID": metrics.kid(ours["features"], real["features"]).value,
-    }, rel=1e-6)
+    assert found == pytest.approx(
+        {
+            "FID-300": metrics.frechet(ours["features"], fit_gaussian(real["features"])).value,
+            "sFID-300": metrics.frechet(ours["spatial"], fit_gaussian(real["spatial"])).value,
+            "IS": metrics.inception_score(ours["logits"]).value,
+            "precision": precision.value,
+            "recall": recall.value,
+            "KID": metrics.kid(ours["features"], real["features"]).value,
+        },
+        rel=1e-6,
+    )
 
 
-def test_statistics_are_preferred_to_images(
-    options, three_outputs, tmp_path
-):
+def test_statistics_are_preferred_to_images(options, three_outputs, tmp_path):
     """As in ADM's file, which contains only a fifth of the images behind its statistics."""
     ours, real = three_outputs(DIGITS[:300]), three_outputs(DIGITS[300:])
     fitted = {"features": fit_gaussian(real["features"]), "spatial": fit_gaussian(real["spatial"])}
@@ -362,6 +415,7 @@ def test_the_inception_score_needs_no_reference(options, pixels):
 
 
 # ------------------------------------------------------------------------------------------------------- the record
+
 
 @pytest.mark.parametrize("kind", ["images", "statistics"])
 def test_a_second_call_with_other_metrics_adds_to_the_record(options, tmp_path, kind):
@@ -391,8 +445,11 @@ def test_random_labels_are_not_balanced_even_if_equally_frequent(options, tmp_pa
     np.savez(folder / "samples.npz", DIGITS[:300])
     errors = []
     for labels in ("balanced", "random"):
-        manifest = {"complete": True, "settings": {"num_samples": 300, "labels": labels},
-                    "labels": [i % 10 for i in range(300)]}
+        manifest = {
+            "complete": True,
+            "settings": {"num_samples": 300, "labels": labels},
+            "labels": [i % 10 for i in range(300)],
+        }
         (folder / "manifest.json").write_text(json.dumps(manifest))
         found = evaluate(replace(options, samples=str(folder), metrics=["fid"]))
         errors.append(found.scores["FD-digits-300"].error)

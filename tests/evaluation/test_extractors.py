@@ -37,6 +37,7 @@ def offline(*args, **kwargs):
 
 # ----------------------------------------------------------------------------------------------------- any extractor
 
+
 def test_outputs_have_names_and_are_float32():
     def network(x):
         return x.flatten(1).double(), x.flatten(1)[:, :2].half()
@@ -44,9 +45,15 @@ def test_outputs_have_names_and_are_float32():
     opened = Extractor("x", network, None, ("features", "logits"), "none")
     outputs = opened(torch.arange(24, dtype=torch.uint8).view(2, 3, 2, 2))
     assert {name: (tuple(t.shape), t.dtype) for name, t in outputs.items()} == {
-        "features": ((2, 12), torch.float32), "logits": ((2, 2), torch.float32)}
+        "features": ((2, 12), torch.float32),
+        "logits": ((2, 2), torch.float32),
+    }
     assert json.loads(json.dumps(opened.describe())) == {
-        "name": "x", "sha256": None, "outputs": ["features", "logits"], "resize": "none"}
+        "name": "x",
+        "sha256": None,
+        "outputs": ["features", "logits"],
+        "resize": "none",
+    }
     with pytest.raises(ValueError, match="zip"):
         Extractor("x", network, None, ("features", "logits", "spatial"), "none")(torch.zeros(2, 3, 2, 2))
 
@@ -92,6 +99,7 @@ def test_unknown_names_and_missing_files(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- registered extractors
+
 
 class Two(Pixels):
     @staticmethod
@@ -191,6 +199,7 @@ def test_registered_extractors_that_take_no_weights(register, monkeypatch, tmp_p
 
 # ----------------------------------------------------------------------------------------------------- Inception
 
+
 @pytest.fixture
 def as_published(monkeypatch):
     """as_published(path) makes that file pass for the published weights."""
@@ -205,10 +214,16 @@ def test_inception(inception_file, as_published, images):
     opened.network.Mixed_6d.branch1x1.register_forward_hook(lambda *call: branches.append(call[-1]))
     outputs = opened(images)
     assert {name: tuple(t.shape) for name, t in outputs.items()} == {
-        "features": (2, 2048), "logits": (2, 1008), "spatial": (2, 2023)}
+        "features": (2, 2048),
+        "logits": (2, 1008),
+        "spatial": (2, 2023),
+    }
     assert opened.describe() == {
-        "name": "inception", "sha256": sha256_of(inception_file), "outputs": list(outputs),
-        "resize": "299x299, bilinear as TensorFlow 1"}
+        "name": "inception",
+        "sha256": sha256_of(inception_file),
+        "outputs": list(outputs),
+        "resize": "299x299, bilinear as TensorFlow 1",
+    }
     assert len(passes) == 1
 
     branch = branches[0].tolist()  # (2, 192, 17, 17)
@@ -272,14 +287,19 @@ def test_the_error_without_network_names_the_remedy(monkeypatch, tmp_path, name,
 
 # ----------------------------------------------------------------------------------------------------- DINOv2
 
+
 def test_dinov2_reads_files_of_meta_and_timm(tmp_path, images):
     torch.save(weights := make_dinov2(), tmp_path / "meta.pth")
     save_file(as_timm(weights), tmp_path / "timm.safetensors")
     results = []
     for file in ("meta.pth", "timm.safetensors"):
         opened = open_extractor("dinov2", str(tmp_path / file))
-        assert opened.describe() == {"name": "dinov2-128", "sha256": sha256_of(tmp_path / file),
-                                     "outputs": ["features"], "resize": "224x224, bicubic, antialiased"}
+        assert opened.describe() == {
+            "name": "dinov2-128",
+            "sha256": sha256_of(tmp_path / file),
+            "outputs": ["features"],
+            "resize": "224x224, bicubic, antialiased",
+        }
         outputs = opened(images)
         assert list(outputs) == ["features"] and outputs["features"].dtype == torch.float32
         results.append(outputs["features"])

@@ -57,7 +57,8 @@ def test_existing_shards_are_not_extracted_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", ["pixel", "order", "count", "weights", "name", "resize", "batch size", "version", "device"])
+    "change", ["pixel", "order", "count", "weights", "name", "resize", "batch size", "version", "device"]
+)
 def test_changed_settings_or_images_are_extracted_again(tmp_path, change, monkeypatch):
     """Changes an image of the first shard, or something else that features depend on."""
     make_all(shards(tmp_path, Watched()))

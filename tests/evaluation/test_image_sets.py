@@ -66,16 +66,19 @@ def write_in(folder, *names):
     return open_image_set(str(folder))
 
 
-@pytest.mark.parametrize(("names", "labels"), [
-    (["cat/1.png", "cat/2.png", "dog/1.png"], [0, 0, 1]),
-    (["10/a/1.png", "2/b/1.png", "2/c/1.png"], [0, 1, 1]),  # only the first level
-    (["0/0001.png", "1/0002.png", "1/0003.png"], [0, 1, 1]),
-    (["1.png", "2.png"], None),
-    (["cat/1.png", "cat/2.png"], None),
-    (["cat/1.png", "dog/1.png", "stray.png"], None),
-    (["000000/000000.png", "000000/000999.png", "001000/001000.png"], None),  # EDM's --subdirs
-    (["001000/001500.png", "002000/002000.png"], None),
-])
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["cat/1.png", "cat/2.png", "dog/1.png"], [0, 0, 1]),
+        (["10/a/1.png", "2/b/1.png", "2/c/1.png"], [0, 1, 1]),  # only the first level
+        (["0/0001.png", "1/0002.png", "1/0003.png"], [0, 1, 1]),
+        (["1.png", "2.png"], None),
+        (["cat/1.png", "cat/2.png"], None),
+        (["cat/1.png", "dog/1.png", "stray.png"], None),
+        (["000000/000000.png", "000000/000999.png", "001000/001000.png"], None),  # EDM's --subdirs
+        (["001000/001500.png", "002000/002000.png"], None),
+    ],
+)
 def test_labels_of_subfolders(tmp_path, names, labels):
     assert write_in(tmp_path, *names).labels == labels
 
@@ -97,14 +100,20 @@ def test_labels_that_do_not_fit_the_images_give_a_warning(tmp_path):
     assert opened.warnings[0].startswith(f"the labels of {tmp_path} are unknown: {tmp_path / 'dataset.json'} gives")
 
 
-@pytest.mark.parametrize(("names", "message"), [
-    (["preview.png", "index.json", "shard-00000.safetensors"], "is a folder of latents: give the folder of images"),
-    (["preview.png", "shard-00000.safetensors"], "is a folder of latents"),  # incomplete
-    (["loss.png", "samples/step-2.png", "checkpoints/step-0000002/state.json"], "is a training run: draw samples"),
-    (["step-2.png", "a/manifest.json", "a/grid.png", "a/images/000000.png"], "several sets of samples: give one of"),
-    (["ema/diffusion_pytorch_model.safetensors"], "is a checkpoint or an exported model: draw samples"),
-    (["diffusion_pytorch_model.safetensors", "grid.png"], "is a checkpoint or an exported model"),
-])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["preview.png", "index.json", "shard-00000.safetensors"], "is a folder of latents: give the folder of images"),
+        (["preview.png", "shard-00000.safetensors"], "is a folder of latents"),  # incomplete
+        (["loss.png", "samples/step-2.png", "checkpoints/step-0000002/state.json"], "is a training run: draw samples"),
+        (
+            ["step-2.png", "a/manifest.json", "a/grid.png", "a/images/000000.png"],
+            "several sets of samples: give one of",
+        ),
+        (["ema/diffusion_pytorch_model.safetensors"], "is a checkpoint or an exported model: draw samples"),
+        (["diffusion_pytorch_model.safetensors", "grid.png"], "is a checkpoint or an exported model"),
+    ],
+)
 @pytest.mark.parametrize("open_source", [open_image_set, open_reference])
 def test_folders_that_are_not_images_are_named(tmp_path, names, message, open_source):
     for name in names:
@@ -133,8 +142,10 @@ def test_weights_are_not_images(tmp_path, suffix):
 def test_files_with_too_many_pixels_are_refused(tmp_path, monkeypatch):
     """Every function that opens images passes the limit on."""
     limits = []
-    monkeypatch.setattr("sit_atconv.evaluation.image_sets.read_image",
-                        lambda path, size, limit: limits.append(limit) or torch.zeros(3, 8, 8))
+    monkeypatch.setattr(
+        "sit_atconv.evaluation.image_sets.read_image",
+        lambda path, size, limit: limits.append(limit) or torch.zeros(3, 8, 8),
+    )
     write_in(tmp_path / "flat", "a.png")
     write_in(tmp_path / "samples" / "images", "a.png")
     (tmp_path / "samples" / "manifest.json").write_text(json.dumps({"complete": True, "settings": {"num_samples": 1}}))
@@ -189,10 +200,13 @@ def test_images_of_several_sizes_are_named_from_any_start(tmp_path):
             images.read(start, 4)
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"text", r"1\.png cannot be read as an image"),
-    (None, r"1\.png cannot be read as an image"),  # cut short
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"text", r"1\.png cannot be read as an image"),
+        (None, r"1\.png cannot be read as an image"),  # cut short
+    ],
+)
 def test_a_damaged_image_is_named(tmp_path, content, message):
     write_pngs(tmp_path, DIGITS[:2])
     path = tmp_path / "000001.png"
@@ -227,17 +241,20 @@ def test_samples_of_generate_and_their_manifest(generated):
     assert isinstance(open_image_set(str(folder)).images, np.memmap)
 
 
-@pytest.mark.parametrize(("manifest", "message"), [
-    ({"complete": False}, "incomplete: run the same sample/generate.py again"),
-    ({"settings": {"num_samples": 11}, "labels": []}, "holds 10 images, and its manifest says 11"),
-    ({"settings": None}, "damaged"),
-    ({"settings": {"num_samples": "many"}}, "damaged"),
-    ({"labels": [1, 2]}, r"damaged \(2 labels for 10 samples\): give the folder images/ alone"),
-    ({"labels": [None] * 10}, "damaged"),
-    ({"labels": 3}, "damaged"),
-    ({"sessions": {"a": 1}}, "damaged"),
-    ({"sessions": ["x"]}, "damaged"),
-])
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        ({"complete": False}, "incomplete: run the same sample/generate.py again"),
+        ({"settings": {"num_samples": 11}, "labels": []}, "holds 10 images, and its manifest says 11"),
+        ({"settings": None}, "damaged"),
+        ({"settings": {"num_samples": "many"}}, "damaged"),
+        ({"labels": [1, 2]}, r"damaged \(2 labels for 10 samples\): give the folder images/ alone"),
+        ({"labels": [None] * 10}, "damaged"),
+        ({"labels": 3}, "damaged"),
+        ({"sessions": {"a": 1}}, "damaged"),
+        ({"sessions": ["x"]}, "damaged"),
+    ],
+)
 def test_incomplete_samples_are_not_evaluated(generated, manifest, message):
     with pytest.raises(ValueError, match=message):
         open_image_set(str(generated(**manifest)))
@@ -256,8 +273,10 @@ def test_the_digest_depends_on_every_image(tmp_path):
     assert folder.content(0, 4) == before[0] and npz.content(0, 4) == before[1]
     changed = DIGITS[:4].copy()
     changed[2, 3, 3, 1] ^= 1
-    for path, write in [(tmp_path / "a" / "000002.png", lambda p: Image.fromarray(changed[2]).save(p)),
-                        (tmp_path / "a.npz", lambda p: np.savez(p, changed))]:
+    for path, write in [
+        (tmp_path / "a" / "000002.png", lambda p: Image.fromarray(changed[2]).save(p)),
+        (tmp_path / "a.npz", lambda p: np.savez(p, changed)),
+    ]:
         date = path.stat().st_mtime_ns
         write(path)
         os.utime(path, ns=(date, date))

@@ -43,8 +43,9 @@ def compare_with_torch_fidelity(generated: dict, real: dict, theirs: dict):
     group = metrics.jackknife_groups(len(generated["features"]))
     precision, recall = metrics.precision_recall(generated["features"], real["features"])
     ours = {
-        "frechet_inception_distance":
-            metrics.frechet(generated["features"], fit_gaussian(real["features"]), group).value,
+        "frechet_inception_distance": metrics.frechet(
+            generated["features"], fit_gaussian(real["features"]), group
+        ).value,
         "inception_score_mean": metrics.inception_score(generated["logits"]).value,
         "kernel_inception_distance_mean": metrics.kid(generated["features"], real["features"], group).value,
         "precision": precision.value,
@@ -54,14 +55,24 @@ def compare_with_torch_fidelity(generated: dict, real: dict, theirs: dict):
         assert value == pytest.approx(theirs[name], rel=1e-6), name
 
 
-ALL = dict(fid=True, isc=True, kid=True, prc=True, samples_shuffle=False, prc_neighborhood=3, cache=False,
-           cuda=False, verbose=False)
+ALL = dict(
+    fid=True,
+    isc=True,
+    kid=True,
+    prc=True,
+    samples_shuffle=False,
+    prc_neighborhood=3,
+    cache=False,
+    cuda=False,
+    verbose=False,
+)
 
 
 def test_agrees_with_torch_fidelity_on_digits(digits, features):
     a, b = map(Images, digits)
     theirs = torch_fidelity.calculate_metrics(
-        input1=a, input2=b, feature_extractor="digits", isc_splits=1, kid_subset_size=300, **ALL)
+        input1=a, input2=b, feature_extractor="digits", isc_splits=1, kid_subset_size=300, **ALL
+    )
     compare_with_torch_fidelity(*features, theirs)
 
 
@@ -75,8 +86,14 @@ def test_agrees_with_torch_fidelity_on_inceptions_graph(digits, inception_file, 
     parts = [part[:80] for part in digits]
     ours = [extract_features(network, ImageSet("x", part)) for part in parts]
     theirs = torch_fidelity.calculate_metrics(
-        input1=Images(parts[0]), input2=Images(parts[1]), isc_splits=1, kid_subset_size=80,
-        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(inception_file), **ALL)
+        input1=Images(parts[0]),
+        input2=Images(parts[1]),
+        isc_splits=1,
+        kid_subset_size=80,
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(inception_file),
+        **ALL,
+    )
     compare_with_torch_fidelity(*ours, theirs)
 
 
@@ -86,6 +103,7 @@ def test_torch_fidelity_uses_our_registered_extractor(features):
 
 
 # -------------------------------------------------------------------------------------------- Frechet distance
+
 
 def test_frechet_distance_of_gaussians():
     torch.manual_seed(0)
@@ -105,7 +123,8 @@ def test_single_precision_statistics_give_the_same_distance(features):
     generated, real = (fit_gaussian(part["features"]) for part in features)
     single = Gaussian(*(array.astype(np.float32).astype(np.float64) for array in (real.mu, real.sigma)))
     assert metrics.frechet_distance(generated, single) == pytest.approx(
-        metrics.frechet_distance(generated, real), rel=1e-4)
+        metrics.frechet_distance(generated, real), rel=1e-4
+    )
 
 
 def test_the_digits_distance_tells_good_from_bad():
@@ -129,6 +148,7 @@ def test_the_digits_distance_tells_good_from_bad():
 
 
 # ---------------------------------------------------------------------------------------------- standard errors
+
 
 def test_the_jackknife_follows_the_true_spread_of_the_frechet_distance():
     """200 sets of samples in 16 dimensions, whose distance is 10 times its bias."""
@@ -175,8 +195,11 @@ def test_kid_without_a_group_is_kid_of_the_rest(features):
         rest = x[group != g]
         k_xx, k_xy, k_yy = kernel_poly(rest, rest), kernel_poly(rest, y), kernel_poly(y, y)
         n, m = k_xy.shape
-        by_hand = ((k_xx.sum() - np.trace(k_xx)) / (n * (n - 1)) - 2 * k_xy.mean()
-                   + (k_yy.sum() - np.trace(k_yy)) / (m * (m - 1)))
+        by_hand = (
+            (k_xx.sum() - np.trace(k_xx)) / (n * (n - 1))
+            - 2 * k_xy.mean()
+            + (k_yy.sum() - np.trace(k_yy)) / (m * (m - 1))
+        )
         assert without[g] == pytest.approx(by_hand, rel=1e-9)
 
 
@@ -202,6 +225,7 @@ def test_few_samples_have_no_error(features):
 
 # ----------------------------------------------------------------------------- Inception Score, precision, recall
 
+
 def test_inception_score_uses_chunks_in_the_order_of_the_file():
     logits = torch.eye(10).repeat_interleave(1000, 0) * 20  # 10,000 sorted by class: two chunks of five classes each
     score = metrics.inception_score(logits)
@@ -223,8 +247,9 @@ def test_precision_is_of_the_samples_and_recall_of_the_reference():
     images, labels = load_digits()
     network = open_extractor("digits")
     rgb = np.repeat(images[..., None], 3, axis=-1)
-    threes, everything = (extract_features(network, ImageSet("x", part))["features"]
-                          for part in (rgb[labels == 3], rgb))
+    threes, everything = (
+        extract_features(network, ImageSet("x", part))["features"] for part in (rgb[labels == 3], rgb)
+    )
     precision, recall = metrics.precision_recall(threes, everything)
     assert precision.value == 1.0 and recall.value < 0.2
 

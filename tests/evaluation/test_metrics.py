@@ -11,11 +11,16 @@ from sit_atconv.evaluation.scores import Score
 @pytest.mark.parametrize(
     ("metric", "extractor", "num", "names"),
     [
-        ("fid", "inception", 50_000, ["FID"]), ("fid", "inception", 10_000, ["FID-10000"]),
-        ("sfid", "inception", 10_000, ["sFID-10000"]), ("is", "inception", 10_000, ["IS"]),
-        ("fid", "dinov2", 50_000, ["FD-dinov2"]), ("fid", "digits", 1000, ["FD-digits-1000"]),
-        ("kid", "digits", 1000, ["KD-digits"]), ("prc", "digits", 1000, ["precision-digits", "recall-digits"]),
-        ("is", "digits", 50_000, ["score-digits"]), ("fid", "clip-vit-b-32", 9, ["FD-clip-vit-b-32-9"]),
+        ("fid", "inception", 50_000, ["FID"]),
+        ("fid", "inception", 10_000, ["FID-10000"]),
+        ("sfid", "inception", 10_000, ["sFID-10000"]),
+        ("is", "inception", 10_000, ["IS"]),
+        ("fid", "dinov2", 50_000, ["FD-dinov2"]),
+        ("fid", "digits", 1000, ["FD-digits-1000"]),
+        ("kid", "digits", 1000, ["KD-digits"]),
+        ("prc", "digits", 1000, ["precision-digits", "recall-digits"]),
+        ("is", "digits", 50_000, ["score-digits"]),
+        ("fid", "clip-vit-b-32", 9, ["FD-clip-vit-b-32-9"]),
     ],
 )
 def test_score_names_and_their_metrics(metric, extractor, num, names):
@@ -49,11 +54,14 @@ def test_scores_are_what_the_function_returned():
             metric(returned, "a").measure(nothing)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"scores": ("my-score",)}, "identifier, not 'my-score'"),
-    ({"scores_elsewhere": ("a/b",)}, "identifier, not 'a/b'"),
-    ({"reference": "image"}, "'statistics', 'images' or None, not 'image'"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scores": ("my-score",)}, "identifier, not 'my-score'"),
+        ({"scores_elsewhere": ("a/b",)}, "identifier, not 'a/b'"),
+        ({"reference": "image"}, "'statistics', 'images' or None, not 'image'"),
+    ],
+)
 def test_invalid_metrics_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Metric(**{"scores": ("a",), "compute": print, "higher_is_better": True} | options)

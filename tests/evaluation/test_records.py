@@ -35,21 +35,24 @@ def test_a_record_survives_writing_and_reading(tmp_path):
             read_evaluation(tmp_path / "x.json")
 
 
-@pytest.mark.parametrize("edit", [
-    lambda held: held["scores"]["FID-1000"].update(value=None),
-    lambda held: held["scores"]["FID-1000"].update(value="2"),
-    lambda held: held["scores"]["FID-1000"].update(value=float("nan")),
-    lambda held: held["scores"]["FID-1000"].update(error=-1.0),
-    lambda held: held["scores"]["FID-1000"].update(error="x"),
-    lambda held: held["scores"]["FID-1000"].update(without_group=None),
-    lambda held: held["scores"]["FID-1000"].update(without_group=["x"]),
-    lambda held: held["scores"].update({"../FVD": {"value": 3.0}}),
-    lambda held: held.update(subject=None),
-    lambda held: held.update(protocol=[]),
-    lambda held: held["subject"].update(ckpt=3),
-    lambda held: held["subject"].update(images_per_second="fast"),
-    lambda held: held["protocol"]["samples"].update(sampler={"steps": "many"}),
-])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda held: held["scores"]["FID-1000"].update(value=None),
+        lambda held: held["scores"]["FID-1000"].update(value="2"),
+        lambda held: held["scores"]["FID-1000"].update(value=float("nan")),
+        lambda held: held["scores"]["FID-1000"].update(error=-1.0),
+        lambda held: held["scores"]["FID-1000"].update(error="x"),
+        lambda held: held["scores"]["FID-1000"].update(without_group=None),
+        lambda held: held["scores"]["FID-1000"].update(without_group=["x"]),
+        lambda held: held["scores"].update({"../FVD": {"value": 3.0}}),
+        lambda held: held.update(subject=None),
+        lambda held: held.update(protocol=[]),
+        lambda held: held["subject"].update(ckpt=3),
+        lambda held: held["subject"].update(images_per_second="fast"),
+        lambda held: held["protocol"]["samples"].update(sampler={"steps": "many"}),
+    ],
+)
 def test_records_edited_by_hand_are_refused(tmp_path, edit):
     held = json.loads(evaluation().to_json())
     edit(held)
@@ -67,8 +70,9 @@ def test_scores_of_unknown_metrics_are_read(tmp_path):
     assert found.scores["FVD-digits"] == Score(3.0) and is_measured_alike(found, found, "FVD-digits")
     for part in ("samples", "reference", "compared"):
         a, b = ({**held["protocol"], part: {"num": num}} for num in (1, 2))
-        assert not is_measured_alike(Evaluation(found.scores, a, {}, {}), Evaluation(found.scores, b, {}, {}),
-                                     "FVD-digits")
+        assert not is_measured_alike(
+            Evaluation(found.scores, a, {}, {}), Evaluation(found.scores, b, {}, {}), "FVD-digits"
+        )
 
 
 def test_scores_of_an_earlier_record_are_kept():

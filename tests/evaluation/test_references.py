@@ -44,20 +44,23 @@ def test_statistics_from_other_tools(tmp_path):
     assert len(set(contents)) == 3
 
 
-@pytest.mark.parametrize(("arrays", "message"), [
-    ({"mu": np.zeros(5)}, "no sigma"),
-    ({"labels": np.zeros(5)}, r"contains \['labels'\]: give a file with mu and sigma, or images as arr_0"),
-    (EYE | {"sigma": np.eye(4)}, r"\(5,\) and \(4, 4\), not \(D,\) and \(D, D\)"),
-    (EYE | {"mu": np.full(5, np.nan)}, "are not finite"),
-    (EYE | {"mu": np.zeros(5, complex)}, "complex128 and float64, not floating point"),
-    (EYE | {"mu": np.array(list("abcde"))}, "not floating point"),
-    (EYE | {"sigma": -np.eye(5)}, "no negative eigenvalues"),
-    (EYE | {"sigma": np.triu(np.ones((5, 5))) + np.eye(5)}, "which is symmetric"),
-    (EYE | {"sigma": 1e200 * np.eye(5)}, "above 1e12"),
-    (EYE | {"mu": np.full(5, 1e200)}, "above 1e12"),
-    (EYE | {"mu_s": np.zeros(3)}, "no sigma_s"),
-    (EYE | {"arr_0": np.zeros((4, 8, 8, 3))}, "float64"),
-])
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"mu": np.zeros(5)}, "no sigma"),
+        ({"labels": np.zeros(5)}, r"contains \['labels'\]: give a file with mu and sigma, or images as arr_0"),
+        (EYE | {"sigma": np.eye(4)}, r"\(5,\) and \(4, 4\), not \(D,\) and \(D, D\)"),
+        (EYE | {"mu": np.full(5, np.nan)}, "are not finite"),
+        (EYE | {"mu": np.zeros(5, complex)}, "complex128 and float64, not floating point"),
+        (EYE | {"mu": np.array(list("abcde"))}, "not floating point"),
+        (EYE | {"sigma": -np.eye(5)}, "no negative eigenvalues"),
+        (EYE | {"sigma": np.triu(np.ones((5, 5))) + np.eye(5)}, "which is symmetric"),
+        (EYE | {"sigma": 1e200 * np.eye(5)}, "above 1e12"),
+        (EYE | {"mu": np.full(5, 1e200)}, "above 1e12"),
+        (EYE | {"mu_s": np.zeros(3)}, "no sigma_s"),
+        (EYE | {"arr_0": np.zeros((4, 8, 8, 3))}, "float64"),
+    ],
+)
 def test_impossible_references_are_named(tmp_path, arrays, message):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(ValueError, match=message):

@@ -33,8 +33,12 @@ def test_loss_is_zero_for_a_perfect_model_only(path, prediction):
     def oracle(x, t, y):
         x, t, z = x.double(), t.double(), data.double()
         v = interpolant.velocity_from_data(z, x, t)
-        return {"velocity": lambda: v, "data": lambda: z, "noise": lambda: interpolant.noise_from_velocity(v, x, t),
-                "score": lambda: interpolant.score_from_velocity(v, x, t)}[prediction]()
+        return {
+            "velocity": lambda: v,
+            "data": lambda: z,
+            "noise": lambda: interpolant.noise_from_velocity(v, x, t),
+            "score": lambda: interpolant.score_from_velocity(v, x, t),
+        }[prediction]()
 
     _, loss = draw_and_loss(flow, oracle, data)
     _, wrong = draw_and_loss(flow, Recorder(), data)
@@ -127,8 +131,14 @@ def test_only_the_generator_decides_the_draw_and_rows_are_parts_of_it():
 
 
 @pytest.mark.parametrize(
-    "options", [{"class_dropout_prob": 1.5}, {"time_shift": 0.0}, {"logit_std": -1.0}, {"time_shift": float("nan")},
-                {"logit_mean": float("nan")}]
+    "options",
+    [
+        {"class_dropout_prob": 1.5},
+        {"time_shift": 0.0},
+        {"logit_std": -1.0},
+        {"time_shift": float("nan")},
+        {"logit_mean": float("nan")},
+    ],
 )
 def test_values_out_of_range_are_named(options):
     name, value = next(iter(options.items()))

@@ -21,8 +21,11 @@ def pair():
     [
         ("linear", lambda t: t, lambda t: 1 - t),
         ("gvp", lambda t: math.sin(math.pi * t / 2), lambda t: math.cos(math.pi * t / 2)),
-        ("vp", lambda t: math.exp(-4.975 * (1 - t) ** 2 - 0.05 * (1 - t)),
-         lambda t: math.sqrt(1 - math.exp(-9.95 * (1 - t) ** 2 - 0.1 * (1 - t)))),
+        (
+            "vp",
+            lambda t: math.exp(-4.975 * (1 - t) ** 2 - 0.05 * (1 - t)),
+            lambda t: math.sqrt(1 - math.exp(-9.95 * (1 - t) ** 2 - 0.1 * (1 - t))),
+        ),
     ],
 )
 def test_alpha_and_sigma_equal_their_closed_forms(name, alpha, sigma):
@@ -61,8 +64,11 @@ def test_conversions_round_trip(name, t, pair):
     assert relative_error(path.data_from_velocity(v, x, t), data) < 1e-9
     assert relative_error(path.noise_from_velocity(v, x, t), noise) < 1e-9
     assert relative_error(path.noise_from_score(score, t), noise) < 1e-9
-    for back in (path.velocity_from_data(data, x, t), path.velocity_from_noise(noise, x, t),
-                 path.velocity_from_score(score, x, t)):
+    for back in (
+        path.velocity_from_data(data, x, t),
+        path.velocity_from_noise(noise, x, t),
+        path.velocity_from_score(score, x, t),
+    ):
         assert relative_error(back, v) < 1e-9
 
 
@@ -117,8 +123,11 @@ SBDM = {  # alpha' / alpha sigma^2 - sigma sigma', simplified; for VP it is beta
 @pytest.mark.parametrize("form", DIFFUSIONS)
 def test_diffusion_forms_equal_closed_forms(name, form, pair):
     path, x = get_interpolant(name), pair[0]
-    sigma = {"linear": lambda t: 1 - t, "gvp": lambda t: math.cos(math.pi * t / 2),
-             "vp": lambda t: path.sigma(torch.tensor(t, dtype=torch.float64)).item()}[name]
+    sigma = {
+        "linear": lambda t: 1 - t,
+        "gvp": lambda t: math.cos(math.pi * t / 2),
+        "vp": lambda t: path.sigma(torch.tensor(t, dtype=torch.float64)).item(),
+    }[name]
     times = [0.05, 0.3, 0.5, 0.7, 0.95]
     expected = [DIFFUSIONS[form](t, SBDM[name](t), sigma(t)) for t in times]
     together = path.diffusion(x, torch.tensor(times, dtype=torch.float64), form, 0.7)

@@ -25,25 +25,34 @@ def test_typed_digits_are_a_label_and_other_words_a_name():
     assert [typed_label(text, ["label", "name"]) for text in ("label", "name", "name:label")] == [0, 1, 0]
 
 
-@pytest.mark.parametrize(("text", "names", "message"), [
-    ("1", NUMBERS, r"1 can mean the label 1 \(class '10'\) or the class named '1' .* write label:1 or name:1$"),
-    ("7", NAMES, r"7 can mean a label out of range \(0 ... 2\) or the class named '7' \(label 2\): write name:7$"),
-    ("3", NAMES, "class 3 is out of range: the model knows 0 ... 2"),
-    ("-1", NAMES, "class -1 is out of range"),
-    ("label:3", NAMES, "class 3 is out of range"),
-    ("label:goldfish", NAMES, "'label:goldfish' is no label"),
-    ("name:1", NAMES, "there is no class '1'"),
-    ("gold fish", NAMES, "no class 'gold fish'; similar names: 'goldfish'"),
-    ("", NAMES, "no class ''"),
-])
+@pytest.mark.parametrize(
+    ("text", "names", "message"),
+    [
+        ("1", NUMBERS, r"1 can mean the label 1 \(class '10'\) or the class named '1' .* write label:1 or name:1$"),
+        ("7", NAMES, r"7 can mean a label out of range \(0 ... 2\) or the class named '7' \(label 2\): write name:7$"),
+        ("3", NAMES, "class 3 is out of range: the model knows 0 ... 2"),
+        ("-1", NAMES, "class -1 is out of range"),
+        ("label:3", NAMES, "class 3 is out of range"),
+        ("label:goldfish", NAMES, "'label:goldfish' is no label"),
+        ("name:1", NAMES, "there is no class '1'"),
+        ("gold fish", NAMES, "no class 'gold fish'; similar names: 'goldfish'"),
+        ("", NAMES, "no class ''"),
+    ],
+)
 def test_errors_of_typed_labels(text, names, message):
     with pytest.raises(ValueError, match=message):
         typed_label(text, names)
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    (3, "class 3 is out of range: the model knows 0 ... 2"), (-1, "class -1 is out of range"),
-    (3.7, "a class is a label or a name, not 3.7"), (True, "a class is a label or a name, not True")])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (3, "class 3 is out of range: the model knows 0 ... 2"),
+        (-1, "class -1 is out of range"),
+        (3.7, "a class is a label or a name, not 3.7"),
+        (True, "a class is a label or a name, not True"),
+    ],
+)
 def test_errors_in_python(given, message):
     with pytest.raises(ValueError, match=message):
         class_label(given, NAMES)

@@ -75,8 +75,10 @@ def test_a_mixer_that_is_not_known_is_named_with_the_remedy(module, tmp_path, mo
         SiT(**TINY, mixer="my_mixers.Pooling")
 
 
-@pytest.mark.parametrize("name, options", [("atconv", {}), ("atconv", {"kernel_size": 5}), ("attention", {}),
-                                           ("attention", {"qk_norm": True})])
+@pytest.mark.parametrize(
+    "name, options",
+    [("atconv", {}), ("atconv", {"kernel_size": 5}), ("attention", {}), ("attention", {"qk_norm": True})],
+)
 def test_entries_know_their_tensors(name, options):
     mixer, config = MIXERS[name], {**DEFAULTS, "num_heads": 4, **options}
     tensors = mixer.build(16, config).state_dict()

@@ -132,8 +132,14 @@ def test_mixers_by_name_and_by_list():
         SiT.from_preset("SiT-ATConv-XXL/2")
 
 
-@pytest.mark.parametrize("options", [{}, {"mixer": ["attention", "atconv"], "kernel_size": 5, "qk_norm": True},
-                                     {"has_null_label": False, "learn_sigma": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mixer": ["attention", "atconv"], "kernel_size": 5, "qk_norm": True},
+        {"has_null_label": False, "learn_sigma": False},
+    ],
+)
 def test_saved_and_loaded_is_the_same(tmp_path, options):
     model = randomised(**options)
     model.save_pretrained(tmp_path)
@@ -225,8 +231,11 @@ def test_overfits_one_batch():
     assert loss.item() < 0.1
 
 
-BATCH = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0.2, 0.7]),
-         torch.tensor([0, 2]))
+BATCH = (
+    torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)),
+    torch.tensor([0.2, 0.7]),
+    torch.tensor([0, 2]),
+)
 
 
 @pytest.mark.parametrize("mixer", ["atconv", "hybrid"])

@@ -63,7 +63,8 @@ def test_values_and_gradients_are_the_references(fast, k, grid, B, C):
     y = dynamic_depthwise_conv2d(x, kernels, grid, impl=fast)
     assert y.shape == x.shape and relative_error(y, expected) < 1e-13
     for gradient, reference in zip(
-        torch.autograd.grad(y, (x, kernels), cotangent), torch.autograd.grad(expected, (x, kernels), cotangent),
+        torch.autograd.grad(y, (x, kernels), cotangent),
+        torch.autograd.grad(expected, (x, kernels), cotangent),
         strict=True,
     ):
         assert relative_error(gradient, reference) < 1e-13
@@ -126,7 +127,8 @@ def test_compiles_into_one_graph_with_its_gradients(impl):
     assert relative_error(y, expected) < 1e-6
     cotangent = cotangent.float()
     for a, b in zip(
-        torch.autograd.grad(y, (x, kernels), cotangent), torch.autograd.grad(expected, (x, kernels), cotangent),
+        torch.autograd.grad(y, (x, kernels), cotangent),
+        torch.autograd.grad(expected, (x, kernels), cotangent),
         strict=True,
     ):
         assert relative_error(a, b) < 1e-6
@@ -140,8 +142,9 @@ def test_activation_checkpointing_changes_nothing(impl):
         return (dynamic_depthwise_conv2d(x.sin(), kernels, (3, 5), impl=impl) * cotangent).sum()
 
     again = torch.utils.checkpoint.checkpoint(loss, x, kernels, use_reentrant=False)
-    for a, b in zip(torch.autograd.grad(again, (x, kernels)), torch.autograd.grad(loss(x, kernels), (x, kernels)),
-                    strict=True):
+    for a, b in zip(
+        torch.autograd.grad(again, (x, kernels)), torch.autograd.grad(loss(x, kernels), (x, kernels)), strict=True
+    ):
         assert torch.equal(a, b)
 
 

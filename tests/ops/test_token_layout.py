@@ -59,8 +59,15 @@ print("compiled")
 """
 TARGETS = {"H100": ("cuda", 90, 32), "A100": ("cuda", 80, 32), "MI300": ("hip", "gfx942", 64)}
 CASES = [("H100", 3, "bf16+fp32"), ("MI300", 3, "bf16+bf16")]
-MORE = [("A100", 3, "fp16+fp16"), ("A100", 5, "fp32+fp32"), ("H100", 3, "fp64+fp32"), ("H100", 3, "bf16+fp64"),
-        ("H100", 7, "bf16+bf16"), ("MI300", 5, "fp16+fp32"), ("MI300", 7, "fp64+fp64")]
+MORE = [
+    ("A100", 3, "fp16+fp16"),
+    ("A100", 5, "fp32+fp32"),
+    ("H100", 3, "fp64+fp32"),
+    ("H100", 3, "bf16+fp64"),
+    ("H100", 7, "bf16+bf16"),
+    ("MI300", 5, "fp16+fp32"),
+    ("MI300", 7, "fp64+fp64"),
+]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +79,10 @@ def test_kernels_compile_for_gpus_that_are_not_here(gpu, k, dtype, tmp_path):
     script.write_text(COMPILE)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        python(script, TARGETS[gpu], k, dtype), capture_output=True, text=True, cwd=tmp_path,
+        python(script, TARGETS[gpu], k, dtype),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
     )
     assert done.stdout.strip() == "compiled", done.stderr

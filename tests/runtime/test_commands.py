@@ -45,24 +45,31 @@ def test_ctrl_c_that_a_shell_ignores_in_the_background_stays_ignored():
 
 @pytest.mark.parametrize(("rank", "said"), [("0", "error: interrupted"), ("1", "")])
 def test_no_library_that_is_imported_swallows_ctrl_c_and_one_process_of_several_speaks(tmp_path, rank, said):
-    (tmp_path / "greedy.py").write_text("import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n"
-                                        "except BaseException:\n    pass\n")
+    (tmp_path / "greedy.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    )
     code = "from sit_atconv.runtime.commands import run_command\nrun_command(lambda: print(__import__('greedy')))"
-    done = subprocess.run(python("-c", code), capture_output=True, text=True, cwd=tmp_path,
-                          env=os.environ | {"LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        python("-c", code),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)},
+    )
     assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", said)
 
 
-@pytest.mark.parametrize(("flag", "is_terminal", "wanted"), [
-    (False, True, False), (True, True, True), (False, False, True), (True, False, True)])
+@pytest.mark.parametrize(
+    ("flag", "is_terminal", "wanted"),
+    [(False, True, False), (True, True, True), (False, False, True), (True, False, True)],
+)
 def test_a_table_is_for_terminals_and_json_for_pipes_or_by_option(flag, is_terminal, wanted, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
     assert wants_json(flag) is wanted
 
 
 def test_every_command_is_run_so():
-    for path in [*(ROOT / "sample").glob("*.py"), *(ROOT / "eval").glob("*.py"),
-                 *(ROOT / "sit_atconv").glob("*.py")]:
+    for path in [*(ROOT / "sample").glob("*.py"), *(ROOT / "eval").glob("*.py"), *(ROOT / "sit_atconv").glob("*.py")]:
         if 'if __name__ == "__main__":' in (text := path.read_text()):
             assert ("run_command(main)" in text) != (path.name == "train.py") == ("leave_on_ctrl_c()" in text), path
 

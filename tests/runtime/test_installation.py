@@ -16,12 +16,18 @@ def wheel(monkeypatch):
     monkeypatch.setattr(installation, "IS_WHEEL", True)
 
 
-@pytest.mark.parametrize(("name", "in_root", "elsewhere"), [
-    ("generate", "python sample/generate.py", f"python {shlex.quote(str(ROOT / 'sample/generate.py'))}"),
-    ("train", "accelerate launch sit_atconv/train.py",
-     f"accelerate launch {shlex.quote(str(ROOT / 'sit_atconv/train.py'))}"),
-    ("convert", "python -m sit_atconv.convert", "python -m sit_atconv.convert"),
-])
+@pytest.mark.parametrize(
+    ("name", "in_root", "elsewhere"),
+    [
+        ("generate", "python sample/generate.py", f"python {shlex.quote(str(ROOT / 'sample/generate.py'))}"),
+        (
+            "train",
+            "accelerate launch sit_atconv/train.py",
+            f"accelerate launch {shlex.quote(str(ROOT / 'sit_atconv/train.py'))}",
+        ),
+        ("convert", "python -m sit_atconv.convert", "python -m sit_atconv.convert"),
+    ],
+)
 def test_a_checkouts_commands_are_typed_by_their_scripts(name, in_root, elsewhere, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert command(name) == in_root
@@ -36,8 +42,13 @@ def test_a_wheels_commands_are_console_scripts(wheel):
 
 @pytest.mark.parametrize("name", ["convert", "compare"])
 def test_a_command_starts_from_anywhere_without_a_path(name, tmp_path):
-    done = subprocess.run([*command_argv(name), "--help"], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | {"PATH": "", "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [*command_argv(name), "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": "", "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0 and f"usage: {COMMANDS[name][0].split()[0]} " in done.stdout, done.stderr
 
 
@@ -47,15 +58,20 @@ def test_accelerate_is_started_by_this_python():
 
 def test_a_console_script_runs_the_module_of_its_name(tmp_path):
     """Its exit code is the module's, which is __main__ as other processes see it; Ctrl-C at its import is one line."""
-    (tmp_path / "mine.py").write_text("import pickle, sys\ndef f(): pass\nif __name__ == '__main__':\n"
-                                      "    pickle.dumps(f)\n    sys.exit(len(sys.argv))\n")
+    (tmp_path / "mine.py").write_text(
+        "import pickle, sys\ndef f(): pass\nif __name__ == '__main__':\n"
+        "    pickle.dumps(f)\n    sys.exit(len(sys.argv))\n"
+    )
     (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
 
     def run(name: str) -> tuple[int, str]:
-        code = (f"import sys; from sit_atconv.runtime import installation; sys.argv = ['/bin/sit-atconv-{name}', 'x']\n"
-                f"installation.COMMANDS['{name}'] = ('', '{name}'); sys.exit(installation.console_script())")
-        done = subprocess.run(python("-c", code), cwd=tmp_path, capture_output=True, text=True,
-                              env=os.environ | {"PYTHONPATH": str(ROOT)})
+        code = (
+            f"import sys; from sit_atconv.runtime import installation; sys.argv = ['/bin/sit-atconv-{name}', 'x']\n"
+            f"installation.COMMANDS['{name}'] = ('', '{name}'); sys.exit(installation.console_script())"
+        )
+        done = subprocess.run(
+            python("-c", code), cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        )
         return done.returncode, done.stderr.strip()
 
     assert run("mine") == (2, "")

@@ -10,7 +10,14 @@ NAMES = ["digit 7", "猫", "犬", "🦆 duck", "$x_1$", unicodedata.normalize("N
 
 def test_names_that_the_font_lacks_are_told_apart():
     assert [shown_name(name, label) for label, name in enumerate(NAMES)] == [
-        "digit 7", r"1: \u732b", r"2: \u72ac", r"3: \U0001f986 duck", "$x_1$", "café", r"6: a\nb"]
+        "digit 7",
+        r"1: \u732b",
+        r"2: \u72ac",
+        r"3: \U0001f986 duck",
+        "$x_1$",
+        "café",
+        r"6: a\nb",
+    ]
 
 
 @pytest.mark.filterwarnings("error")
@@ -20,11 +27,14 @@ def test_a_grid_of_such_names_is_drawn_without_a_warning(tmp_path):
     assert (tmp_path / "grid.png").exists()
 
 
-@pytest.mark.parametrize("values, placed", [
-    ([3.0, 1.0, 2.0], [3.0, 1.0, 2.0]),
-    ([1.0, 1.0], [0.5, 1.5]),
-    ([0.0, 0.2, 5.0, 0.1], [-0.9, 1.1, 5.0, 0.1]),
-    ([0.0, 0.9, 1.8], [-0.1, 0.9, 1.9]),
-])
+@pytest.mark.parametrize(
+    "values, placed",
+    [
+        ([3.0, 1.0, 2.0], [3.0, 1.0, 2.0]),
+        ([1.0, 1.0], [0.5, 1.5]),
+        ([0.0, 0.2, 5.0, 0.1], [-0.9, 1.1, 5.0, 0.1]),
+        ([0.0, 0.9, 1.8], [-0.1, 0.9, 1.9]),
+    ],
+)
 def test_labels_are_spread_about_their_middle(values, placed):
     assert spread(values, 1.0) == pytest.approx(placed)

@@ -16,8 +16,11 @@ def checkout(tmp_path, monkeypatch):
     """A repository with one commit, in the place of ours."""
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
     (tmp_path / "file").write_text("1")
-    for arguments in (["init", "-q"], ["add", "file"],
-                      ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "first"]):
+    for arguments in (
+        ["init", "-q"],
+        ["add", "file"],
+        ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "first"],
+    ):
         subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
     return tmp_path
 

@@ -128,8 +128,13 @@ def test_a_loop_or_an_entry_is_a_solver_too(solver):
 
 
 def test_errors_name_the_value():
-    wrong = [({"solver": "rk9"}, "'rk9'"), ({"solver": "sde-heun"}, "sde-heun is for sample_sde"),
-             ({"num_steps": 0}, "not 0"), ({"times": [0, 1, 1]}, "1.0, 1.0"), ({"times": [0.3]}, r"\[0\.3")]
+    wrong = [
+        ({"solver": "rk9"}, "'rk9'"),
+        ({"solver": "sde-heun"}, "sde-heun is for sample_sde"),
+        ({"num_steps": 0}, "not 0"),
+        ({"times": [0, 1, 1]}, "1.0, 1.0"),
+        ({"times": [0.3]}, r"\[0\.3"),
+    ]
     for options, message in wrong:
         with pytest.raises(ValueError, match=message):
             sample_ode(lambda x, t: x, torch.zeros(1), **options)

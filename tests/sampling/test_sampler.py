@@ -86,10 +86,27 @@ def test_settings_reach_guidance_and_solver(model):
 
 def test_settings_reach_the_sde(model):
     path, streams = get_interpolant("gvp"), [SampleStream(0, range(3)) for _ in range(2)]
-    expected = sample_sde(guided(model, Y, cfg=2.0), NOISE, path, solver="heun", num_steps=7, diffusion_form="linear",
-                          diffusion_norm=0.5, last_step="tweedie", last_step_size=0.1, randn=streams[0].randn_like)
-    sampler = Sampler(cfg=2.0, solver="sde-heun", steps=7, diffusion_form="linear", diffusion_norm=0.5,
-                      last_step="tweedie", last_step_size=0.1)
+    expected = sample_sde(
+        guided(model, Y, cfg=2.0),
+        NOISE,
+        path,
+        solver="heun",
+        num_steps=7,
+        diffusion_form="linear",
+        diffusion_norm=0.5,
+        last_step="tweedie",
+        last_step_size=0.1,
+        randn=streams[0].randn_like,
+    )
+    sampler = Sampler(
+        cfg=2.0,
+        solver="sde-heun",
+        steps=7,
+        diffusion_form="linear",
+        diffusion_norm=0.5,
+        last_step="tweedie",
+        last_step_size=0.1,
+    )
     assert torch.equal(sampler(model, NOISE, Y, path="gvp", randn=streams[1].randn_like), expected)
 
 
@@ -111,26 +128,29 @@ def test_a_weak_model_guides(model):
     assert torch.equal(Sampler(cfg=2.0, solver="euler", steps=4)(model, NOISE, Y, weak=weak), expected)
 
 
-@pytest.mark.parametrize(("options", "model_options", "message"), [
-    (dict(cfg_interval=(0.8, 0.3)), {}, r"guidance interval must be .* not \[0\.8, 0\.3\]"),
-    (dict(cfg_interval=(0.3, 1.2)), {}, r"not \[0\.3, 1\.2\]"),
-    (dict(solver="unipc"), dict(path="gvp"), "unipc needs the linear interpolant.* gvp: use one of euler, heun"),
-    (dict(solver="dpm++"), dict(path="vp"), "sde-heun"),
-    (dict(cfg=2.0), dict(null_label=None), r"cfg = 2\.0 needs a null label"),
-    (dict(cfg_schedule="linear"), dict(null_label=None), "cfg = a schedule needs a null label"),
-    (dict(times=(0.0, 1.1)), {}, "from 0 to 1.1"),
-    (dict(times=(0.0, 0.5)), {}, "from 0 to 0.5"),
-    (dict(times=(0.4, 1.0)), {}, "from 0.4 to 1"),
-    (dict(times=(0.0, 1.0)), dict(prediction="noise"), r"\[0\.001, 0\.999\].* finite, not 0"),
-    (dict(times=(0.0, 0.5, 1.0), solver="heun"), dict(path="vp"), r"\[0, 0\.999\].* finite, not 1"),
-    (dict(solver="sde-euler", last_step_size=1.0), {}, r"last_step_size must be between 0\.001 and 1, not 1\.0"),
-    (dict(solver="sde-euler", last_step_size=5e-4), {}, r"not 0\.0005"),
-    (dict(solver="rk9"), {}, "solver must be one of euler, .*, not 'rk9'"),
-    (dict(guidance="pull"), {}, "guidance must be one of cfg, or your own .*, not 'pull'"),
-    (dict(last_step="best"), {}, "last_step must be one of none, .*, not 'best'"),
-    (dict(diffusion_form="cubic"), {}, "diffusion_form must be one of constant, .*, not 'cubic'"),
-    (dict(steps=0), {}, "num_steps must be at least 1, not 0"),
-])
+@pytest.mark.parametrize(
+    ("options", "model_options", "message"),
+    [
+        (dict(cfg_interval=(0.8, 0.3)), {}, r"guidance interval must be .* not \[0\.8, 0\.3\]"),
+        (dict(cfg_interval=(0.3, 1.2)), {}, r"not \[0\.3, 1\.2\]"),
+        (dict(solver="unipc"), dict(path="gvp"), "unipc needs the linear interpolant.* gvp: use one of euler, heun"),
+        (dict(solver="dpm++"), dict(path="vp"), "sde-heun"),
+        (dict(cfg=2.0), dict(null_label=None), r"cfg = 2\.0 needs a null label"),
+        (dict(cfg_schedule="linear"), dict(null_label=None), "cfg = a schedule needs a null label"),
+        (dict(times=(0.0, 1.1)), {}, "from 0 to 1.1"),
+        (dict(times=(0.0, 0.5)), {}, "from 0 to 0.5"),
+        (dict(times=(0.4, 1.0)), {}, "from 0.4 to 1"),
+        (dict(times=(0.0, 1.0)), dict(prediction="noise"), r"\[0\.001, 0\.999\].* finite, not 0"),
+        (dict(times=(0.0, 0.5, 1.0), solver="heun"), dict(path="vp"), r"\[0, 0\.999\].* finite, not 1"),
+        (dict(solver="sde-euler", last_step_size=1.0), {}, r"last_step_size must be between 0\.001 and 1, not 1\.0"),
+        (dict(solver="sde-euler", last_step_size=5e-4), {}, r"not 0\.0005"),
+        (dict(solver="rk9"), {}, "solver must be one of euler, .*, not 'rk9'"),
+        (dict(guidance="pull"), {}, "guidance must be one of cfg, or your own .*, not 'pull'"),
+        (dict(last_step="best"), {}, "last_step must be one of none, .*, not 'best'"),
+        (dict(diffusion_form="cubic"), {}, "diffusion_form must be one of constant, .*, not 'cubic'"),
+        (dict(steps=0), {}, "num_steps must be at least 1, not 0"),
+    ],
+)
 def test_settings_that_do_not_fit_raise_an_error(options, model_options, message):
     with pytest.raises(ValueError, match=message):
         Sampler(**options).check(**(dict(path="linear", prediction="velocity", null_label=10) | model_options))

@@ -42,8 +42,13 @@ def sample(path, **options):
     generator = torch.Generator().manual_seed(0)
     interpolant = get_interpolant(path)
     noise = torch.randn(SAMPLES, 2, generator=generator)
-    return sample_sde(gaussian_velocity(interpolant), noise, interpolant,
-                      randn=lambda x: torch.randn(x.shape, generator=generator), **options)
+    return sample_sde(
+        gaussian_velocity(interpolant),
+        noise,
+        interpolant,
+        randn=lambda x: torch.randn(x.shape, generator=generator),
+        **options,
+    )
 
 
 def standard_errors(x) -> float:
@@ -54,8 +59,9 @@ def standard_errors(x) -> float:
     return max(mean.abs().max(), covariance.abs().max()).item()
 
 
-@pytest.mark.parametrize("form", [
-    pytest.param(form, marks=[] if form in QUICK else pytest.mark.slow) for form in DIFFUSION_FORMS])
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[] if form in QUICK else pytest.mark.slow) for form in DIFFUSION_FORMS]
+)
 @pytest.mark.parametrize("path", ["linear", "gvp"])
 def test_reaches_the_target(path, form):
     assert standard_errors(sample(path, num_steps=1000, diffusion_form=form, last_step="none")) < 4
@@ -87,13 +93,27 @@ def test_a_wrong_score_would_show():
     assert standard_errors(x) > 20
 
 
-@pytest.mark.parametrize(("solver", "last_step", "num_steps", "evaluations", "last"), [
-    ("euler", "mean", 10, 10, 0.96), ("euler", "none", 10, 10, 0.8991), ("euler", "Tweedie", 10, 10, 0.96),
-    ("euler", "euler", 1, 1, 0.0), ("heun", "mean", 10, 19, 0.96), ("heun", None, 10, 20, 0.999)])
+@pytest.mark.parametrize(
+    ("solver", "last_step", "num_steps", "evaluations", "last"),
+    [
+        ("euler", "mean", 10, 10, 0.96),
+        ("euler", "none", 10, 10, 0.8991),
+        ("euler", "Tweedie", 10, 10, 0.96),
+        ("euler", "euler", 1, 1, 0.0),
+        ("heun", "mean", 10, 19, 0.96),
+        ("heun", None, 10, 20, 0.999),
+    ],
+)
 def test_evaluations(solver, last_step, num_steps, evaluations, last):
     times = []
-    sample_sde(lambda x, t: times.append(t) or -x, torch.zeros(2, 3), get_interpolant("linear"), solver=solver,
-               num_steps=num_steps, last_step=last_step)
+    sample_sde(
+        lambda x, t: times.append(t) or -x,
+        torch.zeros(2, 3),
+        get_interpolant("linear"),
+        solver=solver,
+        num_steps=num_steps,
+        last_step=last_step,
+    )
     assert len(times) == evaluations
     assert all(t.dtype == torch.float64 and t.ndim == 0 and t.device.type == "cpu" for t in times)
     assert max(times).item() == pytest.approx(last)
@@ -104,11 +124,20 @@ def test_last_steps_by_hand():
     x, t, size = torch.tensor([0.5, -1.0]), 0.9, 0.1
     linear = get_interpolant("linear")
     score = -(x - t * 2 * x) / (1 - t)  # -noise / sigma, noise = x - t v
-    expected = {"mean": x + size * (2 * x + (1 - t) * score), "euler": x + size * 2 * x,
-                "tweedie": (x + (1 - t) ** 2 * score) / t}
+    expected = {
+        "mean": x + size * (2 * x + (1 - t) * score),
+        "euler": x + size * 2 * x,
+        "tweedie": (x + (1 - t) ** 2 * score) / t,
+    }
     for last_step, value in expected.items():
-        result = sample_sde(lambda x, t: 2 * x, x, linear, times=[t, 1.0], last_step=last_step,
-                            randn=lambda x: torch.full_like(x, math.nan))
+        result = sample_sde(
+            lambda x, t: 2 * x,
+            x,
+            linear,
+            times=[t, 1.0],
+            last_step=last_step,
+            randn=lambda x: torch.full_like(x, math.nan),
+        )
         torch.testing.assert_close(result, value)
 
 
@@ -116,8 +145,15 @@ def test_last_steps_by_hand():
 def test_everything_is_finite_in_float32(path, form, solver):
     noise, interpolant = torch.randn(64, 1, 2, 2), get_interpolant(path)
     for last_step in ("none", "mean", "tweedie", "euler"):
-        x = sample_sde(lambda x, t: interpolant.velocity(x.new_full((), 0.3), x, t), noise, interpolant, solver=solver,
-                       num_steps=5, diffusion_form=form.upper(), last_step=last_step)
+        x = sample_sde(
+            lambda x, t: interpolant.velocity(x.new_full((), 0.3), x, t),
+            noise,
+            interpolant,
+            solver=solver,
+            num_steps=5,
+            diffusion_form=form.upper(),
+            last_step=last_step,
+        )
         assert x.dtype == torch.float32 and x.isfinite().all()
 
 
@@ -147,16 +183,31 @@ def test_noise_comes_from_the_stream_and_never_twice(solver):
 
 
 def test_a_loop_is_a_solver_too_and_the_prefix_sde_is_optional():
-    x = [sample_sde(lambda x, t: -x, torch.ones(2, 3), get_interpolant("linear"), solver=solver, num_steps=4,
-                    randn=torch.ones_like) for solver in ("euler", "sde-euler", euler_maruyama, SOLVERS["sde-euler"])]
+    x = [
+        sample_sde(
+            lambda x, t: -x,
+            torch.ones(2, 3),
+            get_interpolant("linear"),
+            solver=solver,
+            num_steps=4,
+            randn=torch.ones_like,
+        )
+        for solver in ("euler", "sde-euler", euler_maruyama, SOLVERS["sde-euler"])
+    ]
     assert all(torch.equal(x[0], other) for other in x)
 
 
 def test_errors_name_the_value():
-    wrong = [({"solver": "rk4"}, "'rk4'"), ({"solver": "dopri5"}, "dopri5 is for sample_ode"),
-             ({"num_steps": 0}, "not 0"), ({"last_step": "best"}, "'best'"), ({"diffusion_form": "cubic"}, "'cubic'"),
-             ({"diffusion_norm": -1.0}, r"negative: -1\.0"),
-             ({"last_step_size": 1.0}, r"not 1\.0"), ({"times": [0.5]}, r"\[0\.5")]
+    wrong = [
+        ({"solver": "rk4"}, "'rk4'"),
+        ({"solver": "dopri5"}, "dopri5 is for sample_ode"),
+        ({"num_steps": 0}, "not 0"),
+        ({"last_step": "best"}, "'best'"),
+        ({"diffusion_form": "cubic"}, "'cubic'"),
+        ({"diffusion_norm": -1.0}, r"negative: -1\.0"),
+        ({"last_step_size": 1.0}, r"not 1\.0"),
+        ({"times": [0.5]}, r"\[0\.5"),
+    ]
     for options, message in wrong:
         with pytest.raises(ValueError, match=message):
             sample_sde(lambda x, t: x, torch.zeros(2), get_interpolant("linear"), **options)

@@ -26,8 +26,11 @@ def test_an_entry_tells_when_its_loop_evaluates_the_velocity(name):
 
 def test_the_summary_of_an_entry():
     assert [SOLVERS[name].summary for name in ("euler", "sde-heun", "dopri5", "dpm++")] == [
-        "NFE 1 per step", "NFE 2 per step, adds noise", "chooses its own steps for the whole batch",
-        "NFE 1 per step, linear interpolant only"]
+        "NFE 1 per step",
+        "NFE 2 per step, adds noise",
+        "chooses its own steps for the whole batch",
+        "NFE 1 per step, linear interpolant only",
+    ]
     assert [default_solver(path) for path in ("linear", "gvp", "vp")] == ["unipc", "heun", "heun"]
 
 
@@ -43,10 +46,12 @@ def test_a_solver_is_found_by_name_path_entry_or_loop():
 
 
 def test_commands_read_the_tables_without_torch():
-    code = ("import sys, sit_atconv.sampling, sit_atconv.generation.generate as g, sit_atconv.studies.solvers as s\n"
-            "g.make_parser(), s.make_parser()\n"
-            "print(*{'torch', 'numpy', 'diffusers'} & set(sys.modules))\n"
-            "from sit_atconv.sampling import guided; print(guided.__name__ in dir(sit_atconv.sampling))")
+    code = (
+        "import sys, sit_atconv.sampling, sit_atconv.generation.generate as g, sit_atconv.studies.solvers as s\n"
+        "g.make_parser(), s.make_parser()\n"
+        "print(*{'torch', 'numpy', 'diffusers'} & set(sys.modules))\n"
+        "from sit_atconv.sampling import guided; print(guided.__name__ in dir(sit_atconv.sampling))"
+    )
     done = subprocess.run(python("-c", code), capture_output=True, text=True)
     assert done.stdout.split("\n")[:2] == ["", "True"], done.stderr
 

@@ -26,8 +26,14 @@ def taken(form, dtype="fp32", training=False) -> float:
     inputs = torch.randn(2, 4, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.int64)
     with torch.autocast("cpu", torch_dtype(dtype), enabled=training and dtype != "fp32"):
         found = take_form(model, form, *inputs, gradients=training)
-    kinds = {"attention": Attention, "timm": TimmAttention, "published": PublishedATConv, "atconv": ATConv,
-             "hybrid": (Attention, ATConv), "floor": FloorMixer}
+    kinds = {
+        "attention": Attention,
+        "timm": TimmAttention,
+        "published": PublishedATConv,
+        "atconv": ATConv,
+        "hybrid": (Attention, ATConv),
+        "floor": FloorMixer,
+    }
     assert len(model.blocks) == 3 and all(isinstance(block.attn, kinds[form]) for block in model.blocks)
     return found.error
 
@@ -78,8 +84,11 @@ def test_missing_inhibition_is_found(monkeypatch, form, dtype):
 @pytest.mark.parametrize("form", ["attention", "timm", "hybrid"])
 def test_a_wrong_attention_is_found(monkeypatch, form, dtype):
     forward = TimmAttention.forward
-    monkeypatch.setattr(TimmAttention, "forward", lambda self, x, grid_size: forward(self, x[:, :-1], None)[
-        :, [*range(x.shape[1] - 1), 0]])  # leaves out the last token
+    monkeypatch.setattr(
+        TimmAttention,
+        "forward",
+        lambda self, x, grid_size: forward(self, x[:, :-1], None)[:, [*range(x.shape[1] - 1), 0]],
+    )  # leaves out the last token
     assert taken(form, dtype) > BOUNDS[dtype]
 
 
@@ -103,8 +112,11 @@ def test_the_operator_is_checked_with_its_gradients():
         return dynamic_depthwise_conv2d_reference(x, kernels, grid_size)
 
     assert check_operator("right", right, right, x, kernels).error == 0
-    for wrong in (lambda x, k: transposed_taps(x, k, grid_size), lambda x, k: right(x, k.detach()) + 0 * k.sum(),
-                  lambda x, k: right(x.detach(), k) + 0 * x):
+    for wrong in (
+        lambda x, k: transposed_taps(x, k, grid_size),
+        lambda x, k: right(x, k.detach()) + 0 * k.sum(),
+        lambda x, k: right(x.detach(), k) + 0 * x,
+    ):
         assert check_operator("wrong", wrong, right, x, kernels).error > 0.1
 
 

@@ -94,8 +94,10 @@ def test_peak_memory_of_training_includes_gradients_and_moments():
 
 
 def test_a_form_with_wrong_values_is_not_timed(monkeypatch):
-    monkeypatch.setattr("sit_atconv.speed.levels.dynamic_depthwise_conv2d",
-                        lambda x, kernels, grid_size: published_conv2d(x, kernels.flip(-1), grid_size))
+    monkeypatch.setattr(
+        "sit_atconv.speed.levels.dynamic_depthwise_conv2d",
+        lambda x, kernels, grid_size: published_conv2d(x, kernels.flip(-1), grid_size),
+    )
     with pytest.raises(ValueError, match="not timed: atconv and its definition do not agree at 32 px in fp32"):
         compare(dataclasses.replace(TINY, levels=("op",)))
     monkeypatch.setattr(PublishedATConv, "forward", lambda self, x, grid_size: self.proj(self.x_proj(x)))

@@ -75,12 +75,15 @@ def test_multiply_adds_of_other_models(changes):
     assert multiply_adds(config, (4, 4)) == counted(model_of("atconv", config), *inputs)
 
 
-@pytest.mark.parametrize("form, k, D, quantities", [
-    ("attention", 3, 32, {"backward": [0]}),
-    # One channel of one sample: the gradient of a grouped kernel is counted by torch as if it were not grouped.
-    ("published", 3, 1, {"backward": [0, 1], "grad_x": [0], "grad_kernels": [1]}),
-    ("published", 5, 1, {"backward": [0, 1], "grad_x": [0], "grad_kernels": [1]}),
-])
+@pytest.mark.parametrize(
+    "form, k, D, quantities",
+    [
+        ("attention", 3, 32, {"backward": [0]}),
+        # One channel of one sample: the gradient of a grouped kernel is counted by torch as if it were not grouped.
+        ("published", 3, 1, {"backward": [0, 1], "grad_x": [0], "grad_kernels": [1]}),
+        ("published", 5, 1, {"backward": [0, 1], "grad_x": [0], "grad_kernels": [1]}),
+    ],
+)
 def test_multiply_adds_of_the_operators_and_their_gradients(form, k, D, quantities):
     config, N, grid_size = {"hidden_size": D, "kernel_size": k}, 15, (3, 5)
     if form == "attention":

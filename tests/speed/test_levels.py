@@ -32,13 +32,25 @@ def test_every_form_of_a_level_is_checked_and_runs_every_quantity(level):
     here = case()
     timed = PREPARE[level](here)
     forms = TINY.forms_of(level)
-    quantities = {"mixer": ["forward", "forward+backward"], "block": ["forward", "forward+backward"],
-                  "model": ["forward"], "train": ["step"], "sampling": ["sampling"]}
+    quantities = {
+        "mixer": ["forward", "forward+backward"],
+        "block": ["forward", "forward+backward"],
+        "model": ["forward"],
+        "train": ["step"],
+        "sampling": ["sampling"],
+    }
     if level == "op":
         convolution = ["forward", "backward", "grad_x", "grad_kernels"]
-        assert list(timed.runs) == [(form, q) for form, names in {
-            "attention": ["forward", "backward"], "published": convolution, "atconv": convolution, "floor": ["forward"]
-        }.items() for q in names]
+        assert list(timed.runs) == [
+            (form, q)
+            for form, names in {
+                "attention": ["forward", "backward"],
+                "published": convolution,
+                "atconv": convolution,
+                "floor": ["forward"],
+            }.items()
+            for q in names
+        ]
     else:
         assert list(timed.runs) == [(form, quantity) for form in forms for quantity in quantities[level]]
         assert tuple(timed.modules) == forms
@@ -145,8 +157,13 @@ def vae(tmp_path_factory):
     from diffusers import AutoencoderKL
 
     folder = tmp_path_factory.mktemp("vae")
-    AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-                  block_out_channels=(4, 8), latent_channels=4, norm_num_groups=2).save_pretrained(folder)
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),
+        latent_channels=4,
+        norm_num_groups=2,
+    ).save_pretrained(folder)
     return str(folder)
 
 

@@ -42,7 +42,13 @@ def test_batch_sizes_are_paired_with_resolutions():
 def test_model_config_has_the_forms_mixer_and_the_resolution():
     options = SpeedOptions(preset="Tiny/4", depth=3, resolutions=(28,), downsample=1, channels=3)
     mixers = {form: options.model_config(form, 28)["mixer"] for form in options.forms}
-    assert mixers == {"attention": "attention", "timm": "attention", "published": "atconv", "atconv": "atconv",
-                      "hybrid": "hybrid", "floor": "atconv"}
+    assert mixers == {
+        "attention": "attention",
+        "timm": "attention",
+        "published": "atconv",
+        "atconv": "atconv",
+        "hybrid": "hybrid",
+        "floor": "atconv",
+    }
     config = options.model_config("hybrid", 28)
     assert (config["input_size"], config["in_channels"], config["patch_size"], config["depth"]) == (28, 3, 4, 3)

@@ -24,8 +24,20 @@ def compared(**changes):
 
     def add(level, quantity, form, px, ms, **figures):
         grid, rounds = (px // 16, px // 16), Rounds.of([ms, 1.1 * ms, 1.04 * ms])
-        measurements.append(Measurement(level, quantity, form, px, grid, "fp32", options.batch_size(px), rounds,
-                                        Rounds.of([1 / ms] * 3), **figures))
+        measurements.append(
+            Measurement(
+                level,
+                quantity,
+                form,
+                px,
+                grid,
+                "fp32",
+                options.batch_size(px),
+                rounds,
+                Rounds.of([1 / ms] * 3),
+                **figures,
+            )
+        )
 
     for px, level in itertools.product(options.resolutions, options.levels):
         quantities = {"mixer": ["forward", "forward+backward"], "sampling": ["sampling"]}.get(level, ["forward"])
@@ -66,18 +78,30 @@ def test_the_table_has_a_section_for_each_level_and_a_row_for_each_measurement(c
 
 def test_growth_is_an_exponent_of_the_number_of_tokens():
     def point(side, ms, batch):
-        return Measurement("model", "forward", "atconv", 16 * side, (side, side), "fp32", batch, Rounds.of([ms]),
-                           Rounds.of([1.0]))
+        return Measurement(
+            "model", "forward", "atconv", 16 * side, (side, side), "fp32", batch, Rounds.of([ms]), Rounds.of([1.0])
+        )
 
     assert growth([point(8, 6.0, 2), point(32, 8 * 16**1.5, 1), point(16, 1e9, 1)]) == pytest.approx(
-        math.log(8 * 16**1.5 / 3) / math.log(16))
+        math.log(8 * 16**1.5 / 3) / math.log(16)
+    )
     assert growth([point(8, 1.0, 1)]) is None
 
 
 def test_the_prediction_is_proportional_to_multiply_adds_plus_decoding():
     def point(form, px, ms, macs, batch=1):
-        return Measurement("sampling", "sampling", form, px, (px, px), "fp32", batch, Rounds.of([ms]),
-                           Rounds.of([1.0]), multiply_adds=macs)
+        return Measurement(
+            "sampling",
+            "sampling",
+            form,
+            px,
+            (px, px),
+            "fp32",
+            batch,
+            Rounds.of([ms]),
+            Rounds.of([1.0]),
+            multiply_adds=macs,
+        )
 
     points = [point("atconv", 8, 9.0, 10), point("attention", 16, 1e3, 80), point("attention", 8, 2 * 50.0, 20, 2)]
     expected = {("atconv", 8): 30.0, ("attention", 8): 50.0, ("attention", 16): 4 * 40.0 + 30.0}
@@ -89,7 +113,7 @@ def drawn(comparison, monkeypatch):
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: figures.append(self))
     save_chart(comparison, "speed.png")
-    figure, = figures
+    (figure,) = figures
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw(renderer)
     return figure, [axes for axes in figure.axes if axes.get_visible()], renderer
@@ -119,7 +143,7 @@ def test_a_panel_shows_every_form_and_prediction_and_labels_do_not_overlap(compa
         labels = [text for text in axes.texts if isinstance(text, Annotation)]
         assert [label.get_text().split("  ~")[0] for label in labels] == [FORMS[form].title for form in forms]
         assert overlaps(labels, renderer) == []
-    legend, = figure.legends
+    (legend,) = figure.legends
     assert comparison.environment["torch"] in legend.get_title().get_text()
 
 
@@ -134,8 +158,13 @@ def test_one_resolution_has_a_row_for_each_form(monkeypatch):
 
 
 def test_where_names_hardware_threads_versions_and_date(comparison):
-    environment = comparison.environment | {"device": "cuda", "hardware": "H200", "cuda": "13.2", "cpu_threads": 3,
-                                            "date": "2026-01-02T03:04:05"}
+    environment = comparison.environment | {
+        "device": "cuda",
+        "hardware": "H200",
+        "cuda": "13.2",
+        "cpu_threads": 3,
+        "date": "2026-01-02T03:04:05",
+    }
     compiled = dataclasses.replace(comparison.options, compile=True)
     found = dataclasses.replace(comparison, environment=environment, options=compiled).where
     assert found.startswith("GPU: H200, CPU threads: 3, torch ") and "CUDA 13.2" in found

@@ -26,16 +26,26 @@ def test_enough_is_within_two_standard_errors_of_the_baseline():
 def test_solvers_get_equal_nfe():
     samplers = list(plan(options(solvers=("euler", "heun"), evaluations=(1, 8), shifts=(1.0, 2.0))))
     assert [(s.solver, s.steps, s.shift) for s in samplers] == [
-        ("euler", 250, 1.0), ("euler", 1, 1.0), ("euler", 8, 1.0), ("euler", 1, 2.0), ("euler", 8, 2.0),
-        ("heun", 4, 1.0), ("heun", 4, 2.0)]
+        ("euler", 250, 1.0),
+        ("euler", 1, 1.0),
+        ("euler", 8, 1.0),
+        ("euler", 1, 2.0),
+        ("euler", 8, 2.0),
+        ("heun", 4, 1.0),
+        ("heun", 4, 2.0),
+    ]
 
 
 def test_the_table_marks_solvers_that_are_enough():
     points = [point(2.0, steps=250, evaluations=250), point(3.0), point(2.1, solver="heun", shift=2.0, evaluations=12)]
     lines = table(points).splitlines()
     assert lines[0] == "Euler, 250 steps: 2.00 +- 0.10, 10.0 images/s"
-    assert lines[2:] == ["| solver | shift | 8 | 12 |", "|---|---|---|---|", "| euler | 1 | 3.00 |  |",
-                         "| heun | 2 |  | **2.10** |"]
+    assert lines[2:] == [
+        "| solver | shift | 8 | 12 |",
+        "|---|---|---|---|",
+        "| euler | 1 | 3.00 |  |",
+        "| heun | 2 |  | **2.10** |",
+    ]
 
 
 def test_an_interrupted_comparison_resumes(tiny_run, tmp_path):

@@ -85,8 +85,13 @@ def own(tmp_path, monkeypatch):
     sys.modules.pop("own_objectives", None)
 
 
-@pytest.mark.parametrize("argv", [["--flow", "own_objectives.Scaled", "--flow.scale", "3", "--flow.path", "gvp"],
-                                  ["--flow.scale", "3", "--flow.path", "gvp", "--flow", "own_objectives.Scaled"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--flow", "own_objectives.Scaled", "--flow.scale", "3", "--flow.path", "gvp"],
+        ["--flow.scale", "3", "--flow.path", "gvp", "--flow", "own_objectives.Scaled"],
+    ],
+)
 def test_a_users_objective_and_its_options_in_any_order(own, argv, tmp_path):
     config = parse([*argv, "--out", str(tmp_path)])
     assert (config.flow.scale, config.flow.path, config.flow.class_dropout_prob) == (3.0, "gvp", 0.2)
@@ -96,9 +101,15 @@ def test_a_users_objective_and_its_options_in_any_order(own, argv, tmp_path):
     assert again.options == config.options and type(again.flow) is type(config.flow)
 
 
-@pytest.mark.parametrize("argv", [["--flow", "own_objectives.Other", "--flow.path", "gvp"],
-                                  ["--flow.path", "gvp", "--flow", "own_objectives.Other"],
-                                  ["--optimizer.lr", "1"], ["--flow.strength", "1"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--flow", "own_objectives.Other", "--flow.path", "gvp"],
+        ["--flow.path", "gvp", "--flow", "own_objectives.Other"],
+        ["--optimizer.lr", "1"],
+        ["--flow.strength", "1"],
+    ],
+)
 def test_an_option_that_the_chosen_class_lacks_is_an_error(own, argv, capsys):
     with pytest.raises(SystemExit):
         parse(argv)
@@ -107,8 +118,12 @@ def test_an_option_that_the_chosen_class_lacks_is_an_error(own, argv, capsys):
 
 
 def test_help_shows_the_options_of_the_chosen_classes(own, capsys):
-    for argv, shown in ((["--flow", "own_objectives.Scaled"], "--flow.scale"), ([], "--flow.time_shift"),
-                        (["--optimizer", "SGD"], "--optimizer.momentum"), ([], "--optimizer.betas")):
+    for argv, shown in (
+        (["--flow", "own_objectives.Scaled"], "--flow.scale"),
+        ([], "--flow.time_shift"),
+        (["--optimizer", "SGD"], "--optimizer.momentum"),
+        ([], "--optimizer.betas"),
+    ):
         with pytest.raises(SystemExit) as left:
             parse([*argv, "--help"])
         assert left.value.code == 0 and shown in capsys.readouterr().out
@@ -181,8 +196,16 @@ def folder_run(digit_folder, tmp_path):
 
     def make(rules: int = RULES, **described) -> tuple[list[str], str]:
         images = shutil.copytree(digit_folder, tmp_path / "images")
-        argv = ["--data.images", str(images), "--data.image_size", "16", "--data.codec", "identity",
-                "--out", str(tmp_path / "run")]
+        argv = [
+            "--data.images",
+            str(images),
+            "--data.image_size",
+            "16",
+            "--data.codec",
+            "identity",
+            "--out",
+            str(tmp_path / "run"),
+        ]
         config = parse(argv)
         (config.out / "checkpoints" / "step-0000001").mkdir(parents=True)
         config.save(config.out, describe_data(*config.data.open(rules)) | described)
@@ -193,8 +216,9 @@ def folder_run(digit_folder, tmp_path):
 
 def test_options_that_accept_faulty_data_may_change(folder_run):
     argv, _ = folder_run()
-    config = parse([*argv, "--data.skip_unreadable", "true", "--data.keep_empty_classes", "true",
-                    "--data.max_megapixels", "300"])
+    config = parse(
+        [*argv, "--data.skip_unreadable", "true", "--data.keep_empty_classes", "true", "--data.max_megapixels", "300"]
+    )
     config.check_resumable(describe_data(*config.data.open(config.data_rules())))
 
 
@@ -241,8 +265,18 @@ def test_an_older_run_keeps_the_order_of_its_classes(digit_folder, tmp_path):
     """Class folders 1, 2, 10 were sorted as text in older runs, and are sorted as numbers now."""
     for name in ("1", "2", "10"):
         shutil.copytree(digit_folder / "digit 1", tmp_path / "images" / name)
-    config = parse(["--data.images", str(tmp_path / "images"), "--data.image_size", "16", "--data.codec", "identity",
-                    "--out", str(tmp_path / "run")])
+    config = parse(
+        [
+            "--data.images",
+            str(tmp_path / "images"),
+            "--data.image_size",
+            "16",
+            "--data.codec",
+            "identity",
+            "--out",
+            str(tmp_path / "run"),
+        ]
+    )
     assert config.data.open(config.data_rules())[0].class_names == ("1", "2", "10")
     (config.out / "checkpoints" / "step-0000001").mkdir(parents=True)
     earlier = {key: value for key, value in describe_data(*config.data.open(1)).items() if key != "rules"}

@@ -152,8 +152,9 @@ def test_what_does_not_fit_is_not_run(monkeypatch):
 def test_a_model_that_does_not_fit_is_estimated_from_few_blocks(monkeypatch):
     net, depths, loss = SiT(**{**SHAPE, "depth": 9}), [], FlowMatching.loss
     monkeypatch.setattr(estimating, "free_bytes", lambda device: GIB / 2)
-    monkeypatch.setattr(FlowMatching, "loss", lambda self, model, *rest: (
-        depths.append(len(model.blocks)), loss(self, model, *rest))[1])
+    monkeypatch.setattr(
+        FlowMatching, "loss", lambda self, model, *rest: (depths.append(len(model.blocks)), loss(self, model, *rest))[1]
+    )
     lines = rows(report(net, config(), order(), CPU))
     assert lines["time"].startswith("not measured: needs ") and set(depths) == {2, 3}
     assert "MiB an image" in lines["memory"] and "up to " in lines["24 GB GPU"]
@@ -162,9 +163,19 @@ def test_a_model_that_does_not_fit_is_estimated_from_few_blocks(monkeypatch):
 def test_the_report_has_a_line_for_each_fact(monkeypatch):
     with torch.device("meta"):
         net = SiT.from_preset("SiT-ATConv-S/8", depth=2)
-    ask = partial(report, net, config(
-        steps=400_000, batch_size=256, accumulation=2, precision="bf16", checkpoint_every=50_000,
-    ), order(256, 2, num_processes=4), CPU)
+    ask = partial(
+        report,
+        net,
+        config(
+            steps=400_000,
+            batch_size=256,
+            accumulation=2,
+            precision="bf16",
+            checkpoint_every=50_000,
+        ),
+        order(256, 2, num_processes=4),
+        CPU,
+    )
     monkeypatch.setattr(estimating, "image_bytes", lambda *_: 2.0**20)
     monkeypatch.setattr(estimating, "time_step", lambda *_: (0.5, "measured on a machine"))
     lines = rows(ask())

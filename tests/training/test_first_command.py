@@ -25,8 +25,9 @@ def fitted(latents: Path, **changes):
 def test_a_shipped_configuration_that_fits_is_printed_without_options(latents, config):
     index = dataclasses.replace(fitted(latents, image_size=int(config[-3:])), num_images=50_000)
     command = training_command(index, np.zeros(50_000, int), Path("my latents"))
-    assert command == (f"accelerate launch sit_atconv/train.py --config {config} --data.latents "
-                       "'my latents' --out 'runs/my latents'")
+    assert command == (
+        f"accelerate launch sit_atconv/train.py --config {config} --data.latents 'my latents' --out 'runs/my latents'"
+    )
 
 
 def test_the_printed_command_runs(latents, monkeypatch, capsys):
@@ -40,10 +41,14 @@ def test_the_printed_command_runs(latents, monkeypatch, capsys):
     assert capsys.readouterr().out == "batch 64\n"
 
 
-@pytest.mark.parametrize("changes", [
-    {"image_size": 6}, {"mirrored": False},
-    {"class_names": ["images"], "class_counts": [7], "num_images": 7},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_size": 6},
+        {"mirrored": False},
+        {"class_names": ["images"], "class_counts": [7], "num_images": 7},
+    ],
+)
 def test_the_printed_command_is_fitted_to_the_latents(latents, changes, monkeypatch, tmp_path):
     of_settings = {key: value for key, value in changes.items() if key in ("image_size", "mirrored")}
     index = fitted(latents, **of_settings)
@@ -51,9 +56,12 @@ def test_the_printed_command_is_fitted_to_the_latents(latents, changes, monkeypa
     monkeypatch.chdir(tmp_path)
     Path("runs/digits").mkdir(parents=True)
     command = training_command(index, np.zeros(index.num_images, int), Path("digits"))
-    expected = {"image_size": "--model.patch_size 1", "mirrored": "--data.mirror false",
-                "class_names": "--model.has_null_label false --flow.class_dropout_prob 0 --preview.cfg 1 "
-                               "--data.held_out 0 --train.batch_size 4"}[next(iter(changes))]
+    expected = {
+        "image_size": "--model.patch_size 1",
+        "mirrored": "--data.mirror false",
+        "class_names": "--model.has_null_label false --flow.class_dropout_prob 0 --preview.cfg 1 "
+        "--data.held_out 0 --train.batch_size 4",
+    }[next(iter(changes))]
     assert expected in command and command.endswith("--out runs/digits-2")
 
 

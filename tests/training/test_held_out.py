@@ -48,8 +48,10 @@ def test_the_loss_does_not_depend_on_batches_and_processes():
 
 
 def test_the_loss_is_that_of_the_velocity_for_every_prediction():
-    losses = [mean([held_out(flow).loss(Seer(flow))])
-              for flow in (FlowMatching(), FlowMatching(prediction="noise"), FlowMatching(prediction="data"))]
+    losses = [
+        mean([held_out(flow).loss(Seer(flow))])
+        for flow in (FlowMatching(), FlowMatching(prediction="noise"), FlowMatching(prediction="data"))
+    ]
     assert losses[1] == pytest.approx(losses[2], rel=1e-3)  # on the same interval
     assert losses[0] > 0.3
 
@@ -88,6 +90,7 @@ def test_an_unreadable_image_is_left_out_and_the_others_keep_noise_and_times(dig
     part = HeldOut(data, images, IdentityCodec(3), FlowMatching(), skip_unreadable=True, **options)
     assert list(part.unreadable) == [data.name(50)] and "cannot be read" in part.unreadable[data.name(50)]
     left = [torch.cat(parts)[[0, 2, 3]] for parts in zip(*whole.batches, strict=True)]
-    assert all(torch.equal(torch.cat(parts), other)
-               for parts, other in zip(zip(*part.batches, strict=True), left, strict=True))
+    assert all(
+        torch.equal(torch.cat(parts), other) for parts, other in zip(zip(*part.batches, strict=True), left, strict=True)
+    )
     assert part.loss(Seer(FlowMatching()))[1] == 3

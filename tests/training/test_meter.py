@@ -37,9 +37,16 @@ def test_a_line_holds_the_means_since_the_last_line(monkeypatch):
 
 def test_the_peak_depends_on_device_and_precision(monkeypatch):
     assert peak_tflops(torch.device("cpu"), "bf16", True) is None
-    for name, peak in (("NVIDIA H100 PCIe", 756), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA A100-SXM4-80GB", 312),
-                       ("NVIDIA L40S", 362), ("NVIDIA L40", 181), ("NVIDIA L4", 121),
-                       ("NVIDIA H100 NVL", 835), ("NVIDIA T4", None)):
+    for name, peak in (
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L4", 121),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA T4", None),
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_tflops(torch.device("cuda"), "bf16", False) == peak
         assert peak_tflops(torch.device("cuda"), "fp32", True) == (peak and peak / 2)
