@@ -84,7 +84,7 @@ def make_parser() -> ArgumentParser:
         metavar="DECAY",
         help="use the EMA weights of this decay, if there are several (default: the first)",
     )
-    average.add_argument("--no-ema", dest="ema", action="store_false", help="use the trained weights, not their EMA")
+    average.add_argument("--no-ema", dest="ema", action="store_false", help="use the weights without EMA")
 
     wanted = parser.add_argument_group("what to draw")
     wanted.add_argument("--num-samples", type=at_least(1), default=100, help="number of images")
@@ -203,7 +203,7 @@ def make_parser() -> ArgumentParser:
         "--batch-size",
         type=at_least(1),
         default=64,
-        help=f"images per batch; does not change the images, except with {adaptive}",
+        help=f"images per batch and process; changes images by at most one grey level, except with {adaptive}",
     )
     how.add_argument(
         "--compile",
