@@ -217,7 +217,7 @@ def test_kills_before_every_write_lose_nothing(launch, large, undisturbed, tmp_p
     for number in range(1, 99, every):
         work = tmp_path / str(number)
         work.mkdir()
-        codes, output = launch(FID, quick_argv(large, work), processes, die=number, work=work, seconds=60)
+        codes, output = launch(FID, quick_argv(large, work), processes, die=number, work=work)
         if codes == [0] * processes:
             break
         assert -9 in codes, output
