@@ -268,7 +268,7 @@ def test_an_old_record_compares_with_a_new_evaluation(old, run):
 
 def test_old_latents_are_verified_and_trained_on(launch, old, run):
     output, _ = run(ENCODE, ["--verify", "latents"])
-    assert "latents is whole: 24 images of 10 classes in 6 shards" in output
+    assert "latents is intact: 24 images of 10 classes in 6 shards" in output
     codes, output = launch(
         TRAIN,
         [

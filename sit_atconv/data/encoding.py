@@ -218,7 +218,7 @@ def latent_settings(options: EncodeOptions, images: ImageFolder, codec: Codec) -
 
 
 def _check_out(options: EncodeOptions) -> None:
-    """Raises ValueError if `out` holds something else, or is inside the folder of images."""
+    """Raises ValueError if `out` is among the images, or holds something else or a later version's index."""
     if options.out.is_file():
         raise ValueError(f"{options.out} is a file: give another --out")
     if options.out.resolve().is_relative_to(Path(options.images).resolve()):
@@ -227,6 +227,7 @@ def _check_out(options: EncodeOptions) -> None:
     for path in options.out.iterdir() if options.out.exists() else ():
         if not ours.fullmatch(path.name):
             raise ValueError(f"{options.out} holds something else ({path.name}): give another --out")
+    find_index(options.out)  # checked before any process changes the folder
 
 
 def _encode_missing(job: Job, missing: list[int]) -> float:

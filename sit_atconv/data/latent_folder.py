@@ -383,6 +383,10 @@ def inspect_shard(path: Path, settings: LatentSettings, num_classes: int) -> Sha
     return ShardReport(entry | {"num_images": n}, counts, shard.skipped, shard.enlarged, faults)
 
 
+class LaterVersionError(ValueError):
+    """An index that a later version of sit_atconv wrote."""
+
+
 def read_index(folder: str | Path) -> LatentIndex:
     """Reads the index. ValueError: it is missing or damaged, or a later version wrote it."""
     path = Path(folder) / INDEX
@@ -390,7 +394,7 @@ def read_index(folder: str | Path) -> LatentIndex:
         content = json.loads(path.read_bytes())
         if (number := content.pop("format")) not in FORMATS:
             wrote = dict(content.get("versions") or {}).get("sit_atconv")
-            raise ValueError(
+            raise LaterVersionError(
                 f"{path} has format {number}, and sit_atconv {__version__} reads formats "
                 f"{' and '.join(map(str, FORMATS))}: it was written by "
                 f"{f'sit_atconv {wrote}' if wrote else 'a later version'}; install that version or a "
@@ -409,9 +413,11 @@ def read_index(folder: str | Path) -> LatentIndex:
 
 
 def find_index(folder: Path) -> LatentIndex | None:
-    """Returns the index, or None if `read_index` raises an error."""
+    """Returns the index, or None if it is missing or damaged. LaterVersionError: a later version wrote it."""
     try:
         return read_index(folder)
+    except LaterVersionError:
+        raise
     except ValueError:
         return None
 

@@ -124,3 +124,18 @@ def test_the_index_names_the_vae_as_its_codec_does(encode, argv, vae, tmp_path):
     with working_folder(vae.parent):
         encode(*argv)
         assert read_index(tmp_path / "out").vae == VAECodec(vae.name).source
+
+
+@pytest.mark.parametrize("lost", [None, "shard-00001.safetensors"])
+def test_the_index_of_a_later_version_is_refused_and_kept(encode, argv, tmp_path, capsys, lost):
+    encode(*argv)
+    out = tmp_path / "out"
+    content = json.loads((out / "index.json").read_text())
+    content |= {"format": 9, "versions": {"sit_atconv": "7.1.0"}}
+    (out / "index.json").write_text(json.dumps(content))
+    if lost:
+        (out / lost).unlink()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    error = error_of(argv, capsys)
+    assert "was written by sit_atconv 7.1.0; install that version or a later one" in error and "Traceback" not in error
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
