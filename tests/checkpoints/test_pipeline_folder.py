@@ -152,7 +152,9 @@ def test_a_vae_that_has_moved_is_given_by_option(vae, make_vae, tmp_path):
     assert moved.recipe == dataclasses.replace(
         weights.recipe, codec=weights.recipe.codec | {"source": str(tmp_path / "second")}
     )
-    with pytest.raises(ValueError, match=rf"from '{tmp_path}/first' \(there is no folder .*Pass its current folder with --vae"):
+    with pytest.raises(
+        ValueError, match=rf"from '{tmp_path}/first' \(there is no folder .*Pass its current folder with --vae"
+    ):
         export_pipeline(weights, tmp_path / "pipe")
     export_pipeline(moved, tmp_path / "pipe")
     other = str(make_vae(1))
