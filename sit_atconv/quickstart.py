@@ -123,7 +123,7 @@ def run_as_typed(out: Path, name: str, *options: object) -> tuple[float, float]:
         assert process.stderr is not None
         _follow(process.stderr.fileno(), file)
     if process.returncode:
-        print(log.read_text(errors="replace")[-2000:], file=sys.stderr)
+        print(log.read_text(errors="replace"), file=sys.stderr)
         fail(
             f"that command failed with exit code {process.returncode} ({log}): fix the cause and run the quickstart "
             "again",

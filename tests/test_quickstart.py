@@ -1,6 +1,7 @@
 """The quickstart shows commands, progress and a table; everything else is in its logs."""
 
 import os
+import sys
 
 import pytest
 
@@ -24,3 +25,12 @@ def test_a_command_that_fails_shows_its_error_and_ends_the_tour(tmp_path, capfd)
     assert left.value.code == 1
     assert f"error: {tmp_path / 'nothing'} does not exist" in shown.err
     assert "fid.log" in shown.err.splitlines()[-1] and "$ " in shown.out
+
+
+def test_a_long_error_is_shown_from_its_first_line(tmp_path, capfd, monkeypatch):
+    lines = [f"line {i} of a traceback with long paths and names" for i in range(100)]
+    code = f"import sys; sys.exit({chr(10).join(lines)!r})"
+    monkeypatch.setattr(quickstart, "command_argv", lambda name: [sys.executable, "-c", code])
+    with pytest.raises(SystemExit):
+        quickstart.run_as_typed(tmp_path, "fid")
+    assert capfd.readouterr().err.splitlines()[:100] == lines
