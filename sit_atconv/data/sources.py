@@ -11,6 +11,7 @@ from sit_atconv.data.codecs import Codec, Precision, open_codec, typed_codec
 from sit_atconv.data.data_source import DataSource
 from sit_atconv.data.images import Digits, ImageFolder
 from sit_atconv.data.latents import CachedLatents
+from sit_atconv.runtime.commands import warn_if_hidden
 from sit_atconv.runtime.names import is_object_path, name_classes
 from sit_atconv.runtime.tables import Table, import_module_of
 
@@ -102,6 +103,8 @@ class DataConfig:
             return CachedLatents
         if not (self.images in SOURCES or is_object_path(self.images)):
             return ImageFolder
+        if self.images in SOURCES:
+            warn_if_hidden("data.images", self.images)
         found = SOURCES.find(import_module_of(self.images))
         if DataSource not in found.__mro__:
             raise ValueError(

@@ -25,6 +25,7 @@ from sit_atconv.runtime.commands import (
     run_command,
     user_errors,
     wants_json,
+    warn_if_hidden,
 )
 from sit_atconv.runtime.installation import command
 
@@ -77,8 +78,11 @@ def check_paths(options: dict, out: str | None, statistics: str | None) -> None:
     if options["samples"] and statistics:
         fail("--make-reference reads the reference only: leave --samples out", code=2)
     sources = list(filter(None, (options["samples"], options["reference"])))
-    for source in sources:
-        if source != "digits" and not Path(source).exists():
+    for name in ("samples", "reference"):
+        source = options[name]
+        if source == "digits":
+            warn_if_hidden(f"--{name}", source)
+        elif source and not Path(source).exists():
             fail(f"{source} does not exist: give a folder of images, an .npz, or the word digits")
     if options["weights"] and not Path(options["weights"]).is_file():
         fail(f"there is no file {options['weights']}: give --weights the path of the extractor's weights")

@@ -28,6 +28,15 @@ def wants_json(flag: bool) -> bool:
     return flag or not sys.stdout.isatty()
 
 
+def warn_if_hidden(option: str, name: str) -> None:
+    """Warns if a file or folder here has the name of built-in data, which is read instead."""
+    if is_main_process() and Path(name).exists():
+        print(
+            f"warning: {option} {name} is built-in data, not the {name} in this folder: write ./{name} for that",
+            file=sys.stderr,
+        )
+
+
 def fail(message: object, code: int = 1, everywhere: bool = False):
     """Prints an error from local rank 0, or from all ranks if `everywhere`, and exits with `code`."""
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":

@@ -29,3 +29,17 @@ def test_cached_latents_know_all_their_labels(latents, digit_folder):
     data = CachedLatents(latents)
     assert data.labels.tolist() == ImageFolder(digit_folder, 16).labels.tolist()
     assert data.labels[77] == data[77, False][1]
+
+
+def test_a_folder_hidden_by_a_builtin_name_is_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    DataConfig().open()
+    assert capsys.readouterr().err == ""
+    (tmp_path / "digits").mkdir()
+    data, _ = DataConfig().open()
+    assert len(data) == 1797
+    assert "warning: data.images digits is built-in data, not the digits in this folder: write ./digits" in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(ValueError, match="holds no images"):
+        DataConfig(images="./digits").open()
