@@ -21,6 +21,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # tests beside each other share the cores, as do their processes
+    threads = max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when it is imported: its kernels run on the CPU
 
@@ -29,6 +33,7 @@ GOLDEN = Path(__file__).parent / "golden"
 TINY_RUN = [
     "--preset",
     "SiT-ATConv-Tiny/2",
+    *["--model.depth", "2", "--model.hidden_size", "32", "--model.num_heads", "2"],
     "--model.learn_sigma",
     "false",
     "--train.batch_size",
@@ -231,6 +236,10 @@ def _make_third_loss_nan():
     FlowMatching.loss = third_is_nan
 
 
+def _compile_without_code():
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+
+
 def _hide_checkpoints():
     from sit_atconv.checkpoints import run_folder, training_state
 
@@ -302,6 +311,7 @@ DEATHS = {
     "the third loss is not a number": _make_third_loss_nan,
     "the second process sees no checkpoint": _hide_checkpoints,
     "the tracker fails": _break_tracker,
+    "compilation makes graphs, not code": _compile_without_code,
     "waiting is counted": _count_waiting,
     "Ctrl-C twice while saving": _press_ctrl_c_twice_while_saving,
     "the fifth image is taken for unreadable": _take_the_fifth_image_for_unreadable,

@@ -10,7 +10,7 @@ from tests.conftest import ROOT, TINY_RUN
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 RECIPES = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
 SMALL = {  # options that keep a command short, and those that the recipe itself gives win
-    "sit_atconv/train.py": [*TINY_RUN, "--model.hidden_size", "32", "--model.num_heads", "2", "--train.steps", "2"],
+    "sit_atconv/train.py": [*TINY_RUN, "--train.steps", "2"],
     "sample/generate.py": ["--num-samples", "4", "--steps", "2"],
     "eval/speed.py": ["--preset", "Tiny/2", "--resolutions", "32", "--rounds", "1", "--levels", "model"],
 }

@@ -18,7 +18,7 @@ from sit_atconv.data.codecs import VAECodec
 from sit_atconv.models import SiT
 from sit_atconv.sampling import SampleStream
 from tests.checkpoints.test_published_models import BATCH, assert_same_function, published, repa_model, small
-from tests.conftest import load_command
+from tests.conftest import TINY_RUN, load_command
 
 CONVERT = "sit_atconv/convert.py"
 
@@ -31,6 +31,16 @@ def convert(capsys):
         load_command(CONVERT).main(list(map(str, argv)))
         return capsys.readouterr().out.splitlines()
 
+    return run
+
+
+@pytest.fixture(scope="module")
+def preset_run(launch, tmp_path_factory):
+    """A run of a preset's size, which SiT's form can name."""
+    run = tmp_path_factory.mktemp("preset") / "run"
+    size = ["--model.depth", 4, "--model.hidden_size", 128, "--model.num_heads", 4, "--train.batch_size", 64]
+    codes, output = launch("sit_atconv/train.py", [*TINY_RUN, *size, "--out", run])
+    assert codes == [0], output
     return run
 
 
@@ -76,30 +86,30 @@ def test_repas_file_is_converted_to_ours_and_back(convert, tmp_path):
     assert_same_function(load_weights(str(tmp_path / "b.pt"), vae="identity").model, theirs, "repa")
 
 
-def test_a_run_is_converted_to_sits_form(convert, tiny_run, tmp_path):
-    lines = convert(tiny_run, tmp_path / "a.pt", "--to", "sit", "--no-ema")
+def test_a_run_is_converted_to_sits_form(convert, preset_run, tmp_path):
+    lines = convert(preset_run, tmp_path / "a.pt", "--to", "sit", "--no-ema")
     assert "SiT-ATConv-Tiny/2, trained weights of " in lines[0]
-    ours, theirs = load_weights(str(tiny_run), ema=False), load_weights(str(tmp_path / "a.pt"))
+    ours, theirs = load_weights(str(preset_run), ema=False), load_weights(str(tmp_path / "a.pt"))
     assert theirs.model.config.input_size == 8 and theirs.model.null_label == 10
     x = BATCH[0][:, :1]
     assert torch.equal(ours.model(x, *BATCH[1:]), theirs.model(x, *BATCH[1:]))
 
 
-def test_ema_weights_in_sits_form_are_not_loaded_as_trained(convert, tiny_run, tmp_path, fails):
-    lines = convert(tiny_run, tmp_path / "run.pt", "--to", "sit")
+def test_ema_weights_in_sits_form_are_not_loaded_as_trained(convert, preset_run, tmp_path, fails):
+    lines = convert(preset_run, tmp_path / "run.pt", "--to", "sit")
     assert lines[1].split()[-1] == f"{tmp_path}/run"
     error = fails(load_command("sit_atconv/convert.py").main, [tmp_path / "run.pt", tmp_path / "out", "--no-ema"])
     assert "holds only EMA weights, of decay" in error and "leave out --no-ema" in error
 
 
-def test_the_printed_command_writes_to_a_new_folder(convert, tiny_run, tmp_path):
+def test_the_printed_command_writes_to_a_new_folder(convert, preset_run, tmp_path):
     (tmp_path / "run").mkdir()
-    assert f"{tmp_path}/run-2" in convert(tiny_run, tmp_path / "run.pt", "--to", "sit")[1]
+    assert f"{tmp_path}/run-2" in convert(preset_run, tmp_path / "run.pt", "--to", "sit")[1]
 
 
-def test_sits_form_records_the_vae_and_tells_if_it_is_gone(convert, tiny_run, vae, make_vae, tmp_path):
+def test_sits_form_records_the_vae_and_tells_if_it_is_gone(convert, preset_run, vae, make_vae, tmp_path):
     here = shutil.copytree(vae, tmp_path / "here")
-    weights = load_weights(str(tiny_run))
+    weights = load_weights(str(preset_run))
     model = SiT.from_preset("SiT-ATConv-Tiny/2", num_classes=10, input_size=8, learn_sigma=False)
     recipe = dataclasses.replace(weights.recipe, codec=VAECodec(str(here)).describe())
     save_weights(model, recipe, tmp_path / "ours")
@@ -113,11 +123,11 @@ def test_sits_form_records_the_vae_and_tells_if_it_is_gone(convert, tiny_run, va
     assert load_weights(str(tmp_path / "b.pt"), vae=str(tmp_path / "there")).recipe.codec["source"].endswith("there")
 
 
-def test_printed_commands_run(convert, tiny_run, tmp_path):
+def test_printed_commands_run(convert, preset_run, tmp_path):
     """The path has a blank; class names and step are restored from a file and from a pipeline."""
     folder = tmp_path / "my weights"
     for out, form in (("a.pt", "sit"), ("pipe", "pipeline")):
-        lines = convert(tiny_run, folder / out, "--to", form)
+        lines = convert(preset_run, folder / out, "--to", form)
         command = shlex.split(lines[-1].split(": ", 1)[1])
         assert command[:2] == ["python", "-m"] or command[:2] == ["python", "sample/generate.py"]
         if form == "sit":
@@ -126,17 +136,17 @@ def test_printed_commands_run(convert, tiny_run, tmp_path):
         else:
             assert command[2:] == ["--ckpt", str(folder / "pipe")]
             read = load_weights(str(folder / "pipe")).recipe
-        recipe = load_weights(str(tiny_run)).recipe
+        recipe = load_weights(str(preset_run)).recipe
         if form == "sit":  # its row says that it was trained
             recipe = dataclasses.replace(recipe, null_label_trained=recipe.null_label_trained is not False)
         assert read == recipe
 
 
-def test_a_pipeline_is_converted_to_ours(convert, tiny_run, tmp_path, fails):
-    convert(tiny_run, tmp_path / "pipe", "--to", "pipeline")
+def test_a_pipeline_is_converted_to_ours(convert, preset_run, tmp_path, fails):
+    convert(preset_run, tmp_path / "pipe", "--to", "pipeline")
     lines = convert(tmp_path / "pipe", tmp_path / "ours")
     assert lines[0] == f"{tmp_path}/ours: EMA weights of {tmp_path}/pipe, 10 classes and a null label"
-    ours, run = load_weights(str(tmp_path / "ours")), load_weights(str(tiny_run))
+    ours, run = load_weights(str(tmp_path / "ours")), load_weights(str(preset_run))
     assert ours.recipe == run.recipe
     assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), run.model.parameters(), strict=True))
     assert "--path is for files" in fails(
@@ -183,15 +193,15 @@ def test_class_names_are_read_from_a_text_file(notes, tmp_path, fails):
         ("dpm++", DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)),
     ],
 )
-def test_pipeline_and_sampling_command_draw_the_same_images(launch, convert, tiny_run, tmp_path, solver, scheduler):
+def test_pipeline_and_sampling_command_draw_the_same_images(launch, convert, preset_run, tmp_path, solver, scheduler):
     from sit_atconv.pipeline import SiTPipeline
 
-    assert "pipeline" in convert(tiny_run, tmp_path / "pipeline", "--to", "pipeline")[0]
+    assert "pipeline" in convert(preset_run, tmp_path / "pipeline", "--to", "pipeline")[0]
     codes, output = launch(
         "sample/generate.py",
         [
             "--ckpt",
-            tiny_run,
+            preset_run,
             "--cfg",
             3,
             "--classes",
@@ -215,7 +225,7 @@ def test_pipeline_and_sampling_command_draw_the_same_images(launch, convert, tin
     assert np.abs(np.stack([np.array(image) for image in images]) - expected).max() <= 1
 
 
-def test_errors_name_value_and_remedy(fails, tmp_path, tiny_run):
+def test_errors_name_value_and_remedy(fails, tmp_path, preset_run):
     main, out = load_command(CONVERT).main, tmp_path / "out"
     source = published(small("attention"), tmp_path / "a.pt")
     (tmp_path / "full").mkdir()
@@ -228,20 +238,20 @@ def test_errors_name_value_and_remedy(fails, tmp_path, tiny_run):
         ([source, out], "give --model SiT-Tiny/2"),
         ([source, tmp_path / "full", "--model", "SiT-Tiny/2"], "full is not an empty folder"),
         ([source, source, "--model", "SiT-Tiny/2"], "a.pt is not an empty folder"),
-        ([tiny_run, source, "--to", "sit"], "a.pt exists: give another OUT"),
-        ([tiny_run, out, "--to", "sit"], "give an OUT that ends in .pt"),
-        ([tiny_run, tmp_path / "b.pt", "--to", "repa"], "REPA's form needs kernel_act silu"),
-        ([tiny_run, out, "--model", "SiT-Tiny/2"], "--model SiT-Tiny/2 is for files of published weights"),
-        ([tiny_run, out, "--path", "gvp"], "--path is for files of published weights"),
-        ([tiny_run, out, "--ema", "0.5"], "has no EMA of decay 0.5"),
+        ([preset_run, source, "--to", "sit"], "a.pt exists: give another OUT"),
+        ([preset_run, out, "--to", "sit"], "give an OUT that ends in .pt"),
+        ([preset_run, tmp_path / "b.pt", "--to", "repa"], "REPA's form needs kernel_act silu"),
+        ([preset_run, out, "--model", "SiT-Tiny/2"], "--model SiT-Tiny/2 is for files of published weights"),
+        ([preset_run, out, "--path", "gvp"], "--path is for files of published weights"),
+        ([preset_run, out, "--ema", "0.5"], "has no EMA of decay 0.5"),
         ([source, out, "--model", "SiT-Tiny/2", "--class-names", tmp_path / "nowhere"], "nowhere"),
     ]:
         assert message in fails(main, argv), argv
     assert not out.exists() and not (tmp_path / "b.pt").exists()
 
 
-def test_forms_that_cannot_record_a_users_objective_are_refused(convert, tiny_run, tmp_path, fails):
-    weights, objective = load_weights(str(tiny_run)), {"class_path": "mine.Objective", "init_args": {}}
+def test_forms_that_cannot_record_a_users_objective_are_refused(convert, preset_run, tmp_path, fails):
+    weights, objective = load_weights(str(preset_run)), {"class_path": "mine.Objective", "init_args": {}}
     save_weights(weights.model, dataclasses.replace(weights.recipe, objective=objective), tmp_path / "own")
     for form in ("sit", "repa", "pipeline"):
         error = fails(load_command(CONVERT).main, [tmp_path / "own", tmp_path / "out.pt", "--to", form])

@@ -29,8 +29,6 @@ from tests.conftest import ROOT, TINY_RUN, encode_argv, load_command, python, re
 TRAIN = "sit_atconv/train.py"
 EXACT = [
     *TINY_RUN,
-    "--model.depth",
-    "2",
     "--train.batch_size",
     "384",
     "--train.lr",
@@ -596,11 +594,11 @@ def test_a_warm_start_lists_what_starts_from_scratch(launch, tiny_run, tmp_path)
     ]
     codes, output = launch(TRAIN, [*argv, "--train.steps", 1])
     assert codes == [0] and f"started from {tiny_run} (EMA, step 4)" in output, output
-    assert "mixers of all 4 blocks (3x3 ATConv there, attention here) start from scratch" in output
+    assert "mixers of all 2 blocks (3x3 ATConv there, attention here) start from scratch" in output
     there = SiT.from_pretrained(tiny_run / "checkpoints" / "step-0000004" / "ema").state_dict()
     here = SiT.from_pretrained(tmp_path / "run" / "checkpoints" / "step-0000001" / "model").state_dict()
     shared = [name for name in there if ".attn." not in name and name in here]
-    assert len(shared) > 30 and [name for name in shared if not torch.equal(there[name], here[name])] == []
+    assert len(shared) > 20 and [name for name in shared if not torch.equal(there[name], here[name])] == []
     assert recipe_of(tmp_path / "run", 1)["null_label_trained"] is True
     codes, output = launch(TRAIN, [*argv, "--train.steps", 2])
     assert codes == [0] and recipe_of(tmp_path / "run", 2, "model")["null_label_trained"] is True, output
@@ -815,19 +813,27 @@ def test_a_folder_that_cannot_be_written_is_refused(fails, tmp_path, run):
 def test_a_disk_too_small_for_the_checkpoints_is_refused(fails, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
-    error = fails(load_command(TRAIN).main, [*TINY_RUN, "--out", tmp_path / "run"])
+    size = ["--model.depth", 4, "--model.hidden_size", 128]
+    error = fails(load_command(TRAIN).main, [*TINY_RUN, *size, "--out", tmp_path / "run"])
     assert re.search(r"run needs 3\d\.\d MB and its disk has 10\.0 MB free", error), error  # 2 x 4 x 4.8
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_compiled_training_takes_the_same_steps(launch, tmp_path, processes, monkeypatch):
+@pytest.mark.parametrize(
+    ("processes", "how"),
+    [
+        (1, "compilation makes graphs, not code"),
+        pytest.param(1, None, marks=pytest.mark.slow),
+        pytest.param(2, None, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_training_takes_the_same_steps(launch, tmp_path, processes, how, monkeypatch):
     monkeypatch.setenv("TORCH_LOGS", "graph_breaks")
     argv = [*TINY_RUN, "--train.accumulation", "2", "--model.depth", "1", "--train.steps", "2"]
     losses = {}
     for compiled in ("true", "false"):
         run = tmp_path / compiled
-        codes, output = launch(TRAIN, [*argv, "--train.compile", compiled, "--out", run], processes)
+        codes, output = launch(TRAIN, [*argv, "--train.compile", compiled, "--out", run], processes, die=how)
         assert codes == [0] * processes and (", compiled" in output) == (compiled == "true"), output
         assert "graph break" not in output.lower()
         losses[compiled] = [json.loads(line)["loss"] for line in (run / "stats.jsonl").open()]
