@@ -12,6 +12,7 @@ from sit_atconv.models.constants import kept
 from sit_atconv.ops import dynamic_depthwise_conv2d
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
     "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
     "silu": nn.SiLU,
 }
@@ -26,7 +27,7 @@ class ATConv(nn.Module):
     Args:
         dim: channels C.
         kernel_size: side k of the kernel, odd.
-        act: activation in the kernel generator, "gelu_tanh" (published) or "silu" (the REPA port).
+        act: activation in the kernel generator, "gelu_tanh" (published for SiT), "gelu" (AttNet) or "silu" (REPA port).
         pool: "raster" averages k^2 runs of consecutive tokens (published); "grid" averages k x k tiles of the grid,
             aligned with the taps of the kernel.
 

@@ -1,5 +1,7 @@
 """Dynamic depthwise convolution by grouped `conv2d` in channels-last layout, for CPUs and MPS."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,13 +19,17 @@ def dynamic_depthwise_conv2d_channels_last(x: Tensor, kernels: Tensor, grid_size
     """
     large = x.shape[1] * x.shape[2] * x.element_size() >= LARGE_SAMPLE
     one_by_one = large and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    # Autocast would change the dtype; the contract is the dtype of x.
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x.device.type):
         kernels = kernels.to(x.dtype)
         if not one_by_one or x.shape[0] == 1:
             return _fold(x, kernels, grid_size)
         samples = zip(x.split(1), kernels.split(1), strict=True)
         return torch.cat([_fold(sample, kernel, grid_size) for sample, kernel in samples])
+
+
+def _no_autocast(device: str) -> AbstractContextManager:
+    """Keeps autocast from changing the dtype: the contract is the dtype of x. Device "meta" has no autocast."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _fold(x: Tensor, kernels: Tensor, grid_size: tuple[int, int]) -> Tensor:
