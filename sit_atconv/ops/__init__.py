@@ -32,7 +32,9 @@ IMPLEMENTATIONS = {
 }
 
 
-def dynamic_depthwise_conv2d(x: Tensor, kernels: Tensor, grid_size: tuple[int, int], impl: str = "auto") -> Tensor:
+def dynamic_depthwise_conv2d(
+    x: Tensor, kernels: Tensor, grid_size: tuple[int, int] | None = None, impl: str = "auto"
+) -> Tensor:
     """Cross-correlates each sample and channel of a token grid with its own kernel (arXiv 2510.20092).
 
     The grid is padded with zeros:
@@ -40,18 +42,23 @@ def dynamic_depthwise_conv2d(x: Tensor, kernels: Tensor, grid_size: tuple[int, i
         y[b, h, w, c] = sum_ij kernels[b, c, i, j] * x[b, h + i - k // 2, w + j - k // 2, c]
 
     Args:
-        x: tokens (B, N, C), row-major on the grid, N = H * W.
+        x: tokens (B, N, C), row-major on the grid, N = H * W; or images (B, C, H, W), in either memory format.
         kernels: kernels (B, C, k, k) with odd k, in any floating dtype.
-        grid_size: (H, W).
+        grid_size: (H, W) of tokens; None for images.
         impl: a name in IMPLEMENTATIONS, or "auto" for `fastest_implementation` on the device of `x`.
 
     Returns:
-        (B, N, C) in the dtype of `x`. Gradients have the dtypes of their inputs.
+        The shape and dtype of `x`, contiguous along the same dimension. Gradients have the dtypes of their inputs.
 
     Raises:
         ValueError: shapes do not match, the kernel is even or not square, or `impl` is unknown or not available on
             this device.
     """
+    if x.ndim == 4 and grid_size is None:
+        tokens = dynamic_depthwise_conv2d(x.flatten(2).transpose(1, 2), kernels, (x.shape[2], x.shape[3]), impl)
+        return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+    if grid_size is None:
+        raise ValueError(f"tokens need grid_size=(H, W), which only images (B, C, H, W) do without: {tuple(x.shape)}")
     height, width = grid_size
     if x.ndim != 3 or x.shape[1] != height * width:
         raise ValueError(f"x must be (B, H*W, C) on a {height}x{width} grid, not {tuple(x.shape)}")

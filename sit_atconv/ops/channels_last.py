@@ -1,4 +1,4 @@
-"""Dynamic depthwise convolution by grouped `conv2d` in channels-last layout, for CPUs and MPS."""
+"""Dynamic depthwise convolution by grouped `conv2d` in the layout of its input, for CPUs and MPS."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -15,8 +15,11 @@ LARGE_SAMPLE = 2**20  # bytes
 def dynamic_depthwise_conv2d_channels_last(x: Tensor, kernels: Tensor, grid_size: tuple[int, int]) -> Tensor:
     """Convolves tokens (B, N, C), which are channels-last images in memory, without transposing.
 
-    The published code transposes to NCHW and back.
+    The published code transposes to NCHW and back. Tokens that are a view of NCHW images stay one, without a copy.
     """
+    if x.shape[2] > 1 and x.transpose(1, 2).is_contiguous():
+        with _no_autocast(x.device.type):
+            return _convolve_planes(x, kernels.to(x.dtype), grid_size)
     large = x.shape[1] * x.shape[2] * x.element_size() >= LARGE_SAMPLE
     one_by_one = large and x.device.type == "cpu" and not torch.compiler.is_compiling()
     with _no_autocast(x.device.type):
@@ -30,6 +33,14 @@ def dynamic_depthwise_conv2d_channels_last(x: Tensor, kernels: Tensor, grid_size
 def _no_autocast(device: str) -> AbstractContextManager:
     """Keeps autocast from changing the dtype: the contract is the dtype of x. Device "meta" has no autocast."""
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def _convolve_planes(x: Tensor, kernels: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Convolves tokens whose channels are whole planes in memory, as in NCHW images."""
+    (B, N, C), (H, W), k = x.shape, grid_size, kernels.shape[-1]
+    image = x.transpose(1, 2).reshape(1, B * C, H, W)
+    y = F.conv2d(image, kernels.reshape(B * C, 1, k, k), padding=k // 2, groups=B * C)
+    return y.reshape(B, C, N).transpose(1, 2)
 
 
 def _fold(x: Tensor, kernels: Tensor, grid_size: tuple[int, int]) -> Tensor:

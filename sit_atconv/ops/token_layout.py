@@ -1,9 +1,11 @@
 """Dynamic depthwise convolution as Triton kernels in token layout, for CUDA and ROCm.
 
 Tokens (B, N, C) are read and written in place: channels are contiguous, so a shift of the grid is an offset of whole
-rows and nothing is transposed. A program holds a tile of a few columns and channels in registers, loads each input
-row once for each column of taps, and adds it to all output rows that it contributes to. Neighbouring tiles read the
-same row from the cache.
+rows and nothing is transposed. Tokens that are a view of NCHW images, whose columns are contiguous instead, are read
+and written in place, too: strides are arguments, and a stride of 1 is a constant in the compiled kernel.
+
+A program holds a tile of a few columns and channels in registers, loads each input row once for each column of taps,
+and adds it to all output rows that it contributes to. Neighbouring tiles read the same row from the cache.
 
 Sums are in float32, or in float64 if an input is float64. `dynamic_depthwise_conv2d` imports this module at first use;
 with TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, for tests.
@@ -45,14 +47,15 @@ def convolve(x: Tensor, kernels: Tensor, height: int, width: int, flip: bool) ->
     `flip` rotates each kernel by 180 degrees, which turns the gradient of y into the gradient of x.
     """
     (B, _, C), k = x.shape, kernels.shape[-1]
-    x, taps = x.contiguous(), _taps(kernels)
+    x, taps = _dense(x), _taps(kernels)
     y = torch.empty_like(x)
     columns, channels = _tile(C, width, k)
     grid = (triton.cdiv(height, ROWS) * triton.cdiv(width, columns), triton.cdiv(C, channels), B)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _convolve[grid](
-            x, taps, y, height, width, C, k, flip, _accumulator(x, kernels), ROWS, columns, channels, num_warps=4
-        )
+            x, taps, y, height, width, C, x.stride(1), x.stride(2), k, flip, _accumulator(x, kernels), ROWS, columns,
+            channels, num_warps=4,
+        )  # fmt: skip
     return y
 
 
@@ -65,21 +68,24 @@ def correlate(gradient: Tensor, x: Tensor, height: int, width: int, k: int, dtyp
     Each program sums one part of the grid, and the parts are added afterwards, so that the order is deterministic.
     """
     B, _, C = x.shape
-    gradient, x = gradient.contiguous(), x.contiguous()
+    gradient, x = _dense(gradient), _dense(x)
     columns, channels = _tile(C, width, k)
     parts = triton.cdiv(height, SPLIT) * triton.cdiv(width, columns)
     accumulator = tl.float64 if dtype == torch.float64 else _accumulator(x, gradient)
     sums = torch.empty(B, parts, k * k, C, device=x.device, dtype=dtype if parts == 1 else ACCUMULATORS[accumulator])
     grid = (parts, triton.cdiv(C, channels), B)
     with torch.cuda.device_of(x):
-        _correlate[grid](gradient, x, sums, height, width, C, k, accumulator, SPLIT, columns, channels, num_warps=4)
+        _correlate[grid](
+            gradient, x, sums, height, width, C, *gradient.stride()[1:], *x.stride()[1:], k, accumulator, SPLIT, columns,
+            channels, num_warps=4,
+        )  # fmt: skip
     sums = sums[:, 0] if parts == 1 else sums.sum(1).to(dtype)
     return sums.transpose(1, 2).unflatten(2, (k, k))
 
 
 @convolve.register_fake
 def _(x, kernels, height, width, flip):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_like(_dense(x))
 
 
 @correlate.register_fake
@@ -113,6 +119,11 @@ def _accumulator(*tensors: Tensor) -> tl.dtype:
     return tl.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else tl.float32
 
 
+def _dense(x: Tensor) -> Tensor:
+    """Returns tokens whose channels or whose columns are contiguous; a copy only if neither are."""
+    return x if x.transpose(1, 2).is_contiguous() else x.contiguous()
+
+
 def _taps(kernels: Tensor) -> Tensor:
     """Returns kernels as (B, k*k, C) with contiguous channels; no copy for kernels as ATConv makes them."""
     return kernels.flatten(2).transpose(1, 2).contiguous()
@@ -138,7 +149,7 @@ def _cast(value, dtype: tl.constexpr):
 
 @triton.jit
 def _convolve(
-    x, taps, y, H, W, C,
+    x, taps, y, H, W, C, step_n, step_c,
     k: tl.constexpr, FLIP: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -157,14 +168,14 @@ def _convolve(
     for j in tl.static_range(k):
         column = w + j - k // 2
         inside = ((column >= 0) & (column < W))[:, None] & (c < C)[None, :]
-        offsets = column[:, None] * C + c[None, :]
+        offsets = column[:, None] * step_n + c[None, :] * step_c
         kernel = ()  # taps of this column, from the top
         for i in tl.static_range(k):
             tap = (k * k - 1 - i * k - j) if FLIP else i * k + j
             kernel = kernel + (_cast(tl.load(taps + tap * C + c, mask=c < C, other=0.0), ACC)[None, :],)
         for r in tl.static_range(ROWS + k - 1):
             h = (top + r - k // 2)[:, None]
-            row = _cast(tl.load(x + h * W * C + offsets, mask=inside & (h >= 0) & (h < H), other=0.0), ACC)
+            row = _cast(tl.load(x + h * W * step_n + offsets, mask=inside & (h >= 0) & (h < H), other=0.0), ACC)
             updated = ()
             for o in tl.static_range(ROWS):
                 if r - o >= 0 and r - o < k:
@@ -173,15 +184,15 @@ def _convolve(
                     updated = updated + (sums[o],)
             sums = updated
     inside = (w < W)[:, None] & (c < C)[None, :]
-    offsets = w[:, None] * C + c[None, :]
+    offsets = w[:, None] * step_n + c[None, :] * step_c
     for o in tl.static_range(ROWS):
         h = (top + o)[:, None]
-        tl.store(y + h * W * C + offsets, _cast(sums[o], y.dtype.element_ty), mask=inside & (h < H))
+        tl.store(y + h * W * step_n + offsets, _cast(sums[o], y.dtype.element_ty), mask=inside & (h < H))
 
 
 @triton.jit
 def _correlate(
-    gradient, x, sums, H, W, C,
+    gradient, x, sums, H, W, C, gradient_n, gradient_c, x_n, x_c,
     k: tl.constexpr, ACC: tl.constexpr, SPLIT: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     tiles_across = tl.cdiv(W, COLUMNS)
@@ -194,7 +205,7 @@ def _correlate(
     sums += (b * tl.num_programs(0) + tl.program_id(0)) * k * k * C
 
     inside = (w < W)[:, None] & (c < C)[None, :]
-    offsets = w[:, None] * C + c[None, :]
+    offsets = w[:, None] * gradient_n + c[None, :] * gradient_c
     partial = ()
     for _ in tl.static_range(k * k):
         partial = partial + (tl.full((COLUMNS, CHANNELS), 0.0, ACC),)
@@ -206,7 +217,8 @@ def _correlate(
     for number in range(top - k // 2, bottom + k // 2):
         h = number + tl.arange(0, 1)[:, None]  # row h of x meets rows h + k // 2 - i of the gradient
         entering = h + k // 2
-        row = _cast(tl.load(gradient + entering * W * C + offsets, mask=inside & (entering < bottom), other=0.0), ACC)
+        there = inside & (entering < bottom)
+        row = _cast(tl.load(gradient + entering * W * gradient_n + offsets, mask=there, other=0.0), ACC)
         shifted = (row,)
         for i in tl.static_range(k - 1):
             shifted = shifted + (rows[i],)
@@ -216,7 +228,7 @@ def _correlate(
         for j in tl.static_range(k):
             column = w + j - k // 2
             there = ((column >= 0) & (column < W))[:, None] & (c < C)[None, :] & (h >= 0) & (h < H)
-            value = tl.load(x + h * W * C + offsets + (j - k // 2) * C, mask=there, other=0.0)
+            value = tl.load(x + (h * W + column[:, None]) * x_n + c[None, :] * x_c, mask=there, other=0.0)
             values = values + (_cast(value, ACC),)
         for i in tl.static_range(k):
             for j in tl.static_range(k):

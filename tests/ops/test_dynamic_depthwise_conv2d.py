@@ -41,6 +41,32 @@ def inputs(grid, C=5, k=3, B=2, dtype=torch.float64, kernel_dtype=None):
     return [tensor.detach().to(DEVICE).requires_grad_(tensor.requires_grad) for tensor in (x, kernels, cotangent)]
 
 
+@pytest.mark.parametrize(("memory_format", "dim"), [(torch.contiguous_format, 3), (torch.channels_last, 1)])
+def test_images_of_either_format_stay_contiguous_in_one_dimension(fast, memory_format, dim):
+    x, kernels, cotangent = inputs((5, 6))
+    expected = dynamic_depthwise_conv2d(x, kernels, (5, 6), impl="reference")
+    gradients = torch.autograd.grad(expected, (x, kernels), cotangent)
+    images, up = (
+        tokens.detach().transpose(1, 2).reshape(2, 5, 5, 6).contiguous(memory_format=memory_format)
+        for tokens in (x, cotangent)
+    )
+    y = dynamic_depthwise_conv2d(images.requires_grad_(), kernels, impl=fast)
+    assert y.stride(dim) == 1
+    assert relative_error(y.flatten(2).transpose(1, 2), expected) < 1e-14
+    found, of_kernels = torch.autograd.grad(y, (images, kernels), up)
+    assert relative_error(found.flatten(2).transpose(1, 2), gradients[0]) < 1e-14
+    assert relative_error(of_kernels, gradients[1]) < 1e-14
+
+
+@pytest.mark.parametrize(("memory_format", "B"), [(torch.contiguous_format, 3), (torch.channels_last, 1)])
+def test_images_are_not_copied(memory_format, B):
+    images, kernels = torch.randn(B, 4, 6, 5).contiguous(memory_format=memory_format), torch.randn(B, 4, 3, 3)
+    with torch.profiler.profile() as profile:
+        dynamic_depthwise_conv2d(images, kernels, impl="channels_last")
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::conv2d" in called and not called & {"aten::copy_", "aten::clone", "aten::contiguous"}
+
+
 def test_reference_is_the_definition():
     x, kernels, _ = inputs((3, 4))
     image = x.reshape(2, 3, 4, 5)
