@@ -30,12 +30,23 @@ class ATConv(nn.Module):
         act: activation in the kernel generator, "gelu_tanh" (published for SiT), "gelu" (AttNet) or "silu" (REPA port).
         pool: "raster" averages k^2 runs of consecutive tokens (published); "grid" averages k x k tiles of the grid,
             aligned with the taps of the kernel.
+        inhibition: "learned" lets the taps of a kernel compete, as published; "none" leaves that out, for studies.
+        kernels: "dynamic" generates kernels from the content, as published; "static" learns one for each channel, for
+            studies.
 
     Raises:
-        ValueError: `kernel_size` is even, or `act` or `pool` is unknown.
+        ValueError: `kernel_size` is even, or another option is unknown.
     """
 
-    def __init__(self, dim: int, kernel_size: int = 3, act: str = "gelu_tanh", pool: str = "raster"):
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int = 3,
+        act: str = "gelu_tanh",
+        pool: str = "raster",
+        inhibition: str = "learned",
+        kernels: str = "dynamic",
+    ):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, not {kernel_size}")
@@ -43,12 +54,25 @@ class ATConv(nn.Module):
             raise ValueError(f"act must be one of {sorted(ACTIVATIONS)}, not {act!r}")
         if pool not in ("raster", "grid"):
             raise ValueError(f"pool must be 'raster' or 'grid', not {pool!r}")
+        if inhibition not in ("learned", "none"):
+            raise ValueError(f"inhibition must be 'learned' or 'none', not {inhibition!r}")
+        if kernels not in ("dynamic", "static"):
+            raise ValueError(f"kernels must be 'dynamic' or 'static', not {kernels!r}")
         self.kernel_size = kernel_size
         self.pool = pool
-        self.kernel_proj = nn.Linear(dim, dim)
-        self.kernel_act = ACTIVATIONS[act]()
-        self.kernel_gen = nn.Linear(kernel_size**2, kernel_size**2)
-        self.difference_control = nn.Parameter(torch.zeros(dim))  # alpha, strength of the lateral inhibition
+        self.inhibition = inhibition
+        self.kernels = kernels
+        taps = kernel_size**2
+        if kernels == "dynamic":
+            self.kernel_proj = nn.Linear(dim, dim)
+            self.kernel_act = ACTIVATIONS[act]()
+            self.kernel_gen = nn.Linear(taps, taps)
+        else:
+            self.static_kernels = nn.Parameter(
+                nn.init.uniform_(torch.empty(dim, taps), -1 / kernel_size, 1 / kernel_size)
+            )
+        if inhibition == "learned":
+            self.difference_control = nn.Parameter(torch.zeros(dim))  # alpha, strength of the lateral inhibition
         self.x_proj = nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -70,11 +94,15 @@ class ATConv(nn.Module):
     def generate_kernels(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Generates one kernel for each sample and channel: tokens (B, N, C) -> (B, C, k, k)."""
         k = self.kernel_size
-        p = pool_tokens(x, grid_size, k, self.pool)  # (B, k*k, C)
-        K = self.kernel_act(self.kernel_proj(p))  # (B, k*k, C)
-        K = self.kernel_gen(K.transpose(1, 2))  # (B, C, k*k), shared by all channels
-        inhibition = torch.sigmoid(self.difference_control)[:, None]  # (C, 1)
-        K = torch.addcmul(K, inhibition, K.mean(2, keepdim=True), value=-1)  # lateral inhibition
+        if self.kernels == "dynamic":
+            p = pool_tokens(x, grid_size, k, self.pool)  # (B, k*k, C)
+            K = self.kernel_act(self.kernel_proj(p))  # (B, k*k, C)
+            K = self.kernel_gen(K.transpose(1, 2))  # (B, C, k*k), shared by all channels
+        else:
+            K = self.static_kernels.expand(len(x), -1, -1)  # (B, C, k*k)
+        if self.inhibition == "learned":
+            inhibition = torch.sigmoid(self.difference_control)[:, None]  # (C, 1)
+            K = torch.addcmul(K, inhibition, K.mean(2, keepdim=True), value=-1)  # lateral inhibition
         return K.unflatten(2, (k, k))  # (B, C, k, k)
 
 

@@ -240,7 +240,8 @@ class AttNet(nn.Module):
         """Removes the stages after the last of `indices`, and the head; returns the stages of `indices`."""
         chosen, last = feature_take_indices(len(self.stages), indices)
         if prune_head or last + 1 < len(self.stages):
-            self.reset_classifier(0, "")
+            self.num_classes = 0
+            self.head.reset(0, "", reset_other=True)
         self.stages = self.stages[: last + 1]
         return chosen
 

@@ -45,9 +45,29 @@ class Mixer:
 
 def _atconv_multiply_adds(config: Mapping, grid_size: tuple[int, int]) -> int:
     N, D, taps = math.prod(grid_size), config["hidden_size"], config["kernel_size"] ** 2
-    projections, pooling, convolution = 2 * N * D * D, taps * N * D, taps * N * D
-    kernel_proj, kernel_gen = taps * D * D, taps * taps * D
+    projections, convolution = 2 * N * D * D, taps * N * D
+    if config["kernels"] == "static":
+        return projections + convolution
+    pooling, kernel_proj, kernel_gen = taps * N * D, taps * D * D, taps * taps * D
     return projections + pooling + kernel_proj + kernel_gen + convolution
+
+
+def _shown_by_atconv(tensors: Mapping[str, Tensor]) -> dict:
+    is_static = "static_kernels" in tensors
+    if not is_static and "kernel_gen.weight" not in tensors:
+        raise ValueError("weights that are not a SiT's: an ATConv has no kernel_gen.weight")
+    taps = tensors["static_kernels"].shape[1] if is_static else math.isqrt(tensors["kernel_gen.weight"].numel())
+    return {
+        "kernel_size": math.isqrt(taps),
+        "kernels": "static" if is_static else "dynamic",
+        "kernel_inhibition": "learned" if "difference_control" in tensors else "none",
+    }
+
+
+def _spoken_of_atconv(shown: Mapping) -> str:
+    without = {"kernels": ("static", "static kernels"), "kernel_inhibition": ("none", "no inhibition")}
+    changes = [words for option, (value, words) in without.items() if shown[option] == value]
+    return "{kernel_size}x{kernel_size} ATConv".format(**shown) + (f" with {' and '.join(changes)}" if changes else "")
 
 
 def _attention_multiply_adds(config: Mapping, grid_size: tuple[int, int]) -> int:
@@ -60,21 +80,29 @@ MIXERS = Table(
     Mixer,
     {
         "atconv": Mixer(
-            build=lambda dim, config: ATConv(dim, config["kernel_size"], config["kernel_act"], config["kernel_pool"]),
+            build=lambda dim, config: ATConv(
+                dim,
+                config["kernel_size"],
+                config["kernel_act"],
+                config["kernel_pool"],
+                config["kernel_inhibition"],
+                config["kernels"],
+            ),
             parameters=(
-                "kernel_gen.weight",
-                "kernel_gen.bias",
-                "kernel_proj.weight",
-                "kernel_proj.bias",
                 "x_proj.weight",
                 "x_proj.bias",
                 "proj.weight",
                 "proj.bias",
+                "kernel_gen.weight",
+                "kernel_gen.bias",
+                "kernel_proj.weight",
+                "kernel_proj.bias",
+                "static_kernels",
                 "difference_control",
             ),
-            shown=lambda tensors: {"kernel_size": math.isqrt(math.isqrt(tensors["kernel_gen.weight"].numel()))},
+            shown=_shown_by_atconv,
             silent=("kernel_act", "kernel_pool"),
-            spoken=lambda shown: "{kernel_size}x{kernel_size} ATConv".format(**shown),
+            spoken=_spoken_of_atconv,
             multiply_adds=_atconv_multiply_adds,
         ),
         "attention": Mixer(

@@ -140,8 +140,10 @@ class SiT(ModelMixin, ConfigMixin):
             "my_module.NAME" of your own entry in an imported module, "hybrid" (blocks 1, 3, 5, ... are ATConv), or a
             list of `depth` of these.
         kernel_size: side of ATConv's kernel, odd.
-        kernel_act: activation in ATConv's kernel generator, "gelu_tanh" or "silu".
+        kernel_act: activation in ATConv's kernel generator, "gelu_tanh", "gelu" or "silu".
         kernel_pool: pooling in ATConv's kernel generator, "raster" or "grid".
+        kernel_inhibition: lateral inhibition of ATConv's kernels, "learned" or "none".
+        kernels: ATConv's kernels, "dynamic" (generated from the content) or "static" (learned, one for each channel).
         use_pos_embed: add a sin-cos position embedding; None adds it if any mixer needs positions, as attention does
             (the published rule).
         qk_norm: apply layer norm to queries and keys.
@@ -169,6 +171,8 @@ class SiT(ModelMixin, ConfigMixin):
         kernel_size: int = 3,
         kernel_act: str = "gelu_tanh",
         kernel_pool: str = "raster",
+        kernel_inhibition: str = "learned",
+        kernels: str = "dynamic",
         use_pos_embed: bool | None = None,
         qk_norm: bool = False,
         has_null_label: bool = True,

@@ -53,8 +53,8 @@ def convolve(x: Tensor, kernels: Tensor, height: int, width: int, flip: bool) ->
     grid = (triton.cdiv(height, ROWS) * triton.cdiv(width, columns), triton.cdiv(C, channels), B)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _convolve[grid](
-            x, taps, y, height, width, C, x.stride(1), x.stride(2), k, flip, _accumulator(x, kernels), ROWS, columns,
-            channels, num_warps=4,
+            x, taps, y, height, width, C, *x.stride()[1:],
+            k, flip, _accumulator(x, kernels), ROWS, columns, channels, num_warps=4,
         )  # fmt: skip
     return y
 
@@ -76,8 +76,8 @@ def correlate(gradient: Tensor, x: Tensor, height: int, width: int, k: int, dtyp
     grid = (parts, triton.cdiv(C, channels), B)
     with torch.cuda.device_of(x):
         _correlate[grid](
-            gradient, x, sums, height, width, C, *gradient.stride()[1:], *x.stride()[1:], k, accumulator, SPLIT, columns,
-            channels, num_warps=4,
+            gradient, x, sums, height, width, C, *gradient.stride()[1:], *x.stride()[1:],
+            k, accumulator, SPLIT, columns, channels, num_warps=4,
         )  # fmt: skip
     sums = sums[:, 0] if parts == 1 else sums.sum(1).to(dtype)
     return sums.transpose(1, 2).unflatten(2, (k, k))

@@ -22,6 +22,11 @@ class PublishedATConv(nn.Module):
         super().__init__()
         if mixer.pool != "raster":
             raise ValueError(f"the published ATConv pools in raster order, not {mixer.pool!r}")
+        if (mixer.kernels, mixer.inhibition) != ("dynamic", "learned"):
+            raise ValueError(
+                f"the published ATConv has dynamic kernels and learned inhibition, not {mixer.kernels} kernels and "
+                f"inhibition {mixer.inhibition!r}"
+            )
         self.kernel_size = mixer.kernel_size
         self.kernel_proj, self.kernel_act, self.kernel_gen = mixer.kernel_proj, mixer.kernel_act, mixer.kernel_gen
         self.difference_control = mixer.difference_control

@@ -287,6 +287,8 @@ def test_repas_models_without_positions_get_a_table_of_zeros(tmp_path):
     [
         ("sit", "atconv", dict(kernel_act="silu"), "form needs kernel_act gelu_tanh, but this model has silu"),
         ("sit", "hybrid", dict(kernel_pool="grid"), "SiT's form needs kernel_pool raster"),
+        ("sit", "atconv", dict(kernels="static"), "SiT's form needs kernels dynamic"),
+        ("sit", "atconv", dict(kernel_inhibition="none"), "SiT's form needs kernel_inhibition learned"),
         ("repa", "atconv", dict(learn_sigma=False), "REPA's form needs kernel_act silu"),
         ("repa", "attention", dict(learn_sigma=True), "REPA's form needs learn_sigma False"),
         ("sit", "attention", dict(num_heads=2), "names a preset, but none has depth 4, width 128.* with 2 heads"),

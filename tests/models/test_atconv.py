@@ -68,7 +68,64 @@ def test_pooling_is_torchs_adaptive_one(grid, k, pool):
     assert relative_error(*gradients) < 1e-14
 
 
-@pytest.mark.parametrize("options", [{"kernel_size": 7}, {"act": "silu"}, {"pool": "grid"}])
+@pytest.mark.parametrize(
+    ("name", "dim", "k", "grid"),
+    [
+        ("atconv2d_dim24_k3_7x7", 24, 3, (7, 7)),
+        ("atconv2d_dim16_k3_5x9", 16, 3, (5, 9)),
+        ("atconv2d_dim12_k5_3x4", 12, 5, (3, 4)),
+    ],
+)
+def test_golden_values_kernels_and_gradients_of_attnets_form(golden, name, dim, k, grid):
+    """Images (B, C, H, W) and 1x1 convolutions there, tokens and linear maps here."""
+
+    def as_here(tensor):
+        is_image = tensor.ndim == 4 and tuple(tensor.shape[2:]) == grid
+        return tensor.flatten(2).transpose(1, 2) if is_image else tensor.flatten(1) if tensor.ndim == 4 else tensor
+
+    tensors, weights = golden(name)
+    mixer = ATConv(dim, k, act="gelu")
+    mixer.load_state_dict({name: as_here(weight) for name, weight in weights.items()})
+    x = as_here(tensors["input"]).requires_grad_()
+    output = mixer(x, grid)
+    (output * as_here(tensors["cotangent"])).sum().backward()
+    assert relative_error(output, as_here(tensors["output"])) < 1e-5
+    assert relative_error(mixer.generate_kernels(x, grid), tensors["kernels"]) < 1e-5
+    gradients = {name: p.grad for name, p in mixer.named_parameters()} | {"input": x.grad}
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, as_here(tensors[f"grad.{name}"])) < 1e-5, name
+
+
+def test_static_kernels_are_a_depthwise_convolution():
+    mixer = ATConv(4, kernels="static", inhibition="none")
+    assert {name.split(".")[0] for name in mixer.state_dict()} == {"x_proj", "static_kernels", "proj"}
+    x, kernels = torch.randn(2, 30, 4), mixer.static_kernels.reshape(4, 1, 3, 3)
+    image = mixer.x_proj(x).transpose(1, 2).unflatten(2, (5, 6))
+    expected = mixer.proj(F.conv2d(image, kernels, padding=1, groups=4).flatten(2).transpose(1, 2))
+    assert relative_error(mixer(x, (5, 6)), expected) < 1e-6
+
+
+def test_without_inhibition_kernels_are_those_of_an_alpha_of_minus_infinity():
+    torch.manual_seed(0)
+    mixer, without = ATConv(4), ATConv(4, inhibition="none")
+    weights = {name: tensor for name, tensor in mixer.state_dict().items() if name != "difference_control"}
+    without.load_state_dict(weights)
+    torch.nn.init.constant_(mixer.difference_control, -30.0)
+    x = torch.randn(2, 16, 4)
+    assert relative_error(without(x), mixer(x)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 7},
+        {"act": "silu"},
+        {"act": "gelu"},
+        {"pool": "grid"},
+        {"inhibition": "none"},
+        {"kernels": "static"},
+    ],
+)
 def test_variants_are_other_functions_of_the_same_shape(options):
     x = torch.randn(2, 6 * 10, 8)
     torch.manual_seed(1)
@@ -97,5 +154,9 @@ def test_errors_name_the_value():
         ATConv(8, act="relu")
     with pytest.raises(ValueError, match="'max'"):
         ATConv(8, pool="max")
+    with pytest.raises(ValueError, match="inhibition must be 'learned' or 'none', not 'full'"):
+        ATConv(8, inhibition="full")
+    with pytest.raises(ValueError, match="kernels must be 'dynamic' or 'static', not 'fixed'"):
+        ATConv(8, kernels="fixed")
     with pytest.raises(ValueError, match="12 tokens"):
         ATConv(8)(torch.zeros(1, 12, 8))

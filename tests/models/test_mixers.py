@@ -77,7 +77,14 @@ def test_a_mixer_that_is_not_known_is_named_with_the_remedy(module, tmp_path, mo
 
 @pytest.mark.parametrize(
     "name, options",
-    [("atconv", {}), ("atconv", {"kernel_size": 5}), ("attention", {}), ("attention", {"qk_norm": True})],
+    [
+        ("atconv", {}),
+        ("atconv", {"kernel_size": 5}),
+        ("atconv", {"kernels": "static", "kernel_size": 5}),
+        ("atconv", {"kernel_inhibition": "none"}),
+        ("attention", {}),
+        ("attention", {"qk_norm": True}),
+    ],
 )
 def test_entries_know_their_tensors(name, options):
     mixer, config = MIXERS[name], {**DEFAULTS, "num_heads": 4, **options}
@@ -90,9 +97,9 @@ def test_entries_know_their_tensors(name, options):
     assert recognise_mixer(tensors) is None
 
 
-@pytest.mark.parametrize("name", ["atconv", "attention"])
-def test_torch_counts_what_our_entries_count(monkeypatch, name):
-    config = {**DEFAULTS, "hidden_size": 32, "num_heads": 4}
+@pytest.mark.parametrize("name, options", [("atconv", {}), ("atconv", {"kernels": "static"}), ("attention", {})])
+def test_torch_counts_what_our_entries_count(monkeypatch, name, options):
+    config = {**DEFAULTS, "hidden_size": 32, "num_heads": 4, **options}
     expected = mixer_multiply_adds(name, config, (3, 5))
     monkeypatch.setitem(MIXERS._entries, name, Mixer(build=MIXERS[name].build))
     assert mixer_multiply_adds(name, config, (3, 5)) == expected
