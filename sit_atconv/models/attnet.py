@@ -53,7 +53,7 @@ class GatedMLP(nn.Module):
         self.fc1 = nn.Linear(dim, 2 * hidden)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.act = nn.GELU()
-        self.norm_layer = nn.RMSNorm(hidden, eps=1e-6) if norm else nn.Identity()
+        self.norm_layer: nn.Module = nn.RMSNorm(hidden, eps=1e-6) if norm else nn.Identity()
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,11 +67,11 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, hidden: int, kernel_size: int, layer_scale: bool, mlp_norm: bool, drop_path: float):
         super().__init__()
-        self.norm_1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm_1: nn.Module = nn.LayerNorm(dim, eps=1e-6)
         self.token_mixer = ATConv(dim, kernel_size, act="gelu")
         self.layer_scale_1 = LayerScale(dim, 1e-6) if layer_scale else nn.Identity()
         self.drop_path_1 = DropPath(drop_path)
-        self.norm_2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm_2: nn.Module = nn.LayerNorm(dim, eps=1e-6)
         self.channel_mixer = GatedMLP(dim, hidden, mlp_norm)
         self.layer_scale_2 = LayerScale(dim, 1e-6) if layer_scale else nn.Identity()
         self.drop_path_2 = DropPath(drop_path)
@@ -99,16 +99,16 @@ def _fold_before(norm: nn.Module, *linears: nn.Linear) -> nn.Module:
         return norm
     for linear in linears:
         if isinstance(norm, nn.LayerNorm):
-            linear.bias += linear.weight @ norm.bias
-        linear.weight *= norm.weight
-    return type(norm)(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
+            linear.bias.add_(linear.weight @ norm.bias)
+        linear.weight.mul_(norm.weight)
+    return type(norm)(norm.normalized_shape, norm.eps, elementwise_affine=False)  # type: ignore[arg-type]
 
 
 def _fold_after(linear: nn.Linear, scale: nn.Module) -> nn.Module:
     """Moves a layer scale into the linear map before it; returns what remains of it, the identity."""
     if isinstance(scale, LayerScale):
-        linear.weight *= scale.gamma[:, None]
-        linear.bias *= scale.gamma
+        linear.weight.mul_(scale.gamma[:, None])
+        linear.bias.mul_(scale.gamma)
     return nn.Identity()
 
 
@@ -256,7 +256,7 @@ class AttNet(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes activations in the backward pass, which saves memory and costs one more forward."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Returns timm's patterns of layer groups, for layer-wise learning rates."""
@@ -356,7 +356,7 @@ def _cfg(**kwargs) -> dict:
     )
 
 
-PRESETS = {  # the published table, in which XXS, XS and S differ in layer scale
+PRESETS: dict[str, dict] = {  # the published table, in which XXS, XS and S differ in layer scale
     "attnet_xxs": dict(depths=(2, 2, 4, 2), dims=(32, 64, 128, 240)),
     "attnet_xs": dict(depths=(2, 2, 7, 2), dims=(40, 80, 160, 320), layer_scale=True),
     "attnet_s": dict(depths=(2, 3, 10, 3), dims=(40, 80, 160, 320)),
