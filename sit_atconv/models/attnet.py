@@ -1,12 +1,12 @@
-"""AttNet (arXiv 2510.20092): the paper's family of CNNs, with ATConv as the only spatial mixer, as a timm model.
+"""AttNet (arXiv 2510.20092), the paper's family of CNNs with ATConv as token mixer, as a timm model.
 
 Importing this module registers `attnet_xxs`, `attnet_xs`, `attnet_s` and `attnet_t1` ... `attnet_t4`:
 
     import timm, sit_atconv.models.attnet
     model = timm.create_model("attnet_t2", num_classes=10)
 
-Images are (B, C, H, W). Inside, all tensors lie channels-last in memory, so that image and token layout are views of
-each other, and every 1x1 convolution is a linear map of tokens.
+Images are (B, C, H, W). Inside, all tensors are channels-last in memory, so that images and tokens are views of each
+other, and every 1x1 convolution is a linear map of tokens.
 """
 
 import functools
@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm2d, LayerScale, NormMlpClassifierHead
 from timm.models import (
@@ -35,7 +36,7 @@ register_notrace_module(ATConv)  # fx takes it as one operation: it computes wit
 
 
 class ConvNorm(nn.Sequential):
-    """3x3 convolution with stride 2, without bias, and BatchNorm: (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))."""
+    """3x3 convolution with stride 2 and BatchNorm: (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))."""
 
     def __init__(self, in_chans: int, out_chans: int):
         super().__init__(nn.Conv2d(in_chans, out_chans, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out_chans))
@@ -88,20 +89,36 @@ class Block(nn.Module):
         mixer, mlp = self.token_mixer, self.channel_mixer
         self.norm_1 = _fold_before(self.norm_1, mixer.kernel_proj, mixer.x_proj)
         self.norm_2 = _fold_before(self.norm_2, mlp.fc1)
-        mlp.norm_layer = _fold_before(mlp.norm_layer, mlp.fc2)
         self.layer_scale_1 = _fold_after(mixer.proj, self.layer_scale_1)
         self.layer_scale_2 = _fold_after(mlp.fc2, self.layer_scale_2)
+        if isinstance(mlp.norm_layer, nn.RMSNorm):
+            mlp.fc2 = NormedLinear(mlp.norm_layer, mlp.fc2)  # type: ignore[assignment]
+            mlp.norm_layer = nn.Identity()
+
+
+class NormedLinear(nn.Module):
+    """RMSNorm and the linear map after it, as one: it divides the outputs, which are fewer."""
+
+    def __init__(self, norm: nn.RMSNorm, linear: nn.Linear):
+        super().__init__()
+        self.eps = norm.eps
+        self.weight = nn.Parameter(linear.weight * norm.weight)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(length.square() / x.shape[-1] + self.eps)  # (B, H, W, 1)
+        return torch.addcmul(self.bias, F.linear(x, self.weight), scale.to(x.dtype))
 
 
 def _fold_before(norm: nn.Module, *linears: nn.Linear) -> nn.Module:
     """Moves weight and bias of a norm into the linear maps that follow; returns the norm without them."""
-    if not isinstance(norm, nn.LayerNorm | nn.RMSNorm):
+    if not isinstance(norm, nn.LayerNorm) or norm.weight is None:
         return norm
     for linear in linears:
-        if isinstance(norm, nn.LayerNorm):
-            linear.bias.add_(linear.weight @ norm.bias)
+        linear.bias.add_(linear.weight @ norm.bias)
         linear.weight.mul_(norm.weight)
-    return type(norm)(norm.normalized_shape, norm.eps, elementwise_affine=False)  # type: ignore[arg-type]
+    return nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
 
 
 def _fold_after(linear: nn.Linear, scale: nn.Module) -> nn.Module:
@@ -284,7 +301,7 @@ LINEAR = ("kernel_proj.weight", "x_proj.weight", ".proj.weight", "fc1.weight", "
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
-    """Translates official weights to this module's names and shapes; weights that have them already are unchanged.
+    """Translates official weights to this module's names and shapes; other weights are unchanged.
 
     Args:
         state_dict: weights, or an official training file's content, whose trained weights are taken.
@@ -381,41 +398,41 @@ def _create(name: str, pretrained: bool, **kwargs) -> AttNet:
 
 @register_model
 def attnet_xxs(pretrained: bool = False, **kwargs) -> AttNet:
-    """AttNet-XXS: 2.9M parameters, 0.50 GMACs at 224 px."""
+    """Builds AttNet-XXS: 2.9M parameters, 0.50 GMACs at 224 px."""
     return _create("attnet_xxs", pretrained, **kwargs)
 
 
 @register_model
 def attnet_xs(pretrained: bool = False, **kwargs) -> AttNet:
-    """AttNet-XS: 5.6M parameters, 0.94 GMACs at 224 px."""
+    """Builds AttNet-XS: 5.6M parameters, 0.94 GMACs at 224 px."""
     return _create("attnet_xs", pretrained, **kwargs)
 
 
 @register_model
 def attnet_s(pretrained: bool = False, **kwargs) -> AttNet:
-    """AttNet-S: 7.7M parameters, 1.24 GMACs at 224 px."""
+    """Builds AttNet-S: 7.7M parameters, 1.24 GMACs at 224 px."""
     return _create("attnet_s", pretrained, **kwargs)
 
 
 @register_model
 def attnet_t1(pretrained: bool = False, **kwargs) -> AttNet:
-    """AttNet-T1: 13.7M parameters, 2.26 GMACs at 224 px."""
+    """Builds AttNet-T1: 13.7M parameters, 2.26 GMACs at 224 px."""
     return _create("attnet_t1", pretrained, **kwargs)
 
 
 @register_model
 def attnet_t2(pretrained: bool = False, **kwargs) -> AttNet:
-    """AttNet-T2: 27.0M parameters, 4.73 GMACs at 224 px."""
+    """Builds AttNet-T2: 27.0M parameters, 4.73 GMACs at 224 px."""
     return _create("attnet_t2", pretrained, **kwargs)
 
 
 @register_model
 def attnet_t3(pretrained: bool = False, **kwargs) -> AttNet:
-    """AttNet-T3: 49.2M parameters, 8.70 GMACs at 224 px."""
+    """Builds AttNet-T3: 49.2M parameters, 8.70 GMACs at 224 px."""
     return _create("attnet_t3", pretrained, **kwargs)
 
 
 @register_model
 def attnet_t4(pretrained: bool = False, **kwargs) -> AttNet:
-    """AttNet-T4: 87.3M parameters, 15.55 GMACs at 224 px."""
+    """Builds AttNet-T4: 87.3M parameters, 15.55 GMACs at 224 px."""
     return _create("attnet_t4", pretrained, **kwargs)

@@ -31,7 +31,7 @@ def dynamic_depthwise_conv2d_channels_last(x: Tensor, kernels: Tensor, grid_size
 
 
 def _no_autocast(device: str) -> AbstractContextManager:
-    """Keeps autocast from changing the dtype: the contract is the dtype of x. Device "meta" has no autocast."""
+    """Keeps autocast, which the device "meta" does not have, from changing the dtype of x."""
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 

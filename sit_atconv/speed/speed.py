@@ -6,6 +6,7 @@
 
 Every form must agree with a second computation before it is timed.
 In a terminal it prints a table. With --json, or if stdout is no terminal, JSON goes to stdout and the table to stderr.
+With --classifiers it times AttNet and timm's models of images instead, in inference and training.
 The folder --out gets both, as speed.json and speed.md, after every resolution, and a chart, speed.png, at the end.
 Under torchrun, rank 0 measures and all other processes exit at once.
 """
@@ -37,6 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     if not is_main_process():
         return
     out, as_json = arguments.pop("out"), wants_json(arguments.pop("json"))
+    if classifiers := arguments.pop("classifiers"):
+        time_classifiers(classifiers, arguments, out, as_json)
+        return
     with user_errors():
         out.mkdir(parents=True, exist_ok=True)  # an impossible folder fails before torch is imported
         for form in arguments["forms"]:
@@ -57,6 +61,40 @@ def main(argv: list[str] | None = None) -> None:
     result, text = save(comparison)
     save_chart(comparison, out / "speed.png")
     print(text, f"\nchart: {out / 'speed.png'}", sep="\n", file=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print(result)
+
+
+def time_classifiers(names: list[str], arguments: dict, out: Path, as_json: bool) -> None:
+    """Times image classifiers and writes classifiers.json and classifiers.md."""
+    defaults = {option.name: option.default for option in fields(SpeedOptions)}
+    taken = ("resolutions", "batch_sizes", "levels", "dtypes", "rounds", "warmup", "device")
+    given = {name: value for name, value in arguments.items() if value != defaults.get(name)}
+    with user_errors():
+        if others := sorted(given.keys() - {*taken, "modules"}):
+            raise ValueError(f"--{others[0].replace('_', '-')} is not for --classifiers")
+        sizes = {name: given[name] for name in ("resolutions", "batch_sizes") if name in given}
+        if any(len(values) > 1 for values in sizes.values()):
+            raise ValueError("--classifiers takes one of --resolutions and one --batch-size")
+        levels = given.pop("levels", ("model", "train"))
+        if unknown := [level for level in levels if level not in ("model", "train")]:
+            raise ValueError(f"--classifiers has the levels model and train, not {unknown[0]}")
+        out.mkdir(parents=True, exist_ok=True)
+        from sit_atconv.runtime.files import write_aside
+        from sit_atconv.speed.classifiers import compare_classifiers, table
+
+        found = compare_classifiers(
+            names,
+            resolution=sizes.get("resolutions", (224,))[0],
+            batch_size=sizes.get("batch_sizes", (8,))[0],
+            levels=tuple(levels),
+            progress=True,
+            **{name: arguments[name] for name in ("dtypes", "rounds", "warmup", "device")},
+        )
+        result, text = json.dumps(found, indent=1), table(found)
+        write_aside(out / "classifiers.json", result + "\n")
+        write_aside(out / "classifiers.md", text + "\n")
+    print(text, file=sys.stderr if as_json else sys.stdout)
     if as_json:
         print(result)
 
@@ -82,6 +120,13 @@ def make_parser() -> ArgumentParser:
         metavar="FORM",
         help=f"forms to compare: {', '.join(FORMS)}, or your own token mixers (as module.NAME, or by "
         "the name that a module given with --import registers); each level times the forms that it has",
+    )
+    parser.add_argument(
+        "--classifiers",
+        nargs="+",
+        metavar="MODEL",
+        help="time these models of timm instead, such as attnet_t2 and convnext_tiny, in inference and training; "
+        "fused:attnet_t2 has its norms folded, published:attnet_t2 computes as published; the first is the baseline",
     )
     add_import_option(parser)
     parser.add_argument(
