@@ -53,7 +53,14 @@ def test_packages_import_what_they_may():
             used = {name.split(".")[1] for name in imports_of(path) if name.startswith("sit_atconv.")}
             assert used <= allowed | {package, "runtime", "__version__"}, path
     for path in (ROOT / "sit_atconv" / "ops").rglob("*.py"):
-        assert {name.split(".")[0] for name in imports_of(path)} <= {"torch", "sit_atconv", "os", "warnings", "triton"}
+        assert {name.split(".")[0] for name in imports_of(path)} <= {
+            "torch",
+            "triton",
+            "sit_atconv",
+            "contextlib",
+            "os",
+            "warnings",
+        }
 
 
 def test_no_file_imports_itself_by_way_of_others():

@@ -36,7 +36,7 @@ register_notrace_module(ATConv)  # fx takes it as one operation: it computes wit
 
 
 class ConvNorm(nn.Sequential):
-    """3x3 convolution with stride 2 and BatchNorm: (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))."""
+    """Convolution 3x3 with stride 2, and BatchNorm: (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))."""
 
     def __init__(self, in_chans: int, out_chans: int):
         super().__init__(nn.Conv2d(in_chans, out_chans, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out_chans))
