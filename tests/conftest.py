@@ -80,7 +80,7 @@ def launch(tmp_path_factory):
     Runs a command's main() as torchrun would, in processes forked from one that has imported everything. `die` names
     one of DEATHS, or is the number of the write to the folder --out, or `work`, in which it dies; `kill_at` is the
     count of the progress bar at which all of them, or `kill_rank` alone, get their kill -9, or `kill_with`. They have
-    `seconds`. They work in `folder`, if it is given.
+    `seconds`, and 20 once one of them was killed. They work in `folder`, if it is given.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
@@ -126,10 +126,16 @@ def launch(tmp_path_factory):
                     os.kill(worker.pid, kill_with)
                 break
             time.sleep(0.001)
+        end = time.monotonic() + seconds
+        for worker in itertools.cycle(workers):
+            worker.join(0.05)
+            if any(worker.exitcode == -signal.SIGKILL for worker in workers):  # torchrun would end the others, too
+                end = min(end, time.monotonic() + 20)
+            if time.monotonic() > end or not any(worker.is_alive() for worker in workers):
+                break
         for worker in workers:
-            worker.join(seconds)
-            if worker.is_alive():
-                worker.kill()
+            worker.kill()
+            worker.join()
         return [worker.exitcode for worker in workers], log.read_text()
 
     return run
