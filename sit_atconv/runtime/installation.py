@@ -16,6 +16,7 @@ IS_WHEEL = (PACKAGE / "configs").is_dir()
 CONFIGS = (PACKAGE if IS_WHEEL else PACKAGE.parent) / "configs"
 COMMANDS = {  # name -> (what to type in the root of a checkout, its module)
     "train": ("accelerate launch sit_atconv/train.py", "sit_atconv.train"),
+    "classify": ("accelerate launch sit_atconv/classify.py", "sit_atconv.classify"),
     "encode": ("accelerate launch sit_atconv/encode.py", "sit_atconv.encode"),
     "generate": ("python sample/generate.py", "sit_atconv.generation.generate"),
     "fid": ("python eval/fid.py", "sit_atconv.evaluation.fid"),
