@@ -8,7 +8,6 @@ resumed run ends with the same weights as an uninterrupted one. SIGTERM, SIGUSR1
 """
 
 import contextlib
-import shlex
 import signal
 
 from sit_atconv.runtime.commands import fail, leave_on_ctrl_c, user_errors
@@ -27,7 +26,6 @@ from sit_atconv.classification.preflight import Job, prepare
 from sit_atconv.classification.records import record_accuracy
 from sit_atconv.classification.session import Session, set_up, start_processes
 from sit_atconv.classification.streams import MODEL, stream_seed
-from sit_atconv.runtime.installation import command
 from sit_atconv.runtime.plots import save_accuracy_curves
 from sit_atconv.training.guards import poisoned
 from sit_atconv.training.optimizers import step_where
@@ -53,13 +51,8 @@ def main(argv: list[str] | None = None) -> None:
 def train_model(job: Job, session: Session) -> int:
     """Trains from the checkpoint's step to the last one. Returns the signal that stopped it early, or 0."""
     config, train, order, schedule = job.config, job.config.train, job.order, job.schedule
-    accelerator, optimizer, meter, criterion = (
-        session.accelerator,
-        session.optimizer,
-        session.meter,
-        SoftTargetCrossEntropy(),
-    )
-    device, parameters = accelerator.device, session.parameters
+    accelerator, optimizer, meter = session.accelerator, session.optimizer, session.meter
+    device, parameters, criterion = accelerator.device, session.parameters, SoftTargetCrossEntropy()
     progress = tqdm(
         range(job.found.step, schedule.steps),
         initial=job.found.step,
@@ -160,7 +153,7 @@ def report(job: Job, session: Session, received: int) -> None:
         f"{run} is complete: {steps} steps, in {checkpoint}\n"
         f"top-1 on {len(job.val)} images: {last['val_raw_top1']:.2%}, by the EMA weights {last['val_ema_top1']:.2%}; "
         f"curves: {run / 'loss.png'}\n"
-        f"evaluate: {command('classify')} --config {shlex.quote(str(run / 'config.yaml'))} --eval-only"
+        f"evaluate: {job.config.evaluation_command()}"
     )
 
 

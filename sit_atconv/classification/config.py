@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from sit_atconv.checkpoints.run_folder import list_checkpoints
 from sit_atconv.classification.loading import Transform
 from sit_atconv.runtime.commands import user_errors
 from sit_atconv.runtime.files import write_aside
-from sit_atconv.runtime.installation import command, shipped_configs
+from sit_atconv.runtime.installation import command, configs_of, shipped_configs
 from sit_atconv.runtime.settings import differences
 from sit_atconv.training.config import ConfigAction, Parser, given, read_mapping, resolve_precision
 
@@ -269,6 +270,10 @@ class Config:
         warmup_steps = round(train.warmup_epochs * steps_per_epoch)
         return Schedule(steps, warmup_steps, train.lr, train.warmup_lr, train.min_lr)
 
+    def evaluation_command(self) -> str:
+        """Returns the command that evaluates the run."""
+        return f"{command('classify')} --config {shlex.quote(str(self.out / 'config.yaml'))} --eval-only"
+
     def check_resumable(self, data: dict) -> None:
         """Raises ValueError if a run with checkpoints cannot resume with these options and data."""
         if not list_checkpoints(self.out):
@@ -324,7 +329,6 @@ def parse(argv: list[str] | None = None) -> Config:
 
 
 def _make_parser() -> Parser:
-    shipped = ", ".join(name for name in shipped_configs() if name.startswith("attnet"))
     parser = Parser(
         prog=command("classify"),
         usage="%(prog)s [--config FILE] [--data.train DIR --data.val DIR] [--group.option VALUE ...]",
@@ -335,8 +339,8 @@ def _make_parser() -> Parser:
         "--config",
         action=ConfigAction,
         metavar="FILE",
-        help=f"YAML file with any of the options below, or the name of a shipped one ({shipped}); options after it "
-        "override it",
+        help="YAML file with any of the options below, or the name of a shipped one "
+        f"({', '.join(configs_of('classify'))}); options after it override it",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the run's size, and exit")
     parser.add_argument(

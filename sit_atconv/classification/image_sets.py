@@ -159,6 +159,8 @@ def open_images(name: str | None, split: str, channels: int) -> ImageSet:
     labels = dict(reader.class_to_idx)
     if "" in labels:
         raise ValueError(f"{name} has images outside of class folders: put them into one subfolder for each class")
+    if not labels:
+        raise ValueError(f"{name} does not name its classes: its column label must be of class labels")
     if len(labels) < 2:
         raise ValueError(f"{name} has one class only ({', '.join(labels)}): a classifier needs at least two")
     return ImageSet(name, reader, labels, mode)

@@ -1,6 +1,7 @@
 """Checks of a run before any process group starts: options, data, model, folder."""
 
 import contextlib
+import dataclasses
 import os
 import sys
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Job:
     val: ImageSet
     training_transform: Transform
     evaluation_transform: Transform
-    order: RepeatedOrder  # images of every micro-batch of this process
+    order: RepeatedOrder  # images of every micro-batch of this process; in an evaluation, of one process alone
     num_groups: int  # of BatchNorm and Mixup in one micro-batch
     mixing: Mixing
     schedule: Schedule
@@ -62,8 +63,8 @@ def prepare(config: Config, to_release: contextlib.ExitStack) -> Job | None:
     images = open_images(data.train, "train", data.channels)
     val = open_images(data.val, "validation", data.channels)
     check_same_classes(images, val)
-    num_processes, num_classes = int(os.environ.get("WORLD_SIZE", "1")), len(images.labels)
-    micro_batch = train.batch_size // (train.accumulation * num_processes)
+    num_classes = len(images.labels)
+    num_processes = 1 if config.eval_only else int(os.environ.get("WORLD_SIZE", "1"))
     order = RepeatedOrder(
         len(images),
         train.batch_size,
@@ -71,10 +72,10 @@ def prepare(config: Config, to_release: contextlib.ExitStack) -> Job | None:
         group_size=train.group_size,
         seed=train.seed,
         accumulation=train.accumulation,
-        rank=int(os.environ.get("RANK", "0")),
+        rank=0 if config.eval_only else int(os.environ.get("RANK", "0")),
         num_processes=num_processes,
     )
-    num_groups = train.groups_in(micro_batch, num_processes)
+    num_groups = train.groups_in(order.micro_batch, num_processes)
     mixing = Mixing(
         num_classes,
         mixup=data.mixup,
@@ -93,20 +94,20 @@ def prepare(config: Config, to_release: contextlib.ExitStack) -> Job | None:
     saved = list_checkpoints(run)
     if config.init_from and (config.eval_only or not saved):
         load_initial(net, config.init_from, config.reset_head)
-    found = Resumable(None, 0, {})
+    job = Job(config, images, val, *transforms, order, num_groups, mixing, schedule, net, found=Resumable(None, 0, {}))
     if config.dry_run:
         if is_main_process():
-            print(dry_run(config, net, images, val, order, schedule))
+            print(dry_run(job))
         return None
     if config.eval_only:
-        if not config.init_from:
-            found = find_resumable(run, WEIGHTS_FILE)
-            if found.checkpoint is None:
-                raise ValueError(f"{run} has no checkpoint to evaluate: give another --out, or weights as --init-from")
-        return Job(config, images, val, *transforms, order, num_groups, mixing, schedule, net, found)
+        if config.init_from:
+            return job
+        found = find_resumable(run, WEIGHTS_FILE)
+        if found.checkpoint is None:
+            raise ValueError(f"{run} has no checkpoint to evaluate: give another --out, or weights as --init-from")
+        return dataclasses.replace(job, found=found)
 
     # Check the run's folder and lock it.
-    job = Job(config, images, val, *transforms, order, num_groups, mixing, schedule, net, found)
     config.check_resumable(job.describe_data())
     if not saved or checkpoint_step(saved[-1]) < schedule.steps:
         count = checkpoints_at_once(schedule.steps, train.checkpoint_every, train.keep_checkpoints, None)
@@ -122,20 +123,22 @@ def prepare(config: Config, to_release: contextlib.ExitStack) -> Job | None:
         if is_main_process():
             for damaged, problem in found.damaged.items():
                 print(f"warning: {damaged} is damaged: {problem}. It is now {set_aside(damaged)}", file=sys.stderr)
-            print(f"{run} is complete: {schedule.steps} steps, in {found.checkpoint}")
+            print(
+                f"{run} is complete: {schedule.steps} steps, in {found.checkpoint}\n"
+                f"evaluate: {config.evaluation_command()}"
+            )
         return None
-    return Job(config, images, val, *transforms, order, num_groups, mixing, schedule, net, found)
+    return dataclasses.replace(job, found=found)
 
 
-def dry_run(
-    config: Config, net: nn.Module, images: ImageSet, val: ImageSet, order: RepeatedOrder, schedule: Schedule
-) -> str:
+def dry_run(job: Job) -> str:
     """Returns the report of `--dry-run`."""
-    parameters, group = sum(p.numel() for p in net.parameters()), config.train.group_size
+    config, train, order = job.config, job.config.train, job.order
     return (
-        f"{config.model}: {parameters / 1e6:.2f}M parameters, {len(images.labels)} classes\n"
-        f"{len(images)} images to train on, {len(val)} to evaluate on, {config.data.image_size} px\n"
-        f"{schedule.steps} steps of {config.train.batch_size} images ({order.steps_per_epoch} an epoch), "
-        f"{order.micro_batch} images in a micro-batch, in groups of {group}\n"
-        f"{gigabytes(checkpoint_bytes(net, 1))} for each checkpoint, in {config.out}"
+        f"{config.model}: {sum(p.numel() for p in job.net.parameters()) / 1e6:.2f}M parameters, "
+        f"{len(job.class_names)} classes\n"
+        f"{len(job.train)} images to train on, {len(job.val)} to evaluate on, {config.data.image_size} px\n"
+        f"{job.schedule.steps} steps of {train.batch_size} images ({order.steps_per_epoch} an epoch), "
+        f"{order.micro_batch} images in a micro-batch, in groups of {train.group_size}\n"
+        f"{gigabytes(checkpoint_bytes(job.net, 1))} for each checkpoint, in {config.out}"
     )

@@ -21,8 +21,7 @@ def record_accuracy(job: Job, accelerator: Accelerator) -> None:
     with user_errors():
         if checkpoint is None:
             assert config.init_from is not None
-            files = {"raw": find_weights(config.init_from)}
-            models = {"raw": job.net}
+            files, models = {"given": find_weights(config.init_from)}, {"given": job.net}
             name = "evaluation"
         else:
             files = {"raw": checkpoint / "model" / WEIGHTS_FILE, "ema": checkpoint / "ema" / WEIGHTS_FILE}

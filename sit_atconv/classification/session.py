@@ -151,7 +151,7 @@ def evaluate_weights(job: Job, models: dict[str, nn.Module], accelerator: Accele
     batches = evaluation_batches(
         job.val,
         job.evaluation_transform,
-        job.order.micro_batch,
+        job.config.train.group_size,
         num_workers=job.config.data.num_workers,
         device=accelerator.device,
         rank=accelerator.process_index,
@@ -169,7 +169,6 @@ def start_processes(job: Job) -> Accelerator:
         mixed_precision="no" if train.precision == "fp32" else train.precision,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],  # the others wait while rank 0 saves
     )
-    assert accelerator.num_processes == job.order.num_processes
     prepare_device(accelerator.device, train.cpu_threads)
     return accelerator
 
@@ -182,6 +181,7 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
     config, train, run, found, order = job.config, job.config.train, job.config.out, job.found, job.order
     stop = to_release.enter_context(contextlib.closing(stop_request(run)))
     accelerator = start_processes(job)
+    assert accelerator.num_processes == order.num_processes
     agreement = Agreement()
     if agreement.largest(found.step, -found.step, now=True) != [found.step, -found.step]:
         fail(

@@ -61,6 +61,11 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"), key=lambda path: path.stem)}
 
 
+def configs_of(command: str) -> list[str]:
+    """Returns the names of the shipped configs of the command "train" or "classify"."""
+    return [name for name in shipped_configs() if name.startswith("attnet-") == (command == "classify")]
+
+
 def find_config(name: str) -> Path:
     """Returns the file for `--config NAME`: an existing path, else the shipped config of that name.
 

@@ -27,7 +27,7 @@ from sit_atconv.models.sit import FROM_DATA, SiT
 from sit_atconv.runtime.commands import fail, is_main_process, user_errors
 from sit_atconv.runtime.devices import on_cpu
 from sit_atconv.runtime.files import write_aside
-from sit_atconv.runtime.installation import command, find_config, shipped_configs
+from sit_atconv.runtime.installation import command, configs_of, find_config, shipped_configs
 from sit_atconv.runtime.settings import changed, differences, flatten
 from sit_atconv.runtime.tables import import_module_of, import_modules
 from sit_atconv.sampling import SOLVERS, Sampler
@@ -482,7 +482,7 @@ def _make_parser(chosen: Mapping[str, str | None], for_help: bool = False) -> Pa
         action=ConfigAction,
         metavar="FILE",
         help="YAML file with any of the options below, or the name of a shipped one "
-        f"({', '.join(shipped_configs())}); options after it override it",
+        f"({', '.join(configs_of('train'))}); options after it override it",
     )
     parser.add_argument(
         "--dry-run",
