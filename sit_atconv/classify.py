@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from sit_atconv.checkpoints.run_folder import append_stats, checkpoint_step, read_stats
 from sit_atconv.classification.config import parse
-from sit_atconv.classification.preflight import Job, prepare
+from sit_atconv.classification.preflight import Job, prepare, prepare_exam
 from sit_atconv.classification.records import record_accuracy
 from sit_atconv.classification.session import Session, set_up, start_processes
 from sit_atconv.classification.streams import MODEL, stream_seed
@@ -33,19 +33,21 @@ from sit_atconv.training.optimizers import step_where
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(argv)
+    if config.eval_only:
+        with user_errors():
+            exam = prepare_exam(config)
+        accelerator = start_processes(config)
+        record_accuracy(exam, accelerator)
+        accelerator.state.destroy_process_group()
+        return
     with contextlib.ExitStack() as to_release:  # the lock of the run's folder, and the data loader's processes
         with user_errors():
             job = prepare(config, to_release)
         if job is None:
             return
-        if config.eval_only:
-            accelerator = start_processes(job)
-            record_accuracy(job, accelerator)
-        else:
-            session = set_up(job, to_release)
-            accelerator = session.accelerator
-            report(job, session, train_model(job, session))
-        accelerator.state.destroy_process_group()
+        session = set_up(job, to_release)
+        report(job, session, train_model(job, session))
+        session.accelerator.state.destroy_process_group()
 
 
 def train_model(job: Job, session: Session) -> int:

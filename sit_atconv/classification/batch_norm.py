@@ -1,37 +1,58 @@
 """BatchNorm over groups of images, whose size does not depend on processes and micro-batches."""
 
 import functools
+from typing import cast
 
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm  # torch has no public name for the base of them all
 
 
-class NormOfGroups:
-    """Mixin for a BatchNorm that normalises each of `num_groups` equal parts of its input by itself.
+class NormOfGroups(_BatchNorm):
+    """BatchNorm that normalises each of `num_groups` equal parts of its input by itself.
 
-    While the forward passes of a step run, the running statistics hold those of the last group (momentum 1), and their
-    sums over all groups are in `totals`. `GroupNorms.settle` then sets the running statistics of the step.
+    While the forward passes of a step run, the running statistics are those of the last group (momentum 1), and
+    `totals` has their sums over all groups. `settle` then sets the running statistics of the step.
     """
 
     num_groups: int
     usual_momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    steps: Tensor  # number of steps, as `num_batches_tracked` counts them
     kept: Tensor  # running mean and variance before this step (2, C)
-    totals: Tensor  # sums over this step's groups of their mean and variance (2, C)
+    totals: Tensor  # sums over this step's groups of mean and variance (2, C)
+
+    def start(self, num_groups: int) -> None:
+        """Takes over the running statistics of the norm, whose class was changed to this one."""
+        self.num_groups, self.usual_momentum, self.momentum = num_groups, self.momentum or 0.1, 1.0
+        self.register_buffer("steps", self.num_batches_tracked.clone(), persistent=False)
+        self.register_buffer("kept", self.statistics(), persistent=False)
+        self.register_buffer("totals", torch.zeros_like(self.kept), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:  # type: ignore[attr-defined]
-            return super().forward(x)  # type: ignore[misc]
+        if not self.training:
+            return super().forward(x)
         parts = []
         for group in x.chunk(self.num_groups):
-            parts.append(super().forward(group))  # type: ignore[misc]
+            parts.append(super().forward(group))
             self.totals += self.statistics()
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def statistics(self) -> Tensor:
         """Returns running mean and variance as one tensor (2, C)."""
-        return torch.stack([self.running_mean, self.running_var])  # type: ignore[attr-defined]
+        return torch.stack([self.running_mean, self.running_var])
+
+    def settle(self, mean: Tensor, updated: Tensor) -> None:
+        """Moves the running statistics towards `mean` (2, C), unless `updated` is False."""
+        self.kept.copy_(torch.where(updated, self.kept.lerp(mean, self.usual_momentum), self.kept))
+        self.running_mean.copy_(self.kept[0])
+        self.running_var.copy_(self.kept[1])
+        self.num_batches_tracked.copy_(self.steps.add_(updated))
+        self.totals.zero_()
 
 
 @functools.cache
@@ -55,14 +76,12 @@ class GroupNorms:
 
     def __init__(self, net: nn.Module, num_groups: int, groups_of_step: int):
         self.groups_of_step = groups_of_step
-        self.norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self.norms = [norm for norm in self.norms if norm.running_mean is not None]
-        for norm in self.norms:
-            norm.__class__ = _of_groups(type(norm))
-            norm.num_groups, norm.usual_momentum, norm.momentum = num_groups, norm.momentum or 0.1, 1.0
-            norm.register_buffer("kept", norm.statistics().clone(), persistent=False)
-            norm.register_buffer("totals", torch.zeros_like(norm.kept), persistent=False)
-        self.steps = [norm.num_batches_tracked.clone() for norm in self.norms]
+        self.norms: list[NormOfGroups] = []
+        for norm in net.modules():
+            if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
+                norm.__class__ = _of_groups(type(norm))
+                self.norms.append(cast(NormOfGroups, norm))
+                self.norms[-1].start(num_groups)
 
     @torch.no_grad()
     def settle(self, accelerator: Accelerator, updated: Tensor) -> None:
@@ -71,9 +90,5 @@ class GroupNorms:
             return
         flat = accelerator.reduce(torch.cat([norm.totals for norm in self.norms], 1), "sum") / self.groups_of_step
         means = flat.split([norm.num_features for norm in self.norms], 1)
-        for norm, mean, count in zip(self.norms, means, self.steps, strict=True):
-            norm.kept.copy_(torch.where(updated, norm.kept.lerp(mean, norm.usual_momentum), norm.kept))
-            norm.running_mean.copy_(norm.kept[0])
-            norm.running_var.copy_(norm.kept[1])
-            norm.num_batches_tracked.copy_(count.add_(updated))
-            norm.totals.zero_()
+        for norm, mean in zip(self.norms, means, strict=True):
+            norm.settle(mean, updated)

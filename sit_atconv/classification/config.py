@@ -85,8 +85,8 @@ class DataConfig:
     num_workers: int = 4
 
     def __post_init__(self):
-        if (self.train is None) != (self.val is None):
-            raise ValueError("give both --data.train and --data.val, or neither for the embedded digits")
+        if self.train is not None and self.val is None:
+            raise ValueError("there are images to train on, and none to evaluate on: give --data.val, too")
         for name, smallest in (("image_size", 1), ("repeats", 1), ("num_workers", 0)):
             if getattr(self, name) < smallest:
                 raise ValueError(f"data.{name} must be at least {smallest}, not {getattr(self, name)}")
@@ -294,12 +294,12 @@ class Config:
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    """Reads the command line and YAML; without --config and --data.train, configs/attnet-digits.yaml.
+    """Reads the command line and YAML; without --config and images, configs/attnet-digits.yaml.
 
     Exits with an error for unknown options, wrong types and values out of range.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    if not given(argv, "--config") and not given(argv, "--data.train"):
+    if not any(given(argv, option) for option in ("--config", "--data.train", "--data.val")):
         argv = ["--config", str(shipped_configs()["attnet-digits"]), *argv]
     parser = _make_parser()
     namespace = parser.parse_args(argv)

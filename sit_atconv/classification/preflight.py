@@ -27,20 +27,26 @@ from sit_atconv.runtime.files import check_room, exclusive, gigabytes
 
 
 @dataclass(frozen=True)
-class Job:
-    """A training run, or an evaluation, that passed all checks."""
+class Exam:
+    """Images to evaluate a model on, and the model."""
 
     config: Config
-    train: ImageSet
     val: ImageSet
-    training_transform: Transform
-    evaluation_transform: Transform
-    order: RepeatedOrder  # images of every micro-batch of this process; in an evaluation, of one process alone
+    transform: Transform  # of evaluation
+    net: nn.Module  # as initialised, or with the weights of --init-from
+    found: Resumable  # the checkpoint to evaluate, or to resume from
+
+
+@dataclass(frozen=True)
+class Job(Exam):
+    """A training run that passed all checks."""
+
+    train: ImageSet
+    augmentation: Transform
+    order: RepeatedOrder  # images of every micro-batch of this process
     num_groups: int  # of BatchNorm and Mixup in one micro-batch
     mixing: Mixing
     schedule: Schedule
-    net: nn.Module  # as initialised, or with the weights of --init-from
-    found: Resumable  # the checkpoint to resume from, or to evaluate
 
     @property
     def class_names(self) -> list[str]:
@@ -52,7 +58,7 @@ class Job:
 
 
 def prepare(config: Config, to_release: contextlib.ExitStack) -> Job | None:
-    """Checks a run and opens its data; rank 0 then locks its folder, until `to_release` exits.
+    """Checks a training run and opens its data; rank 0 then locks its folder, until `to_release` exits.
 
     Returns None if there is nothing to do: for a dry run, or a complete run.
 
@@ -60,11 +66,12 @@ def prepare(config: Config, to_release: contextlib.ExitStack) -> Job | None:
         ValueError, OSError: an option is impossible; the message names it and the remedy.
     """
     run, data, train = config.out, config.data, config.train
+    if data.train is None and data.val is not None:
+        raise ValueError(f"there are images to evaluate on ({data.val}), and none to train on: give --data.train")
     images = open_images(data.train, "train", data.channels)
     val = open_images(data.val, "validation", data.channels)
     check_same_classes(images, val)
-    num_classes = len(images.labels)
-    num_processes = 1 if config.eval_only else int(os.environ.get("WORLD_SIZE", "1"))
+    num_classes, num_processes = len(images.labels), int(os.environ.get("WORLD_SIZE", "1"))
     order = RepeatedOrder(
         len(images),
         train.batch_size,
@@ -72,7 +79,7 @@ def prepare(config: Config, to_release: contextlib.ExitStack) -> Job | None:
         group_size=train.group_size,
         seed=train.seed,
         accumulation=train.accumulation,
-        rank=0 if config.eval_only else int(os.environ.get("RANK", "0")),
+        rank=int(os.environ.get("RANK", "0")),
         num_processes=num_processes,
     )
     num_groups = train.groups_in(order.micro_batch, num_processes)
@@ -90,22 +97,26 @@ def prepare(config: Config, to_release: contextlib.ExitStack) -> Job | None:
     torch.manual_seed(train.seed)
     net = build_model(config, num_classes)
     normalisation = normalisation_of(net)
-    transforms = data.training_transform(normalisation), data.evaluation_transform(normalisation)
     saved = list_checkpoints(run)
-    if config.init_from and (config.eval_only or not saved):
+    if config.init_from and not saved:
         load_initial(net, config.init_from, config.reset_head)
-    job = Job(config, images, val, *transforms, order, num_groups, mixing, schedule, net, found=Resumable(None, 0, {}))
+    job = Job(
+        config,
+        val,
+        data.evaluation_transform(normalisation),
+        net,
+        Resumable(None, 0, {}),
+        images,
+        data.training_transform(normalisation),
+        order,
+        num_groups,
+        mixing,
+        schedule,
+    )
     if config.dry_run:
         if is_main_process():
             print(dry_run(job))
         return None
-    if config.eval_only:
-        if config.init_from:
-            return job
-        found = find_resumable(run, WEIGHTS_FILE)
-        if found.checkpoint is None:
-            raise ValueError(f"{run} has no checkpoint to evaluate: give another --out, or weights as --init-from")
-        return dataclasses.replace(job, found=found)
 
     # Check the run's folder and lock it.
     config.check_resumable(job.describe_data())
@@ -129,6 +140,25 @@ def prepare(config: Config, to_release: contextlib.ExitStack) -> Job | None:
             )
         return None
     return dataclasses.replace(job, found=found)
+
+
+def prepare_exam(config: Config) -> Exam:
+    """Opens the images of an evaluation, and the weights of --init-from or of the run's newest checkpoint.
+
+    Raises:
+        ValueError, OSError: there are no such images or weights, or they do not fit each other.
+    """
+    val = open_images(config.data.val, "validation", config.data.channels)
+    net = build_model(config, len(val.labels))
+    found = Resumable(None, 0, {})
+    if config.init_from:
+        load_initial(net, config.init_from)
+    else:
+        found = find_resumable(config.out, WEIGHTS_FILE)
+        if found.checkpoint is None:
+            raise ValueError(f"{config.out} has no checkpoint to evaluate: give another --out, or --init-from WEIGHTS")
+        load_initial(net, str(found.checkpoint / "model"))
+    return Exam(config, val, config.data.evaluation_transform(normalisation_of(net)), net, found)
 
 
 def dry_run(job: Job) -> str:

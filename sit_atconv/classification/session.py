@@ -20,10 +20,11 @@ from tqdm import tqdm
 from sit_atconv.checkpoints.run_folder import rewind_stats
 from sit_atconv.checkpoints.training_state import TrainingState, load_checkpoint, save_checkpoint, set_aside
 from sit_atconv.classification.batch_norm import GroupNorms
+from sit_atconv.classification.config import Config
 from sit_atconv.classification.drop_path import DropPaths
 from sit_atconv.classification.evaluation import Accuracy, evaluate
 from sit_atconv.classification.loading import AugmentedReader, Examples, evaluation_batches
-from sit_atconv.classification.preflight import Job
+from sit_atconv.classification.preflight import Exam, Job
 from sit_atconv.classification.weights import WEIGHTS_FILE, ClassifierRecipe, save_classifier, versions
 from sit_atconv.data.loading import read_ahead
 from sit_atconv.runtime.commands import fail, user_errors
@@ -146,13 +147,13 @@ class Session:
         )
 
 
-def evaluate_weights(job: Job, models: dict[str, nn.Module], accelerator: Accelerator) -> dict[str, Accuracy]:
+def evaluate_weights(exam: Exam, models: dict[str, nn.Module], accelerator: Accelerator) -> dict[str, Accuracy]:
     """Returns the accuracy of models on data.val; all processes must call it."""
     batches = evaluation_batches(
-        job.val,
-        job.evaluation_transform,
-        job.config.train.group_size,
-        num_workers=job.config.data.num_workers,
+        exam.val,
+        exam.transform,
+        exam.config.train.group_size,
+        num_workers=exam.config.data.num_workers,
         device=accelerator.device,
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
@@ -161,9 +162,9 @@ def evaluate_weights(job: Job, models: dict[str, nn.Module], accelerator: Accele
         return evaluate(models, batches, accelerator)
 
 
-def start_processes(job: Job) -> Accelerator:
+def start_processes(config: Config) -> Accelerator:
     """Starts the processes and prepares their devices."""
-    train = job.config.train
+    train = config.train
     accelerator = Accelerator(
         cpu=on_cpu(),
         mixed_precision="no" if train.precision == "fp32" else train.precision,
@@ -180,7 +181,7 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
     """
     config, train, run, found, order = job.config, job.config.train, job.config.out, job.found, job.order
     stop = to_release.enter_context(contextlib.closing(stop_request(run)))
-    accelerator = start_processes(job)
+    accelerator = start_processes(config)
     assert accelerator.num_processes == order.num_processes
     agreement = Agreement()
     if agreement.largest(found.step, -found.step, now=True) != [found.step, -found.step]:
@@ -218,7 +219,7 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
     # Change the parts of the model that draw or normalise, and start loading data.
     norms = GroupNorms(net, job.num_groups, train.batch_size // train.group_size)
     paths = DropPaths(net, train.batch_size, order.micro_batch, train.seed)
-    reader = AugmentedReader(job.train, job.training_transform, train.seed)
+    reader = AugmentedReader(job.train, job.augmentation, train.seed)
     batches = read_ahead(
         reader,
         order.starting_at(found.step),

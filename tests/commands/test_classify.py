@@ -168,12 +168,10 @@ def test_evaluation_records_accuracy(launch, whole, tmp_path, class_folders):
 
     weights = run / "checkpoints" / "step-0000004" / "model" / "model.safetensors"
     argv = ["--config", run / "config.yaml", "--eval-only", "--init-from", weights, "--out", tmp_path]
-    folders = ["--data.train", class_folders / "folders", "--data.val", class_folders / "folders"]
-    codes, output = launch(CLASSIFY, [*argv, *folders])
+    codes, output = launch(CLASSIFY, [*argv, "--data.val", class_folders / "folders"])
     assert codes == [0] and "100 images" in output, output
     of_folders = json.loads((tmp_path / "evaluation.json").read_text())["accuracy"]
-    shards = ["--data.train", f"wds/{class_folders}/shards", "--data.val", f"wds/{class_folders}/shards"]
-    codes, output = launch(CLASSIFY, [*argv, *shards])
+    codes, output = launch(CLASSIFY, [*argv, "--data.val", f"wds/{class_folders}/shards"])
     assert codes == [0], output
     assert json.loads((tmp_path / "evaluation.json").read_text())["accuracy"] == of_folders
 
@@ -235,7 +233,8 @@ def test_other_classes_of_val_are_refused(fails, tmp_path, class_folders):
     [
         (["--model", "attnet_t9"], "there is no model attnet_t9: give one that timm or AttNet has, such as attnet_t"),
         (["--data.mean", "[0.5,0.5,0.5]"], "data.mean has 3 numbers, and the images have 1 channels"),
-        (["--data.val", "x"], "give both --data.train and --data.val"),
+        (["--data.train", "x"], "none to evaluate on: give --data.val, too"),
+        (["--data.val", "x"], "none to train on: give --data.train"),
         (["--data.crop_ratio", "1.2"], "data.crop_ratio must be in (0, 1], not 1.2"),
         (["--data.randaugment", "strong"], "data.randaugment strong is not timm's notation"),
         (["--data.colour", "1"], "data.colour"),
