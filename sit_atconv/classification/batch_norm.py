@@ -79,7 +79,8 @@ class GroupNorms:
         self.norms: list[NormOfGroups] = []
         for norm in net.modules():
             if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
-                norm.__class__ = _of_groups(type(norm))
+                kind: type = type(norm)
+                norm.__class__ = _of_groups(kind)
                 self.norms.append(cast(NormOfGroups, norm))
                 self.norms[-1].start(num_groups)
 

@@ -69,8 +69,10 @@ def evaluate(
     for name, model in models.items():
         model.train(modes[name])
     num_images = int(accelerator.reduce(total, "sum"))
-    shares = {name: (accelerator.reduce(count, "sum") / num_images).tolist() for name, count in counts.items()}
-    return {name: Accuracy(*share, num_images) for name, share in shares.items()}
+    hits_of = {name: accelerator.reduce(count, "sum").tolist() for name, count in counts.items()}
+    return {
+        name: Accuracy(first / num_images, five / num_images, num_images) for name, (first, five) in hits_of.items()
+    }
 
 
 def save_record(path: Path, accuracies: Mapping[str, Accuracy], about: dict) -> None:

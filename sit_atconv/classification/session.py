@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -93,7 +93,7 @@ class Session:
     job: Job
     accelerator: Accelerator
     net: nn.Module  # the model being trained
-    model: nn.Module  # the same model, compiled if asked for
+    model: Callable[[Tensor], Tensor]  # the same model, compiled if asked for
     ema: ModelEmaV3
     norms: GroupNorms
     paths: DropPaths

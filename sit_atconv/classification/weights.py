@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 import timm.models
@@ -76,9 +77,14 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
         raise ValueError(f"the model {name} cannot be built with these options ({reason})") from error
 
 
+def settings_of(net: nn.Module) -> dict[str, Any]:
+    """Returns timm's record of the model: its architecture, preprocessing and names of layers."""
+    return cast(dict, net.pretrained_cfg)
+
+
 def normalisation_of(net: nn.Module) -> dict[str, list[float]]:
     """Returns mean and standard deviation by which the model's images are normalised."""
-    return {name: list(net.pretrained_cfg[name]) for name in ("mean", "std")}
+    return {name: list(settings_of(net)[name]) for name in ("mean", "std")}
 
 
 def save_classifier(model: nn.Module, recipe: ClassifierRecipe, folder: Path) -> None:
@@ -138,12 +144,12 @@ def load_initial(net: nn.Module, origin: str, reset_head: bool = False) -> None:
         raise ValueError(f"{file} holds a generator of images (SiT), not a classifier: give weights of a classifier")
     if isinstance(net, AttNet):
         tensors = checkpoint_filter_fn(tensors)
-    own, head = net.state_dict(), f"{net.pretrained_cfg['classifier']}.weight"
+    own, head = net.state_dict(), f"{settings_of(net)['classifier']}.weight"
     if reset_head:
         tensors |= {name: own[name] for name in own if name.rpartition(".")[0] == head.rpartition(".")[0]}
     check_classes(file, tensors, own, head)
     if wrong := list_differences(tensors, own):
-        raise ValueError(f"{file} does not fit {net.pretrained_cfg['architecture']}: {wrong}")
+        raise ValueError(f"{file} does not fit {settings_of(net)['architecture']}: {wrong}")
     net.load_state_dict(tensors)
 
 
