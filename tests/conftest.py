@@ -86,6 +86,7 @@ def launch(tmp_path_factory):
     context.set_forkserver_preload(
         [
             "sit_atconv.train",
+            "sit_atconv.classification.records",
             "sit_atconv.generation.draw",
             "sit_atconv.data.encoding",
             "sit_atconv.evaluation.evaluate",
@@ -242,6 +243,13 @@ def _make_third_loss_nan():
     FlowMatching.loss = third_is_nan
 
 
+def _make_third_loss_of_a_classifier_nan():
+    from timm.loss import SoftTargetCrossEntropy
+
+    forward, counter = SoftTargetCrossEntropy.forward, itertools.count(1)
+    SoftTargetCrossEntropy.forward = lambda *args: forward(*args) * (float("nan") if next(counter) == 3 else 1.0)
+
+
 def _compile_without_code():
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
 
@@ -315,6 +323,7 @@ DEATHS = {
     "files of 100 kB are too large": functools.partial(_limit_file_size, 100_000),
     "files of 3 kB are too large": functools.partial(_limit_file_size, 3000),
     "the third loss is not a number": _make_third_loss_nan,
+    "the third loss of a classifier is not a number": _make_third_loss_of_a_classifier_nan,
     "the second process sees no checkpoint": _hide_checkpoints,
     "the tracker fails": _break_tracker,
     "compilation makes graphs, not code": _compile_without_code,

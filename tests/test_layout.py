@@ -19,13 +19,21 @@ MAY_IMPORT = {  # a package -> the others that it may import, beside `runtime`, 
     "encoders": set(),
     "data": {"encoders"},
     "checkpoints": {"models", "data"},
+    "classification": {"models", "data", "checkpoints", "training"},
     "generation": {"models", "flow", "sampling", "checkpoints", "data"},
     "evaluation": {"data", "encoders"},
     "training": {"models", "flow", "sampling", "data", "checkpoints"},
     "speed": {"ops", "models", "flow", "sampling", "data"},
     "studies": {"evaluation", "training", "speed", "flow", "sampling", "data", "checkpoints"},
 }
-ROOT_MODULES = {"train", "encode", "convert", "quickstart", "pipeline"}  # may import anything; nothing imports commands
+ROOT_MODULES = {
+    "train",
+    "classify",
+    "encode",
+    "convert",
+    "quickstart",
+    "pipeline",
+}  # may import anything; nothing imports commands
 COMMANDS = {f"sit_atconv.{name}" for name in ROOT_MODULES - {"pipeline"}}
 HEAVY = {"torch", "diffusers", "accelerate", "timm", "torch_fidelity", "torchvision", "matplotlib", "sklearn"}
 MODULES = sorted(m.name for m in pkgutil.walk_packages(sit_atconv.__path__, "sit_atconv."))

@@ -3,6 +3,8 @@
     RUN/checkpoints/step-*/        model/, ema/, ema-DECAY/ (exported weights), optimizer.safetensors, state.json,
                                    and auxiliary.safetensors if the run has an auxiliary loss
 
+The form of exported weights is the caller's: that of `save_weights` for SiT, timm's for classifiers.
+
 state.json is written last and holds the sha256 of all other files. Nothing is ever unpickled.
 """
 
@@ -11,14 +13,14 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sit_atconv import __version__
 from sit_atconv.checkpoints.exported import WEIGHTS_FILE, save_weights
-from sit_atconv.checkpoints.recipe import Recipe, check_fields, later_version
+from sit_atconv.checkpoints.recipe import check_fields, later_version
 from sit_atconv.checkpoints.run_folder import checkpoint_step, list_checkpoints, newest_checkpoint
 from sit_atconv.runtime.files import PARTIAL, flush, sha256_of
 
@@ -42,6 +44,7 @@ class TrainingState:
         optimizer: the optimizer.
         scaler: the gradient scaler of fp16, or None.
         auxiliary: the auxiliary loss, or None.
+        weights_file: name of the file of weights in an exported folder.
     """
 
     model: "torch.nn.Module"
@@ -49,6 +52,7 @@ class TrainingState:
     optimizer: "torch.optim.Optimizer"
     scaler: "torch.amp.GradScaler | None" = None
     auxiliary: "torch.nn.Module | None" = None
+    weights_file: str = WEIGHTS_FILE
 
     def parameters(self) -> "dict[str, torch.nn.Parameter]":
         """Returns all parameters by name; those of the auxiliary loss are called "auxiliary.NAME"."""
@@ -79,8 +83,9 @@ def checkpoints_at_once(steps: int, every: int, keep: int, keep_every: int | Non
 def save_checkpoint(
     run: Path,
     state: TrainingState,
-    recipe: Recipe,
+    recipe: Any,
     *,
+    write: Callable[..., None] = save_weights,
     keep: int,
     keep_every: int | None = None,
     computed_on: dict | None = None,
@@ -90,7 +95,8 @@ def save_checkpoint(
     Args:
         run: the run's folder.
         state: the state to save.
-        recipe: recipe of the weights.
+        recipe: recipe of the weights: a `Recipe`, or another dataclass with `step`, `ema_decay` and `versions`.
+        write: writes exported weights, as (model, recipe, folder).
         keep: number of newest checkpoints to keep.
         keep_every: also keep every step divisible by this.
         computed_on: settings other than the state that change the bits of the result; `load_checkpoint` returns them.
@@ -106,9 +112,9 @@ def save_checkpoint(
         _remove(left)
     try:
         partial.mkdir(parents=True)
-        save_weights(state.model, recipe, partial / "model")
+        write(state.model, recipe, partial / "model")
         for name, (decay, model) in state.average_folders().items():
-            save_weights(model, dataclasses.replace(recipe, ema_decay=decay), partial / name)
+            write(model, dataclasses.replace(recipe, ema_decay=decay), partial / name)
         save_file(_optimizer_tensors(state), partial / OPTIMIZER_FILE)
         if state.auxiliary is not None:
             save_file(_auxiliary_tensors(state.auxiliary), partial / AUXILIARY_FILE)
@@ -216,15 +222,19 @@ class Resumable:
     damaged: dict[Path, str]
 
 
-def find_resumable(run: Path) -> Resumable:
+def find_resumable(run: Path, weights_file: str = WEIGHTS_FILE) -> Resumable:
     """Finds the newest checkpoint whose files all have their checksums.
+
+    Args:
+        run: the run's folder.
+        weights_file: as in `TrainingState`.
 
     Raises:
         ValueError: there are checkpoints but none is intact, or a later version wrote the newest.
     """
     damaged: dict[Path, str] = {}
     for checkpoint in reversed(list_checkpoints(run)):
-        if not (problem := _damage(checkpoint)):
+        if not (problem := _damage(checkpoint, weights_file)):
             return Resumable(checkpoint, checkpoint_step(checkpoint), damaged)
         damaged[checkpoint] = problem
     if damaged:
@@ -236,7 +246,7 @@ def find_resumable(run: Path) -> Resumable:
     return Resumable(None, 0, {})
 
 
-def _damage(checkpoint: Path) -> str | None:
+def _damage(checkpoint: Path, weights_file: str) -> str | None:
     """Describes the first damage of a checkpoint, or returns None. ValueError: a later version wrote it."""
     file = checkpoint / "state.json"
     try:
@@ -246,7 +256,7 @@ def _damage(checkpoint: Path) -> str | None:
     except (OSError, ValueError, TypeError) as error:
         return f"state.json is missing or damaged ({_reason(error)})"
     check_fields(content, STATE_FIELDS, file)
-    needed = [f"model/{WEIGHTS_FILE}", f"ema/{WEIGHTS_FILE}", OPTIMIZER_FILE]
+    needed = [f"model/{weights_file}", f"ema/{weights_file}", OPTIMIZER_FILE]
     missing = [name for name in STATE_FIELDS[:3] if name not in content] + [name for name in needed if name not in sums]
     if missing and versions.get("sit_atconv", __version__) != __version__:
         raise later_version(file, f"has no {missing[0]}, which sit_atconv {__version__} needs", content)
@@ -275,9 +285,9 @@ def load_checkpoint(checkpoint: Path, state: TrainingState) -> dict:
 
     content = json.loads((checkpoint / "state.json").read_text())
     try:
-        state.model.load_state_dict(load_file(checkpoint / "model" / WEIGHTS_FILE))
+        state.model.load_state_dict(load_file(checkpoint / "model" / state.weights_file))
         for name, (_, model) in state.average_folders().items():
-            model.load_state_dict(load_file(checkpoint / name / WEIGHTS_FILE))
+            model.load_state_dict(load_file(checkpoint / name / state.weights_file))
         if state.auxiliary is not None:
             held, wanted = load_file(checkpoint / AUXILIARY_FILE), _auxiliary_tensors(state.auxiliary)
             if held.keys() != wanted.keys():

@@ -2,8 +2,9 @@
 
 import dataclasses
 import signal
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ def load_batches(
     *,
     skip_unreadable: bool = False,
 ) -> Generator[Batch, None, None]:
-    """Yields micro-batches endlessly.
+    """Returns micro-batches, endlessly.
 
     Args:
         data: the data source.
@@ -106,9 +107,32 @@ def load_batches(
     Raises:
         ValueError: an image cannot be read, a worker died, ...; one line.
     """
+    reader = BatchReader(data, skip_unreadable)
+    return read_ahead(reader, order, num_workers, device, on_start, "the training data")
+
+
+def read_ahead(
+    reader: Dataset,
+    order: Iterable,
+    num_workers: int,
+    device: torch.device,
+    on_start: Callable[[int], None] | None = None,
+    what: str = "the images",
+) -> Generator[Any, None, None]:
+    """Yields `reader[item].to(device)` for each item of `order`.
+
+    Args:
+        reader: reader of whole batches, in this process or in workers.
+        order: items that `reader` takes.
+        num_workers, device, on_start: as in `load_batches`.
+        what: name of the data in errors.
+
+    Raises:
+        ValueError: an item cannot be read, a worker died, ...; one line.
+    """
     batches = iter(
         DataLoader(
-            BatchReader(data, skip_unreadable),
+            reader,
             sampler=order,
             batch_size=None,
             num_workers=num_workers,
@@ -120,10 +144,12 @@ def load_batches(
         while True:
             try:
                 batch = next(batches)
+            except StopIteration:
+                return
             except (ValueError, OSError, RuntimeError) as error:
                 lines = [line for line in str(error).splitlines() if line.strip()]  # a worker sends its traceback
                 reason = lines[-1].removeprefix(f"{type(error).__name__}: ") if lines else type(error).__name__
-                raise ValueError(f"the training data cannot be read: {reason}") from error
+                raise ValueError(f"{what} cannot be read: {reason}") from error
             yield batch.to(device)
     finally:
         if num_workers:  # at exit, the process might otherwise wait for workers that the garbage collector left alive

@@ -84,7 +84,7 @@ class BatchOrder:
         epoch, position = divmod(step, self.steps_per_epoch)
         return self.permutation(epoch)[position * self.batch_size :][: self.batch_size].tolist()
 
-    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
+    def __iter__(self) -> Iterator[list]:
         first_epoch, first = divmod(self.first_step, self.steps_per_epoch)
         for epoch in itertools.count(first_epoch):
             permutation, mirrored = self.permutation(epoch), self.mirrored(epoch)

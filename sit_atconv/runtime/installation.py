@@ -16,6 +16,7 @@ IS_WHEEL = (PACKAGE / "configs").is_dir()
 CONFIGS = (PACKAGE if IS_WHEEL else PACKAGE.parent) / "configs"
 COMMANDS = {  # name -> (what to type in the root of a checkout, its module)
     "train": ("accelerate launch sit_atconv/train.py", "sit_atconv.train"),
+    "classify": ("accelerate launch sit_atconv/classify.py", "sit_atconv.classify"),
     "encode": ("accelerate launch sit_atconv/encode.py", "sit_atconv.encode"),
     "generate": ("python sample/generate.py", "sit_atconv.generation.generate"),
     "fid": ("python eval/fid.py", "sit_atconv.evaluation.fid"),
@@ -58,6 +59,11 @@ def console_script() -> None:
 def shipped_configs() -> dict[str, Path]:
     """Returns the shipped configs, e.g. "imagenet256" -> its file."""
     return {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"), key=lambda path: path.stem)}
+
+
+def configs_of(command: str) -> list[str]:
+    """Returns the names of the shipped configs of the command "train" or "classify"."""
+    return [name for name in shipped_configs() if name.startswith("attnet-") == (command == "classify")]
 
 
 def find_config(name: str) -> Path:

@@ -122,6 +122,30 @@ def save_loss_curves(stats: Sequence[dict], path: Path, title: str) -> None:
     save_figure(figure, path)
 
 
+def save_accuracy_curves(stats: Sequence[dict], path: Path, title: str) -> None:
+    """Plots the lines of a classifier's stats.jsonl: training loss, and accuracies, over steps."""
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot([line["step"] for line in stats], [line["loss"] for line in stats], color="#2a6f97", linewidth=1.2)
+    left.set_ylabel("training loss")
+    named = {
+        "train_top1": ("training, augmented", "#2a6f97"),
+        "val_raw_top1": ("validation", "#d1495b"),
+        "val_ema_top1": ("validation, EMA weights", "#edae49"),
+    }
+    for name, (label, color) in named.items():
+        if points := [(line["step"], 100 * line[name]) for line in stats if name in line]:
+            right.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, linewidth=1.2, label=label)
+    if right.lines:
+        right.legend(frameon=False)
+    right.set_ylabel("top-1 accuracy in %")
+    for axes in (left, right):
+        axes.set_xlabel("optimizer step")
+        axes.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=9)
+    save_figure(figure, path)
+
+
 def save_solver_curves(points: Sequence[dict], path: Path, title: str) -> None:
     """Plots Frechet distance over NFE: a panel for each shift of the time grid, a line for each solver.
 

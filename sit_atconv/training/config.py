@@ -27,7 +27,7 @@ from sit_atconv.models.sit import FROM_DATA, SiT
 from sit_atconv.runtime.commands import fail, is_main_process, user_errors
 from sit_atconv.runtime.devices import on_cpu
 from sit_atconv.runtime.files import write_aside
-from sit_atconv.runtime.installation import command, find_config, shipped_configs
+from sit_atconv.runtime.installation import command, configs_of, find_config, shipped_configs
 from sit_atconv.runtime.settings import changed, differences, flatten
 from sit_atconv.runtime.tables import import_module_of, import_modules
 from sit_atconv.sampling import SOLVERS, Sampler
@@ -254,7 +254,7 @@ class Config:
     def _saved_data(self) -> dict:
         """Returns the description of the data that the run was started with, {} if it has none."""
         path = self.out / "data.json"
-        return _read_mapping(path) if path.exists() else {}
+        return read_mapping(path) if path.exists() else {}
 
     def check_resumable(self, data: dict) -> None:
         """Raises ValueError if a run with checkpoints cannot resume with these options and data."""
@@ -295,7 +295,7 @@ class Config:
 
         Options that did not exist yet when the run started had their defaults.
         """
-        then, now = _read_mapping(folder / "config.yaml"), self.options
+        then, now = read_mapping(folder / "config.yaml"), self.options
         known, defaults = flatten(then), _defaults()
         newer = [name for name, value in flatten(now).items() if name not in known and value == defaults.get(name)]
         return differences({**then, "flow": _flat_objective(then.get("flow", {}))}, now, MAY_CHANGE | {*newer})
@@ -336,7 +336,7 @@ def parse(argv: list[str] | None = None) -> Config:
     Exits with an error for unknown options, wrong types and values out of range.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    if not _given(argv, "--config"):
+    if not given(argv, "--config"):
         argv = ["--config", str(shipped_configs()["digits"]), *argv]
     argv = _import_modules(argv)
     with user_errors():
@@ -351,7 +351,7 @@ def parse(argv: list[str] | None = None) -> Config:
     namespace = parser.parse_args(argv)
     options = _plain(parser, namespace)
     if options["out"] is None:
-        name = Path(_given(argv, "--config")[-1]).stem
+        name = Path(given(argv, "--config")[-1]).stem
         options["out"] = f"runs/{name}" + (f"-{preset.lower().replace('/', '')}" if preset else "")
     with user_errors():
         mixer = options["model"]["mixer"]
@@ -444,7 +444,7 @@ def _flat_objective(options: Mapping) -> Mapping:
     return options.get("init_args", {}) if options.get("class_path") == CLASSES["flow"][1] else options
 
 
-def _given(argv: list[str], option: str) -> list[str]:
+def given(argv: list[str], option: str) -> list[str]:
     """Returns the values of an option on the command line, given as `--option VALUE` or `--option=VALUE`."""
     return [
         argument.partition("=")[2] or "".join(argv[i + 1 : i + 2])
@@ -482,7 +482,7 @@ def _make_parser(chosen: Mapping[str, str | None], for_help: bool = False) -> Pa
         action=ConfigAction,
         metavar="FILE",
         help="YAML file with any of the options below, or the name of a shipped one "
-        f"({', '.join(shipped_configs())}); options after it override it",
+        f"({', '.join(configs_of('train'))}); options after it override it",
     )
     parser.add_argument(
         "--dry-run",
@@ -530,7 +530,7 @@ def _make_parser(chosen: Mapping[str, str | None], for_help: bool = False) -> Pa
     return parser
 
 
-def _read_mapping(path: Path) -> dict:
+def read_mapping(path: Path) -> dict:
     """Reads a YAML or JSON file. Raises ValueError if it holds no mapping."""
     try:
         content = yaml.safe_load(path.read_text())

@@ -7,11 +7,15 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from sit_atconv.checkpoints.run_folder import newest_checkpoint
+from sit_atconv.runtime.commands import leave_at_once, say_at_once
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SAME_PRESS = 1.0  # seconds; a signal that follows Ctrl-C sooner is a launcher's copy of it
@@ -53,6 +57,14 @@ class StopRequest:
         """Restores the previous signal handlers."""
         for number, handler in self.before.items():
             signal.signal(number, handler or signal.SIG_DFL)
+
+
+def stop_request(run: Path) -> StopRequest:
+    """Returns the stop request of a run; its messages name the run's last checkpoint."""
+    return StopRequest(
+        announce=lambda: say_at_once("Ctrl-C: finishing and saving this step; press Ctrl-C again to exit at once"),
+        leave=lambda: leave_at_once(f"interrupted; last checkpoint: {newest_checkpoint(run) or 'none yet'}"),
+    )
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:

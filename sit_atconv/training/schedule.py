@@ -40,8 +40,19 @@ def decide(
     draw = is_last or step % config.preview.every == 0
     test = has_held_out and (is_last or step % train.held_out_every == 0)
     log = save or test or step % train.log_every == 0
+    log, signal, bad_step, unreadable = agree_on_end(log, stop, watch, agreement, num_unreadable)
+    return Due(is_last, log, test, save or signal > 0, draw, signal, bad_step, unreadable > 0)
+
+
+def agree_on_end(
+    log: bool, stop: StopRequest, watch: FiniteWatch, agreement: Agreement, num_unreadable: int = 0
+) -> tuple[bool, int, int, int]:
+    """Returns whether to log, and the largest signal, step that was not finite, and `num_unreadable` of all processes.
+
+    A step that is not logged learns what was agreed one step before; a signal makes it log.
+    """
     signal, bad_step, unreadable = agreement.largest(stop.number, watch.look(wait=log), num_unreadable, now=log)
     if signal and not log:  # before saving, make sure that all steps were finite
         log = True
         signal, bad_step, unreadable = agreement.largest(signal, watch.look(wait=True), num_unreadable, now=True)
-    return Due(is_last, log, test, save or signal > 0, draw, signal, bad_step, unreadable > 0)
+    return log, signal, bad_step, unreadable

@@ -14,7 +14,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from tqdm import tqdm
 
 from sit_atconv.checkpoints.recipe import Recipe
-from sit_atconv.checkpoints.run_folder import newest_checkpoint, rewind_stats
+from sit_atconv.checkpoints.run_folder import rewind_stats
 from sit_atconv.checkpoints.training_state import TrainingState, load_checkpoint, set_aside
 from sit_atconv.data.codecs import Codec
 from sit_atconv.data.loading import Batch, load_batches
@@ -22,13 +22,13 @@ from sit_atconv.data.sources import untrained_classes
 from sit_atconv.flow.auxiliary import HiddenTap
 from sit_atconv.models import SiT
 from sit_atconv.models.costs import multiply_adds
-from sit_atconv.runtime.commands import fail, leave_at_once, say_at_once, user_errors
+from sit_atconv.runtime.commands import fail, user_errors
 from sit_atconv.runtime.devices import on_cpu, prepare_device
 from sit_atconv.runtime.names import name_classes
 from sit_atconv.runtime.provenance import record_provenance
 from sit_atconv.runtime.settings import differences, flatten
 from sit_atconv.training.ema import Averages
-from sit_atconv.training.guards import Agreement, FiniteWatch, StopRequest, leave_signals_to_the_trainer
+from sit_atconv.training.guards import Agreement, FiniteWatch, StopRequest, leave_signals_to_the_trainer, stop_request
 from sit_atconv.training.held_out import HeldOut
 from sit_atconv.training.meter import Meter, Tracker, peak_tflops
 from sit_atconv.training.optimizers import make_optimizer
@@ -115,16 +115,7 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
     cannot start.
     """
     config, train, run, found = job.config, job.config.train, job.config.out, job.found
-    stop = to_release.enter_context(
-        contextlib.closing(
-            StopRequest(
-                announce=lambda: say_at_once(
-                    "Ctrl-C: finishing and saving this step; press Ctrl-C again to exit at once"
-                ),
-                leave=lambda: leave_at_once(f"interrupted; last checkpoint: {newest_checkpoint(run) or 'none yet'}"),
-            )
-        )
-    )
+    stop = to_release.enter_context(contextlib.closing(stop_request(run)))
     watch = FiniteWatch()
 
     # Start the processes.

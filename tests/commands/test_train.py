@@ -23,6 +23,7 @@ from sit_atconv.data.images import ImageFolder
 from sit_atconv.data.order import hold_out
 from sit_atconv.models import PRESETS, SiT
 from sit_atconv.runtime.files import exclusive
+from sit_atconv.runtime.installation import configs_of
 from sit_atconv.training.config import parse
 from tests.conftest import ROOT, TINY_RUN, encode_argv, load_command, python, relative_error, working_folder
 
@@ -1056,7 +1057,7 @@ def test_resuming_with_other_options_shows_the_difference(fails, tiny_run):
     assert "train.lr 0.003 -> 0.5" in error
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+@pytest.mark.parametrize("name", [f"{name}.yaml" for name in configs_of("train")])
 def test_shipped_configs_parse(name):
     config = parse(["--config", str(ROOT / "configs" / name), "--train.precision", "bf16"])
     assert config.out.parts[0] == "runs"

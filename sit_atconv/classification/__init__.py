@@ -1,0 +1,1 @@
+"""Training and evaluation of image classifiers: any model of timm, AttNet above all."""
