@@ -3,6 +3,7 @@
     python -m sit_atconv.convert FILE.pt OUT [--model SiT-XL/2] [--vae ID_OR_FOLDER]
     python -m sit_atconv.convert RUN OUT.pt --to sit
     python -m sit_atconv.convert PIPELINE OUT
+    python -m sit_atconv.convert FILE.pth OUT --model attnet_t2
 
 The result records how to sample from it, as far as its format can.
 """
@@ -29,6 +30,9 @@ OF_FILES = {
 }
 
 
+FILES = {"sit": (".pt",), "repa": (".pt",), "attnet": (".pth", ".pt")}  # forms of one file, and how its name ends
+
+
 def main(argv: list[str] | None = None) -> None:
     options = vars(make_parser().parse_args(argv))
     source, out, form, ema = (options.pop(name) for name in ("source", "out", "to", "ema"))
@@ -36,6 +40,9 @@ def main(argv: list[str] | None = None) -> None:
         from sit_atconv.checkpoints.weights import locate_weights
 
         check_out(out, form)  # before torch is imported, which takes seconds
+        if form == "attnet" or (options["model"] or "").startswith("attnet_"):
+            print(convert_attnet(source, out, form, options))
+            return
         path = locate_weights(source, ema, model=options["model"], vae=options["vae"])
         if options["class_names"]:
             options["class_names"] = read_class_names(Path(options["class_names"]))
@@ -52,9 +59,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_out(out: Path, form: str) -> None:
     """Raises ValueError if OUT exists and is not an empty folder, or lacks the suffix of a file."""
-    if form in ("sit", "repa"):
-        if out.suffix != ".pt":
-            raise ValueError(f"--to {form} writes one file: give an OUT that ends in .pt instead of {out}")
+    if form in FILES:
+        if out.suffix not in FILES[form]:
+            endings = " or ".join(FILES[form])
+            raise ValueError(f"--to {form} writes one file: give an OUT that ends in {endings} instead of {out}")
         if out.exists():
             raise ValueError(f"{out} exists: give another OUT")
     elif out.is_file() or (out.is_dir() and any(out.iterdir())):
@@ -78,6 +86,21 @@ def read_class_names(path: Path) -> list[str]:
         line = names.index("") + 1 if names else 1
         raise ValueError(f"line {line} of --class-names {path} is empty: write one name per line")
     return names
+
+
+def convert_attnet(source: str, out: Path, form: str, options: dict) -> str:
+    """Converts weights of AttNet and returns lines for the user. ValueError: an option is for SiT."""
+    from sit_atconv.classification.conversion import export_attnet, import_attnet
+
+    for name, option in {**OF_FILES, "vae": "--vae"}.items():
+        if options[name] is not None and (form == "attnet" or name != "class_names"):
+            raise ValueError(f"{option} is not for AttNet: leave it out")
+    if form == "attnet":
+        return export_attnet(source, out)
+    if form != "ours":
+        raise ValueError(f"--to {form} is for SiT, and {options['model']} is an AttNet: leave --to out")
+    names = options["class_names"]
+    return import_attnet(source, options["model"], out, read_class_names(Path(names)) if names else None)
 
 
 def load(source: str, path: Path, ema: bool | float, options: dict) -> "Weights":
@@ -146,7 +169,7 @@ def _free_name(out: Path) -> Path:
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog=command("convert"),
-        usage="%(prog)s SOURCE OUT [--model SiT-XL/2] [--to ours|sit|repa|pipeline] [options]",
+        usage="%(prog)s SOURCE OUT [--model SiT-XL/2] [--to ours|sit|repa|pipeline|attnet] [options]",
         description="Converts the weights published for SiT, REPA and ATConv's ports of both to a folder that needs no "
         "further options for sampling, and our weights to those formats.",
     )
@@ -162,11 +185,11 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--to",
-        choices=("ours", "sit", "repa", "pipeline"),
+        choices=("ours", "sit", "repa", "pipeline", "attnet"),
         default="ours",
         help="the format to write. ours: a folder of safetensors and recipe; sit, repa: a .pt file for "
         "their code (for ATConv, sit needs tanh-GELU, and repa SiLU and no learn_sigma); pipeline: a "
-        "diffusers pipeline (default: ours)",
+        "diffusers pipeline; attnet: a file for AttNet's code, from a classifier's run (default: ours)",
     )
     average = parser.add_mutually_exclusive_group()
     average.add_argument(
@@ -192,7 +215,8 @@ def make_parser() -> ArgumentParser:
         "--model",
         metavar="PRESET",
         help="the preset of the model: depth, width, heads, patch and mixers, e.g. SiT-XL/2 "
-        "(default: as the file records it)",
+        "(default: as the file records it); attnet_xxs ... attnet_t4 for weights of AttNet, which become a folder "
+        "that timm loads",
     )
     of_files.add_argument(
         "--path",
