@@ -234,7 +234,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Length of a run and its learning rate, in steps: linear warm-up, then a cosine, as timm's scheduler has them."""
+    """Length of a run, and its learning rate: linear warm-up, then a cosine, as in timm's scheduler."""
 
     steps: int
     warmup_steps: int

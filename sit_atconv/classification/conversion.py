@@ -13,7 +13,7 @@ from sit_atconv.runtime.files import check_room, write_aside
 
 
 def import_attnet(source: str, name: str, out: Path, class_names: list[str] | None = None) -> str:
-    """Writes the trained weights of an official file, or of any other weights of AttNet, as a folder of timm.
+    """Writes the trained weights of an official file, or other weights of AttNet, as a folder of timm.
 
     Args:
         source: an official training file, or whatever `find_weights` takes.

@@ -1,4 +1,4 @@
-"""Batches of augmented images: order, repeated augmentation, and random numbers that follow from (seed, step)."""
+"""Batches of augmented images, whose order and random numbers follow from the seed and the step."""
 
 import itertools
 import random

@@ -47,7 +47,7 @@ def decide(
 def agree_on_end(
     log: bool, stop: StopRequest, watch: FiniteWatch, agreement: Agreement, num_unreadable: int = 0
 ) -> tuple[bool, int, int, int]:
-    """Returns whether to log, and the largest signal, step that was not finite, and `num_unreadable` of all processes.
+    """Returns what all processes agree on: log, signal, step that was not finite, unreadable images.
 
     A step that is not logged learns what was agreed one step before; a signal makes it log.
     """
