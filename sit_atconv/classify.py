@@ -99,6 +99,7 @@ def train_model(job: Job, session: Session) -> int:
             session.prepared.step()
         session.prepared.zero_grad()
         session.norms.settle(accelerator, updated)
+        session.ema.decay = min(train.ema_decay, (1 + step) / (10 + step))  # forgets the first running statistics, of 1
         session.ema.update(session.net)
 
         # Decide what is due, and end the run if a loss or gradient was not finite.

@@ -160,7 +160,8 @@ class TrainConfig:
         min_lr: learning rate that the cosine ends at.
         weight_decay: decoupled weight decay of matrices and kernels; vectors (biases, norms, scales) have none.
         max_grad_norm: clip the gradient to this norm; no clipping if null.
-        ema_decay: decay of the exponential moving average (EMA) of weights and running statistics.
+        ema_decay: decay of the exponential moving average (EMA) of weights and running statistics, which rises to this
+            value as (1 + step) / (10 + step).
         precision: precision of the forward and backward pass; weights stay in fp32. "auto" is bf16 where the device
             computes it fast, else fp32.
         seed: random seed of initialisation, data order, augmentation, mixing and stochastic depth.
@@ -234,7 +235,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Length of a run and its learning rate, in steps: linear warm-up, then a cosine, as timm's scheduler has them."""
+    """Length of a run and its learning rate, in steps: linear warm-up, then timm's cosine."""
 
     steps: int
     warmup_steps: int

@@ -1,4 +1,4 @@
-"""Batches of augmented images: order, repeated augmentation, and random numbers that follow from (seed, step)."""
+"""Batches of augmented images: their order, repeated augmentation, and a seed for each draw."""
 
 import itertools
 import random
