@@ -235,7 +235,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Length of a run, and its learning rate: linear warm-up, then a cosine, as in timm's scheduler."""
+    """Length of a run and its learning rate, in steps: linear warm-up, then timm's cosine."""
 
     steps: int
     warmup_steps: int

@@ -1,4 +1,4 @@
-"""Labelled images read by index: digits, class folders, tar shards, Hugging Face data sets."""
+"""Labelled images by index: the embedded digits, class folders, tar shards, Hugging Face data sets."""
 
 import hashlib
 import io
@@ -78,7 +78,7 @@ class Digits:
 
 
 class TarShards:
-    """Reader of webdataset shards by index: tar files with an image KEY.jpg and a label KEY.cls each.
+    """Reader of webdataset shards by index: tar files with an image and KEY.cls for each KEY.
 
     (timm's own reader streams shards in an order that could not be resumed.)
 

@@ -1,4 +1,4 @@
-"""Batches of augmented images, whose order and random numbers follow from the seed and the step."""
+"""Batches of augmented images: their order, repeated augmentation, and a seed for each draw."""
 
 import itertools
 import random

@@ -15,7 +15,7 @@ from sit_atconv.runtime.provenance import describe
 
 
 def record_accuracy(exam: Exam, accelerator: Accelerator) -> None:
-    """Evaluates the found checkpoint, or --init-from; rank 0 prints and records the result."""
+    """Evaluates the checkpoint, or the weights of --init-from; rank 0 prints and records the result."""
     config, checkpoint = exam.config, exam.found.checkpoint
     with user_errors():
         if checkpoint is None:

@@ -77,7 +77,7 @@ class Meter:
         self.paused += time.perf_counter() - start
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """Returns loss, speed and, without mixing, accuracy, over all processes; all must call it."""
+        """Returns loss, speed and, if images are not mixed, accuracy; all processes must call it."""
         loss, hits, images = accelerator.reduce(self.sums, "sum").tolist()
         line = {"loss": loss / images, "images_per_second": images / (time.perf_counter() - self.start - self.paused)}
         if self.counts_hits:

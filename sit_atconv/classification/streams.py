@@ -1,4 +1,4 @@
-"""Independent streams of random numbers, each a function of the seed and the place in the run."""
+"""Independent streams of random numbers, functions of the run's seed and of the place in the run."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Weights of a classifier: building a model of timm, saving it as timm does, loading weights.
+"""A classifier's weights: building a model, saving it in timm's form, loading initial weights.
 
 config.json  model.safetensors        timm.create_model("local-dir:FOLDER", pretrained=True) loads them
 """
@@ -95,7 +95,7 @@ def save_classifier(model: nn.Module, recipe: ClassifierRecipe, folder: Path) ->
 
 
 def find_weights(origin: str) -> Path:
-    """Returns the file that `--init-from` names: itself, that of a folder, or a run's newest EMA.
+    """Returns the file that `--init-from` means: itself, a folder's, or the newest EMA of a run.
 
     Raises:
         ValueError: there is no such file.
@@ -154,7 +154,7 @@ def load_initial(net: nn.Module, origin: str, reset_head: bool = False) -> None:
 
 
 def check_classes(file: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], head: str) -> None:
-    """Raises ValueError if only the number of classes differs from the model's."""
+    """Raises ValueError if the weights are for another number of classes than the model."""
     there, here = tensors.get(head), own.get(head)
     if there is not None and here is not None and there.shape[1:] == here.shape[1:] and len(there) != len(here):
         raise ValueError(
