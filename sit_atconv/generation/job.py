@@ -18,6 +18,7 @@ from sit_atconv.data.pixels import UINT8_RULE
 from sit_atconv.flow import as_trained
 from sit_atconv.generation.folder import SamplesFolder
 from sit_atconv.generation.labels import read_labels, typed_label
+from sit_atconv.models.sit import LATER_OPTIONS
 from sit_atconv.runtime.files import sha256_of
 from sit_atconv.sampling import SOLVERS, Sampler, SampleStream
 
@@ -102,7 +103,11 @@ def prepare(options: GenerateOptions) -> SampleJob:
         "dtype": options.dtype,
         "compile": options.compile,
         "weights": weights.identity(),
-        "model": {name: value for name, value in config.items() if not name.startswith("_")},
+        "model": {
+            name: value
+            for name, value in config.items()
+            if not name.startswith("_") and (name not in LATER_OPTIONS or value != LATER_OPTIONS[name])
+        },
         "path": recipe.interpolant,
         "prediction": recipe.prediction,
         "weak": weak.identity() if weak else None,

@@ -286,3 +286,5 @@ class SiT(ModelMixin, ConfigMixin):
 # A user's backbone is a subclass of SiT whose constructor takes FROM_DATA, the arguments that data and codec fill in.
 BACKBONES = Table("backbone", type, {"SiT": SiT})
 FROM_DATA = {"num_classes", "in_channels", "input_size"}
+# Options that earlier versions did not record, and what they computed: records leave out these values, to stay equal.
+LATER_OPTIONS = {"kernel_inhibition": "learned", "kernels": "dynamic"}
