@@ -71,11 +71,8 @@ def test_a_table_is_for_terminals_and_json_for_pipes_or_by_option(flag, is_termi
 def test_every_command_is_run_so():
     for path in [*(ROOT / "sample").glob("*.py"), *(ROOT / "eval").glob("*.py"), *(ROOT / "sit_atconv").glob("*.py")]:
         if 'if __name__ == "__main__":' in (text := path.read_text()):
-            assert (
-                ("run_command(main)" in text)
-                != (path.name in ("train.py", "classify.py"))
-                == ("leave_on_ctrl_c()" in text)
-            ), path
+            trains = path.name in ("train.py", "classify.py")
+            assert ("run_command(main)" in text) != trains == ("leave_on_ctrl_c()" in text), path
 
 
 def fail_as(rank, folder, monkeypatch):
