@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
 import torch
 from timm.loss import SoftTargetCrossEntropy
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from sit_atconv.checkpoints.run_folder import append_stats, checkpoint_step, read_stats
@@ -28,7 +27,7 @@ from sit_atconv.classification.session import Session, set_up, start_processes
 from sit_atconv.classification.streams import MODEL, stream_seed
 from sit_atconv.runtime.plots import save_accuracy_curves
 from sit_atconv.training.guards import poisoned
-from sit_atconv.training.optimizers import step_where
+from sit_atconv.training.optimizers import clip_and_step
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -86,18 +85,8 @@ def train_model(job: Job, session: Session) -> int:
 
         # Average the gradient over processes, clip it, and update weights and EMA unless the update is not finite.
         session.average_gradients()
-        accelerator.unscale_gradients(session.prepared)
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-        if train.max_grad_norm:
-            clip_grads_with_norm_(parameters, train.max_grad_norm, norm)
-        updated = norm.isfinite()
-        if accelerator.scaler is None:
-            step_where(updated, optimizer, session.prepared.step)
-            finite &= updated
-        else:  # fp16: the scaler skips the update and lowers its scale, which must not fall below 1
-            finite &= updated | (accelerator.scaler._scale >= 1)  # the public get_scale() would wait for the device
-            session.prepared.step()
-        session.prepared.zero_grad()
+        _, updated, fine = clip_and_step(accelerator, session.prepared, parameters, train.max_grad_norm)
+        finite &= fine
         session.norms.settle(accelerator, updated)
         session.ema.decay = min(train.ema_decay, (1 + step) / (10 + step))  # forgets the first running statistics, of 1
         session.ema.update(session.net)

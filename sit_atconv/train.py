@@ -17,7 +17,6 @@ if __name__ == "__main__":
     leave_on_ctrl_c()  # before the imports, which take seconds
 
 import torch
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from sit_atconv.checkpoints.run_folder import append_stats, checkpoint_step, read_stats
@@ -28,7 +27,7 @@ from sit_atconv.runtime.installation import command
 from sit_atconv.runtime.plots import save_loss_curves
 from sit_atconv.training.config import parse
 from sit_atconv.training.guards import poisoned
-from sit_atconv.training.optimizers import step_where
+from sit_atconv.training.optimizers import clip_and_step
 from sit_atconv.training.preflight import Job, prepare
 from sit_atconv.training.preview import draw_preview
 from sit_atconv.training.schedule import decide
@@ -111,18 +110,8 @@ def train_model(job: Job, session: Session) -> int:
             finite &= loss.isfinite()
 
         # Clip the gradient, and update weights and averages unless the update is not finite.
-        accelerator.unscale_gradients(session.prepared)
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-        if train.max_grad_norm:
-            clip_grads_with_norm_(parameters, train.max_grad_norm, norm)
-        updated = norm.isfinite()
-        if accelerator.scaler is None:
-            step_where(updated, optimizer, session.prepared.step)
-            finite &= updated
-        else:  # fp16: the scaler skips the update and lowers its scale, which must not fall below 1
-            finite &= updated | (accelerator.scaler._scale >= 1)  # the public get_scale() would wait for the device
-            session.prepared.step()
-        session.prepared.zero_grad()
+        norm, updated, fine = clip_and_step(accelerator, session.prepared, parameters, train.max_grad_norm)
+        finite &= fine
         averages.update(step, updated)
         meter.add_norm(norm)
 

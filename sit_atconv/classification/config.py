@@ -266,9 +266,15 @@ class Config:
     options: dict  # all options as plain nested values, the content of config.yaml
 
     def schedule(self, steps_per_epoch: int) -> Schedule:
+        """Returns the schedule. ValueError: the run would end within its warm-up."""
         train = self.train
         steps = train.steps or train.epochs * steps_per_epoch
         warmup_steps = round(train.warmup_epochs * steps_per_epoch)
+        if warmup_steps >= steps:
+            raise ValueError(
+                f"train.warmup_epochs {train.warmup_epochs:g} makes {warmup_steps} steps of warm-up, and the run has "
+                f"{steps}: lower it, or train for longer"
+            )
         return Schedule(steps, warmup_steps, train.lr, train.warmup_lr, train.min_lr)
 
     def evaluation_command(self) -> str:

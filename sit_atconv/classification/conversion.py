@@ -5,9 +5,14 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.models import load_state_dict
 
-from sit_atconv.classification.weights import ClassifierRecipe, find_weights, load_initial, save_classifier
+from sit_atconv.classification.weights import (
+    ClassifierRecipe,
+    find_weights,
+    load_initial,
+    read_weights,
+    save_classifier,
+)
 from sit_atconv.models.attnet import PRESETS, AttNet, checkpoint_filter_fn, official_state_dict
 from sit_atconv.runtime.files import check_room, write_aside
 
@@ -30,18 +35,15 @@ def import_attnet(source: str, name: str, out: Path, class_names: list[str] | No
     if name not in PRESETS:
         raise ValueError(f"there is no AttNet {name!r}: give --model as one of {', '.join(PRESETS)}")
     file = find_weights(source)
-    try:
-        tensors = checkpoint_filter_fn(load_state_dict(str(file), use_ema=False))
-    except Exception as error:  # a damaged file raises errors of many types
-        raise ValueError(f"{file} cannot be read as weights ({str(error).partition(chr(10))[0]})") from error
+    tensors = checkpoint_filter_fn(read_weights(file))
     if "head.fc.weight" not in tensors:
         raise ValueError(f"{file} holds no weights of AttNet: its classifier, head.weight, is missing")
     num_classes = len(tensors["head.fc.weight"])
     if class_names and len(class_names) != num_classes:
         raise ValueError(f"--class-names has {len(class_names)} names, but the weights have {num_classes} classes")
     model = timm.create_model(name, num_classes=num_classes)
-    load_initial(model, str(file))
-    save_classifier(model, ClassifierRecipe(class_names or [str(label) for label in range(num_classes)], 0), out)
+    load_initial(model, file, tensors)
+    save_classifier(model, ClassifierRecipe(class_names, 0), out)
     return (
         f"{out}: {name}, trained weights of {source}, {num_classes} classes\n"
         f'load: timm.create_model("local-dir:{out}", pretrained=True), after importing sit_atconv.models.attnet'

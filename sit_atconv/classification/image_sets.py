@@ -38,6 +38,13 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.reader)
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes, in the order of their labels; None if the images have numbers only."""
+        if isinstance(self.reader, TarShards):
+            return None
+        return sorted(self.labels, key=self.labels.__getitem__)
+
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Returns an image and its label. ValueError: it cannot be read as an image."""
         try:

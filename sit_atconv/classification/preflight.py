@@ -21,7 +21,15 @@ from sit_atconv.classification.config import Config, Schedule
 from sit_atconv.classification.image_sets import ImageSet, check_same_classes, open_images
 from sit_atconv.classification.loading import RepeatedOrder, Transform
 from sit_atconv.classification.mixing import Mixing
-from sit_atconv.classification.weights import WEIGHTS_FILE, build_model, load_initial, normalisation_of
+from sit_atconv.classification.weights import (
+    WEIGHTS_FILE,
+    build_model,
+    find_weights,
+    load_initial,
+    normalisation_of,
+    other_classes,
+    read_weights,
+)
 from sit_atconv.runtime.commands import is_main_process
 from sit_atconv.runtime.files import check_room, exclusive, gigabytes
 
@@ -47,10 +55,6 @@ class Job(Exam):
     num_groups: int  # of BatchNorm and Mixup in one micro-batch
     mixing: Mixing
     schedule: Schedule
-
-    @property
-    def class_names(self) -> list[str]:
-        return sorted(self.train.labels, key=self.train.labels.__getitem__)
 
     def describe_data(self) -> dict:
         """Returns the description of the data, for data.json."""
@@ -99,7 +103,12 @@ def prepare(config: Config, to_release: contextlib.ExitStack) -> Job | None:
     normalisation = normalisation_of(net)
     saved = list_checkpoints(run)
     if config.init_from and not saved:
-        load_initial(net, config.init_from, config.reset_head)
+        file = find_weights(config.init_from)
+        load_initial(net, file, read_weights(file), config.reset_head)
+        if is_main_process():
+            print(f"started from {file}", file=sys.stderr)
+            if not config.reset_head and (other := other_classes(file, images.class_names)):
+                print(f"warning: {other}; --reset-head true trains a new classifier", file=sys.stderr)
     job = Job(
         config,
         val,
@@ -146,18 +155,21 @@ def prepare_exam(config: Config) -> Exam:
     """Opens the images of an evaluation, and the weights of --init-from or of the run's newest checkpoint.
 
     Raises:
-        ValueError, OSError: there are no such images or weights, or they do not fit each other.
+        ValueError, OSError: there are no such images or weights, or they have other classes.
     """
     val = open_images(config.data.val, "validation", config.data.channels)
-    net = build_model(config, len(val.labels))
     found = Resumable(None, 0, {})
     if config.init_from:
-        load_initial(net, config.init_from)
+        file = find_weights(config.init_from)
     else:
         found = find_resumable(config.out, WEIGHTS_FILE)
         if found.checkpoint is None:
             raise ValueError(f"{config.out} has no checkpoint to evaluate: give another --out, or --init-from WEIGHTS")
-        load_initial(net, str(found.checkpoint / "model"))
+        file = found.checkpoint / "model" / WEIGHTS_FILE
+    if other := other_classes(file, val.class_names):
+        raise ValueError(f"{other}: give --data.val a folder with the class folders of the training")
+    net = build_model(config, len(val.labels))
+    load_initial(net, file, read_weights(file))
     return Exam(config, val, config.data.evaluation_transform(normalisation_of(net)), net, found)
 
 
@@ -166,7 +178,7 @@ def dry_run(job: Job) -> str:
     config, train, order = job.config, job.config.train, job.order
     return (
         f"{config.model}: {sum(p.numel() for p in job.net.parameters()) / 1e6:.2f}M parameters, "
-        f"{len(job.class_names)} classes\n"
+        f"{len(job.train.labels)} classes\n"
         f"{len(job.train)} images to train on, {len(job.val)} to evaluate on, {config.data.image_size} px\n"
         f"{job.schedule.steps} steps of {train.batch_size} images ({order.steps_per_epoch} an epoch), "
         f"{order.micro_batch} images in a micro-batch, in groups of {train.group_size}\n"

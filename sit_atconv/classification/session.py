@@ -140,7 +140,7 @@ class Session:
         self.last_checkpoint = save_checkpoint(
             self.job.config.out,
             self.state,
-            ClassifierRecipe(self.job.class_names, step),
+            ClassifierRecipe(self.job.train.class_names, step),
             write=save_classifier,
             keep=train.keep_checkpoints,
             computed_on=self.computed_on,

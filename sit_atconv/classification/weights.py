@@ -4,6 +4,8 @@ config.json  model.safetensors        timm.create_model("local-dir:FOLDER", pret
 """
 
 import difflib
+import itertools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,13 +35,13 @@ class ClassifierRecipe:
     """Settings that are saved with a classifier's weights.
 
     Args:
-        class_names: names of labels 0, 1, ...
+        class_names: names of labels 0, 1, ..., or None.
         step: optimizer steps that these weights were trained for.
         ema_decay: EMA decay of these weights; None for the weights as trained.
         versions: versions of the libraries that wrote the weights.
     """
 
-    class_names: list[str]
+    class_names: list[str] | None
     step: int
     ema_decay: float | None = None
     versions: dict[str, str] = field(default_factory=versions)
@@ -89,9 +91,8 @@ def normalisation_of(net: nn.Module) -> dict[str, list[float]]:
 
 def save_classifier(model: nn.Module, recipe: ClassifierRecipe, folder: Path) -> None:
     """Writes the model into a folder in timm's form."""
-    timm.models.save_for_hf(
-        model, str(folder), model_config={"label_names": recipe.class_names}, safe_serialization=True
-    )
+    names = {"label_names": recipe.class_names} if recipe.class_names else {}
+    timm.models.save_for_hf(model, str(folder), model_config=names, safe_serialization=True)
 
 
 def find_weights(origin: str) -> Path:
@@ -122,24 +123,51 @@ def find_weights(origin: str) -> Path:
     raise ValueError(f"{origin} holds no {WEIGHTS_FILE}: give a run, a folder that timm saved, or a file of weights")
 
 
-def load_initial(net: nn.Module, origin: str, reset_head: bool = False) -> None:
-    """Loads weights into the model, without unpickling anything but tensors.
+def class_names_of(file: Path) -> list[str] | None:
+    """Returns the names of the labels 0, 1, ... that stand beside a file of weights, or None."""
+    try:
+        names = json.loads((file.parent / "config.json").read_text()).get("label_names")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return names if isinstance(names, list) else None
 
-    Args:
-        net: the model.
-        origin: as `find_weights` takes it.
-        reset_head: leave the classifier as it is.
+
+def other_classes(file: Path, class_names: list[str] | None) -> str:
+    """Describes the first label that has another name beside the weights; "" if there is none, or no names."""
+    there = class_names_of(file)
+    if not there or not class_names or there == class_names:
+        return ""
+    pairs = itertools.zip_longest(there, class_names, fillvalue="missing")
+    label, (old, new) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    return f"{file} was trained on other classes: label {label} is {old} there and {new} in the data"
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a file, of an official training file those as trained; unpickles nothing but tensors.
 
     Raises:
-        ValueError: the file is damaged, or its weights are of another model or another number of classes.
+        ValueError: the file is damaged.
     """
-    file = find_weights(origin)
     try:
         tensors = timm.models.load_state_dict(str(file), use_ema=False, weights_only=True)
     except Exception as error:  # a damaged file raises errors of many types
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{file} cannot be read as weights ({reason})") from error
-    tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+
+
+def load_initial(net: nn.Module, file: Path, tensors: dict[str, Tensor], reset_head: bool = False) -> None:
+    """Loads the weights of a file into the model.
+
+    Args:
+        net: the model.
+        file: the file, for errors.
+        tensors: its weights, from `read_weights`.
+        reset_head: leave the classifier as it is.
+
+    Raises:
+        ValueError: the weights are of another model or another number of classes.
+    """
     if {PATCHES, LABELS} <= tensors.keys():
         raise ValueError(f"{file} holds a generator of images (SiT), not a classifier: give weights of a classifier")
     if isinstance(net, AttNet):

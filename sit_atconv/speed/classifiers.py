@@ -3,7 +3,6 @@
 python eval/speed.py --classifiers attnet_t2 fused:attnet_t2 published:attnet_t2 convnext_tiny --batch-size 8
 """
 
-import copy
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -32,7 +31,7 @@ LEVELS = {"model": "inference", "train": "training step"}  # level of the comman
 
 @dataclass(frozen=True)
 class Timing:
-    """Figures of one classifier; `speedup` is over the first one, round by round."""
+    """Figures of one classifier; `speedup` is over the first that is timed alike, round by round."""
 
     classifier: str
     quantity: str
@@ -85,15 +84,17 @@ def compare_classifiers(
         for dtype, level in product(dtypes, levels):
             bar.set_description(f"{LEVELS[level]} {dtype}")
             timed = [name for name in names if level == "model" or not name.startswith("fused:")]
+            if not timed:
+                continue
             models = {name: build(name, level == "train") for name in timed}
             images = torch.randn(batch_size, 3, resolution, resolution)
             runs: dict[str, Callable[[], object]] = {}
             for name, model in models.items():
-                model.to(place)
-                x = images.to(place)
-                runs[name] = partial(infer, model.to(torch_dtype(dtype)), x.to(torch_dtype(dtype)))
+                model, x = model.to(place), images.to(place)
                 if level == "train":
                     runs[name] = training_step(model, x, dtype)
+                else:
+                    runs[name] = partial(infer, model.to(torch_dtype(dtype)), x.to(torch_dtype(dtype)))
             seconds = time_interleaved(
                 runs,
                 rounds=rounds,
@@ -139,7 +140,7 @@ def table(result: dict) -> str:
         f"{where['date'][:10]}; {rounds} interleaved rounds. {len(errors)} checks of AttNet's forms passed; the "
         f"largest relative error was {max(errors, default=0):.1g}.",
         "",
-        f"| {' | '.join(columns)} | speedup over {timings[0]['classifier']} |",
+        f"| {' | '.join(columns)} | speedup over the first |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for t in timings:
@@ -204,7 +205,7 @@ def difference(name: str, resolution: int) -> float | None:
 def multiply_adds(name: str, resolution: int) -> int:
     """Counts the multiply-adds of one image in inference, without data."""
     with torch.device("meta"):
-        model, x = copy.deepcopy(build(name)).to("meta").eval(), torch.empty(1, 3, resolution, resolution)
+        model, x = build(name), torch.empty(1, 3, resolution, resolution)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x)
     return counter.get_total_flops() // 2
@@ -212,7 +213,7 @@ def multiply_adds(name: str, resolution: int) -> int:
 
 @torch.inference_mode()
 def infer(model: nn.Module, x: Tensor) -> Tensor:
-    return model.eval()(x)
+    return model(x)
 
 
 def training_step(model: nn.Module, x: Tensor, dtype: str) -> Callable[[], None]:

@@ -11,6 +11,7 @@ The folder --out gets both, as speed.json and speed.md, after every resolution, 
 Under torchrun, rank 0 measures and all other processes exit at once.
 """
 
+import argparse
 import json
 import sys
 from dataclasses import fields
@@ -34,12 +35,15 @@ from sit_atconv.speed.options import PRECISIONS, SpeedOptions
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = vars(make_parser().parse_args(argv))
+    parser, names = make_parser(), [option.name for option in fields(SpeedOptions)]
+    arguments = vars(parser.parse_args(argv))
     if not is_main_process():
         return
     out, as_json = arguments.pop("out"), wants_json(arguments.pop("json"))
     if classifiers := arguments.pop("classifiers"):
-        time_classifiers(classifiers, arguments, out, as_json)
+        parsed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names))))  # None where not given
+        given = {name: parsed[name] for name in names if parsed[name] is not None}
+        time_classifiers(classifiers, given, out, as_json)
         return
     with user_errors():
         out.mkdir(parents=True, exist_ok=True)  # an impossible folder fails before torch is imported
@@ -65,32 +69,23 @@ def main(argv: list[str] | None = None) -> None:
         print(result)
 
 
-def time_classifiers(names: list[str], arguments: dict, out: Path, as_json: bool) -> None:
-    """Times image classifiers and writes classifiers.json and classifiers.md."""
-    defaults = {option.name: option.default for option in fields(SpeedOptions)}
+def time_classifiers(names: list[str], given: dict, out: Path, as_json: bool) -> None:
+    """Times image classifiers with the options that were given, and writes classifiers.json and classifiers.md."""
     taken = ("resolutions", "batch_sizes", "levels", "dtypes", "rounds", "warmup", "device")
-    given = {name: value for name, value in arguments.items() if value != defaults.get(name)}
     with user_errors():
-        if others := sorted(given.keys() - {*taken, "modules"}):
+        if others := [name for name in given if name not in taken]:
             raise ValueError(f"--{others[0].replace('_', '-')} is not for --classifiers")
-        sizes = {name: given[name] for name in ("resolutions", "batch_sizes") if name in given}
-        if any(len(values) > 1 for values in sizes.values()):
+        single = {"resolutions": "resolution", "batch_sizes": "batch_size"}
+        if any(len(given.get(name, [0])) > 1 for name in single):
             raise ValueError("--classifiers takes one of --resolutions and one --batch-size")
-        levels = given.pop("levels", ("model", "train"))
-        if unknown := [level for level in levels if level not in ("model", "train")]:
+        if unknown := [level for level in given.get("levels", ()) if level not in ("model", "train")]:
             raise ValueError(f"--classifiers has the levels model and train, not {unknown[0]}")
+        options = {single.get(name, name): value[0] if name in single else value for name, value in given.items()}
         out.mkdir(parents=True, exist_ok=True)
         from sit_atconv.runtime.files import write_aside
         from sit_atconv.speed.classifiers import compare_classifiers, table
 
-        found = compare_classifiers(
-            names,
-            resolution=sizes.get("resolutions", (224,))[0],
-            batch_size=sizes.get("batch_sizes", (8,))[0],
-            levels=tuple(levels),
-            progress=True,
-            **{name: arguments[name] for name in ("dtypes", "rounds", "warmup", "device")},
-        )
+        found = compare_classifiers(names, **options, progress=True)
         result, text = json.dumps(found, indent=1), table(found)
         write_aside(out / "classifiers.json", result + "\n")
         write_aside(out / "classifiers.md", text + "\n")

@@ -8,7 +8,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sit_atconv.runtime.devices import has_fused_optimizers
 
@@ -45,6 +48,38 @@ def make_optimizer(
         return construct(groups, lr=lr, **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"the optimizer {kind.__name__} cannot be created ({str(error).splitlines()[0]})") from error
+
+
+def clip_and_step(
+    accelerator: Accelerator,
+    prepared: AcceleratedOptimizer,
+    parameters: Sequence[nn.Parameter],
+    max_grad_norm: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Clips the gradient, updates the parameters unless it is not finite, and clears it.
+
+    Args:
+        accelerator: the accelerator, with the scaler of fp16.
+        prepared: its wrapper of the optimizer.
+        parameters: the parameters, in the order in which their norms are added up.
+        max_grad_norm: norm to clip to; None does not clip.
+
+    Returns:
+        The gradient's norm before clipping, whether the parameters were updated, and whether training is fine; 0-d, on
+        the device. In fp16 a skipped update is fine as long as the scale, which it lowers, is at least 1.
+    """
+    accelerator.unscale_gradients(prepared)
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    if max_grad_norm:
+        clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    updated = fine = norm.isfinite()
+    if accelerator.scaler is None:
+        step_where(updated, prepared.optimizer, prepared.step)
+    else:
+        fine = updated | (accelerator.scaler._scale >= 1)  # the public get_scale() would wait for the device
+        prepared.step()
+    prepared.zero_grad()
+    return norm, updated, fine
 
 
 def step_where(updated: Tensor, optimizer: torch.optim.Optimizer, step: Callable[[], object]) -> None:

@@ -119,7 +119,8 @@ def test_a_run_killed_at_five_places_resumes_bitwise(launch, tmp_path, processes
     assert codes == [0] * processes, output
     for kill_at in (1, 4, 6, 9, 11):
         run = tmp_path / f"killed-at-{kill_at}"
-        launch(CLASSIFY, [*argv, "--out", run], processes, kill_at=kill_at)
+        codes, output = launch(CLASSIFY, [*argv, "--out", run], processes, kill_at=kill_at)
+        assert -signal.SIGKILL in codes, output
         codes, output = launch(CLASSIFY, [*argv, "--out", run], processes)
         assert codes == [0] * processes, output
         assert_equal_runs(run, tmp_path / "whole", 12)
@@ -239,6 +240,7 @@ def test_other_classes_of_val_are_refused(fails, tmp_path, class_folders):
         (["--data.randaugment", "strong"], "data.randaugment strong is not timm's notation"),
         (["--data.colour", "1"], "data.colour"),
         (["--train.lr", "-1"], "train.lr must be finite and not negative, not -1"),
+        (["--train.epochs", "2"], "train.warmup_epochs 2 makes 44 steps of warm-up, and the run has 44: lower it"),
         (["--train.norm_batch", "48"], "makes 64 images each, which are no whole groups of train.norm_batch 48"),
         (["--train.batch_size", "2000"], "batch_size 2000 exceeds the 1437 images"),
         (["--data.mixup", "1", "--train.norm_batch", "1"], "train.norm_batch 1 is odd"),
@@ -252,7 +254,7 @@ def test_bad_options_are_one_line(fails, tmp_path, monkeypatch, argv, message):
     assert message in fails(load_command(CLASSIFY).main, argv)
 
 
-def test_weights_that_do_not_fit_are_refused(fails, tmp_path):
+def test_weights_that_do_not_fit_are_refused(fails, tmp_path, capsys):
     main = load_command(CLASSIFY).main
     save_file({"x_embedder.proj.weight": torch.ones(1), "y_embedder.embedding_table.weight": torch.ones(1)},
               tmp_path / "sit.safetensors")  # fmt: skip
@@ -262,8 +264,32 @@ def test_weights_that_do_not_fit_are_refused(fails, tmp_path):
     argv = ["--init-from", tmp_path / "official.pth", "--dry-run"]
     assert "has 7 classes and the data 10: give --reset-head true" in fails(main, argv)
     main([*map(str, argv), "--reset-head", "true"])
+    assert capsys.readouterr().err == f"started from {tmp_path / 'official.pth'}\n"
     torch.save(timm.create_model("attnet_xs", num_classes=10, in_chans=1).state_dict(), tmp_path / "xs.pth")
     assert "does not fit attnet_xxs: stem.0.0.weight" in fails(main, ["--init-from", tmp_path / "xs.pth"])
+
+
+def test_other_classes_are_reported(fails, whole, tmp_path, class_folders, capsys):
+    """Their number is the same: only the names beside the weights tell them apart."""
+    for label in range(10):
+        (tmp_path / "named" / f"digit {label}").mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "named" / f"digit {label}" / "0.png")
+    main, config = load_command(CLASSIFY).main, whole[0] / "config.yaml"
+    error = fails(main, ["--config", config, "--eval-only", "--data.val", tmp_path / "named"])
+    assert "trained on other classes: label 0 is 0 there and digit 0 in the data: give --data.val" in error
+    for name, warned in ((tmp_path / "named", True), (class_folders / "folders", False)):
+        argv = ["--config", config, "--data.train", name, "--data.val", name, "--train.batch_size", 8, "--dry-run"]
+        main([*map(str, argv), "--init-from", str(whole[0]), "--out", str(tmp_path / "run")])
+        said = capsys.readouterr().err
+        assert f"started from {whole[0]}" in said and ("label 0 is 0 there and digit 0" in said) == warned
+
+
+@pytest.mark.slow
+def test_the_default_run_learns_the_digits(launch, tmp_path):
+    codes, output = launch(CLASSIFY, ["--out", tmp_path / "run"])
+    assert codes == [0], output
+    last = stats_of(tmp_path / "run")[-1]
+    assert min(last["val_raw_top1"], last["val_ema_top1"]) >= 0.985, last
 
 
 def test_resuming_with_other_options_shows_the_difference(fails, whole):

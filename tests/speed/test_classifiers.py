@@ -30,6 +30,11 @@ def test_a_form_of_other_values_is_not_timed(monkeypatch):
         compare_classifiers(["attnet_xxs", "published:attnet_xxs"], resolution=64, rounds=1)
 
 
+def test_a_form_for_inference_alone_is_not_trained():
+    found = compare_classifiers(["fused:attnet_xxs"], resolution=32, batch_size=1, rounds=1, warmup=0, device="cpu")
+    assert [t["quantity"] for t in found["timings"]] == ["inference"]
+
+
 def test_results_are_complete(tmp_path, capsys):
     names = ["attnet_xxs", "fused:attnet_xxs", "resnet10t"]
     argv = [
@@ -65,6 +70,7 @@ def test_results_are_complete(tmp_path, capsys):
         (["attnet_t9"], "timm has no model 'attnet_t9'"),
         (["fused:resnet10t"], "the forms are fused:attnet_... and published:attnet_..., not 'fused:resnet10t'"),
         (["attnet_xxs", "--resolutions", "64", "96"], "takes one of --resolutions"),
+        (["attnet_xxs", "--resolutions", "256", "512"], "takes one of --resolutions"),  # the defaults of SiT
         (["attnet_xxs", "--levels", "op"], "the levels model and train, not op"),
         (["attnet_xxs", "--preset", "XL/2"], "--preset is not for --classifiers"),
     ],
