@@ -21,10 +21,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # tests beside each other share the cores, as do their processes
-    threads = max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
-    torch.set_num_threads(threads)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when it is imported: its kernels run on the CPU
 

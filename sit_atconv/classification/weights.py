@@ -133,7 +133,7 @@ def class_names_of(file: Path) -> list[str] | None:
 
 
 def other_classes(file: Path, class_names: list[str] | None) -> str:
-    """Describes the first label that has another name beside the weights; "" if there is none, or no names."""
+    """Describes the first label that has another name beside the weights; "" if none has."""
     there = class_names_of(file)
     if not there or not class_names or there == class_names:
         return ""
@@ -143,7 +143,9 @@ def other_classes(file: Path, class_names: list[str] | None) -> str:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a file, of an official training file those as trained; unpickles nothing but tensors.
+    """Returns the tensors of a file, without unpickling anything else.
+
+    Of an official training file, which has an EMA, too, it returns the weights as trained.
 
     Raises:
         ValueError: the file is damaged.

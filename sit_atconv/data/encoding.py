@@ -43,7 +43,7 @@ from sit_atconv.data.latent_summary import describe_images
 from sit_atconv.data.loading import leave_ctrl_c_to_the_parent
 from sit_atconv.data.pixels import CROP_RULE, to_float, to_uint8
 from sit_atconv.runtime.commands import is_main_process
-from sit_atconv.runtime.devices import keep_freed_memory, on_cpu, share_cores
+from sit_atconv.runtime.devices import keep_freed_memory, on_cpu, share_cores, usable_cores
 from sit_atconv.runtime.files import PARTIAL, check_room, gigabytes
 from sit_atconv.runtime.plots import save_sample_grid
 from sit_atconv.runtime.processes import held_by_main, share, together
@@ -317,7 +317,7 @@ def _encode_shard(job: Job, number: int, loader: Iterator, progress: tqdm) -> tu
 def _num_workers(options: EncodeOptions) -> int:
     if options.num_workers is not None:
         return options.num_workers
-    return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(8, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _complete(job: Job) -> None:

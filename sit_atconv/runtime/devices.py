@@ -54,12 +54,20 @@ def has_fused_optimizers(device: torch.device) -> bool:
 
 
 def share_cores(threads: int | None = None) -> None:
-    """Sets torch's CPU threads; None means this process's share of the physical cores.
+    """Sets torch's CPU threads; None means this process's share of the cores.
 
     (`accelerate launch` would give each process a single thread.)
     """
+    torch.set_num_threads(threads or max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def usable_cores() -> int:
+    """Returns the number of physical cores, or of the CPUs that this process may use if they are fewer.
+
+    Slurm, taskset and containers limit them. More threads than CPUs make every operator wait, many times over.
+    """
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return min(cores, len(os.sched_getaffinity(0))) if sys.platform == "linux" else cores
 
 
 def keep_freed_memory() -> None:

@@ -70,7 +70,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def time_classifiers(names: list[str], given: dict, out: Path, as_json: bool) -> None:
-    """Times image classifiers with the options that were given, and writes classifiers.json and classifiers.md."""
+    """Times image classifiers and writes classifiers.json and classifiers.md.
+
+    Args:
+        names: the classifiers.
+        given: the options that were given, without defaults.
+        out: folder of the two files.
+        as_json: print the record instead of the table.
+    """
     taken = ("resolutions", "batch_sizes", "levels", "dtypes", "rounds", "warmup", "device")
     with user_errors():
         if others := [name for name in given if name not in taken]:

@@ -1,10 +1,12 @@
+import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 
-from sit_atconv.runtime.devices import open_device
+from sit_atconv.runtime.devices import open_device, share_cores
 from tests.conftest import python
 
 
@@ -37,3 +39,18 @@ def test_unknown_device_is_named():
 def test_auto_is_the_cpu_where_there_is_nothing_else(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert open_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process to some CPUs")
+def test_a_process_takes_its_share_of_the_cpus_it_may_use(monkeypatch):
+    """Slurm and taskset give a process fewer CPUs than the machine has."""
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 6, 7})
+    threads = torch.get_num_threads()
+    try:
+        for processes, share in ((1, 4), (2, 2), (8, 1)):
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+            share_cores()
+            assert torch.get_num_threads() == share
+    finally:
+        torch.set_num_threads(threads)
