@@ -176,6 +176,7 @@ def test_the_quickstart_runs_in_an_empty_folder(scripts, tmp_path):
         "sit-atconv-generate",
         "sit-atconv-fid",
         "sit-atconv-speed",
+        "sit-atconv-classify",
     ]
     assert len(printed.splitlines()) <= 40 and "{" not in printed
     assert (tmp_path / "runs/quickstart/speed/speed.png").exists()

@@ -32,7 +32,7 @@ class ATConv(nn.Module):
             aligned with the taps of the kernel.
         inhibition: "learned" lets the taps of a kernel compete, as published; "none" leaves that out, for studies.
         kernels: "dynamic" generates kernels from the content, as published; "static" learns one for each channel, for
-            studies.
+            studies, and has no use for `act` and `pool`.
 
     Raises:
         ValueError: `kernel_size` is even, or another option is unknown.

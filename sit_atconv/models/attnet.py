@@ -46,21 +46,55 @@ class ConvNorm(nn.Sequential):
         return torch.nn.utils.fuse_conv_bn_eval(*self)
 
 
+@register_notrace_module  # it asks for the device
+class GateAndValue(nn.Linear):
+    """Linear map to gate and value, whose weights are one matrix: (B, H, W, C) -> twice (B, H, W, hidden).
+
+    On a CPU they are two 1x1 convolutions, whose results are contiguous. A matrix product would write the bias before
+    it adds to it, and takes up to 1.6 times as long for widths such as the published 682 = 2 * 341.
+    """
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if x.device.type != "cpu":
+            gate, value = super().forward(x).chunk(2, dim=-1)
+        else:
+            image = x.permute(0, 3, 1, 2)
+            weights, biases = self.weight[:, :, None, None].chunk(2), self.bias.chunk(2)
+            gate, value = (F.conv2d(image, w, b).permute(0, 2, 3, 1) for w, b in zip(weights, biases, strict=True))
+        return gate, value
+
+
 class GatedMLP(nn.Module):
     """Gated MLP with a depthwise 3x3 convolution of the gate: (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, dim: int, hidden: int, norm: bool):
         super().__init__()
-        self.fc1 = nn.Linear(dim, 2 * hidden)
+        self.fc1 = GateAndValue(dim, 2 * hidden)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.act = nn.GELU()
         self.norm_layer: nn.Module = nn.RMSNorm(hidden, eps=1e-6) if norm else nn.Identity()
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.fc1(x).chunk(2, dim=-1)
+        gate, value = self.fc1(x)
         gate = self.dwconv(gate.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.fc2(self.norm_layer(self.act(gate) * value))
+
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """Folds the norm into `fc2`, and adds channels of zeros up to a multiple of 16, which are computed faster."""
+        fc1, dwconv, missing = self.fc1, self.dwconv, -self.dwconv.groups % 16
+        assert dwconv.bias is not None
+        if isinstance(self.norm_layer, nn.RMSNorm):
+            self.fc2 = NormedLinear(self.norm_layer, self.fc2)  # type: ignore[assignment]
+            self.norm_layer = nn.Identity()
+        fc1.weight = nn.Parameter(F.pad(fc1.weight.unflatten(0, (2, -1)), (0, 0, 0, missing)).flatten(0, 1))
+        fc1.bias = nn.Parameter(F.pad(fc1.bias.unflatten(0, (2, -1)), (0, missing)).flatten())
+        dwconv.weight = nn.Parameter(F.pad(dwconv.weight, (0, 0, 0, 0, 0, 0, 0, missing)))
+        dwconv.bias = nn.Parameter(F.pad(dwconv.bias, (0, missing)))
+        self.fc2.weight = nn.Parameter(F.pad(self.fc2.weight, (0, missing)))
+        dwconv.in_channels = dwconv.out_channels = dwconv.groups = len(dwconv.bias)
+        fc1.out_features, self.fc2.in_features = len(fc1.bias), len(dwconv.bias)
 
 
 class Block(nn.Module):
@@ -68,11 +102,11 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, hidden: int, kernel_size: int, layer_scale: bool, mlp_norm: bool, drop_path: float):
         super().__init__()
-        self.norm_1: nn.Module = nn.LayerNorm(dim, eps=1e-6)
+        self.norm_1 = nn.LayerNorm(dim, eps=1e-6)
         self.token_mixer = ATConv(dim, kernel_size, act="gelu")
         self.layer_scale_1 = LayerScale(dim, 1e-6) if layer_scale else nn.Identity()
         self.drop_path_1 = DropPath(drop_path)
-        self.norm_2: nn.Module = nn.LayerNorm(dim, eps=1e-6)
+        self.norm_2 = nn.LayerNorm(dim, eps=1e-6)
         self.channel_mixer = GatedMLP(dim, hidden, mlp_norm)
         self.layer_scale_2 = LayerScale(dim, 1e-6) if layer_scale else nn.Identity()
         self.drop_path_2 = DropPath(drop_path)
@@ -87,13 +121,10 @@ class Block(nn.Module):
     def reparameterize(self) -> None:
         """Folds affine parts of norms and layer scales into the linear maps beside them, exactly."""
         mixer, mlp = self.token_mixer, self.channel_mixer
-        self.norm_1 = _fold_before(self.norm_1, mixer.kernel_proj, mixer.x_proj)
-        self.norm_2 = _fold_before(self.norm_2, mlp.fc1)
+        _fold_before(self.norm_1, mixer.kernel_proj, mixer.x_proj)
+        _fold_before(self.norm_2, mlp.fc1)
         self.layer_scale_1 = _fold_after(mixer.proj, self.layer_scale_1)
         self.layer_scale_2 = _fold_after(mlp.fc2, self.layer_scale_2)
-        if isinstance(mlp.norm_layer, nn.RMSNorm):
-            mlp.fc2 = NormedLinear(mlp.norm_layer, mlp.fc2)  # type: ignore[assignment]
-            mlp.norm_layer = nn.Identity()
 
 
 class NormedLinear(nn.Module):
@@ -101,24 +132,26 @@ class NormedLinear(nn.Module):
 
     def __init__(self, norm: nn.RMSNorm, linear: nn.Linear):
         super().__init__()
-        self.eps = norm.eps
+        self.eps, self.width = norm.eps, linear.in_features  # channels of zeros may follow, and are not counted
         self.weight = nn.Parameter(linear.weight * norm.weight)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(length.square() / x.shape[-1] + self.eps)  # (B, H, W, 1)
+        scale = torch.rsqrt(length.square() / self.width + self.eps)  # (B, H, W, 1)
         return torch.addcmul(self.bias, F.linear(x, self.weight), scale.to(x.dtype))
 
 
-def _fold_before(norm: nn.Module, *linears: nn.Linear) -> nn.Module:
-    """Moves weight and bias of a norm into the linear maps that follow; returns the norm without them."""
-    if not isinstance(norm, nn.LayerNorm) or norm.weight is None:
-        return norm
+def _fold_before(norm: nn.LayerNorm, *linears: nn.Linear) -> None:
+    """Moves weight and bias of a norm into the linear maps that follow.
+
+    The norm keeps ones and zeros: torch's norm without weight and bias takes twice as long on a CPU.
+    """
     for linear in linears:
         linear.bias.add_(linear.weight @ norm.bias)
         linear.weight.mul_(norm.weight)
-    return nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
+    nn.init.ones_(norm.weight)
+    nn.init.zeros_(norm.bias)
 
 
 def _fold_after(linear: nn.Linear, scale: nn.Module) -> nn.Module:

@@ -143,7 +143,8 @@ class SiT(ModelMixin, ConfigMixin):
         kernel_act: activation in ATConv's kernel generator, "gelu_tanh", "gelu" or "silu".
         kernel_pool: pooling in ATConv's kernel generator, "raster" or "grid".
         kernel_inhibition: lateral inhibition of ATConv's kernels, "learned" or "none".
-        kernels: ATConv's kernels, "dynamic" (generated from the content) or "static" (learned, one for each channel).
+        kernels: ATConv's kernels, "dynamic" (generated from the content) or "static" (learned, one for each channel,
+            without `kernel_act` and `kernel_pool`).
         use_pos_embed: add a sin-cos position embedding; None adds it if any mixer needs positions, as attention does
             (the published rule).
         qk_norm: apply layer norm to queries and keys.

