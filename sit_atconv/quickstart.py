@@ -34,13 +34,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--steps",
         type=at_least(1),
-        help="number of training steps; fewer make a shorter tour with "
-        "worse digits (default: 1800, from configs/digits.yaml, and 5 epochs of the classifier)",
+        help="number of training steps of the generator; fewer make a shorter tour with "
+        "worse digits (default: 1800, from configs/digits.yaml)",
     )
     options = parser.parse_args(argv)
-    out, steps, epochs = options.out, [], ["--train.epochs", 5]
-    if options.steps:
-        steps, epochs = ["--train.steps", options.steps], ["--train.steps", options.steps, "--train.warmup_epochs", 0]
+    out, steps = options.out, ["--train.steps", options.steps] if options.steps else []
     out.mkdir(parents=True, exist_ok=True)
 
     run, samples, scores, speed = out / "run", out / "samples", out / "scores.json", out / "speed"
@@ -82,7 +80,9 @@ def main(argv: list[str] | None = None) -> None:
         "speed": run_as_typed(
             out, "speed", "--preset", "S/2", "--forms", "attention", "atconv", "--rounds", 3, "--out", speed
         ),
-        "classify": run_as_typed(out, "classify", "--out", classifier, *epochs),
+        "classify": run_as_typed(
+            out, "classify", "--train.epochs", 4, "--train.warmup_epochs", 1, "--out", classifier
+        ),
     }
 
     print(f"\n{'stage':10} {'wall s':>7} {'CPU s':>7}")

@@ -101,7 +101,7 @@ def learn(launch, folder, path, prediction, steps):
 
 @pytest.mark.slow
 def test_the_quickstarts_digits_are_good(tmp_path):
-    """The tour trains, generates, evaluates and compares speed, as a user runs it."""
+    """The tour trains, generates, evaluates, compares speed and classifies, as a user runs it."""
     done = subprocess.run(
         python("-m", "sit_atconv.quickstart", "--out", "tour"), cwd=tmp_path, text=True, stdout=subprocess.PIPE
     )
@@ -120,7 +120,9 @@ def test_the_quickstarts_digits_are_good(tmp_path):
     assert 0 < found["FD-digits-1000"] < 5 and found["precision-digits"] > 0.5
     speed = json.loads((tmp_path / "tour" / "speed" / "speed.json").read_text())
     assert len(speed["measurements"]) == 8
-    for picture in ("run/loss.png", "samples/grid.png", "speed/speed.png"):
+    last = json.loads((tmp_path / "tour" / "classifier" / "stats.jsonl").read_text().splitlines()[-1])
+    assert last["val_raw_top1"] >= 0.94
+    for picture in ("run/loss.png", "samples/grid.png", "speed/speed.png", "classifier/loss.png"):
         assert f"tour/{picture}" in done.stdout and min(Image.open(tmp_path / "tour" / picture).size) > 200
-    for command in ("accelerate launch", "sample/generate.py", "eval/fid.py", "eval/speed.py"):
+    for command in ("accelerate launch", "sample/generate.py", "eval/fid.py", "eval/speed.py", "sit_atconv/classify.py"):
         assert command in done.stdout
