@@ -1,4 +1,4 @@
-"""Tour of the commands on real images that need no download: train, generate, evaluate, compare speed, classify.
+"""Tour of the commands on real images that need no download, from training to a comparison of speed.
 
     python -m sit_atconv.quickstart [--out FOLDER]
 
@@ -80,9 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         "speed": run_as_typed(
             out, "speed", "--preset", "S/2", "--forms", "attention", "atconv", "--rounds", 3, "--out", speed
         ),
-        "classify": run_as_typed(
-            out, "classify", "--train.epochs", 4, "--train.warmup_epochs", 1, "--out", classifier
-        ),
+        "classify": run_as_typed(out, "classify", "--train.epochs", 4, "--train.warmup_epochs", 1, "--out", classifier),
     }
 
     print(f"\n{'stage':10} {'wall s':>7} {'CPU s':>7}")

@@ -124,5 +124,5 @@ def test_the_quickstarts_digits_are_good(tmp_path):
     assert last["val_raw_top1"] >= 0.94
     for picture in ("run/loss.png", "samples/grid.png", "speed/speed.png", "classifier/loss.png"):
         assert f"tour/{picture}" in done.stdout and min(Image.open(tmp_path / "tour" / picture).size) > 200
-    for command in ("accelerate launch", "sample/generate.py", "eval/fid.py", "eval/speed.py", "sit_atconv/classify.py"):
+    for command in ("accelerate launch", "sample/generate.py", "eval/fid.py", "eval/speed.py", "classify.py"):
         assert command in done.stdout

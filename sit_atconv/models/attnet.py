@@ -82,7 +82,10 @@ class GatedMLP(nn.Module):
 
     @torch.no_grad()
     def reparameterize(self) -> None:
-        """Folds the norm into `fc2`, and adds channels of zeros up to a multiple of 16, which are computed faster."""
+        """Folds the norm into `fc2`, and adds channels of zeros up to a multiple of 16.
+
+        Products of such matrices are faster, and the values stay the same.
+        """
         fc1, dwconv, missing = self.fc1, self.dwconv, -self.dwconv.groups % 16
         assert dwconv.bias is not None
         if isinstance(self.norm_layer, nn.RMSNorm):
