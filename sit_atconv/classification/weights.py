@@ -120,6 +120,8 @@ def find_weights(origin: str) -> Path:
         return file
     if checkpoint or [*path.glob("diffusion_pytorch_model*")] or (path / "model_index.json").exists():
         raise ValueError(f"{origin} holds a generator of images, not a classifier: give weights of a classifier")
+    if not path.exists():
+        raise ValueError(f"{origin} does not exist: give a run, a folder that timm saved, or a file of weights")
     raise ValueError(f"{origin} holds no {WEIGHTS_FILE}: give a run, a folder that timm saved, or a file of weights")
 
 
@@ -154,6 +156,8 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         tensors = timm.models.load_state_dict(str(file), use_ema=False, weights_only=True)
     except Exception as error:  # a damaged file raises errors of many types
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if "weights_only" in reason:  # torch would advise to run the file's code
+            reason = "it holds other things than tensors, or is no such file"
         raise ValueError(f"{file} cannot be read as weights ({reason})") from error
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 

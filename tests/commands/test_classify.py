@@ -250,7 +250,7 @@ def test_other_classes_of_val_are_refused(fails, tmp_path, class_folders):
         (["--train.batch_size", "2000"], "batch_size 2000 exceeds the 1437 images"),
         (["--data.mixup", "1", "--train.norm_batch", "1"], "train.norm_batch 1 is odd"),
         (["--drop-path-rate", "1"], "drop_path_rate must be in [0, 1), not 1"),
-        (["--init-from", "nowhere"], "nowhere holds no model.safetensors"),
+        (["--init-from", "nowhere"], "nowhere does not exist"),
         (["--eval-only", "--out", "nowhere"], "nowhere has no checkpoint to evaluate"),
     ],
 )
@@ -270,6 +270,8 @@ def test_weights_that_do_not_fit_are_refused(fails, tmp_path, capsys):
     assert "has 7 classes and the data 10: give --reset-head true" in fails(main, argv)
     main([*map(str, argv), "--reset-head", "true"])
     assert capsys.readouterr().err == f"started from {tmp_path / 'official.pth'}\n"
+    (tmp_path / "text.pth").write_text("no weights")
+    assert "text.pth cannot be read as weights (it holds other" in fails(main, ["--init-from", tmp_path / "text.pth"])
     torch.save(timm.create_model("attnet_xs", num_classes=10, in_chans=1).state_dict(), tmp_path / "xs.pth")
     assert "does not fit attnet_xxs: stem.0.0.weight" in fails(main, ["--init-from", tmp_path / "xs.pth"])
 
