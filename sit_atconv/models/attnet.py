@@ -9,6 +9,7 @@ Images are (B, C, H, W). Inside, all tensors are channels-last in memory, so tha
 other, and every 1x1 convolution is a linear map of tokens.
 """
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 
@@ -220,7 +221,7 @@ class AttNet(nn.Module):
                 f"depths, dims and mlp_ratios must have one value a stage, not {len(depths)}, {len(dims)} and "
                 f"{len(mlp_ratios)}"
             )
-        self.num_classes, self.drop_rate = num_classes, drop_rate
+        self.in_chans, self.num_classes, self.drop_rate = in_chans, num_classes, drop_rate
         self.stem = nn.Sequential(ConvNorm(in_chans, dims[0] // 2), nn.GELU(), ConvNorm(dims[0] // 2, dims[0]))
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         self.stages, self.feature_info = nn.Sequential(), []
@@ -421,15 +422,23 @@ PRESETS: dict[str, dict] = {  # the published table, in which XXS, XS and S diff
 default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg() for name in PRESETS})
 
 
-def _create(name: str, pretrained: bool, **kwargs) -> AttNet:
-    return build_model_with_cfg(
-        AttNet,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
-        **{**PRESETS[name], **kwargs},
-    )
+def _create(
+    name: str,
+    pretrained: bool,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs,
+) -> AttNet:
+    with contextlib.nullcontext() if device is None else torch.device(device):
+        model = build_model_with_cfg(
+            AttNet,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+            **{**PRESETS[name], **kwargs},
+        )
+    return model if dtype is None else model.to(dtype)
 
 
 @register_model

@@ -211,6 +211,11 @@ def test_fusing_changes_no_logits(golden, name):
     assert largest_error(model(tensors["input"]), tensors["output"]) < 1e-5
 
 
+def test_a_model_is_made_where_and_in_which_dtype_timm_is_told():
+    model = timm.create_model("attnet_xxs", in_chans=1, device="meta", dtype=torch.float16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.float16)} and model.in_chans == 1
+
+
 def test_timms_reparameterization_is_ours_and_training_mode_is_refused():
     model, x = small(), torch.randn(1, 3, 64, 64)
     again = timm.utils.reparameterize_model(model)
