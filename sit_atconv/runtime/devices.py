@@ -4,7 +4,7 @@ import ctypes
 import os
 import sys
 
-import psutil
+import joblib
 import torch
 
 
@@ -66,8 +66,7 @@ def usable_cores() -> int:
 
     Slurm, taskset and containers limit them. More threads than CPUs make every operator wait, many times over.
     """
-    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    return min(cores, len(os.sched_getaffinity(0))) if sys.platform == "linux" else cores
+    return joblib.cpu_count(only_physical_cores=True)
 
 
 def keep_freed_memory() -> None:
