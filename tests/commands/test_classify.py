@@ -175,6 +175,17 @@ def test_evaluation_records_accuracy(launch, whole, tmp_path, class_folders):
     assert json.loads((tmp_path / "evaluation.json").read_text())["num_images"] == 100
 
 
+def test_classes_with_numbers_for_names_are_in_the_order_of_their_labels(tmp_path):
+    for name in range(12):
+        (tmp_path / str(name)).mkdir()
+        Image.fromarray(np.full((8, 8), name, np.uint8)).save(tmp_path / str(name) / "0.png")
+    images = open_images(str(tmp_path), "train", 1)
+    assert images.class_names == [str(name) for name in range(12)]
+    assert [(np.array(image).max(), label) for image, label in map(images.read, range(12))] == [
+        (i, i) for i in range(12)
+    ]
+
+
 def test_shards_hold_what_class_folders_hold(class_folders):
     sets = [open_images(name, "validation", 1) for name in (f"{class_folders}/folders", f"wds/{class_folders}/shards")]
     folders, shards = ([images.read(i) for i in range(len(images))] for images in sets)

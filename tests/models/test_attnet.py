@@ -11,7 +11,7 @@ from timm.optim import create_optimizer_v2
 from torch.utils.flop_counter import FlopCounterMode
 
 from sit_atconv.models import attnet
-from sit_atconv.models.attnet import AttNet, checkpoint_filter_fn, official_state_dict
+from sit_atconv.models.attnet import AttNet, GateAndValue, checkpoint_filter_fn, official_state_dict
 from tests.conftest import GOLDEN
 
 # Name -> parameters, and multiply-adds at 224 px.
@@ -207,8 +207,20 @@ def test_fusing_changes_no_logits(golden, name):
     for stage in model.stages:
         for block in stage.blocks:
             assert (block.norm_1.weight == 1).all() and (block.norm_2.bias == 0).all()
-            assert block.channel_mixer.dwconv.groups % 16 == 0  # with channels of zeros
+            mlp = block.channel_mixer
+            assert mlp.dwconv.groups % 16 == 0 and mlp.fc2.in_features == mlp.dwconv.groups  # with channels of zeros
     assert largest_error(model(tensors["input"]), tensors["output"]) < 1e-5
+
+
+def test_gate_and_value_are_the_same_on_every_device():
+    """A CPU computes them as convolutions; a tensor that says it is elsewhere takes the other way."""
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda")
+
+    layer, x = GateAndValue(6, 10), torch.randn(2, 3, 4, 6)
+    for here, there in zip(layer(x), layer(x.as_subclass(Elsewhere)), strict=True):
+        assert largest_error(here, there.as_subclass(torch.Tensor)) < 1e-6
 
 
 def test_a_model_is_made_where_and_in_which_dtype_timm_is_told():
