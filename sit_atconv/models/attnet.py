@@ -65,13 +65,35 @@ class GateAndValue(nn.Linear):
         return gate, value
 
 
+@register_notrace_module  # it asks for the device and the size of the grid
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise 3x3 convolution: (B, C, H, W), channels-last in memory -> the same.
+
+    On a CPU, gradients on grids of up to four positions are ten times as fast if all samples are stacked to one tall
+    image, with a row of zeros below each.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, padding=1, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        if not self.training or x.device.type != "cpu" or H * W > 4:
+            y = super().forward(x)
+        else:
+            rows = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, 0, 0, 1)).reshape(1, B * (H + 1), W, C)
+            y = super().forward(rows.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            y = y.reshape(B, H + 1, W, C)[:, :H].permute(0, 3, 1, 2)
+        return y
+
+
 class GatedMLP(nn.Module):
     """Gated MLP with a depthwise 3x3 convolution of the gate: (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, dim: int, hidden: int, norm: bool):
         super().__init__()
         self.fc1 = GateAndValue(dim, 2 * hidden)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.dwconv = DepthwiseConv(hidden)
         self.act = nn.GELU()
         self.norm_layer: nn.Module = nn.RMSNorm(hidden, eps=1e-6) if norm else nn.Identity()
         self.fc2 = nn.Linear(hidden, dim)

@@ -11,7 +11,7 @@ from timm.optim import create_optimizer_v2
 from torch.utils.flop_counter import FlopCounterMode
 
 from sit_atconv.models import attnet
-from sit_atconv.models.attnet import AttNet, GateAndValue, checkpoint_filter_fn, official_state_dict
+from sit_atconv.models.attnet import AttNet, DepthwiseConv, GateAndValue, checkpoint_filter_fn, official_state_dict
 from tests.conftest import GOLDEN
 
 # Name -> parameters, and multiply-adds at 224 px.
@@ -221,6 +221,20 @@ def test_gate_and_value_are_the_same_on_every_device():
     layer, x = GateAndValue(6, 10), torch.randn(2, 3, 4, 6)
     for here, there in zip(layer(x), layer(x.as_subclass(Elsewhere)), strict=True):
         assert largest_error(here, there.as_subclass(torch.Tensor)) < 1e-6
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 2), (1, 4), (4, 1), (2, 3)])
+def test_small_grids_are_convolved_in_training_as_in_evaluation(grid):
+    """Grids of up to four positions are stacked in training; their samples must not mix."""
+    layer = DepthwiseConv(6)
+    x = torch.randn(3, *grid, 6).permute(0, 3, 1, 2).requires_grad_()
+    weights = torch.randn(3, 6, *grid)
+    results = []
+    for mode in (True, False):
+        y = layer.train(mode)(x)
+        results.append([y, *torch.autograd.grad((y * weights).sum(), [x, layer.weight, layer.bias])])
+    for trained, evaluated in zip(*results, strict=True):
+        torch.testing.assert_close(trained, evaluated)
 
 
 def test_a_model_is_made_where_and_in_which_dtype_timm_is_told():
