@@ -127,7 +127,10 @@ def test_a_run_killed_at_five_places_resumes_bitwise(launch, tmp_path, processes
         assert_equal_runs(run, tmp_path / "whole", 12)
 
 
-@pytest.mark.parametrize(("processes", "accumulation"), [(2, 1), (1, 2), pytest.param(2, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("processes", "accumulation"),
+    [(2, 2), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(1, 2, marks=pytest.mark.slow)],
+)
 def test_processes_and_micro_batches_change_only_roundings(launch, whole, tmp_path, processes, accumulation):
     argv = [*TINY, "--out", tmp_path / "run", "--train.accumulation", accumulation]
     codes, output = launch(CLASSIFY, argv, processes)
