@@ -102,7 +102,7 @@ class ATConv(nn.Module):
             K = self.static_kernels.expand(len(x), -1, -1)  # (B, C, k*k)
         if self.inhibition == "learned":
             inhibition = torch.sigmoid(self.difference_control)[:, None]  # (C, 1)
-            K = torch.addcmul(K, inhibition, K.mean(2, keepdim=True), value=-1)  # lateral inhibition
+            K = torch.addcmul(K, -inhibition, K.mean(2, keepdim=True))  # lateral inhibition
         return K.unflatten(2, (k, k))  # (B, C, k, k)
 
 

@@ -1,7 +1,7 @@
 """Operator of ATConv: a depthwise convolution with a different kernel for each sample.
 
-`reference.py` is the definition; the other files are faster implementations of it, gradients included. Needs only
-torch; Triton is imported at the first call with a CUDA or ROCm tensor.
+`reference.py` is the definition; the other files are faster implementations of it, with gradients and forward-mode
+derivatives. Needs only torch; Triton is imported at the first call with a CUDA or ROCm tensor.
 """
 
 import os
@@ -9,6 +9,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sit_atconv.ops.channels_last import dynamic_depthwise_conv2d_channels_last
 from sit_atconv.ops.reference import dynamic_depthwise_conv2d_reference
@@ -53,6 +54,7 @@ def dynamic_depthwise_conv2d(
     Raises:
         ValueError: shapes do not match, the kernel is even or not square, or `impl` is unknown or not available on
             this device.
+        NotImplementedError: a forward-mode derivative was asked for, which `impl` does not have.
     """
     if x.ndim == 4 and grid_size is None:
         tokens = dynamic_depthwise_conv2d(x.flatten(2).transpose(1, 2), kernels, (x.shape[2], x.shape[3]), impl)
@@ -71,7 +73,14 @@ def dynamic_depthwise_conv2d(
         impl = fastest_implementation(x.device)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {['auto', *IMPLEMENTATIONS]}, not {impl!r}")
-    return IMPLEMENTATIONS[impl](x, kernels, (height, width))
+    y = IMPLEMENTATIONS[impl](x, kernels, (height, width))
+    if (_has_tangent(x) or _has_tangent(kernels)) and not _has_tangent(y):  # it would count as zero
+        raise NotImplementedError(f"impl {impl!r} has no forward-mode derivative: give impl 'channels_last'")
+    return y
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def fastest_implementation(device: torch.device) -> str:

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import custom_op
 
 ROWS = 4  # output rows of a tile: more rows share loads, fewer rows leave more programs in flight
@@ -32,7 +33,16 @@ def dynamic_depthwise_conv2d_triton(x: Tensor, kernels: Tensor, grid_size: tuple
             f"impl 'triton' takes samples of fewer than 2^31 elements, not {x.shape[1]} x {x.shape[2]}: "
             "give impl 'channels_last'"
         )
-    return convolve(x, kernels, *grid_size, False)
+    # Forward mode: torch has no rule for a custom operator, and Dynamo drops that of an autograd.Function. The operator
+    # is linear in each input, so its tangent is two more calls.
+    x, dx = forward_ad.unpack_dual(x)
+    kernels, dkernels = forward_ad.unpack_dual(kernels)
+    y = convolve(x, kernels, *grid_size, False)
+    if dx is None and dkernels is None:
+        return y
+    parts = [convolve(dx, kernels, *grid_size, False)] if dx is not None else []
+    parts += [convolve(x, dkernels, *grid_size, False)] if dkernels is not None else []
+    return forward_ad.make_dual(y, sum(parts[1:], start=parts[0]))
 
 
 # ------------------------------------------------------------------------------------------------------ operators

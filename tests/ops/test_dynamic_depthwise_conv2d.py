@@ -2,6 +2,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from sit_atconv.ops import IMPLEMENTATIONS, channels_last, dynamic_depthwise_conv2d, fastest_implementation
 from tests.conftest import relative_error
@@ -205,3 +206,68 @@ def test_triton_on_a_cpu_without_the_interpreter_names_the_remedy(monkeypatch):
 def test_what_does_not_fit_is_named(x, kernels, grid, impl, message):
     with pytest.raises(ValueError, match=message):
         dynamic_depthwise_conv2d(torch.zeros(x), torch.zeros(kernels), grid, impl=impl)
+
+
+# --------------------------------------------------------------------------------------------------- forward mode
+
+
+def tangents(x, kernels):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype).to(DEVICE) for tensor in (x, kernels)]
+
+
+@pytest.mark.parametrize("impl", NAMES)
+def test_tangents_are_those_of_a_bilinear_function(impl):
+    x, kernels = (tensor.detach() for tensor in inputs((3, 4))[:2])
+    dx, dkernels = tangents(x, kernels)
+    of_x, of_kernels = (
+        dynamic_depthwise_conv2d(*pair, (3, 4), impl="reference") for pair in ((dx, kernels), (x, dkernels))
+    )
+
+    def run(x, kernels):
+        return dynamic_depthwise_conv2d(x, kernels, (3, 4), impl=impl)
+
+    for of_both in (torch.func.jvp, torch.no_grad()(torch.func.jvp)):
+        assert relative_error(of_both(run, (x, kernels), (dx, dkernels))[1], of_x + of_kernels) < 1e-14
+    assert relative_error(torch.func.jvp(lambda x: run(x, kernels), (x,), (dx,))[1], of_x) < 1e-14
+    assert relative_error(torch.func.jvp(lambda k: run(x, k), (kernels,), (dkernels,))[1], of_kernels) < 1e-14
+
+
+def test_gradients_and_tangents_agree_with_differences(fast):
+    x, kernels, _ = inputs((2, 3), C=2, B=1)
+    assert torch.autograd.gradcheck(
+        lambda *tensors: dynamic_depthwise_conv2d(*tensors, (2, 3), impl=fast),
+        (x, kernels),
+        check_forward_ad=True,
+        fast_mode=True,
+    )
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("impl", NAMES)
+def test_compiled_tangents(impl, backend):
+    """A rule of an autograd.Function would be dropped here without a word."""
+    x, kernels = (tensor.detach() for tensor in inputs((3, 4))[:2])
+    dx, dkernels = tangents(x, kernels)
+
+    def tangent(*tensors):
+        run = lambda *pair: dynamic_depthwise_conv2d(*pair, (3, 4), impl=impl)  # noqa: E731
+        return torch.func.jvp(run, tensors[:2], tensors[2:])[1]
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(tangent, fullgraph=True, backend=backend)(x, kernels, dx, dkernels)
+    assert relative_error(found, tangent(x, kernels, dx, dkernels)) < 1e-12
+
+
+def test_a_missing_tangent_is_an_error(monkeypatch):
+    @torch.library.custom_op("sit_atconv_test::without_rule", mutates_args=())
+    def without_rule(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "mine", lambda x, kernels, grid_size: without_rule(x))
+    x, kernels = (tensor.detach() for tensor in inputs((3, 4))[:2])
+    with forward_ad.dual_level():
+        for pair in ((forward_ad.make_dual(x, x), kernels), (x, forward_ad.make_dual(kernels, kernels))):
+            with pytest.raises(NotImplementedError, match="'mine' has no forward-mode derivative: give impl 'channels"):
+                dynamic_depthwise_conv2d(*pair, (3, 4), impl="mine")
