@@ -44,6 +44,15 @@ class Weights:
         return self.recipe.null_label_of(self.model)
 
     @property
+    def traits(self) -> dict:
+        """Arguments of `Sampler.settled` and `Sampler.check` that describe the model."""
+        return {
+            "null_label": self.null_label,
+            "two_times": bool(self.model.config.get("two_times")),
+            "trained_cfg": self.recipe.trained_cfg,
+        }
+
+    @property
     def home(self) -> Path:
         """Default folder for the results: the run, else the weights' folder, or a file's path without suffix."""
         if self.path.is_file():
@@ -191,6 +200,7 @@ def load_pipeline(folder: Path) -> Weights:
         null_label_trained=index.get("null_label_trained"),
         empty_classes=sorted(map(int, empty)),
         ema_known=index.get("ema_known", False),
+        trained_cfg=index.get("trained_cfg", 1.0),
     )
     notes = () if names else (f"{folder} does not name its classes: refer to them by number",)
     return Weights(model, recipe, folder, notes)

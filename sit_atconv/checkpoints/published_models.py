@@ -318,14 +318,15 @@ def save_published(weights: Weights, path: Path, form: str) -> str:
             f"{theirs.owner}'s form names a preset, but none has {_spoken(shown)}"
             + (f" with {config.num_heads} heads" if heads else "")
         )
-    required = {
+    required: dict[str, object] = {
         "kernel_act": theirs.kernel_act,
         "kernel_pool": "raster",
         "kernel_inhibition": "learned",
         "kernels": "dynamic",
     }
     required = {name: value for name, value in required.items() if name in silent | shown.keys()}
-    for name, value in (required if theirs.learn_sigma else required | {"learn_sigma": False}).items():
+    required |= {"two_times": False} if theirs.learn_sigma else {"two_times": False, "learn_sigma": False}
+    for name, value in required.items():
         if config[name] != value:
             raise ValueError(f"{theirs.owner}'s form needs {name} {value}, but this model has {config[name]}")
     named = {}

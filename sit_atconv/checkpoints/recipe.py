@@ -38,6 +38,7 @@ class Recipe:
         versions: versions of the libraries that wrote the weights.
         objective: class path and options of an objective other than `FlowMatching`; None for that one.
         backbone: class path of a model other than `SiT`; None for that one.
+        trained_cfg: guidance scale that the weights have learned, as MeanFlow can train it; 1 is none.
     """
 
     interpolant: str
@@ -52,6 +53,7 @@ class Recipe:
     versions: dict[str, str] = field(default_factory=versions)
     objective: dict | None = None
     backbone: str | None = None
+    trained_cfg: float = 1.0
 
     def null_label_of(self, model: "SiT") -> int | None:
         """Returns the label that guidance uses as "no class"; None if there is none or it was never trained."""
@@ -66,8 +68,10 @@ class Recipe:
 
     def save(self, folder: Path) -> None:
         """Writes recipe.json; newer fields are left out at their default, so that earlier versions read it."""
-        newer = {"objective", "backbone"}
-        content = {name: value for name, value in dataclasses.asdict(self).items() if name not in newer or value}
+        newer = {"objective": None, "backbone": None, "trained_cfg": 1.0}
+        content = {
+            name: value for name, value in dataclasses.asdict(self).items() if name not in newer or value != newer[name]
+        }
         (folder / "recipe.json").write_text(json.dumps(content, indent=1))
 
 

@@ -13,6 +13,7 @@ PATCHES = "x_embedder.proj.weight"
 LABELS = "y_embedder.embedding_table.weight"
 POSITIONS = "pos_embed"
 OUTPUT = ("final_layer.linear.weight", "final_layer.linear.bias")
+SECOND_TIME = "r_embedder."  # prefix
 HIDDEN = "blocks.0.mlp.fc1.weight"
 LISTED = 3  # names in a message, at most
 

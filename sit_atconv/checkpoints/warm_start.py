@@ -3,18 +3,29 @@
 import itertools
 from dataclasses import dataclass, field
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from sit_atconv.checkpoints.class_names import changed_names, labels_there
 from sit_atconv.checkpoints.exported import load_model
 from sit_atconv.checkpoints.published import REPA_OPTIONS, read_published
 from sit_atconv.checkpoints.published_models import null_label_trained, said_flow, said_names
-from sit_atconv.checkpoints.tensors import LABELS, LISTED, OUTPUT, POSITIONS, Kind, list_differences, mixer_kinds
+from sit_atconv.checkpoints.tensors import (
+    LABELS,
+    LISTED,
+    OUTPUT,
+    POSITIONS,
+    SECOND_TIME,
+    Kind,
+    list_differences,
+    mixer_kinds,
+)
 from sit_atconv.checkpoints.weights import is_without_recipe, load_weights, locate_weights
 from sit_atconv.models.mixers import MIXERS
 from sit_atconv.models.sit import SiT, sincos_pos_embed
 from sit_atconv.runtime.settings import differences, flatten
 
+BIAS_OF_TIME = "t_embedder.mlp.2.bias"
 LEARNED = 4e-3  # a position embedding further than this from sines and cosines was trained, not just rounded to bf16
 
 
@@ -105,6 +116,7 @@ def start_from(
         _mixers(net, here, source),
         _label_table(net, here[LABELS], source, class_names),
         _output_layer(net, here, source.tensors),
+        _second_time(net, source.tensors),
     ]
     settled = set().union(*(special.names for special in specials))
     plain = {name: tensor for name, tensor in source.tensors.items() if name not in settled}
@@ -155,6 +167,7 @@ def _open(ckpt: str) -> Source:
         return Source(model.state_dict(), [], dict(model.config))
     weights = load_weights(ckpt)
     recipe = weights.recipe
+    learned = [f"these weights have learned the guidance scale {recipe.trained_cfg:g}"]
     return Source(
         weights.model.state_dict(),
         [*([recipe.average] if recipe.average else []), *([f"step {recipe.step}"] if recipe.step else [])],
@@ -162,7 +175,7 @@ def _open(ckpt: str) -> Source:
         _training(recipe.interpolant, recipe.prediction, recipe.objective, recipe.codec),
         recipe.class_names,
         recipe.null_label_trained,
-        list(weights.notes),
+        [*weights.notes, *(learned if recipe.trained_cfg != 1 else [])],
     )
 
 
@@ -263,6 +276,26 @@ def _output_layer(net: SiT, here: dict[str, Tensor], there: dict[str, Tensor]) -
     else:
         line = f"the {channels} learn_sigma channels of the output layer are left out: this model has none"
     return Special(set(OUTPUT), values, [line])
+
+
+def _second_time(net: SiT, there: dict[str, Tensor]) -> Special:
+    """Adds the embedding of r - t, which starts as zero, or leaves it out, and keeps its value for r = t."""
+    names = {name for name in there if name.startswith(SECOND_TIME)}
+    if net.config.get("two_times") and not names:
+        return Special(
+            {name for name in net.state_dict() if name.startswith(SECOND_TIME)},
+            lines=["the embedding of the second time starts as zero: the model first samples as these weights do"],
+        )
+    if names and not net.config.get("two_times"):
+        parts = [f"{SECOND_TIME}mlp.{i}.{part}" for i in (0, 2) for part in ("weight", "bias")]
+        if {*parts, BIAS_OF_TIME} - there.keys():
+            return Special()  # the error is that of any other tensor
+        w0, b0, w2, b2 = (there[name] for name in parts)
+        cosines = w0[:, : w0.shape[1] // 2].sum(1)  # at r - t = 0 the cosines are 1, and the sines 0
+        value = there[BIAS_OF_TIME] + w2 @ F.silu(cosines + b0) + b2
+        line = "the embedding of the second time is left out: this model computes what that one did for r = t"
+        return Special({*names, BIAS_OF_TIME}, {BIAS_OF_TIME: value}, [line])
+    return Special()
 
 
 def _silent_options(net: SiT, here: dict[str, Tensor], source: Source) -> list[str]:

@@ -48,7 +48,7 @@ def multiply_adds(
     names = mixer_names(config["mixer"], config["depth"])
     of_mixer = of_mixer or (lambda name: mixer_multiply_adds(name, config, grid_size))
     counts = {name: of_mixer(name) for name in dict.fromkeys(names)}
-    embedders = N * patch * D + TIME_FEATURES * D + D * D
+    embedders = N * patch * D + (TIME_FEATURES * D + D * D) * (2 if config["two_times"] else 1)
     blocks = sum(counts[name] + block_multiply_adds(config, grid_size) for name in names)
     final_layer = 2 * D * D + N * D * patch * (2 if config["learn_sigma"] else 1)
     return embedders + blocks + final_layer

@@ -34,7 +34,8 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """Embeds times (B,) as (B, D); the MLP sees features in `dtype`."""
         exponents = torch.arange(self.num_frequencies, device=t.device, dtype=torch.float32) / self.num_frequencies
-        angles = t[:, None].float() * torch.exp(-math.log(10000.0) * exponents)  # (B, F)
+        t = t.to(torch.promote_types(t.dtype, torch.float32))
+        angles = t[:, None] * torch.exp(-math.log(10000.0) * exponents)  # (B, F)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 2F)
         return self.mlp(features.to(dtype))  # (B, D)
 
@@ -149,6 +150,8 @@ class SiT(ModelMixin, ConfigMixin):
             (the published rule).
         qk_norm: apply layer norm to queries and keys.
         has_null_label: add a null label for guidance, `null_label` = num_classes.
+        two_times: add an embedding of r - t, for models that jump from time t to r (MeanFlow, arXiv 2505.13447). It
+            starts as zero, so that the model first computes what it computes without it.
 
     Raises:
         ValueError: a name is unknown, or sizes do not fit each other.
@@ -177,6 +180,7 @@ class SiT(ModelMixin, ConfigMixin):
         use_pos_embed: bool | None = None,
         qk_norm: bool = False,
         has_null_label: bool = True,
+        two_times: bool = False,
     ):
         super().__init__()
         names = mixer_names(mixer, depth)
@@ -198,6 +202,7 @@ class SiT(ModelMixin, ConfigMixin):
             Block(hidden_size, mlp_ratio, MIXERS.find(name).build(hidden_size, self.config)) for name in names
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
+        self.r_embedder = TimestepEmbedder(hidden_size) if two_times else None
         self.gradient_checkpointing = False  # diffusers' switch, set by enable_gradient_checkpointing()
         self.initialize_weights()
 
@@ -227,12 +232,15 @@ class SiT(ModelMixin, ConfigMixin):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.get_parameter("weight"), std=0.02)
+        if self.r_embedder is not None:
+            nn.init.normal_(self.r_embedder.mlp[0].get_parameter("weight"), std=0.02)
+            nn.init.zeros_(self.r_embedder.mlp[2].get_parameter("weight"))
         for module in (*self.blocks, self.final_layer):
             nn.init.zeros_(module.adaLN_modulation[-1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, return_hidden: int | None = None
+        self, x: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None, return_hidden: int | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Predicts the velocity, or whatever else the objective trains.
 
@@ -240,13 +248,15 @@ class SiT(ModelMixin, ConfigMixin):
             x: noisy images or latents (B, C, H, W) of any size and floating dtype.
             t: times (B,) in [0, 1]; 0 is noise, 1 is data.
             y: integer labels (B,) below num_classes, or `null_label`.
+            r: ends (B,) of the intervals that begin at t, for a model with two times, which then predicts the average
+                velocity from t to r. None means r = t, the velocity itself.
             return_hidden: also return the tokens after this block, counted from 1.
 
         Returns:
             (B, C, H, W) in the dtype of `x`; with `return_hidden` also the tokens (B, N, D).
 
         Raises:
-            ValueError: H or W is not divisible by the patch size.
+            ValueError: H or W is not divisible by the patch size, or `r` is given to a model with one time.
         """
         grid_size = self._grid_size(*x.shape[-2:])
         dtype = self.x_embedder.proj.weight.dtype  # dtype of the residual stream, also under autocast
@@ -254,6 +264,10 @@ class SiT(ModelMixin, ConfigMixin):
         if self.pos_embed is not None:
             tokens = tokens + self._positions(grid_size)  # (B, N, D)
         c = self.t_embedder(t, dtype) + self.y_embedder(y)  # (B, D)
+        if self.r_embedder is not None:
+            c = c + self.r_embedder(torch.zeros_like(t) if r is None else r - t, dtype)  # (B, D)
+        elif r is not None:
+            raise ValueError("this model has one time: build it with two_times=True")
         hidden = tokens
         for number, block in enumerate(self.blocks, start=1):
             tokens = self._apply_block(block, tokens, c, grid_size)  # (B, N, D)
@@ -288,4 +302,4 @@ class SiT(ModelMixin, ConfigMixin):
 BACKBONES = Table("backbone", type, {"SiT": SiT})
 FROM_DATA = {"num_classes", "in_channels", "input_size"}
 # Options that earlier versions did not record, and what they computed: records leave out these values, to stay equal.
-LATER_OPTIONS = {"kernel_inhibition": "learned", "kernels": "dynamic"}
+LATER_OPTIONS = {"kernel_inhibition": "learned", "kernels": "dynamic", "two_times": False}
