@@ -29,7 +29,7 @@ from sit_atconv.training.config import parse
 from sit_atconv.training.guards import poisoned
 from sit_atconv.training.optimizers import clip_and_step
 from sit_atconv.training.preflight import Job, prepare
-from sit_atconv.training.preview import draw_preview
+from sit_atconv.training.preview import draw_previews
 from sit_atconv.training.schedule import decide
 from sit_atconv.training.setup import Session, set_up
 
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train_model(job: Job, session: Session) -> int:
     """Trains from the checkpoint's step to the last one. Returns the signal that stopped it early, or 0."""
-    config, train, data, order, objective = job.config, job.config.train, job.data, job.order, job.config.flow
+    config, train, data, order = job.config, job.config.train, job.data, job.order
     accelerator, optimizer, averages = session.accelerator, session.optimizer, session.averages
     codec, meter, auxiliary = session.codec, session.meter, session.auxiliary
     device, parameters, model = accelerator.device, session.parameters, session.tapped
@@ -80,6 +80,7 @@ def train_model(job: Job, session: Session) -> int:
     for step in progress:
         # Draw all random numbers for the whole batch, the same on every process, and set the learning rate.
         generator.manual_seed(step_seed(train.seed, step))
+        objective = config.flow.at(step / train.steps)
         draw = objective.draw(shape, generator)
         posterior = torch.randn(shape, generator=generator, device=device)
         finite = torch.ones((), dtype=torch.bool, device=device)
@@ -178,13 +179,7 @@ def save_and_draw(job: Job, session: Session, step: int, save: bool, draw: bool)
         try:  # training continues if a picture cannot be drawn or written
             save_loss_curves(read_stats(run), run / "loss.png", str(run))
             if draw:
-                draw_preview(
-                    session.averages.first,
-                    session.codec,
-                    recipe,
-                    config.preview,
-                    run / "samples" / f"step-{step:07d}.png",
-                )
+                draw_previews(session.averages.first, session.codec, recipe, config.preview, run / "samples")
         except (RuntimeError, OSError) as error:
             session.say(f"warning: no pictures of step {step}: {str(error).splitlines()[0]}")
     session.accelerator.wait_for_everyone()

@@ -43,21 +43,22 @@ class AuxiliaryLoss(nn.Module, abc.ABC):
 
 
 class HiddenTap:
-    """Wrapper of a model (x, t, y) that keeps the hidden tokens of its first call with gradient.
+    """Wrapper of a model that keeps the hidden tokens of its first call with gradient.
 
     Args:
-        model: the model in training.
+        model: the model in training, (x, t, y) or (x, t, y, r).
+        net: the bare module of it.
         block: number of the block, counted from 1; None keeps nothing.
     """
 
-    def __init__(self, model, block: int | None):
-        self.model, self.block = model, block
+    def __init__(self, model, net: nn.Module, block: int | None = None):
+        self.model, self.net, self.block = model, net, block
         self.hidden: Tensor | None = None
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         if self.block is None:
-            return self.model(x, t, y)
-        v, hidden = self.model(x, t, y, return_hidden=self.block)
+            return self.model(*inputs)
+        v, hidden = self.model(*inputs, return_hidden=self.block)
         if self.hidden is None or not self.hidden.requires_grad:
             self.hidden = hidden
         return v

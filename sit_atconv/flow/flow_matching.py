@@ -68,6 +68,12 @@ class FlowMatching(Objective):
                 "predict noise, score or data, or set flow.weighting to none"
             )
 
+    def check(self, net, precision: str) -> None:
+        """Raises ValueError if the model has two times, of which the second would stay untrained."""
+        super().check(net, precision)
+        if net.config.get("two_times"):
+            raise ValueError("model.two_times is true, and FlowMatching trains one time: give --flow MeanFlow")
+
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Draw:
         """Draws noise, times and label dropout for a batch (B, C, H, W), on the generator's device."""
         device = generator.device

@@ -27,6 +27,32 @@ class Objective(abc.ABC):
     prediction: str = "velocity"
     class_dropout_prob: float = 0.0
 
+    def check(self, net, precision: str) -> None:
+        """Raises ValueError if the objective cannot train the model `net` in "fp32", "tf32", "bf16" or "fp16"."""
+        if net.null_label is None and self.class_dropout_prob > 0:
+            raise ValueError(
+                "model.has_null_label is false, so labels cannot be dropped: set flow.class_dropout_prob to 0"
+            )
+
+    def at(self, progress: float) -> "Objective":
+        """Returns the objective of a step, for one that changes with the progress of the run in [0, 1)."""
+        return self
+
+    @property
+    def period(self) -> int:
+        """Number of rows of a batch after which the kinds of its rows repeat."""
+        return 1
+
+    @property
+    def trained_cfg(self) -> float:
+        """Guidance scale that the weights learn, so that sampling needs no guidance; 1 is none."""
+        return 1.0
+
+    @property
+    def forwards(self) -> float:
+        """Forwards of an image in a step besides the one with gradient, to count the arithmetic."""
+        return 0.0
+
     @property
     def interpolant(self) -> Interpolant:
         return get_interpolant(self.path)
@@ -44,7 +70,8 @@ class Objective(abc.ABC):
         """Computes the loss of each sample.
 
         Args:
-            model: (x, t, y) -> its prediction (B, C, H, W).
+            model: (x, t, y) -> its prediction (B, C, H, W); (x, t, y, r) if it has two times. `model.net` is the bare
+                module, for what needs no gradient.
             data: images or latents (B, C, H, W).
             y: labels (B,).
             draw: the draw of these samples, from `draw`.

@@ -80,7 +80,7 @@ def _font() -> FT2Font:
 
 
 def save_loss_curves(stats: Sequence[dict], path: Path, title: str) -> None:
-    """Plots the lines of stats.jsonl: training and held-out loss over steps, and the loss by time t.
+    """Plots the lines of stats.jsonl: losses and errors over steps, and the training loss by time t.
 
     Without any line it saves nothing.
     """
@@ -99,6 +99,12 @@ def save_loss_curves(stats: Sequence[dict], path: Path, title: str) -> None:
             linewidth=1.2,
             label="held out, EMA weights",
         )
+    others = [name for name in stats[-1] if name.startswith("flow/error")]
+    for name, color in zip(others, itertools.cycle(("#3c9a6b", "#d1722c", "#8a5fb5"))):
+        points = [(line["step"], line[name]) for line in stats if name in line]
+        label = name.partition("/")[2].replace("_", " ")
+        left.plot(*zip(*points, strict=True), color=color, linewidth=1.2, label=label)
+    if held_out or others:
         left.legend(frameon=False)
     left.set_ylabel("loss")
     buckets = max(len(line["loss_by_time"]) for line in stats)

@@ -183,9 +183,9 @@ class PreviewConfig:
         every: steps between two previews; the last step always draws one.
         num_classes: number of classes drawn, at most.
         per_class: samples of each class.
-        cfg: guidance scale; null is 4, or 1 without a trained null label.
-        solver: ODE solver, a name that `--solver` of sample/generate.py takes.
-        num_steps: solver steps.
+        cfg: guidance scale; null is 4, or 1 without a trained null label, and for a solver that jumps.
+        solver: ODE solver, or one that jumps, a name that `--solver` of sample/generate.py takes.
+        num_steps: solver steps, or a list of numbers, of which each has its picture.
     """
 
     every: int = 10_000
@@ -193,19 +193,24 @@ class PreviewConfig:
     per_class: int = 8
     cfg: float | None = None
     solver: str = "euler"
-    num_steps: int = 50
+    num_steps: int | list[int] = 50
 
     @property
-    def sampler(self) -> Sampler:
-        return Sampler(cfg=self.cfg, solver=self.solver, steps=self.num_steps)
+    def samplers(self) -> list[Sampler]:
+        """The settings of each picture."""
+        numbers = self.num_steps if isinstance(self.num_steps, list) else [self.num_steps]
+        return [Sampler(cfg=self.cfg, solver=self.solver, steps=steps) for steps in numbers]
 
     def __post_init__(self):
         if SOLVERS.find(import_module_of(self.solver)).is_sde:
             others = [name for name, solver in SOLVERS.items() if not solver.is_sde]
             raise ValueError(f"preview.solver must be an ODE solver, such as {', '.join(others)}, not {self.solver}")
-        for name in ("every", "num_classes", "per_class", "num_steps"):
+        for name in ("every", "num_classes", "per_class"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"preview.{name} must be at least 1, not {value}")
+        numbers = self.num_steps if isinstance(self.num_steps, list) else [self.num_steps]
+        if not numbers or min(numbers) < 1 or len({*numbers}) < len(numbers):
+            raise ValueError(f"preview.num_steps must be at least 1, and different numbers, not {self.num_steps}")
         if self.cfg is not None and not math.isfinite(self.cfg):
             raise ValueError(f"preview.cfg must be finite, not {self.cfg}")
 
@@ -238,10 +243,12 @@ class Config:
         """Quantity that the model returned by `as_trained` predicts."""
         return "velocity" if self.objective else self.flow.prediction
 
-    def check_previews(self, null_label: int | None) -> None:
+    def check_previews(self, net: SiT, null_label: int | None) -> None:
         """Raises ValueError if previews cannot be drawn; `null_label` is None if it is not trained."""
+        traits = dict(two_times=bool(net.config.get("two_times")), trained_cfg=self.flow.trained_cfg)
         try:
-            self.preview.sampler.check(self.flow.path, self.prediction, null_label)
+            for sampler in self.preview.samplers:
+                sampler.check(self.flow.path, self.prediction, null_label, **traits)
         except ValueError as error:
             raise ValueError(f"preview: {error} (preview.cfg, flow.class_dropout_prob)") from error
 

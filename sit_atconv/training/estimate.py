@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from sit_atconv.checkpoints.training_state import checkpoint_bytes, checkpoints_at_once
 from sit_atconv.data.order import BatchOrder
+from sit_atconv.flow.auxiliary import HiddenTap
 from sit_atconv.flow.step import forward_and_backward
 from sit_atconv.models.costs import multiply_adds
 from sit_atconv.models.sit import SiT
@@ -39,7 +40,8 @@ def report(net: SiT, config: Config, order: BatchOrder, device: torch.device) ->
     fixed, share = sum(parts.values()), order.accumulation * images  # images of a process in one step
     seconds, note = time_step(net, config, order, fixed, image, device)
     macs, trained = multiply_adds(net, net.grid_size), sum(p.numel() for p in net.parameters() if p.requires_grad)
-    flops = 3 * 2 * macs * order.batch_size  # as usual, without what activation checkpointing repeats
+    passes = 3 + config.flow.forwards  # forwards, of which a backward counts two; without what checkpointing repeats
+    flops = passes * 2 * macs * order.batch_size
     size = checkpoint_bytes(net, len(train.ema_decays))
     count = checkpoints_at_once(train.steps, train.checkpoint_every, train.keep_checkpoints, train.keep_every)
     rows = {
@@ -102,7 +104,7 @@ def trial_pass(net: SiT, config: Config, num_images: int, device: torch.device) 
     shape = (num_images, net.config.in_channels, net.config.input_size, net.config.input_size)
     data = torch.randn(shape, generator=generator, device=device)
     y = torch.randint(net.config.num_classes, shape[:1], generator=generator, device=device)
-    forward_and_backward(config.flow, net, data, y, generator, config.train.precision, net.null_label)
+    forward_and_backward(config.flow, HiddenTap(net, net), data, y, generator, config.train.precision, net.null_label)
 
 
 def image_bytes(net: SiT, config: Config, device: torch.device) -> float:
@@ -112,13 +114,13 @@ def image_bytes(net: SiT, config: Config, device: torch.device) -> float:
     mixer are measured.
     """
     device = device if device.type == "cuda" else torch.device("cpu")  # other accelerators do not report their peak
-    blocks, few = net.blocks, max(1, TRIAL_TOKENS // math.prod(net.grid_size))
+    blocks, few = net.blocks, config.flow.period * max(1, TRIAL_TOKENS // math.prod(net.grid_size))
     kinds, last = [type(block.attn) for block in blocks[:-2]], [*blocks[-2:]]
 
     def of_blocks(chosen: list[nn.Module]) -> float:
         net.blocks = nn.ModuleList(chosen)
         run = partial(trial_pass, net.to(device), config, device=device)
-        run(1)  # allocates the gradients
+        run(config.flow.period)  # allocates the gradients
         low, high = (peak_bytes(partial(run, n), device) for n in (few, 2 * few))
         assert low is not None and high is not None  # both devices report it
         return (high - low) / few
@@ -158,7 +160,7 @@ def time_step(
             synchronize(device)
         return time.perf_counter() - start
 
-    num_images, run = 1, partial(trial_pass, net, config, device=device)
+    num_images, run = min(config.flow.period, limit), partial(trial_pass, net, config, device=device)
     while (seconds := seconds_of(partial(run, num_images))) < ENOUGH_SECONDS and num_images < limit:
         num_images = min(2 * num_images, limit)
     seconds *= order.accumulation * order.micro_batch / num_images

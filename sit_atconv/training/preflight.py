@@ -84,9 +84,8 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
         in_channels=codec.channels,
         input_size=codec.latent_size(data.image_size),
     )
-    if net.null_label is None and config.flow.class_dropout_prob > 0:
-        raise ValueError("model.has_null_label is false, so labels cannot be dropped: set flow.class_dropout_prob to 0")
-    config.check_previews(net.null_label)
+    config.flow.check(net, "tf32" if train.precision == "fp32" and train.tf32 and not on_cpu() else train.precision)
+    config.check_previews(net, net.null_label)
     check_auxiliary(config, net, data)
     check_tracker(train.tracker)
     if config.dry_run:
@@ -120,7 +119,7 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
         null_label_trained = recipe.get("null_label_trained")
         if null_label_trained is None and not config.init_from:  # a recipe older than this field
             null_label_trained = False
-    config.check_previews(None if null_label_trained is False else net.null_label)
+    config.check_previews(net, None if null_label_trained is False else net.null_label)
 
     # Stop here if the run is complete.
     if found.step > train.steps:

@@ -96,6 +96,7 @@ class Session:
             empty_classes=self.empty_classes,
             objective=config.objective,
             backbone=config.backbone,
+            trained_cfg=config.flow.trained_cfg,
         )
 
     def note_unreadable(self, job: Job) -> None:
@@ -153,7 +154,7 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
     model, prepared = accelerator.prepare(net, optimizer)
     if train.compile:
         model = torch.compile(model)
-    tapped = HiddenTap(model, config.auxiliary.block if config.auxiliary is not None else None)
+    tapped = HiddenTap(model, net, config.auxiliary.block if config.auxiliary is not None else None)
     state = TrainingState(net, averages.models, optimizer, accelerator.scaler, auxiliary)
     if auxiliary is not None and any(p.requires_grad for p in auxiliary.parameters()):
         auxiliary = accelerator.prepare(auxiliary)
@@ -211,7 +212,7 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
         )
     meter = Meter(
         device,
-        3 * 2 * multiply_adds(net, net.grid_size) / 1e9,
+        (3 + config.flow.forwards) * 2 * multiply_adds(net, net.grid_size) / 1e9,
         train.peak_tflops or peak_tflops(device, train.precision, train.tf32),
     )
     session = Session(
@@ -294,7 +295,8 @@ def settle_gradient_exchange(job: Job, session: Session) -> None:
     if accelerator.num_processes > 1:
         x = torch.zeros(images, *job.latent_shape, device=accelerator.device)
         t = torch.zeros(images, device=x.device)
-        output = session.tapped(x, t, t.long()).float().sum()
+        two_times = session.net.config.get("two_times")
+        output = session.tapped(x, t, t.long(), *([t] if two_times else [])).float().sum()
         if auxiliary is not None:
             pixels = torch.zeros(len(x), job.data.channels, *[job.data.image_size] * 2, device=x.device)
             needs_pixels = job.config.auxiliary is not None and job.config.auxiliary.needs_pixels

@@ -153,7 +153,9 @@ def test_a_model_that_does_not_fit_is_estimated_from_few_blocks(monkeypatch):
     net, depths, loss = SiT(**{**SHAPE, "depth": 9}), [], FlowMatching.loss
     monkeypatch.setattr(estimating, "free_bytes", lambda device: GIB / 2)
     monkeypatch.setattr(
-        FlowMatching, "loss", lambda self, model, *rest: (depths.append(len(model.blocks)), loss(self, model, *rest))[1]
+        FlowMatching,
+        "loss",
+        lambda self, model, *rest: (depths.append(len(model.net.blocks)), loss(self, model, *rest))[1],
     )
     lines = rows(report(net, config(), order(), CPU))
     assert lines["time"].startswith("not measured: needs ") and set(depths) == {2, 3}
