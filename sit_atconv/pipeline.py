@@ -39,7 +39,8 @@ class SiTPipeline(DiffusionPipeline):
     """Pipeline from class labels to images, with any flow scheduler of diffusers.
 
     Schedulers go from sigma = 1 (noise) to sigma = 0 (data) with velocity noise - data: t = 1 - sigma, and the sign of
-    our velocity changes.
+    our velocity changes. A model with two times (MeanFlow) jumps from step to step with the scheduler FlowMatchEuler,
+    and is a flow model with all others.
 
     Args:
         transformer: the model.
@@ -50,6 +51,7 @@ class SiTPipeline(DiffusionPipeline):
         id2label: class names by label, {"0": "tench", ...}. (diffusers would take a list for a component.)
         step, ema_decay, null_label_trained, ema_known: as in `Recipe`, which is restored from them; None if not known.
         empty_classes: as in `Recipe`, in the form of `id2label`.
+        trained_cfg: as in `Recipe`.
 
     Raises:
         ValueError: another interpolant than linear, or a scheduler that is not set up for flows.
@@ -73,6 +75,7 @@ class SiTPipeline(DiffusionPipeline):
         null_label_trained: bool | None = None,
         empty_classes: dict[str, str] | None = None,
         ema_known: bool = False,
+        trained_cfg: float = 1.0,
     ):
         super().__init__()
         if interpolant != "linear":
@@ -91,6 +94,7 @@ class SiTPipeline(DiffusionPipeline):
             null_label_trained=null_label_trained,
             empty_classes=empty_classes,
             ema_known=ema_known,
+            trained_cfg=trained_cfg,
         )
 
     @classmethod
@@ -112,7 +116,7 @@ class SiTPipeline(DiffusionPipeline):
         self,
         class_labels: int | str | Sequence[int | str],
         guidance_scale: float | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         height: int | None = None,
@@ -127,8 +131,10 @@ class SiTPipeline(DiffusionPipeline):
 
         Args:
             class_labels: one class or several, each a label (int) or a class name (str).
-            guidance_scale: scale of classifier-free guidance; 1 is off, None is 4, or 1 without a trained null label.
-            num_inference_steps: steps of the scheduler: uniform in t if it takes sigmas, else on its own grid.
+            guidance_scale: scale of classifier-free guidance; 1 is off. None is 4, but 1 without a trained null label,
+                for jumps, and for weights that have learned guidance, where other scales are an error.
+            num_inference_steps: steps of the scheduler: uniform in t if it takes sigmas, else on its own grid. None is
+                50, or 1 for jumps.
             generator: random generator of the noise: one for all images or one for each.
             guidance_interval: (lo, hi), guidance is on where lo <= t < hi.
             height, width: size of the images in pixels; None is the size of the training images.
@@ -159,21 +165,36 @@ class SiTPipeline(DiffusionPipeline):
         interpolant, prediction = get_interpolant(self.config.interpolant), self.config.prediction
         model = as_velocity(self.transformer, interpolant, prediction)
         null_label = None if self.config.null_label_trained is False else self.transformer.null_label
+        jumps = self.jumps
         is_asked = guidance_interval != (0.0, 1.0)
-        scale = default_cfg(null_label, is_asked=is_asked) if guidance_scale is None else guidance_scale
+        scale = guidance_scale
+        if scale is None:
+            is_off = (jumps or self.config.trained_cfg != 1) and not is_asked
+            scale = 1.0 if is_off else default_cfg(null_label, is_asked=is_asked)
+        if self.config.trained_cfg != 1 and scale != 1:
+            raise ValueError(
+                f"these weights have learned the guidance scale {self.config.trained_cfg:g}, and guidance_scale "
+                f"{scale:g} would guide them again: leave out guidance_scale and guidance_interval"
+            )
         check_guidance(scale, null_label, interval=guidance_interval)
         cfg = scale if null_label is None else lambda t: self._guidance_scale  # a callback may change it
         velocity = guided(model, y, cfg=cfg, interval=guidance_interval)
 
         t0, t1 = interpolant.interval(prediction)
+        if num_inference_steps is None:
+            num_inference_steps = 1 if jumps else 50
         times = self._set_timesteps(num_inference_steps, t0, t1)
+        ends = [*times[1:], times.new_tensor(t1)] if jumps else [None] * len(times)
+        if jumps and self.scheduler.config.stochastic_sampling:  # it goes to the data, and puts noise back
+            ends = [ends[-1]] * len(times)
         self._guidance_scale, self._interrupt, self._num_timesteps = scale, False, len(times)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         options = {"generator": generator} if takes_generator else {}
-        for step, (t, timestep) in enumerate(zip(times, self.progress_bar(self.scheduler.timesteps), strict=True)):
+        steps = zip(times, ends, self.progress_bar(self.scheduler.timesteps), strict=True)
+        for step, (t, r, timestep) in enumerate(steps):
             if self._interrupt:
                 continue
-            x = self.scheduler.step(-velocity(x, t), timestep, x, return_dict=False, **options)[0]
+            x = self.scheduler.step(-velocity(x, t, r), timestep, x, return_dict=False, **options)[0]
             if callback_on_step_end is not None:
                 tensors = {name: x for name in callback_on_step_end_tensor_inputs}
                 x = (callback_on_step_end(self, step, timestep, tensors) or tensors).get("latents", x)
@@ -186,6 +207,12 @@ class SiTPipeline(DiffusionPipeline):
     @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
+
+    @property
+    def jumps(self) -> bool:
+        """True if each step is a jump with the average velocity."""
+        is_euler = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
+        return bool(self.transformer.config.get("two_times")) and is_euler
 
     @property
     def interrupt(self) -> bool:
@@ -315,5 +342,6 @@ def export_pipeline(weights: Weights, folder: Path) -> None:
         null_label_trained=recipe.null_label_trained,
         empty_classes={str(label): recipe.class_names[label] for label in recipe.empty_classes},
         ema_known=recipe.ema_known,
+        trained_cfg=recipe.trained_cfg,
     )
     write_folder_aside(folder, pipeline.save_pretrained)

@@ -125,7 +125,7 @@ def make_parser() -> ArgumentParser:
         type=finite,
         default=None,
         help="guidance scale in v_null + cfg * (v_cond - v_null); 1 is off, 0 ignores the labels "
-        "(default: 4, or 1 without a trained null label)",
+        "(default: 4; 1 without a trained null label, for jumps, and for weights that have learned guidance)",
     )
     guidance.add_argument(
         "--interval",
@@ -160,13 +160,15 @@ def make_parser() -> ArgumentParser:
         "--solver",
         default=None,
         help=f"solver: {', '.join(solvers)}, or your own as MODULE.NAME (docs/extending.md). Default: "
-        f"{default_solver('linear')} for the linear interpolant, {default_solver('gvp')} for others",
+        f"{default_solver('linear')} for the linear interpolant, {default_solver('gvp')} for others, "
+        f"{default_solver('linear', two_times=True)} for MeanFlow models",
     )
     solver.add_argument(
         "--steps",
         type=at_least(1),
-        default=25,
-        help=f"number of solver steps (for an ODE, SiT counts points: its 250 are 249 here); {adaptive} ignores it",
+        default=None,
+        help=f"number of solver steps (for an ODE, SiT counts points: its 250 are 249 here); {adaptive} ignores it "
+        "(default: 25; 1 for jump, 2 for jump-renoise)",
     )
     solver.add_argument(
         "--shift",

@@ -84,8 +84,10 @@ def prepare(options: GenerateOptions) -> SampleJob:
     weak = _load_weak(options.weak, weights, options.vae)
 
     # Check the settings.
-    sampler = options.sampler.settled(recipe.interpolant, weights.null_label, weak is not None)
-    sampler.check(recipe.interpolant, recipe.prediction, weights.null_label, weak is not None)
+    sampler = options.sampler.settled(recipe.interpolant, weak=weak is not None, **weights.traits)
+    sampler.check(recipe.interpolant, recipe.prediction, weak=weak is not None, **weights.traits)
+    if weak is not None and SOLVERS.find(sampler.solver).jumps and not weak.traits["two_times"]:
+        raise ValueError(f"--solver {sampler.solver} needs two times of the weak model, too: give --solver unipc")
     codec = open_codec(recipe.codec, precision="fp32" if options.dtype == "fp32" else "tf32")
     if sampler.cfg_channels and sampler.cfg_channels > codec.channels:
         raise ValueError(
@@ -133,8 +135,15 @@ def prepare(options: GenerateOptions) -> SampleJob:
         *(f"label {label} ({recipe.class_names[label]!r}) had no training images" for label in untrained),
     ]
     if options.sampler.cfg is None and sampler.cfg == 1:
-        why = "has no null label" if weights.model.null_label is None else "was trained without label dropout"
-        notes.append(f"samples are not guided (--cfg 1): the model {why}")
+        if recipe.trained_cfg != 1:
+            notes.append(
+                f"samples need no guidance: the weights have learned the scale {recipe.trained_cfg:g} (--cfg 1)"
+            )
+        elif weights.null_label is None:
+            why = "has no null label" if weights.model.null_label is None else "was trained without label dropout"
+            notes.append(f"samples are not guided (--cfg 1): the model {why}")
+        else:
+            notes.append(f"samples are not guided: with solver {sampler.solver}, --cfg takes two forwards a step")
     if options.out is None and not folder.folder.exists() and (fewer := folder.with_fewer(settings)):
         notes.append(f"{fewer} holds some of these samples: add --out {shlex.quote(str(fewer))} to draw the rest")
     return SampleJob(options, sampler, weights, weak, codec, given, shape, settings, folder, missing, notes)

@@ -79,18 +79,30 @@ def check_guidance(
         )
 
 
-def branches(model, x: Tensor, t: Tensor, y: Tensor, weak=None) -> tuple[Tensor, Tensor]:
+def branches(model, x: Tensor, t: Tensor, y: Tensor, weak=None, r: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns the velocities (B, C, H, W) with and without labels, in one batched forward.
 
-    With `weak`, a second model, its velocity replaces the one without labels (autoguidance, arXiv 2406.02507).
+    With `weak`, a second model, its velocity replaces the one without labels (autoguidance, arXiv 2406.02507). With
+    `r`, they are the average velocities from t to r.
     """
     import torch
 
-    t = _batch_time(x, t)
+    times = _batch_times(x, t, r)
     if weak is not None:
-        return model(x, t, y), weak(x, t, y)
+        return _predict(model, x, y, times), _predict(weak, x, y, times)
     labels = torch.cat([y, torch.full_like(y, model.null_label)])
-    return model(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
+    cond, null = _predict(model, torch.cat([x, x]), labels, [torch.cat([time, time]) for time in times]).chunk(2)
+    return cond, null
+
+
+def _predict(model, x: Tensor, y: Tensor, times: list[Tensor]) -> Tensor:
+    t, *r = times
+    return model(x, t, y, *r)
+
+
+def _batch_times(x: Tensor, t: Tensor, r: Tensor | None) -> list[Tensor]:
+    """Returns t, and r unless it is None, as models take them."""
+    return [_batch_time(x, time) for time in (t, r) if time is not None]
 
 
 def _batch_time(x: Tensor, t: Tensor) -> Tensor:
@@ -110,7 +122,7 @@ def guided(
     channels: int | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
     weak=None,
-) -> Callable[[Tensor, Tensor], Tensor]:
+) -> Callable[..., Tensor]:
     """Returns the guided velocity(x, t) = v_null + cfg * (v_cond - v_null) (arXiv 2207.12598).
 
     Args:
@@ -123,7 +135,8 @@ def guided(
         weak: another model (x, t, y) -> velocity that gives v_null.
 
     Returns:
-        velocity(x, t), where t is (B,) or a 0-d tensor (on the CPU, so that comparing it needs no synchronisation).
+        velocity(x, t), where t is (B,) or a 0-d tensor (on the CPU, so that comparing it needs no synchronisation);
+        velocity(x, t, r) is the average velocity of a model with two times.
 
     Raises:
         ValueError: as `check_guidance`.
@@ -137,14 +150,15 @@ def guided(
     def inside(t: float) -> bool:
         return lo <= t and (t < hi or hi >= 1)
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
+    def velocity(x: Tensor, t: Tensor, r: Tensor | None = None) -> Tensor:
         scales = [scale_at(s) if inside(s) else 1.0 for s in t.reshape(-1).tolist()]
-        t = _batch_time(x, t)
+        times = _batch_times(x, t, r)
         if all(scale == 1 for scale in scales):
-            return model(x, t, y)
+            return _predict(model, x, y, times)
         if all(scale == 0 for scale in scales) and channels is None:
-            return weak(x, t, y) if weak is not None else model(x, t, torch.full_like(y, model.null_label))
-        cond, null = branches(model, x, t, y, weak)
+            labels = torch.full_like(y, model.null_label) if weak is None else y
+            return _predict(weak or model, x, labels, times)
+        cond, null = branches(model, x, t, y, weak, r)
         scale: float | Tensor = scales[0]
         if len(scales) > 1:
             scale = torch.tensor(scales, device=x.device, dtype=x.dtype).view(-1, *[1] * (x.ndim - 1))
@@ -162,12 +176,14 @@ class Guidance:
         build: (model, y, sampler, weak) -> velocity(x, t, step, num_steps). It is called for each batch, so the
             velocity may keep a state. `model`, `y` and `weak` (or None) are as in `guided`; `sampler` is the `Sampler`
             with all settings. `step` counts from 0, and several calls may have the same step; an adaptive solver gives
-            None for both numbers.
+            None for both numbers. Solvers that jump call it with one more argument r, the end of the jump.
         needs_null_label: True if a scale other than 1 is an error without a trained null label or a weak model.
+        guides_again: True if a scale other than 1 is allowed for weights that have learned guidance.
     """
 
     build: Callable[..., Callable]
     needs_null_label: bool = False
+    guides_again: bool = False
 
 
 def classifier_free(model, y: Tensor, sampler, weak=None) -> Callable:
@@ -180,7 +196,14 @@ def classifier_free(model, y: Tensor, sampler, weak=None) -> Callable:
         channels=sampler.cfg_channels,
         interval=sampler.cfg_interval,
     )
-    return lambda x, t, step, num_steps: velocity(x, t)
+    return lambda x, t, step, num_steps, r=None: velocity(x, t, r)
 
 
-GUIDANCE = Table("guidance", Guidance, {"cfg": Guidance(classifier_free, needs_null_label=True)})
+GUIDANCE = Table(
+    "guidance",
+    Guidance,
+    {
+        "cfg": Guidance(classifier_free, needs_null_label=True),
+        "two-branch": Guidance(classifier_free, needs_null_label=True, guides_again=True),
+    },
+)

@@ -29,7 +29,7 @@ class Sampler:
         cfg_channels: guide only the first `cfg_channels` channels; None guides all.
         cfg_interval: guidance is on where lo <= t < hi.
         solver: a name in SOLVERS; None means `default_solver`.
-        steps: number of intervals of the grid.
+        steps: number of intervals of the grid; None means `Solver.default_steps`.
         shift: shift of the grid; above 1 puts more steps near noise (`time_grid`).
         times: explicit grid that replaces `steps` and `shift`.
         diffusion_form, diffusion_norm, last_step, last_step_size: options of SDE solvers, as in `sample_sde`.
@@ -41,7 +41,7 @@ class Sampler:
     cfg_channels: int | None = None
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     solver: str | None = None
-    steps: int = 25
+    steps: int | None = None
     shift: float = 1.0
     times: tuple[float, ...] | None = None
     diffusion_form: str = "sigma"
@@ -49,29 +49,54 @@ class Sampler:
     last_step: str = "mean"
     last_step_size: float = 0.04
 
-    def settled(self, path: str, null_label: int | None = None, weak: bool = False) -> "Sampler":
-        """Fills in scale and solver, and resets settings without effect: equal results mean equal samples.
+    def settled(
+        self,
+        path: str,
+        null_label: int | None = None,
+        weak: bool = False,
+        *,
+        two_times: bool = False,
+        trained_cfg: float = 1.0,
+    ) -> "Sampler":
+        """Fills in scale, solver and steps, and resets settings without effect.
 
-        `path` names the interpolant; `null_label` and `weak` are as in `check_guidance`.
+        Equal results mean equal samples.
+
+        Args:
+            path: name of the interpolant.
+            null_label, weak: as in `check_guidance`.
+            two_times: True if the model predicts average velocities from t to r.
+            trained_cfg: guidance scale that the weights have learned; 1 is none.
         """
-        name, default = self.solver or default_solver(path), Sampler()
+        name, default = self.solver or default_solver(path, two_times), Sampler(steps=SOLVERS["euler"].default_steps)
         solver, cfg = SOLVERS.find(name), self.cfg
         if cfg is None:  # a guidance, schedule, interval or channels other than the default ask for guidance too
             asking = ("guidance", "cfg_schedule", "cfg_channels", "cfg_interval")
             is_asked = any(getattr(self, option) != getattr(default, option) for option in asking)
-            cfg = default_cfg(null_label, weak, is_asked)
+            is_off = (solver.jumps or trained_cfg != 1) and not (is_asked or weak)
+            cfg = 1.0 if is_off else default_cfg(null_label, weak, is_asked)
         unused = [] if solver.is_sde else ["diffusion_form", "diffusion_norm", "last_step", "last_step_size"]
         unused += ["steps", "shift"] if self.times or solver.is_adaptive else []
-        return replace(self, cfg=cfg, solver=name, **{option: getattr(default, option) for option in unused})
+        filled = replace(self, cfg=cfg, solver=name, steps=solver.default_steps if self.steps is None else self.steps)
+        return replace(filled, **{option: getattr(default, option) for option in unused})
 
     def settings(self) -> dict:
         """Returns the settings for a manifest; the default guidance is left out, as in older manifests."""
         return {name: value for name, value in asdict(self).items() if name != "guidance" or value != Sampler.guidance}
 
-    def check(self, path: str, prediction: str, null_label: int | None, weak: bool = False) -> None:
+    def check(
+        self,
+        path: str,
+        prediction: str,
+        null_label: int | None,
+        weak: bool = False,
+        *,
+        two_times: bool = False,
+        trained_cfg: float = 1.0,
+    ) -> None:
         """Raises ValueError if the settings do not fit each other, the interpolant or the model."""
-        solver, (t0, t1) = self._solver(path), self._finite_on(path, prediction)
-        cfg = self.settled(path, null_label, weak).cfg
+        settled = self.settled(path, null_label, weak, two_times=two_times, trained_cfg=trained_cfg)
+        solver, cfg, (t0, t1) = settled._solver(path), settled.cfg, settled._finite_on(path, prediction)
         assert cfg is not None
         for name, value, known in (
             ("last_step", self.last_step, LAST_STEPS),
@@ -82,10 +107,22 @@ class Sampler:
         if not solver.suits(path):
             others = [name for name, other in SOLVERS.items() if other.suits(path)]
             raise ValueError(
-                f"solver {self.solver} needs the linear interpolant, and this model was trained with "
+                f"solver {settled.solver} needs the linear interpolant, and this model was trained with "
                 f"{path}: use one of {', '.join(others)}"
             )
-        needs_null = GUIDANCE.find(self.guidance).needs_null_label and not weak
+        if solver.jumps and not (two_times and prediction == "velocity"):
+            lacks = "has one time" if not two_times else f"predicts {prediction}"
+            raise ValueError(
+                f"solver {settled.solver} needs a model with two times, which MeanFlow trains, and this one {lacks}: "
+                f"use {default_solver(path)}"
+            )
+        guidance = GUIDANCE.find(self.guidance)
+        if trained_cfg != 1 and cfg != 1 and not guidance.guides_again:
+            raise ValueError(
+                f"these weights have learned the guidance scale {trained_cfg:g}, and cfg = {cfg:g} would guide them "
+                "again: use cfg = 1 and no other option of guidance, or --guidance two-branch if you want that"
+            )
+        needs_null = guidance.needs_null_label and not weak
         check_guidance(guidance_schedule(self.cfg_schedule, cfg), null_label, not needs_null, self.cfg_interval)
         with_last_step = solver.is_sde and self.last_step != "none"
         if with_last_step and not self.times and not 1 - t1 <= self.last_step_size < 1 - t0:
@@ -106,10 +143,10 @@ class Sampler:
         if self.times:
             return as_times(self.times)
         solver, (t0, t1) = self._solver(path), self._finite_on(path, prediction)
-        t0 = max(t0, solver.begin)
+        t0, steps = max(t0, solver.begin), solver.default_steps if self.steps is None else self.steps
         if solver.is_sde:
-            return sde_times(self.steps, (t0, t1), self.last_step, self.last_step_size, self.shift)
-        return time_grid(self.steps, t0, t1, self.shift)
+            return sde_times(steps, (t0, t1), self.last_step, self.last_step_size, self.shift)
+        return time_grid(steps, t0, t1, self.shift)
 
     def _solver(self, path: str) -> Solver:
         return SOLVERS.find(self.solver or default_solver(path))
@@ -128,23 +165,29 @@ class Sampler:
         prediction: str = "velocity",
         weak=None,
         randn: Callable[[Tensor], Tensor] = torch.randn_like,
+        two_times: bool = False,
+        trained_cfg: float = 1.0,
     ) -> Tensor:
         """Samples data (B, C, H, W) from noise (B, C, H, W) and labels (B,).
 
         Args:
-            model: (x, t, y) -> prediction, with an attribute `null_label`.
+            model: (x, t, y) -> prediction, with an attribute `null_label`; (x, t, y, r) for a solver that jumps.
             path: name of the interpolant that the model was trained with.
             prediction: meaning of the model's output, such as "velocity".
             weak: a second model (x, t, y) -> velocity, for autoguidance.
-            randn: x -> the next standard-normal tensor like x, for SDE solvers.
+            randn: x -> the next standard-normal tensor like x, for solvers that add noise.
+            two_times, trained_cfg: as in `settled`; they only matter if `solver` or `cfg` is None.
 
         Raises:
             ValueError: some of the errors of `check`.
         """
-        interpolant, times, solver = get_interpolant(path), self.grid(path, prediction), self._solver(path)
-        settled = self.settled(path, model.null_label, weak is not None)
+        settled = self.settled(path, model.null_label, weak is not None, two_times=two_times, trained_cfg=trained_cfg)
+        interpolant, times = get_interpolant(path), settled.grid(path, prediction)
+        solver = settled._solver(path)
         guide = GUIDANCE.find(self.guidance).build(as_velocity(model, interpolant, prediction), y, settled, weak)
         velocity = in_steps(guide, solver, len(times) - 1)
+        if solver.jumps:
+            return solver.loop(velocity, noise, times, randn)
         if not solver.is_sde:
             return sample_ode(velocity, noise, solver=solver, times=times)
         return sample_sde(
@@ -160,30 +203,30 @@ class Sampler:
         )
 
 
-def in_steps(guide: Callable, solver: Solver, num_steps: int) -> Callable[[Tensor, Tensor], Tensor]:
+def in_steps(guide: Callable, solver: Solver, num_steps: int) -> Callable[..., Tensor]:
     """Returns velocity(x, t), which calls guide(x, t, step, num_steps) with the current step.
 
-    It counts calls, so that solver loops need not report their steps; more calls per step than `Solver.evaluations`
-    raise a ValueError.
+    Both take the end r of a jump as a last argument. It counts calls, so that solver loops need not report their steps;
+    more calls per step than `Solver.evaluations` raise a ValueError.
     """
     calls = itertools.count()
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
+    def velocity(x: Tensor, t: Tensor, *r: Tensor) -> Tensor:
         if solver.evaluations is None:  # adaptive
-            return guide(x, t, None, None)
+            return guide(x, t, None, None, *r)
         step = next(calls) // solver.evaluations
         if step >= num_steps:
             raise ValueError(
                 f"the solver has an NFE above {solver.evaluations} per step: give the right number in its "
                 "Solver(loop, evaluations=...)"
             )
-        return guide(x, t, step, num_steps)
+        return guide(x, t, step, num_steps, *r)
 
     return velocity
 
 
 class Counted:
-    """A model (x, t, y) that counts its calls (`evaluations`) and their samples.
+    """A model (x, t, y) or (x, t, y, r) that counts its calls (`evaluations`) and their samples.
 
     With guidance, one call computes both branches and counts each sample twice.
     """
@@ -196,7 +239,7 @@ class Counted:
     def null_label(self) -> int | None:
         return self.model.null_label
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *conditions: Tensor) -> Tensor:
         self.evaluations += 1
         self.samples += len(x)
-        return self.model(x, t, y)
+        return self.model(x, *conditions)

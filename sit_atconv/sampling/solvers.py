@@ -7,6 +7,8 @@ SDE solvers (SiT, arXiv 2401.08740, sections 2.4 and 3.4) add noise, which the s
     dx = drift dt + sqrt(2 w(t)) dW,    drift = v + w(t) * score
 
 has the marginals of dx = v dt for every diffusion w.
+
+Jumps need a model with two times, which predicts the average velocity u(x, t, r) from t to r (`flow.MeanFlow`).
 """
 
 from __future__ import annotations
@@ -101,18 +103,38 @@ def stochastic_heun(
     return x
 
 
+def jump(average_velocity: Callable, x: Tensor, times: Tensor, randn: Callable[[Tensor], Tensor]) -> Tensor:
+    """Jumps from each time to the next: x_r = x_t + (r - t) u(x_t, t, r) (MeanFlow, arXiv 2505.13447)."""
+    for t, r in pairwise(times):
+        x = x + (r - t) * average_velocity(x, t, r)
+    return x
+
+
+def jump_renoise(average_velocity: Callable, x: Tensor, times: Tensor, randn: Callable[[Tensor], Tensor]) -> Tensor:
+    """Jumps to data from each time, and puts noise back for the next (arXiv 2303.01469, algorithm 1)."""
+    end = times[-1]
+    for t, t_next in pairwise(times):
+        x = x + (end - t) * average_velocity(x, t, end)
+        if t_next < end:
+            x = t_next * x + (1 - t_next) * randn(x)
+    return x
+
+
 @dataclass(frozen=True)
 class Solver:
     """A loop and its properties, which commands, checks, counts and records read.
 
     Args:
-        loop: (velocity, x, times) -> x at the last time, or (drift, diffusion, x, times, randn) -> x for an SDE.
+        loop: (velocity, x, times) -> x at the last time; (drift, diffusion, x, times, randn) -> x for an SDE;
+            (average_velocity, x, times, randn) -> x for jumps, where average_velocity is a function of (x, t, r).
         evaluations: NFE (number of function evaluations) of each step but the last, which may need fewer; None for an
             adaptive solver, which chooses its steps for the whole batch (samples depend on it, within a tolerance).
         at_last_time: True if it evaluates the velocity at the last time too.
         linear_only: True if its formulas hold for the linear interpolant only.
         begin: first time of its default grid.
-        is_sde: True if it adds noise.
+        is_sde: True if it integrates the SDE.
+        jumps: True if it needs a model with two times.
+        default_steps: number of steps if none is given.
     """
 
     loop: Callable[..., Tensor]
@@ -121,6 +143,8 @@ class Solver:
     linear_only: bool = False
     begin: float = 0.0
     is_sde: bool = False
+    jumps: bool = False
+    default_steps: int = 25
 
     @property
     def is_adaptive(self) -> bool:
@@ -133,7 +157,12 @@ class Solver:
     def summary(self) -> str:
         """A few words for the help of a command."""
         nfe = "chooses its own steps for the whole batch" if self.is_adaptive else f"NFE {self.evaluations} per step"
-        traits = (nfe, "linear interpolant only" if self.linear_only else "", "adds noise" if self.is_sde else "")
+        traits = (
+            nfe,
+            "linear interpolant only" if self.linear_only and not self.jumps else "",
+            "adds noise" if self.is_sde else "",
+            "MeanFlow models only" if self.jumps else "",
+        )
         return ", ".join(filter(None, traits))
 
 
@@ -148,26 +177,30 @@ SOLVERS = Table(
         "dpm++": Solver(dpm_pp, linear_only=True, begin=1e-3),  # as in diffusers' own grid
         "sde-euler": Solver(euler_maruyama, is_sde=True),
         "sde-heun": Solver(stochastic_heun, evaluations=2, at_last_time=True, is_sde=True),
+        "jump": Solver(jump, linear_only=True, jumps=True, default_steps=1),
+        "jump-renoise": Solver(jump_renoise, linear_only=True, jumps=True, default_steps=2),
     },
 )
 DEFAULTS = ("unipc", "heun")  # the first that suits the interpolant; they need the fewest steps (docs/sampling.md)
 LAST_STEPS = ("none", "mean", "tweedie", "euler")  # last steps of an SDE: see `sample_sde`
 
 
-def default_solver(path: str) -> str:
-    """Returns the name of the default solver for an interpolant."""
-    return next(name for name in DEFAULTS if SOLVERS[name].suits(path))
+def default_solver(path: str, two_times: bool = False) -> str:
+    """Returns the name of the default solver for an interpolant, or for a model with two times."""
+    return "jump" if two_times else next(name for name in DEFAULTS if SOLVERS[name].suits(path))
 
 
 def find_solver(solver: str | Solver | Callable[..., Tensor], is_sde: bool = False) -> Solver:
     """Returns the `Solver` for a name, a `Solver` or a loop.
 
     Raises:
-        ValueError: an unknown name, an ODE solver for an SDE, or an SDE solver for an ODE.
+        ValueError: an unknown name, a solver that jumps, an ODE solver for an SDE, or an SDE solver for an ODE.
     """
     entry = SOLVERS.find(solver) if isinstance(solver, str) else solver
     if not isinstance(entry, Solver):
         entry = Solver(entry, is_sde=is_sde)
+    if entry.jumps:
+        raise ValueError(f"solver {solver} needs a function of (x, t, r): call its loop, or Sampler(solver=...)")
     if entry.is_sde != is_sde:
         raise ValueError(
             f"solver {solver} is for sample_{'sde' if entry.is_sde else 'ode'}: use that function, or another solver"

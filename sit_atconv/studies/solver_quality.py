@@ -24,7 +24,7 @@ from sit_atconv.runtime.plots import save_solver_curves
 from sit_atconv.runtime.settings import differences
 from sit_atconv.sampling import SOLVERS, Counted, Sampler, SampleStream
 
-DEFAULT_CFG = 2.0  # for models with a null label
+DEFAULT_CFG = 2.0  # for models with a null label that have not learned guidance
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,10 @@ def compare_solvers(options: Options) -> dict:
     weights = load_weights(options.ckpt)
     recipe = weights.recipe
     if options.cfg is None:
-        options = replace(options, cfg=1.0 if weights.null_label is None else DEFAULT_CFG)
+        is_off = weights.null_label is None or recipe.trained_cfg != 1
+        options = replace(options, cfg=1.0 if is_off else DEFAULT_CFG)
     for sampler in plan(options):
-        sampler.check(recipe.interpolant, recipe.prediction, weights.null_label)
+        sampler.check(recipe.interpolant, recipe.prediction, **weights.traits)
     device = open_device("cpu" if on_cpu() else "auto")
     prepare_device(device)
     network = open_extractor(options.extractor, options.extractor_weights, device)

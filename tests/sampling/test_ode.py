@@ -114,7 +114,7 @@ def test_explicit_times_override_the_number_of_steps():
     assert seen == [0.0, 0.5, 0.6]
 
 
-@pytest.mark.parametrize("solver", [name for name, solver in SOLVERS.items() if not solver.is_sde])
+@pytest.mark.parametrize("solver", [name for name, solver in SOLVERS.items() if not (solver.is_sde or solver.jumps)])
 def test_result_is_like_the_noise(solver):
     noise = torch.randn(2, 3, 4)
     assert sample_ode(lambda x, t: -x, noise, solver=solver, num_steps=3).dtype == torch.float32
@@ -131,6 +131,7 @@ def test_errors_name_the_value():
     wrong = [
         ({"solver": "rk9"}, "'rk9'"),
         ({"solver": "sde-heun"}, "sde-heun is for sample_sde"),
+        ({"solver": "jump"}, r"jump needs a function of \(x, t, r\)"),
         ({"num_steps": 0}, "not 0"),
         ({"times": [0, 1, 1]}, "1.0, 1.0"),
         ({"times": [0.3]}, r"\[0\.3"),

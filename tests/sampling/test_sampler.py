@@ -30,9 +30,9 @@ class Noting:
         self.velocity, self.steps = guided(model, y, cfg=sampler.cfg, weak=weak), []
         self.batches.append(self.steps)
 
-    def __call__(self, x, t, step, num_steps):
+    def __call__(self, x, t, step, num_steps, *r):
         self.steps.append((step, num_steps))
-        return self.velocity(x, t)
+        return self.velocity(x, t, *r)
 
 
 NOTING = Guidance(Noting)
@@ -57,6 +57,7 @@ def test_evaluations_are_counted(model, solver, evaluations):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_custom_guidance_gets_the_step_and_has_its_own_state_for_each_batch(model, solver):
     Noting.batches.clear()
+    model = randomised(two_times=True) if SOLVERS[solver].jumps else model
     samplers = [Sampler(cfg=2.0, solver=solver, steps=4, guidance=name) for name in ("cfg", f"{__name__}.NOTING")]
     streams = [SampleStream(0, range(3)) for _ in range(3)]
     x = [samplers[i > 0](model, NOISE, Y, randn=stream.randn_like) for i, stream in enumerate(streams)]
@@ -145,7 +146,10 @@ def test_a_weak_model_guides(model):
         (dict(solver="sde-euler", last_step_size=1.0), {}, r"last_step_size must be between 0\.001 and 1, not 1\.0"),
         (dict(solver="sde-euler", last_step_size=5e-4), {}, r"not 0\.0005"),
         (dict(solver="rk9"), {}, "solver must be one of euler, .*, not 'rk9'"),
-        (dict(guidance="pull"), {}, "guidance must be one of cfg, or your own .*, not 'pull'"),
+        (dict(solver="jump"), {}, "jump needs a model with two times, which MeanFlow trains"),
+        (dict(solver="jump", cfg=2.0), dict(two_times=True, trained_cfg=3.0), "have learned the guidance scale 3, and"),
+        (dict(cfg=2.0), dict(trained_cfg=3.0), "use cfg = 1 and no other option of guidance, or --guidance two-branch"),
+        (dict(guidance="pull"), {}, "guidance must be one of cfg, two-branch, or your own .*, not 'pull'"),
         (dict(last_step="best"), {}, "last_step must be one of none, .*, not 'best'"),
         (dict(diffusion_form="cubic"), {}, "diffusion_form must be one of constant, .*, not 'cubic'"),
         (dict(steps=0), {}, "num_steps must be at least 1, not 0"),
@@ -170,6 +174,11 @@ def test_settled_settings_are_equal_if_the_samples_are():
     assert Sampler(times=(0.0, 1.0), steps=7, shift=2.0).settled("vp") == Sampler(times=(0.0, 1.0)).settled("vp")
     assert Sampler(solver="dopri5", steps=7).settled("gvp") == Sampler(solver="dopri5").settled("gvp")
     assert Sampler(solver="sde-euler", last_step="none").settled("vp").last_step == "none"
+    jump = Sampler().settled("linear", 10, two_times=True)
+    assert (jump.solver, jump.steps, jump.cfg) == ("jump", 1, 1.0)
+    assert Sampler(cfg_interval=(0.2, 0.8)).settled("linear", 10, two_times=True).cfg == 4.0  # it asks for guidance
+    assert Sampler().settled("linear", 10, trained_cfg=2.0).cfg == 1.0 and Sampler().settled("linear", 10).steps == 25
+    Sampler(cfg=2.0, guidance="two-branch").check("linear", "velocity", 10, trained_cfg=3.0)
     assert "guidance" not in Sampler().settings() and Sampler(guidance="own.x").settings()["guidance"] == "own.x"
 
 

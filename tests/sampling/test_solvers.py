@@ -14,12 +14,12 @@ from tests.conftest import python
 def test_an_entry_tells_when_its_loop_evaluates_the_velocity(name):
     solver, times, asked = SOLVERS[name], time_grid(5, 0.1, 0.9), []
 
-    def velocity(x, t):
+    def velocity(x, t, *r):
         asked.append(t.item())
         return -x
 
     of_sde = (lambda x, t: t, torch.ones(2, 3), times, torch.zeros_like)
-    solver.loop(velocity, *(of_sde if solver.is_sde else of_sde[1:3]))
+    solver.loop(velocity, *(of_sde if solver.is_sde else of_sde[1:] if solver.jumps else of_sde[1:3]))
     assert solver.is_adaptive or len(asked) == 5 * solver.evaluations
     assert (max(asked) >= times[-1]) == solver.at_last_time and min(asked) == pytest.approx(0.1)
 
@@ -32,6 +32,7 @@ def test_the_summary_of_an_entry():
         "NFE 1 per step, linear interpolant only",
     ]
     assert [default_solver(path) for path in ("linear", "gvp", "vp")] == ["unipc", "heun", "heun"]
+    assert default_solver("linear", two_times=True) == "jump" and "MeanFlow models only" in SOLVERS["jump"].summary
 
 
 def test_a_solver_is_found_by_name_path_entry_or_loop():
@@ -57,3 +58,18 @@ def test_commands_read_the_tables_without_torch():
 
 
 OWN = Solver(lambda drift, diffusion, x, times, randn: x, is_sde=True)
+
+
+def test_jumps_go_from_time_to_time_or_put_noise_back():
+    times, spans = time_grid(2), []
+
+    def u(x, t, r):
+        spans.append((t.item(), r.item()))
+        return x + 1
+
+    x = torch.ones(2, 3)
+    assert torch.equal(SOLVERS["jump"].loop(u, x, times, None), torch.full((2, 3), 3.5))
+    assert spans == [(0.0, 0.5), (0.5, 1.0)]
+    spans.clear()  # to data: 3; back to 0.5 with noise 4: 3.5; and to data again
+    found = SOLVERS["jump-renoise"].loop(u, x, times, lambda x: torch.full_like(x, 4.0))
+    assert torch.equal(found, torch.full((2, 3), 5.75)) and spans == [(0.0, 1.0), (0.5, 1.0)]
