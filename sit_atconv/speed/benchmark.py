@@ -20,12 +20,13 @@ from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.runtime.environment import describe_environment
 from sit_atconv.runtime.memory import peak_bytes
 from sit_atconv.speed.costs import form_multiply_adds, operator_cost
-from sit_atconv.speed.levels import PREPARE, Case, check_dtype, open_decoder
+from sit_atconv.speed.forms import TWO_TIMES
+from sit_atconv.speed.levels import FLOW_STEP, PREPARE, Case, check_dtype, open_decoder
 from sit_atconv.speed.options import SpeedOptions
 from sit_atconv.speed.results import Comparison, Measurement
 from sit_atconv.speed.timing import Rounds, time_interleaved
 
-MEMORY = ("train", "sampling")  # levels whose peak memory is measured
+MEMORY = ("train", "sampling", "jump", "train-jump")  # levels whose peak memory is measured
 
 
 def compare(
@@ -127,7 +128,9 @@ def measure(
             figures["speedup"] = ms[options.baseline, quantity].over(milliseconds)
         if form != "floor" and ("floor", quantity) in ms:
             figures["over_floor"] = milliseconds.over(ms["floor", quantity])
-        config = options.model_config(form, case.resolution)
+        if level == "train-jump" and quantity != FLOW_STEP:
+            figures["over_flow"] = milliseconds.over(ms[form, FLOW_STEP])
+        config = {**options.model_config(form, case.resolution), "two_times": level in TWO_TIMES}
         if level == "op":
             macs, numbers = operator_cost(form, config, case.grid_size)[quantity]
             needed_bytes = case.batch_size * numbers * torch_dtype(case.dtype).itemsize

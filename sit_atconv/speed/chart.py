@@ -25,6 +25,8 @@ TITLES = {  # of the panels; other quantities are parts of these and get no pane
     ("model", "forward"): "model, one forward",
     ("train", "step"): "training step",
     ("sampling", "sampling"): "sampling",
+    ("jump", "sampling"): "sampling in one jump",
+    ("train-jump", "MeanFlow step"): "training step of MeanFlow",
 }
 DASHES = (0, (4, 3))
 

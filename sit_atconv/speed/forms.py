@@ -8,7 +8,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-LEVELS = ("op", "mixer", "block", "model", "train", "sampling")  # what is timed
+LEVELS = ("op", "mixer", "block", "model", "train", "sampling", "jump", "train-jump")  # what is timed
+TWO_TIMES = ("jump", "train-jump")  # levels of MeanFlow models, which have a second time
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ FORMS = {
         "ATConv as published", "atconv", LEVELS, "#d1722c", "PublishedATConv", "unchanged", _published_multiply_adds
     ),
     "atconv": Form("ATConv", "atconv", LEVELS, "#1f6fb4", twin="second_computation", bold=True),
-    "hybrid": Form("hybrid", "hybrid", ("model", "train", "sampling"), "#8a5fb5", twin="second_computation"),
+    "hybrid": Form("hybrid", "hybrid", LEVELS[3:], "#8a5fb5", twin="second_computation"),
     # ATConv's two projections only: no token mixer with these projections can be faster.
     "floor": Form(
         "floor (projections only)",

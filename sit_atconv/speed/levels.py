@@ -11,7 +11,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from sit_atconv.data.codecs import VAECodec
-from sit_atconv.flow import FlowMatching
+from sit_atconv.flow import FlowMatching, MeanFlow, Objective
+from sit_atconv.flow.auxiliary import HiddenTap
 from sit_atconv.flow.step import forward_and_backward, move_averages
 from sit_atconv.models.costs import DEFAULTS
 from sit_atconv.models.mixers import MIXERS, mixer_names
@@ -22,8 +23,12 @@ from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.sampling import guided, sample_ode
 from sit_atconv.speed.agreement import BOUNDS, Check, attention_definition, check, check_operator, take_form
 from sit_atconv.speed.computations import attend, published_conv2d
+from sit_atconv.speed.forms import TWO_TIMES
 from sit_atconv.speed.options import PRECISIONS, SpeedOptions
 from sit_atconv.speed.timing import Rotation
+
+FLOW_STEP = "flow step"
+TRAIN_JUMP = {FLOW_STEP: FlowMatching(), "MeanFlow step": MeanFlow()}  # the first is what the others are compared with
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Case:
             config = {**self.options.model_config(form, self.resolution), **overrides}
             model = random_model(config, "fp32" if training else self.dtype, self.device).train(training)
             few = [tensor[:2] for tensor in self.inputs]
-            self.require(take_form(model, form, *few, gradients=level in ("mixer", "block", "train")))
+            self.require(take_form(model, form, *few, gradients=level in ("mixer", "block", "train", "train-jump")))
             models[form] = model
         return models
 
@@ -219,37 +224,55 @@ def prepare_sampling(case: Case) -> Timed:
     runs = {
         (form, "sampling"): partial(sample, case.compiled(form, model, sample)) for form, model in case.models.items()
     }
-    extras = {}
-    if case.decoder is not None:
-        dtype = torch_dtype(case.dtype)
-        nn.Module.to(case.decoder, case.device, dtype)  # diffusers' own `to` warns of uncast modules, even of none
-        extras["decode"] = torch.inference_mode()(partial(case.decoder.decode, noise.to(dtype)))
-    return Timed(runs, case.models, scale=options.steps / num_steps, extras=extras)
+    return Timed(runs, case.models, scale=options.steps / num_steps, extras=decoding(case))
 
 
-def prepare_train(case: Case) -> Timed:
+def prepare_jump(case: Case) -> Timed:
+    """Prepares one jump of a MeanFlow model from noise to data."""
+    noise, _, y = case.inputs
+    models, t = case.build("jump", two_times=True), torch.zeros(case.batch_size, device=case.device)
+
+    def sample(run: Callable) -> Tensor:
+        with torch.inference_mode():
+            return noise + run(noise, t, y, t + 1)
+
+    runs = {(form, "sampling"): partial(sample, case.compiled(form, model, sample)) for form, model in models.items()}
+    return Timed(runs, models, extras=decoding(case))
+
+
+def decoding(case: Case) -> dict[str, Callable[[], object]]:
+    """Returns the run that decodes a batch of samples, if the options say so."""
+    if case.decoder is None:
+        return {}
+    dtype = torch_dtype(case.dtype)
+    nn.Module.to(case.decoder, case.device, dtype)  # diffusers' own `to` warns of uncast modules, even of none
+    return {"decode": torch.inference_mode()(partial(case.decoder.decode, case.inputs[0].to(dtype)))}
+
+
+def prepare_train(level: str, case: Case, objectives: Mapping[str, Objective]) -> Timed:
+    """Prepares training steps of each objective, by quantity, with one model and optimizer."""
     autocast = partial(torch.autocast, case.device.type, torch_dtype(case.dtype), enabled=case.dtype != "fp32")
     data, _, y = case.inputs
     with autocast():
-        models = case.build("train", training=True)
+        models = case.build(level, training=True, **({"two_times": True} if level in TWO_TIMES else {}))
 
     def forward(run: Callable) -> Tensor:
         with autocast():
             return run(*case.inputs)
 
-    flow, runs, optimizers = FlowMatching(), {}, {}
+    runs: dict[tuple[str, str], Callable[[], object]] = {}
+    optimizers = {}
     for form, model in models.items():
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizers[form] = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
         # Small enough to overflow nowhere: a step that is skipped is no step.
         scaler = torch.amp.GradScaler(case.device.type, init_scale=2.0**8, enabled=case.dtype == "fp16")
-
-        run = case.compiled(form, model, forward)
-
+        tapped = HiddenTap(case.compiled(form, model, forward), model)
         averaged, weight = [p.detach().clone() for p in parameters], torch.tensor(1e-4, device=case.device)
 
         def step(
-            run=run,
+            objective,
+            tapped=tapped,
             null_label=model.null_label,
             optimizer=optimizers[form],
             scaler=scaler,
@@ -257,7 +280,7 @@ def prepare_train(case: Case) -> Timed:
             averaged=averaged,
             weight=weight,
         ):
-            forward_and_backward(flow, run, data, y, case.generator, case.dtype, null_label, scaler)
+            forward_and_backward(objective, tapped, data, y, case.generator, case.dtype, null_label, scaler)
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             scaler.step(optimizer)
@@ -265,7 +288,7 @@ def prepare_train(case: Case) -> Timed:
             optimizer.zero_grad(set_to_none=True)
             move_averages(averaged, parameters, weight)
 
-        runs[form, "step"] = step
+        runs |= {(form, quantity): partial(step, objective) for quantity, objective in objectives.items()}
     return Timed(runs, models, optimizers)
 
 
@@ -274,8 +297,10 @@ PREPARE: dict[str, Callable[[Case], Timed]] = {
     "mixer": partial(prepare_part, "mixer"),
     "block": partial(prepare_part, "block"),
     "model": prepare_model,
-    "train": prepare_train,
+    "train": partial(prepare_train, "train", objectives={"step": FlowMatching()}),
     "sampling": prepare_sampling,
+    "jump": prepare_jump,
+    "train-jump": partial(prepare_train, "train-jump", objectives=TRAIN_JUMP),
 }
 
 
@@ -311,7 +336,7 @@ def open_decoder(options: SpeedOptions) -> Any:
     Raises:
         ValueError: no VAE can be loaded, or its latents have another shape than the samples.
     """
-    if options.decoder == "none" or "sampling" not in options.levels:
+    if options.decoder == "none" or not {"sampling", "jump"} & {*options.levels}:
         return None
     if options.decoder == "sd-vae":
         from diffusers import AutoencoderKL

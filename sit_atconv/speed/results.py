@@ -16,12 +16,16 @@ DEFINITIONS = {
     "fp32, arithmetic autocast to the dtype; inputs are already on the device",
     "sampling": "one batch from noise to image: steps x the measured Euler step + decoding; with guidance (cfg other "
     "than 0 or 1) each step is one forward of both branches, twice the batch",
+    "jump": "one batch from noise to image in one jump of a MeanFlow model: one forward without guidance + decoding",
+    "train-jump": "one training step, as above, of a model with two times: by flow matching, and by MeanFlow, where "
+    "every fourth sample jumps",
     "milliseconds": "time for one batch",
     "multiply_adds": "multiply-adds for one image in linears, convolutions and attention's two products; one forward, "
     "or that gradient alone",
     "speedup": "the baseline's time divided by this form's, round by round; above 1 is faster",
     "over_floor": "this form's time divided by the floor's, round by round; the floor is the same model without kernel "
     "generation and convolution",
+    "over_flow": "this step's time divided by the same model's step of flow matching, round by round",
     "over_byte_floor": "this form's time divided by the time to read its inputs and write its outputs once, at the "
     "bandwidth of a large copy in the same round",
     "peak_memory_bytes": "weights, optimizer state and the largest sum of other tensors alive at once: on CUDA from "
@@ -51,6 +55,7 @@ class Measurement:
     speedup: Rounds | None = None
     over_floor: Rounds | None = None
     over_byte_floor: Rounds | None = None
+    over_flow: Rounds | None = None
 
     @property
     def ms_per_image(self) -> Rounds:

@@ -32,6 +32,7 @@ def table(comparison: Comparison) -> str:
         "multiply_adds": "GMACs",
         "over_floor": "x floor",
         "over_byte_floor": "x byte floor",
+        "over_flow": "x flow step",
         "peak_memory_bytes": "peak memory",
     }
     keys = [
@@ -40,6 +41,7 @@ def table(comparison: Comparison) -> str:
         "speedup",
         "over_floor",
         *(["over_byte_floor"] if "op" in options.levels else []),
+        *(["over_flow"] if "train-jump" in options.levels else []),
         "peak_memory_bytes",
     ]
     return "\n".join([*lines, "", *(f"- {names.get(key, key)}: {DEFINITIONS[key]}." for key in keys)])
@@ -60,6 +62,7 @@ def _rows(rows: list[Measurement], baseline: str) -> list[str]:
         f"speedup over {baseline}": lambda m: _cell(m.speedup),
         "x floor": lambda m: _cell(m.over_floor),
         "x byte floor": lambda m: _cell(m.over_byte_floor),
+        "x flow step": lambda m: _cell(m.over_flow),
         "peak memory, MiB": lambda m: "" if m.peak_memory_bytes is None else f"{m.peak_memory_bytes / 2**20:.1f}",
     }
     if rows[0].level in ("op", "mixer", "block"):

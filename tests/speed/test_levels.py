@@ -38,6 +38,8 @@ def test_every_form_of_a_level_is_checked_and_runs_every_quantity(level):
         "model": ["forward"],
         "train": ["step"],
         "sampling": ["sampling"],
+        "jump": ["sampling"],
+        "train-jump": ["flow step", "MeanFlow step"],
     }
     if level == "op":
         convolution = ["forward", "backward", "grad_x", "grad_kernels"]
