@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.one_step import study
 from sit_atconv.data.images import load_digits
 from sit_atconv.training.config import parse
 from tests.conftest import python
@@ -126,3 +127,20 @@ def test_the_quickstarts_digits_are_good(tmp_path):
         assert f"tour/{picture}" in done.stdout and min(Image.open(tmp_path / "tour" / picture).size) > 200
     for command in ("accelerate launch", "sample/generate.py", "eval/fid.py", "eval/speed.py", "classify.py"):
         assert command in done.stdout
+
+
+@pytest.mark.slow
+def test_the_digits_of_one_step_are_good(launch, tmp_path):
+    """Distances without guidance, beside that of flow matching with Heun and NFE 24 (docs/one-step.md: three seeds)."""
+    flow, error = 0.42, 0.04
+    found = study(tmp_path, "MeanFlow", 0)
+    print(found)
+    assert found["1 step"]["distance"] <= 2 * flow and found["4 steps"]["distance"] <= 1.3 * flow
+    assert abs(found["Heun, NFE 24"]["distance"] - flow) <= 2 * (error**2 + found["Heun, NFE 24"]["error"] ** 2) ** 0.5
+    argv = ["--ckpt", tmp_path / "meanflow-0", "--num-samples", 1000, "--labels", "balanced", "--out", tmp_path / "one"]
+    codes, output = launch("sample/generate.py", argv)
+    assert codes == [0], output
+    labels = np.array(json.loads((tmp_path / "one" / "manifest.json").read_text())["labels"])
+    quality = measure_quality(np.load(tmp_path / "one" / "samples.npz")["arr_0"][..., 0], labels)
+    print(quality)
+    assert quality.failures() == []
