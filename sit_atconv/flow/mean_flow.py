@@ -166,7 +166,7 @@ class MeanFlow(Objective):
         # By position and not at random, so that nothing waits for the GPU; micro-batches and processes have the same
         # share where jump_every divides them.
         jumps = torch.arange(B, device="cpu") % self.jump_every == 0
-        here = jumps.to(device)
+        here = jumps.to(device, non_blocking=True)
         return IntervalDraw(
             noise, torch.where(here, start, t), torch.where(here, end, t), dropped, jumps, jumps.double().mean().item()
         )
