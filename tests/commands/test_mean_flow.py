@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from sit_atconv.checkpoints.warm_start import start_from
 from sit_atconv.checkpoints.weights import load_weights
@@ -116,6 +117,14 @@ def test_the_pipeline_jumps_as_the_command_does(whole, tmp_path, capsys):
     again = load_weights(str(tmp_path / "pipeline"))
     assert again.traits == load_weights(str(whole)).traits
 
+    ends = []  # of jumps: with stochastic sampling the scheduler goes to the data, and puts noise back
+    pipeline.transformer.register_forward_pre_hook(lambda module, inputs: ends.append(inputs[3][0].item()))
+    for stochastic, expected in ((False, [0.5, 1.0]), (True, [1.0, 1.0])):
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=stochastic)
+        pipeline([3], num_inference_steps=2, output_type="latent")
+        assert ends == expected
+        ends.clear()
+
 
 def test_flow_weights_are_reproduced_to_the_bit(launch, tiny_run, whole, tmp_path):
     """With the second time, at every r, as --init-from reads them."""
@@ -160,6 +169,7 @@ def test_learned_guidance_is_known_to_the_checkpoint(launch, fails, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--model.two_times", "true"], "FlowMatching trains one time: give --flow MeanFlow"),
         (["--flow", "MeanFlow"], "MeanFlow needs a model with two times: set model.two_times to true"),
         ([*MEAN_FLOW, "--flow.path", "gvp"], "flow.path"),
         ([*MEAN_FLOW, "--flow.jump_every", "0"], "flow.jump_every must be at least 1, not 0"),

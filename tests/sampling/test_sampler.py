@@ -177,6 +177,7 @@ def test_settled_settings_are_equal_if_the_samples_are():
     jump = Sampler().settled("linear", 10, two_times=True)
     assert (jump.solver, jump.steps, jump.cfg) == ("jump", 1, 1.0)
     assert Sampler(cfg_interval=(0.2, 0.8)).settled("linear", 10, two_times=True).cfg == 4.0  # it asks for guidance
+    assert Sampler().settled("linear", 10, weak=True, two_times=True).cfg == 4.0
     assert Sampler().settled("linear", 10, trained_cfg=2.0).cfg == 1.0 and Sampler().settled("linear", 10).steps == 25
     Sampler(cfg=2.0, guidance="two-branch").check("linear", "velocity", 10, trained_cfg=3.0)
     assert "guidance" not in Sampler().settings() and Sampler(guidance="own.x").settings()["guidance"] == "own.x"
