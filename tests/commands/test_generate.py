@@ -307,7 +307,7 @@ def test_custom_solver_and_guidance(launch, fails, tiny_run, tmp_path):
         ("json.dumps", "solver json.dumps is not a Solver"),
     ):
         assert error in fails(main, [*argv, "--solver", name])
-    assert "guidance must be one of cfg, or your own as module.NAME, not 'apg'" in fails(
+    assert "guidance must be one of cfg, two-branch, or your own as module.NAME, not 'apg'" in fails(
         main, [*argv, "--guidance", "apg"]
     )
 

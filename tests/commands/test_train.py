@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from sit_atconv.data.images import ImageFolder
 from sit_atconv.data.order import hold_out
+from sit_atconv.flow import MeanFlow
 from sit_atconv.models import PRESETS, SiT
 from sit_atconv.runtime.files import exclusive
 from sit_atconv.runtime.installation import configs_of
@@ -1061,12 +1062,17 @@ def test_resuming_with_other_options_shows_the_difference(fails, tiny_run):
 def test_shipped_configs_parse(name):
     config = parse(["--config", str(ROOT / "configs" / name), "--train.precision", "bf16"])
     assert config.out.parts[0] == "runs"
-    published = name != "digits.yaml"
-    train = config.train
+    published, train = not name.startswith("digits") and "onestep" not in name, config.train
     recipe = (train.lr, train.lr_decay, train.warmup_steps, train.weight_decay, train.ema_decay, train.steps)
     assert (recipe == (1e-4, "constant", 0, 0.0, 0.9999, 400_000)) == published
     if name.startswith("imagenet"):
         assert (train.batch_size, config.flow.class_dropout_prob, config.data.image_size) == (256, 0.1, int(name[8:11]))
+    if "onestep" in name:
+        assert type(config.flow) is MeanFlow and config.model["two_times"] and config.preview.num_steps == [1, 4]
+        assert name.startswith("digits") or (config.optimizer[1]["betas"], config.flow.trained_cfg) == (
+            (0.9, 0.95),
+            2.5,
+        )
     if name == "ffhq512.yaml":
         assert (train.batch_size, config.flow.class_dropout_prob, config.model["has_null_label"]) == (128, 0.0, False)
 
