@@ -1,5 +1,6 @@
 """All sampling settings in one value: guidance, solver and time grid, as commands name them."""
 
+import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -207,9 +208,18 @@ def in_steps(guide: Callable, solver: Solver, num_steps: int) -> Callable[..., T
     """Returns velocity(x, t), which calls guide(x, t, step, num_steps) with the current step.
 
     Both take the end r of a jump as a last argument. It counts calls, so that solver loops need not report their steps;
-    more calls per step than `Solver.evaluations` raise a ValueError.
+    more calls per step than `Solver.evaluations` raise a ValueError, and so does a guide that takes no r if the solver
+    jumps.
     """
     calls = itertools.count()
+    if solver.jumps:
+        try:
+            inspect.signature(guide).bind("x", "t", "step", "num_steps", "r")
+        except TypeError as error:
+            raise ValueError(
+                "this guidance takes no end r of a jump: give it a last argument r (docs/extending.md), or use another "
+                "solver"
+            ) from error
 
     def velocity(x: Tensor, t: Tensor, *r: Tensor) -> Tensor:
         if solver.evaluations is None:  # adaptive

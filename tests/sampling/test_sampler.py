@@ -74,6 +74,19 @@ def test_a_solver_with_a_higher_nfe_than_its_entry_says_is_refused(model):
         Sampler(cfg=1.0, solver=f"{__name__}.WRONG_ENTRY", steps=4)(model, NOISE, Y)
 
 
+def old_guidance(model, y, sampler, weak):
+    velocity = guided(model, y, cfg=sampler.cfg)
+    return lambda x, t, step, num_steps: velocity(x, t)
+
+
+WITHOUT_END = Guidance(old_guidance)
+
+
+def test_a_guidance_that_does_not_take_the_end_of_a_jump_is_refused():
+    with pytest.raises(ValueError, match=r"takes no end r of a jump: .*docs/extending\.md"):
+        Sampler(cfg=2.0, solver="jump", guidance=f"{__name__}.WITHOUT_END")(randomised(two_times=True), NOISE, Y)
+
+
 def test_settings_reach_guidance_and_solver(model):
     velocity = guided(model, Y, cfg=3.0, channels=3, interval=(0.2, 0.9))
     expected = sample_ode(velocity, NOISE, solver="heun", times=time_grid(5, shift=2.0))
