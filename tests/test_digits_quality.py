@@ -6,12 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
-from benchmarks.one_step import study
 from sit_atconv.data.images import load_digits
+from sit_atconv.runtime.installation import shipped_sweeps
 from sit_atconv.training.config import parse
-from tests.conftest import python
+from tests.conftest import ROOT, python
 from tests.digits_quality import measure_quality
 
 real_images, real_labels = load_digits()
@@ -132,13 +133,20 @@ def test_the_quickstarts_digits_are_good(tmp_path):
 @pytest.mark.slow
 def test_the_digits_of_one_step_are_good(launch, tmp_path):
     """Distances without guidance, beside that of flow matching with Heun and NFE 24 (docs/one-step.md: three seeds)."""
-    flow, error = 0.42, 0.04
-    found = study(tmp_path, "MeanFlow", 0)
-    print(found)
-    assert found["1 step"]["distance"] <= 2 * flow and found["4 steps"]["distance"] <= 1.3 * flow
-    assert abs(found["Heun, NFE 24"]["distance"] - flow) <= 2 * (error**2 + found["Heun, NFE 24"]["error"] ** 2) ** 0.5
-    argv = ["--ckpt", tmp_path / "meanflow-0", "--num-samples", 1000, "--labels", "balanced", "--out", tmp_path / "one"]
-    codes, output = launch("sample/generate.py", argv)
+    flow, error = 0.43, 0.04
+    study = yaml.safe_load(shipped_sweeps()["digits-one-step"].read_text())
+    samplers = ["1 step", "4 steps", "Heun, NFE 24"]
+    study |= {"out": str(tmp_path / "out"), "grid": {"objective": "MeanFlow", "seed": 0, "sampler": samplers}}
+    del study["report"]
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    subprocess.run(python(ROOT / "eval/sweep.py", tmp_path / "study.yaml"), check=True)
+    rows = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
+    one, four, heun = (row["FD-digits-1000"] for row in rows)
+    print(one, four, heun)
+    assert one <= 2 * flow and four <= 1.3 * flow
+    assert abs(heun - flow) <= 2 * (error**2 + rows[2]["error of FD-digits-1000"] ** 2) ** 0.5
+    argv = ["--ckpt", tmp_path / "out/MeanFlow-seed0", "--num-samples", 1000, "--labels", "balanced"]
+    codes, output = launch("sample/generate.py", [*argv, "--out", tmp_path / "one"])
     assert codes == [0], output
     labels = np.array(json.loads((tmp_path / "one" / "manifest.json").read_text())["labels"])
     quality = measure_quality(np.load(tmp_path / "one" / "samples.npz")["arr_0"][..., 0], labels)

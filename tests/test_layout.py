@@ -129,6 +129,7 @@ def test_no_module_hides_another():
         ["eval/fid.py", "--help"],
         ["eval/speed.py", "--help"],
         ["eval/compare.py", "--help"],
+        ["eval/sweep.py", "--help"],
         ["sit_atconv/encode.py", "--help"],
         ["sit_atconv/convert.py", "--help"],
         ["sample/generate.py", "--cfg", "x"],

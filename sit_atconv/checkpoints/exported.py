@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sit_atconv.checkpoints.recipe import Recipe, check_fields
-from sit_atconv.checkpoints.run_folder import newest_checkpoint
+from sit_atconv.checkpoints.run_folder import newest_checkpoint, read_config
 from sit_atconv.runtime.files import check_room, sha256_of, weights_variant, write_folder_aside
 
 if TYPE_CHECKING:  # importing torch takes seconds: functions import it only when they load weights
@@ -160,14 +160,11 @@ def load_exported(folder: Path) -> Weights:
 
 def _run_drops_no_labels(folder: Path) -> bool:
     """True if config.yaml of the run says so; recipes older than 2026-11-25 do not."""
-    import yaml
-
     checkpoints = folder.resolve().parent.parent
+    options = read_config(checkpoints.parent) if checkpoints.name == "checkpoints" else {}
     try:
-        options = yaml.safe_load((checkpoints.parent / "config.yaml").read_text())
-        drops_none = options["flow"]["class_dropout_prob"] == 0 and options.get("init_from") is None
-        return checkpoints.name == "checkpoints" and drops_none
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return options["flow"]["class_dropout_prob"] == 0 and options.get("init_from") is None
+    except (KeyError, TypeError):
         return False
 
 

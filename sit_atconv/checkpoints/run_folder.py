@@ -28,6 +28,16 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+def read_config(run: Path) -> dict:
+    """Returns the configuration of a training run, or {} if the folder has none that can be read."""
+    import yaml
+
+    try:
+        return dict(yaml.safe_load((run / "config.yaml").read_text()))
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return {}
+
+
 def append_stats(run: Path, line: dict) -> None:
     """Adds one line to stats.jsonl."""
     with open(run / "stats.jsonl", "a") as file:

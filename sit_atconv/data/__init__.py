@@ -2,3 +2,9 @@
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 MAX_MEGAPIXELS = 179.0  # of an image file that is read: Pillow's limit against files that unpack to more than memory
+IDX = "idx:"  # prefix of a folder of IDX files, as images or as a reference
+
+
+def is_named(source: str) -> bool:
+    """True if images are not named by a path alone: "digits" or "idx:FOLDER"."""
+    return source == "digits" or source.startswith(IDX)

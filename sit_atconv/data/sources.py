@@ -9,13 +9,15 @@ import numpy as np
 from sit_atconv.data import MAX_MEGAPIXELS
 from sit_atconv.data.codecs import Codec, Precision, open_codec, typed_codec
 from sit_atconv.data.data_source import DataSource
+from sit_atconv.data.idx import IdxImages
 from sit_atconv.data.images import Digits, ImageFolder
 from sit_atconv.data.latents import CachedLatents
 from sit_atconv.runtime.commands import warn_if_hidden
 from sit_atconv.runtime.names import is_object_path, name_classes
 from sit_atconv.runtime.tables import Table, import_module_of
 
-SOURCES: Table[type[DataSource]] = Table("data source", type, {"digits": Digits})  # other names are folders
+# Named by NAME or NAME:PLACE; anything else is a folder of images.
+SOURCES: Table[type[DataSource]] = Table("data source", type, {"digits": Digits, "idx": IdxImages})
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,14 @@ class DataConfig:
     """Settings of the training data.
 
     Args:
-        images: "digits" (embedded, 8x8), a folder of images with labels from its dataset.json or its subfolders, or
-            your own `DataSource`, my_module.MySource.
+        images: "digits" (embedded, 8x8); a folder of images with labels from its dataset.json or its subfolders;
+            idx:FOLDER with the IDX files of MNIST or Fashion-MNIST, padded to 32 pixels; or your own `DataSource`,
+            my_module.MySource.
         latents: a folder written by encode.py, instead of images; it determines size, classes and VAE.
         image_size: side in pixels after a centre crop; by default, that of the latents, or 256.
         codec: hub id or folder of a diffusers AutoencoderKL, "identity" for pixel space, or your own `Codec`,
             my_module.MyCodec; by default, the codec of the latents, stabilityai/sd-vae-ft-ema for a folder of images,
-            "identity" for digits.
+            "identity" for digits and IDX files.
         codec_precision: precision of the VAE's arithmetic.
         mirror: flip images horizontally with probability 0.5.
         num_workers: number of processes that load images, for each training process.
@@ -101,11 +104,14 @@ class DataConfig:
             if self.images != type(self).images:
                 raise ValueError(f"data.images {self.images} and data.latents {self.latents}: give one of them")
             return CachedLatents
-        if not (self.images in SOURCES or is_object_path(self.images)):
-            return ImageFolder
-        if self.images in SOURCES:
+        name = self.images.partition(":")[0]
+        if name in SOURCES:
             warn_if_hidden("data.images", self.images)
-        found = SOURCES.find(import_module_of(self.images))
+        elif is_object_path(self.images):
+            import_module_of(name)
+        else:
+            return ImageFolder
+        found = SOURCES.find(name)
         if DataSource not in found.__mro__:
             raise ValueError(
                 f"{self.images} does not inherit sit_atconv.data.sources.DataSource: see docs/extending.md"

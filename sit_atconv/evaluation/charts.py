@@ -14,8 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, NullLocator
 
-from sit_atconv.evaluation.comparison import SAMPLER, Comparison, Run, distinct_names, said, shared_protocol, short
+from sit_atconv.evaluation.comparison import Comparison, Run
+from sit_atconv.evaluation.comparison_inputs import distinct_names
+from sit_atconv.evaluation.comparison_table import SAMPLER, said, shared_protocol, short
 from sit_atconv.evaluation.metrics import kind_of, metric_of
+from sit_atconv.evaluation.seeds import SeedScore
 from sit_atconv.runtime.plots import save_figure, set_log, spread
 from sit_atconv.runtime.settings import flatten
 
@@ -24,6 +27,7 @@ TRENDS = {  # chart -> the setting on its x axis, and the label of that axis
     "cfg": (f"{SAMPLER}.cfg", "guidance scale"),
     "training": ("step", "training step"),
 }
+BARS = "bars: two standard errors, or 95 % interval over seeds"
 TITLE = ("samples.num", "samples.labels", f"{SAMPLER}.solver", f"{SAMPLER}.steps", f"{SAMPLER}.cfg")  # in this order
 
 
@@ -132,7 +136,10 @@ def _model_names(models: Sequence[Path]) -> list[str]:
 
 
 def _value(run: Run, metric: str) -> tuple[float, float]:
-    score = run.evaluation.scores[metric]
+    """Returns a row's score and the half of its bar: two standard errors, or the t interval over seeds."""
+    score = run.scores[metric]
+    if isinstance(score, SeedScore):
+        return score.value, score.interval[1] - score.value
     return score.value, math.nan if score.error is None else 2 * score.error
 
 
@@ -191,7 +198,7 @@ def save_trend(
 def _score_axis(axes: Axes, values: Sequence[float], label: str) -> None:
     if min(values) > 0 and max(values) > 6 * min(values):
         set_log(axes, "y", subs=(1, 2, 5))
-    axes.set_ylabel(f"{label}\nbars: two standard errors to each side", fontsize=9)
+    axes.set_ylabel(f"{label}\n{BARS}", fontsize=9)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from sit_atconv.data import is_named
 from sit_atconv.evaluation.extractors import Extractor
 from sit_atconv.evaluation.image_sets import ImageSet
 from sit_atconv.evaluation.metric_functions import GROUPS, IS_SPLIT, chunks
@@ -102,7 +103,7 @@ def warn_of_images(samples: ImageSet, reference: Reference, warnings: Warnings) 
         for message in images.warnings:
             warnings.add(message)
         array = images.images
-        if isinstance(array, np.ndarray) and not isinstance(array, np.memmap) and images.name != "digits":
+        if isinstance(array, np.ndarray) and not isinstance(array, np.memmap) and not is_named(images.name):
             warnings.add(
                 f"{images.name} is compressed or in Fortran order, so every process reads all of it into "
                 f"memory ({gigabytes(array.nbytes)}): write it with np.savez to keep it on disk"

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sit_atconv.evaluation.comparison import in_words, read_comparison, to_csv, to_markdown
+from sit_atconv.evaluation.comparison import Comparison, read_comparison
+from sit_atconv.evaluation.comparison_table import in_words, to_csv, to_json, to_markdown
 from sit_atconv.evaluation.metrics import kinds_of_scores
 from sit_atconv.runtime.commands import ArgumentParser, add_import_option, run_command, user_errors
 from sit_atconv.runtime.files import write_aside
@@ -21,7 +22,7 @@ from sit_atconv.runtime.installation import command
 def main(argv: list[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
     with user_errors():
-        report = compare(options.runs, options.out, options.names, options.baseline, options.metric)
+        report = compare(options.runs, options.out, options.names, options.baseline, options.metric, options.per_seed)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack ± and →
     print(report.table, end="")
@@ -37,23 +38,37 @@ class Report:
 
 
 def compare(
-    sources: Sequence[Path], out: Path, names: Sequence[str] | None = None, baseline: str = "1", metric: str = "FID"
+    sources: Sequence[Path],
+    out: Path,
+    names: Sequence[str] | None = None,
+    baseline: str = "1",
+    metric: str = "FID",
+    per_seed: bool = False,
 ) -> Report:
-    """Writes OUT/compare.md, OUT/compare.csv and the charts that have something to show.
+    """Writes OUT/compare.md, .csv and .json and the charts that have something to show.
+
+    Evaluations that differ in seeds alone become one row: mean, standard error over seeds, and paired differences.
 
     Args:
         sources: files that eval/fid.py wrote, or folders of samples with scores-*.json. Other files are skipped.
         out: output folder.
-        names: one name for each evaluation; None uses the parts of their paths that differ.
-        baseline: number (from 1) or name of the run that the others are compared with.
+        names: one name for each row; None uses the parts of their paths that differ.
+        baseline: number (from 1) or name of the row that the others are compared with.
         metric: kind of score ("FID"), full name of a score ("FID-1000"), or a metric as in `eval/fid.py --metrics`.
+        per_seed: give each evaluation a row of its own.
 
     Raises:
         ValueError: a source holds no evaluation, the names do not fit, or baseline or metric is unknown.
         OSError: OUT cannot be written to.
     """
     messages: list[str] = []
-    comparison = read_comparison(sources, names, baseline, metric, messages)
+    comparison = read_comparison(sources, names, baseline, metric, messages, per_seed)
+    report = write_comparison(comparison, out)
+    return Report(report.table, [*messages, *report.messages])
+
+
+def write_comparison(comparison: Comparison, out: Path) -> Report:
+    """Writes the tables and charts of a comparison to OUT. OSError: OUT cannot be written to."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -63,6 +78,7 @@ def compare(
     table = to_markdown(comparison)
     write_aside(out / "compare.md", table)
     write_aside(out / "compare.csv", to_csv(comparison))
+    write_aside(out / "compare.json", to_json(comparison))
     charts, notes = draw(comparison, out)
     first = comparison.baseline
     warnings = [
@@ -70,16 +86,18 @@ def compare(
         for run in comparison.runs
         if (words := in_words(first.evaluation, run.evaluation))
     ]
-    written = ", ".join(map(str, (out / "compare.md", out / "compare.csv", *charts)))
-    return Report(table, [*messages, *warnings, *notes, f"written: {written}"])
+    written = ", ".join(map(str, (*(out / f"compare.{kind}" for kind in ("md", "csv", "json")), *charts)))
+    return Report(table, [*warnings, *notes, f"written: {written}"])
 
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog=command("compare"),
         usage="%(prog)s RUN [RUN ...] [--out DIR] [--names A B ...] [--baseline 1] [--metric FID]",
-        description="Compares evaluations. Prints a table and writes it to DIR as Markdown and CSV, with charts of the "
-        "metric against sampler steps, guidance, training step and speed where at least two runs can be compared.",
+        description="Compares evaluations. Runs that differ in their seeds alone become one row: the mean with its "
+        "standard error over seeds, and paired differences with a t interval. Prints a table and writes it to DIR as "
+        "Markdown, CSV and JSON, with charts of the metric against sampler steps, guidance, training step and speed "
+        "where at least two rows can be compared.",
     )
     parser.add_argument(
         "runs",
@@ -95,9 +113,10 @@ def make_parser() -> ArgumentParser:
         "--names",
         nargs="+",
         metavar="NAME",
-        help="one name for each evaluation (default: the parts of their paths that differ)",
+        help="one name for each row of the table (default: the parts of their paths that differ)",
     )
-    parser.add_argument("--baseline", default="1", help="number or name of the run to compare all others with")
+    parser.add_argument("--baseline", default="1", help="number or name of the row to compare all others with")
+    parser.add_argument("--per-seed", action="store_true", help="show each seed in a row of its own")
     parser.add_argument(
         "--metric",
         default="FID",

@@ -16,8 +16,10 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from sit_atconv.encoders.digit_features import WEIGHTS, DigitFeatures
+from sit_atconv.encoders.digit_features import DigitFeatures
 from sit_atconv.encoders.dinov2 import PUBLISHED_WIDTH, DINOv2
+from sit_atconv.encoders.fashion_features import FashionFeatures
+from sit_atconv.encoders.shipped_features import ShippedFeatures
 from sit_atconv.runtime.files import sha256_of, sha256_of_state
 
 INCEPTION_SHA256 = "6726825d"  # start of the digest of torch-fidelity's weights file
@@ -25,8 +27,10 @@ DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_
 DINOV2_SHA256 = "d5383ea8"
 SPATIAL_CHANNELS = 7  # of Mixed_6d.branch1x1, at 17 x 17: 2,023 values, about as many as `features` has
 
-if "digits" not in FEATURE_EXTRACTORS_REGISTRY:
-    register_feature_extractor("digits", DigitFeatures)
+SHIPPED: dict[str, type[ShippedFeatures]] = {"digits": DigitFeatures, "fashion": FashionFeatures}
+
+for _name in SHIPPED.keys() - FEATURE_EXTRACTORS_REGISTRY.keys():
+    register_feature_extractor(_name, SHIPPED[_name])
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,8 @@ def open_extractor(name: str, weights: str | None = None, device: torch.device |
     """Opens an extractor by name.
 
     Args:
-        name: "inception" (as in ADM and torch-fidelity), "dinov2" (as in FD-DINOv2), "digits" (8x8, shipped), or any
-            name registered with `torch_fidelity.register_feature_extractor`.
+        name: "inception" (as in ADM and torch-fidelity), "dinov2" (as in FD-DINOv2), "digits" (8x8), "fashion" (32x32),
+            both shipped, or any name registered with `torch_fidelity.register_feature_extractor`.
         weights: path of its weights; None takes them from torch's hub cache, or downloads them into it.
         device: device to move the network to.
 
@@ -91,8 +95,11 @@ def open_extractor(name: str, weights: str | None = None, device: torch.device |
     path = Path(weights) if weights else None
     if path and not path.is_file():
         raise ValueError(f"there is no file {path}: give --weights the path of the weights of {name!r}")
-    openers = {"inception": _open_inception, "dinov2": _open_dinov2, "digits": _open_digits}
-    opened = openers[name](path) if name in openers else _open_registered(name, path)
+    if name in SHIPPED:
+        opened = _open_shipped(name, path)
+    else:
+        openers = {"inception": _open_inception, "dinov2": _open_dinov2}
+        opened = openers[name](path) if name in openers else _open_registered(name, path)
     assert isinstance(opened.network, nn.Module)
     opened.network.eval().requires_grad_(False).to(device)
     return opened
@@ -134,11 +141,11 @@ def _open_dinov2(path: Path | None) -> Extractor:
     return Extractor(name, network, sha256, ("features",), "224x224, bicubic, antialiased")
 
 
-def _open_digits(path: Path | None) -> Extractor:
+def _open_shipped(name: str, path: Path | None) -> Extractor:
     if path:
-        raise ValueError("the extractor 'digits' has its own weights: leave out --weights")
-    network = DigitFeatures("digits", ["features", "logits"])
-    return Extractor("digits", network, sha256_of(WEIGHTS), ("features", "logits"), "none")
+        raise ValueError(f"the extractor {name!r} has its own weights: leave out --weights")
+    network = SHIPPED[name](name, ["features", "logits"])
+    return Extractor(name, network, sha256_of(network.weights), ("features", "logits"), "none")
 
 
 def _open_registered(name: str, path: Path | None) -> Extractor:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from sit_atconv.data import MAX_MEGAPIXELS
+from sit_atconv.data import MAX_MEGAPIXELS, is_named
 from sit_atconv.evaluation.metrics import METRICS, find_metric
 from sit_atconv.evaluation.scores import Score
 from sit_atconv.runtime.commands import (
@@ -80,10 +80,10 @@ def check_paths(options: dict, out: str | None, statistics: str | None) -> None:
     sources = list(filter(None, (options["samples"], options["reference"])))
     for name in ("samples", "reference"):
         source = options[name]
-        if source == "digits":
+        if source and is_named(source):
             warn_if_hidden(f"--{name}", source)
         elif source and not Path(source).exists():
-            fail(f"{source} does not exist: give a folder of images, an .npz, or the word digits")
+            fail(f"{source} does not exist: give a folder of images, an .npz, the word digits, or idx:FOLDER")
     if options["weights"] and not Path(options["weights"]).is_file():
         fail(f"there is no file {options['weights']}: give --weights the path of the extractor's weights")
     for name, path in (("--out", out), ("--make-reference", statistics)):
@@ -110,7 +110,7 @@ def make_parser() -> ArgumentParser:
         "--reference",
         required=True,
         help="what to compare with: an .npz with mu and sigma, from ADM or --make-reference; images, "
-        "given as for --samples; or the word digits",
+        "given as for --samples; the word digits; or idx:FOLDER with the IDX files of Fashion-MNIST",
     )
     parser.add_argument(
         "--make-reference",
@@ -123,7 +123,7 @@ def make_parser() -> ArgumentParser:
         type=at_least(1),
         default=None,
         metavar="PIXELS",
-        help="crop the images of a reference folder to squares of this side, by ADM's rule",
+        help="crop the images of a reference folder to squares of this side, by ADM's rule, or pad IDX files to it",
     )
     parser.add_argument(
         "--max-megapixels",
@@ -138,7 +138,8 @@ def make_parser() -> ArgumentParser:
     parser.add_argument(
         "--extractor",
         default="inception",
-        help="network that computes the features: inception; dinov2; digits (for 8x8 images, shipped); "
+        help="network that computes the features: inception; dinov2; digits (for 8x8 images) and "
+        "fashion (for 32x32 Fashion-MNIST), both shipped; "
         "or one registered with torch-fidelity (vgg16, clip-vit-b-32, ..., or by an --import module)",
     )
     parser.add_argument(

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sit_atconv.data import MAX_MEGAPIXELS
+from sit_atconv.data import IDX, MAX_MEGAPIXELS
+from sit_atconv.data.idx import IdxImages
 from sit_atconv.data.image_npz import IMAGES, ImageNpz
 from sit_atconv.data.images import ImageFolder, left_out_line, list_images, load_digits, scan_images
 from sit_atconv.data.pixels import CROP_RULE, read_image
@@ -145,29 +146,38 @@ def open_image_set(source: str, crop_to: int | None = None, max_megapixels: floa
     Args:
         source: a folder of images, with labels from its dataset.json or its subfolders; an `.npz` with `arr_0` uint8
             (N, H, W, 3) and optionally labels `arr_1`; a folder that `sample/generate.py` wrote, or the manifest or
-            samples.npz in it (reads samples.npz, or else images/, never the grid picture); or "digits", scikit-learn's
-            1,797 digits as RGB.
-        crop_to: side in pixels to crop the images of a folder to, by ADM's rule.
+            samples.npz in it (reads samples.npz, or else images/, never the grid picture); "digits", scikit-learn's
+            1,797 digits as RGB; or "idx:FOLDER", IDX files as RGB, see `IdxImages`.
+        crop_to: side in pixels to crop the images of a folder to, by ADM's rule, or to pad IDX files to.
         max_megapixels: largest accepted file, in millions of pixels.
 
     Raises:
         ValueError: nothing there can be read, the array is of another kind, or the folder is a training run, latents
             or a checkpoint; the message says what was expected.
     """
+    if source.startswith(IDX):
+        data = IdxImages(source.removeprefix(IDX), crop_to, keep_empty_classes=True)
+        return ImageSet(source, _as_rgb(data.images[:, 0].numpy()), labels=data.labels.tolist())
     check_is_images(source)
     path = folder_of(Path(source))
     is_generated = (path / MANIFEST).is_file() and ((path / "images").is_dir() or (path / NPZ).is_file())
     if crop_to and (is_generated or not path.is_dir()):
         raise ValueError(f"--image-size crops the images of a folder, and {source} is not one: leave it out")
     if source == "digits":
-        return ImageSet(source, np.repeat(load_digits()[0][..., None], 3, axis=-1))
+        return ImageSet(source, _as_rgb(load_digits()[0]))
     if is_generated:
         return replace(_open_generated(source, path), max_megapixels=max_megapixels)
     if path.is_dir():
         return replace(_open_folder(source, path), crop_to=crop_to, max_megapixels=max_megapixels)
     if path.is_file():
         return _open_npz(source, ImageNpz(path))
-    raise ValueError(f"{source} does not exist: give a folder of images, an .npz with {IMAGES}, or the word digits")
+    raise ValueError(
+        f"{source} does not exist: give a folder of images, an .npz with {IMAGES}, the word digits, or idx:FOLDER"
+    )
+
+
+def _as_rgb(images: np.ndarray) -> np.ndarray:
+    return np.repeat(images[..., None], 3, axis=-1)  # (N, H, W) -> (N, H, W, 3)
 
 
 def folder_of(path: Path) -> Path:

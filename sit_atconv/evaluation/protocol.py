@@ -12,6 +12,7 @@ import torch_fidelity
 from accelerate import PartialState
 
 from sit_atconv import __version__
+from sit_atconv.data import is_named
 from sit_atconv.evaluation.extractors import Extractor
 from sit_atconv.evaluation.features import ExtractedFeatures
 from sit_atconv.evaluation.image_sets import ImageSet, digest_of, folder_of
@@ -67,7 +68,10 @@ def subject(samples: ImageSet, reference: Reference, ours: ExtractedFeatures) ->
         "path": _absolute(samples.name),
         "reference": _absolute(reference.name),
         "content": ours.content,
-        **{key: manifest.get(key) for key in ("ckpt", "step", "images_per_second", "evaluations", "forwards")},
+        **{
+            key: manifest.get(key)
+            for key in ("ckpt", "step", "ema_decay", "training", "images_per_second", "evaluations", "forwards")
+        },
         **{key: session.get(key) for key in ("device", "processes")},
         **{key: settings.get(key) for key in ("seed", "weights", "model", "weak", "prediction")},
     }
@@ -75,8 +79,8 @@ def subject(samples: ImageSet, reference: Reference, ours: ExtractedFeatures) ->
 
 
 def _absolute(source: str) -> str:
-    """Returns the absolute path of a source, and "digits" unchanged."""
-    return source if source == "digits" else os.path.abspath(source)
+    """Returns the absolute path of a source, and one like "digits" unchanged."""
+    return source if is_named(source) else os.path.abspath(source)
 
 
 def environment(state: PartialState, batch_size: int) -> dict:

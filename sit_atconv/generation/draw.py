@@ -1,5 +1,6 @@
 """Drawing: several processes fill a folder with the samples of a job, also after a kill."""
 
+import importlib
 import os
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from sit_atconv.checkpoints.exported import Weights
 from sit_atconv.checkpoints.recipe import versions
+from sit_atconv.checkpoints.run_folder import read_config
 from sit_atconv.data.codecs import decode_in_parts
 from sit_atconv.data.pixels import to_uint8
 from sit_atconv.flow import as_trained, as_velocity, get_interpolant
@@ -72,6 +74,8 @@ def generate_samples(job: SampleJob) -> dict:
             {  # before the npz: a kill while that is written must not lose the speed
                 "ckpt": os.path.abspath(options.ckpt) if os.path.exists(options.ckpt) else options.ckpt,
                 "step": recipe.step,
+                "ema_decay": recipe.ema_decay,
+                "training": read_config(job.weights.home),
                 "sampler": [*Sampler.__dataclass_fields__, "dtype", "compile"],  # names of the settings of sampling
                 "batches": f"agree to {f'the tolerance of {job.sampler.solver}' if is_adaptive else 'one grey level'}",
                 **speed,
@@ -94,6 +98,8 @@ def draw(job: SampleJob, mine: Sequence[int], state: PartialState) -> dict:
     options, device = job.options, state.device
     model, codec = _ready(job.weights, job, device), job.codec.to(device)
     weak = _ready(job.weak, job, device) if job.weak else None
+    if library := SOLVERS.find(job.sampler.solver).library:
+        importlib.import_module(library)  # before the clock starts
     evaluations = 0
     writing: list[Future[None]] = []
     clock = time.perf_counter()

@@ -22,7 +22,7 @@ COMMANDS = {  # name -> (what to type in the root of a checkout, its module)
     "fid": ("python eval/fid.py", "sit_atconv.evaluation.fid"),
     "compare": ("python eval/compare.py", "sit_atconv.evaluation.compare"),
     "speed": ("python eval/speed.py", "sit_atconv.speed.speed"),
-    "solvers": ("python eval/solvers.py", "sit_atconv.studies.solvers"),
+    "sweep": ("python eval/sweep.py", "sit_atconv.studies.sweep"),
     "convert": ("python -m sit_atconv.convert", "sit_atconv.convert"),
     "quickstart": ("python -m sit_atconv.quickstart", "sit_atconv.quickstart"),
 }
@@ -43,6 +43,13 @@ def command_argv(name: str) -> list[str]:
     return [sys.executable, *LAUNCHERS[launcher], target]
 
 
+def launched(name: str, launcher: str | None = None) -> list[str]:
+    """Returns the arguments to type that start a command, by its usual launcher or another one."""
+    usual, _, script = COMMANDS[name][0].rpartition(" ")
+    words = shlex.split(launcher or usual)
+    return [*words, "-m", COMMANDS[name][1]] if IS_WHEEL else [*words, os.path.relpath(PACKAGE.parent / script)]
+
+
 def _in_checkout(name: str) -> tuple[str, str]:
     """Returns the launcher of a command and the absolute path of its script, or its module."""
     launcher, _, target = COMMANDS[name][0].rpartition(" ")
@@ -59,6 +66,21 @@ def console_script() -> None:
 def shipped_configs() -> dict[str, Path]:
     """Returns the shipped configs, e.g. "imagenet256" -> its file."""
     return {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"), key=lambda path: path.stem)}
+
+
+def shipped_sweeps() -> dict[str, Path]:
+    """Returns the shipped sweeps, e.g. "claim" -> its file."""
+    return {path.stem: path for path in sorted((CONFIGS / "sweeps").glob("*.yaml"), key=lambda path: path.stem)}
+
+
+def find_sweep(name: str) -> Path:
+    """Returns the file of a sweep: an existing path, else the shipped one of that name. ValueError: neither exists."""
+    shipped = shipped_sweeps()
+    if (path := Path(name)).is_file():
+        return path
+    if path.stem in shipped and path.parent in (Path(), Path("configs/sweeps")):
+        return shipped[path.stem]
+    raise ValueError(f"there is no file {name}: give a path that exists, or a shipped sweep ({', '.join(shipped)})")
 
 
 def configs_of(command: str) -> list[str]:

@@ -1,9 +1,10 @@
-"""Figures: labelled sample grids, loss curves, solver curves. Needs matplotlib."""
+"""Figures: labelled sample grids, loss curves, values over settings. Needs matplotlib."""
 
 import functools
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -152,50 +153,82 @@ def save_accuracy_curves(stats: Sequence[dict], path: Path, title: str) -> None:
     save_figure(figure, path)
 
 
-def save_solver_curves(points: Sequence[dict], path: Path, title: str) -> None:
-    """Plots Frechet distance over NFE: a panel for each shift of the time grid, a line for each solver.
+@dataclass(frozen=True)
+class Point:
+    """A point of `save_panels`: its panel and line by name, and its value with half the length of its bar."""
 
-    With the baseline alone it saves nothing.
+    panel: str
+    line: str
+    x: float | str
+    y: float
+    bar: float = math.nan
+
+
+def save_panels(
+    points: Sequence[Point],
+    path: Path,
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    band: tuple[str, float, float] | None = None,
+) -> None:
+    """Plots values with bars over a setting: a panel and a line for each name.
 
     Args:
-        points: points of `solver_quality`, the baseline first; a band shows its two standard errors.
+        points: the points. Lines join numbers; if any x is a word, points stand above the words.
         path: the PNG to write.
-        title: text above the figure.
+        xlabel, ylabel, title: texts of the figure.
+        band: name and bounds of a grey band behind all panels, such as a baseline with its error.
     """
-    baseline, points = points[0], points[1:]
-    if not points:
-        return
-    shifts = sorted({point["shift"] for point in points})
-    solvers = list(dict.fromkeys(point["solver"] for point in points))
-    figure = Figure(figsize=(1.2 + 4.4 * len(shifts), 4.2), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, len(shifts), sharey=True))
-    low, high = (baseline["distance"] + sign * 2 * baseline["error"] for sign in (-1, 1))
-    for axes, shift in zip(panels, shifts, strict=True):
-        axes.axhspan(max(low, 1e-3), high, color="0.85", label=f"Euler, {baseline['steps']} steps: 2 standard errors")
-        for number, solver in enumerate(solvers):
-            line = sorted(
-                (p["evaluations"], p["distance"], p["error"])
-                for p in points
-                if (p["solver"], p["shift"]) == (solver, shift)
+    panels, lines = (list(dict.fromkeys(getattr(point, name) for point in points)) for name in ("panel", "line"))
+    words = list(dict.fromkeys(str(point.x) for point in points))
+    are_words = any(isinstance(point.x, str) for point in points)
+    width = max(4.4, 0.9 * len(words)) if are_words else 4.4
+    figure = Figure(figsize=(1.2 + width * len(panels), 4.2 + len(lines) / 12), layout="constrained")
+    columns = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
+    for axes, panel in zip(columns, panels, strict=True):
+        if band:
+            axes.axhspan(max(band[1], 1e-9), band[2], color="0.85", label=band[0])
+        for number, name in enumerate(lines):
+            own = [point for point in points if (point.panel, point.line) == (panel, name)]
+            if not own:
+                continue
+            if are_words:  # lines side by side above each word
+                shift = 0.5 * (number - (len(lines) - 1) / 2) / max(1, len(lines) - 1)
+                x = [words.index(str(point.x)) + shift for point in own]
+            else:
+                own.sort(key=lambda point: point.x)
+                x = [float(point.x) for point in own]
+            axes.errorbar(
+                x,
+                [point.y for point in own],
+                [point.bar for point in own],
+                fmt="o" if are_words else "os^Dv"[number // 10 % 5] + "-",
+                markersize=3.5,
+                linewidth=1.3,
+                capsize=2,
+                color=colormaps["tab10"](number % 10),
+                label=name,
             )
-            if line:
-                axes.errorbar(
-                    *zip(*line, strict=True),
-                    fmt="o-",
-                    markersize=3.5,
-                    linewidth=1.3,
-                    capsize=2,
-                    color=colormaps["tab10"](number),
-                    label=solver,
-                )
-        axes.set_title(f"shift {shift:g}", fontsize=9)
-        axes.set_xlabel("NFE")
-        for name in ("x", "y"):
-            set_log(axes, name)
+        axes.set_title(panel, fontsize=9)
+        axes.set_xlabel(xlabel)
+        if are_words:
+            axes.set_xticks(range(len(words)), words, rotation=20, ha="right", fontsize=8)
+            axes.set_xlim(-0.6, len(words) - 0.4)
+        elif len(words) > 1 and min(x) > 0 and max(x) > 6 * min(x):
+            set_log(axes, "x")
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("Frechet distance")
-    named = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named), frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    values = [point.y for point in points]
+    if min(values) > 0 and max(values) > 6 * min(values):
+        set_log(columns[0], "y")
+    columns[0].set_ylabel(ylabel, fontsize=9)
+    named = {label: handle for axes in columns for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if len(named) > 1 or "" not in named:
+        fitting = int(19 * figure.get_figwidth() / (max(map(len, named)) + 6))  # columns of text in this size
+        columns_of_text = dict(ncols=max(1, fitting), frameon=False, fontsize=8)
+        figure.legend(named.values(), named.keys(), loc="outside lower center", **columns_of_text)
     figure.suptitle(title, fontsize=9)
     save_figure(figure, path)
 

@@ -135,6 +135,7 @@ class Solver:
         is_sde: True if it integrates the SDE.
         jumps: True if it needs a model with two times.
         default_steps: number of steps if none is given.
+        library: module that the loop imports; timings import it first.
     """
 
     loop: Callable[..., Tensor]
@@ -145,6 +146,7 @@ class Solver:
     is_sde: bool = False
     jumps: bool = False
     default_steps: int = 25
+    library: str | None = None
 
     @property
     def is_adaptive(self) -> bool:
@@ -172,9 +174,14 @@ SOLVERS = Table(
     {
         "euler": Solver(euler),
         "heun": Solver(heun, evaluations=2, at_last_time=True),
-        "dopri5": Solver(dopri5, evaluations=None, at_last_time=True),
-        "unipc": Solver(unipc, linear_only=True),
-        "dpm++": Solver(dpm_pp, linear_only=True, begin=1e-3),  # as in diffusers' own grid
+        "dopri5": Solver(dopri5, evaluations=None, at_last_time=True, library="torchdiffeq"),
+        "unipc": Solver(unipc, linear_only=True, library="diffusers.schedulers.scheduling_unipc_multistep"),
+        "dpm++": Solver(
+            dpm_pp,
+            linear_only=True,
+            begin=1e-3,  # as in diffusers' own grid
+            library="diffusers.schedulers.scheduling_dpmsolver_multistep",
+        ),
         "sde-euler": Solver(euler_maruyama, is_sde=True),
         "sde-heun": Solver(stochastic_heun, evaluations=2, at_last_time=True, is_sde=True),
         "jump": Solver(jump, linear_only=True, jumps=True, default_steps=1),

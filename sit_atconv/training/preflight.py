@@ -27,7 +27,7 @@ from sit_atconv.runtime.commands import is_main_process
 from sit_atconv.runtime.devices import on_cpu, prepare_device
 from sit_atconv.runtime.files import check_room, exclusive
 from sit_atconv.training.config import Config
-from sit_atconv.training.estimate import report
+from sit_atconv.training.estimate import fixed_bytes, image_bytes, report, time_step
 from sit_atconv.training.meter import check_tracker
 
 
@@ -66,24 +66,9 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
     rules = config.data_rules()
     data, codec = config.data.open(rules)
     held_out = hold_out(len(data), config.data.held_out)
-    order = BatchOrder(
-        len(data),
-        train.batch_size,
-        seed=train.seed,
-        accumulation=train.accumulation,
-        rank=int(os.environ.get("RANK", "0")),
-        num_processes=int(os.environ.get("WORLD_SIZE", "1")),
-        mirror=config.data.mirror,
-        held_out=held_out.tolist(),
-    )
+    order = _order(config, data, held_out)
     empty_classes = config.data.find_empty_classes(data, held_out, exists=rules is not None)
-    torch.manual_seed(train.seed)
-    net = BACKBONES.find(config.backbone or "SiT")(
-        **config.model,
-        num_classes=len(data.class_names),
-        in_channels=codec.channels,
-        input_size=codec.latent_size(data.image_size),
-    )
+    net = _new_net(config, data, codec)
     config.flow.check(net, "tf32" if train.precision == "fp32" and train.tf32 and not on_cpu() else train.precision)
     config.check_previews(net, net.null_label)
     check_auxiliary(config, net, data)
@@ -133,6 +118,29 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
     return Job(config, data, codec, held_out, order, net, found, start, description, empty_classes, null_label_trained)
 
 
+def _order(config: Config, data: DataSource, held_out: np.ndarray) -> BatchOrder:
+    return BatchOrder(
+        len(data),
+        config.train.batch_size,
+        seed=config.train.seed,
+        accumulation=config.train.accumulation,
+        rank=int(os.environ.get("RANK", "0")),
+        num_processes=int(os.environ.get("WORLD_SIZE", "1")),
+        mirror=config.data.mirror,
+        held_out=held_out.tolist(),
+    )
+
+
+def _new_net(config: Config, data: DataSource, codec: Codec) -> SiT:
+    torch.manual_seed(config.train.seed)
+    return BACKBONES.find(config.backbone or "SiT")(
+        **config.model,
+        num_classes=len(data.class_names),
+        in_channels=codec.channels,
+        input_size=codec.latent_size(data.image_size),
+    )
+
+
 def check_auxiliary(config: Config, net: SiT, data: DataSource) -> None:
     """Builds the auxiliary loss. Raises ValueError if it needs pixels or a block that do not exist."""
     auxiliary = config.auxiliary
@@ -153,7 +161,23 @@ def check_auxiliary(config: Config, net: SiT, data: DataSource) -> None:
 
 def dry_run(net: SiT, config: Config, order: BatchOrder) -> str:
     """Returns the report of `--dry-run`, measured on this process's device."""
+    return report(net, config, order, _prepared_device(config))
+
+
+def measure_step(config: Config) -> tuple[float, SiT]:
+    """Returns the seconds of a training step of one process, and the model. ValueError: not even one image fits."""
+    data, codec = config.data.open()
+    net, device = _new_net(config, data, codec), _prepared_device(config)
+    order = _order(config, data, hold_out(len(data), config.data.held_out))
+    fixed = sum(fixed_bytes(net, config, 1).values())
+    seconds, note = time_step(net, config, order, fixed, image_bytes(net, config, device), device)
+    if seconds is None:
+        raise ValueError(note)
+    return seconds, net
+
+
+def _prepared_device(config: Config) -> torch.device:
     device = torch.device("cpu") if on_cpu() else torch.accelerator.current_accelerator()
     assert device is not None  # since there is an accelerator
     prepare_device(device, config.train.cpu_threads, config.train.tf32)
-    return report(net, config, order, device)
+    return device

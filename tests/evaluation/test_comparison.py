@@ -15,14 +15,10 @@ from sit_atconv.evaluation.compare import compare
 from sit_atconv.evaluation.comparison import (
     Comparison,
     Run,
-    distinct_names,
-    in_words,
-    paths_to_name,
     read_comparison,
-    rows,
-    to_csv,
-    to_markdown,
 )
+from sit_atconv.evaluation.comparison_inputs import distinct_names, paths_to_name
+from sit_atconv.evaluation.comparison_table import in_words, rows, to_csv, to_markdown
 from sit_atconv.evaluation.records import Evaluation
 from sit_atconv.evaluation.scores import Score, jackknife_error
 from sit_atconv.runtime.installation import command
@@ -73,7 +69,7 @@ def record(
 
 
 def named(**evaluations):
-    return [Run(name, evaluation) for name, evaluation in evaluations.items()]
+    return [Run(name, (evaluation,)) for name, evaluation in evaluations.items()]
 
 
 @pytest.fixture
@@ -116,7 +112,7 @@ def column(comparison, start):
     ],
 )
 def test_the_model_is_the_folder_of_its_run(subject, model):
-    assert Run("", Evaluation({}, {}, subject, {})).model == Path(model)
+    assert Run("", (Evaluation({}, {}, subject, {}),)).model == Path(model)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +167,7 @@ def test_errors_name_what_cannot_be_compared(save, tmp_path):
             {},
             r"none of these is an evaluation \(1 JSON file, 2 folders without scores-\*.json\): evaluate samples first",
         ),
-        (folders, {"names": ["a"]}, "1 names for 2 evaluations: give one for each of cfg1.5, cfg2$"),
+        (folders, {"names": ["a"]}, "1 names for 2 rows: give one for each of cfg1.5, cfg2$"),
         (folders, {"names": ["a", "a"]}, "'a', 'a' are not distinct"),
         (folders, {"names": ["a", " "]}, "not distinct, or empty"),
         (folders, {"baseline": "3"}, "no run '3' to be the baseline: give .* from 1 to 2, or one .* cfg1.5, cfg2$"),
@@ -385,7 +381,7 @@ def test_charts_show_scores_with_two_standard_errors(charts):
     assert points == [[6, 4.0], [12, 5.0]]
     assert bars == pytest.approx([4 * e.scores["FID-1000"].error for e in grid[2:4]])
     (axes,) = figures["fid-steps.png"].axes
-    assert axes.get_ylabel() == "FID-1000 (lower is better)\nbars: two standard errors to each side"
+    assert axes.get_ylabel() == "FID-1000 (lower is better)\nbars: two standard errors, or 95 % interval over seeds"
     assert axes.get_xlabel() == "steps of the sampler" and [t.get_text() for t in axes.get_xticklabels()] == ["6", "12"]
     styles = {bars.get_label(): (bars[0].get_color(), bars[0].get_linestyle()) for bars in axes.containers}
     assert len(set(styles.values())) == 4 and styles["atconv, cfg 2"][0] == styles["attention, cfg 2"][0]
@@ -422,7 +418,11 @@ def test_the_pareto_chart_names_all_points_and_keeps_other_hardware_off_its_fron
 def test_charts_need_the_measurement_of_the_baseline_and_old_charts_are_deleted(charts, tmp_path):
     assert list(charts(record(), record(steps=25))[0]) == ["fid-steps.png", "pareto.png"]
     figures, said = charts(record(), record(steps=6, num=500), record(steps=25, reference="", solver="unipc"))
-    assert figures == {} and sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.csv", "compare.md"]
+    assert figures == {} and sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "compare.csv",
+        "compare.json",
+        "compare.md",
+    ]
     assert "no pareto.png: fewer than two runs record images per second" in said
     assert "not in the charts (another score, reference or extractor): heun6-n500, unipc25-n1000" in said
     figures, _ = charts(record(step=1), record(step=2, cfg=2.0), record(step=3, cfg=3.0), metric="IS")
