@@ -12,7 +12,7 @@ NUM_FEATURES = 64
 
 
 class FashionClassifier(nn.Module):
-    """Classifier of greyscale images (B, 1, 32, 32) in [-1, 1]: returns features (B, 64) and logits (B, 10)."""
+    """Classifier of greyscale images (B, 1, 32, 32) in [-1, 1]: features (B, 64) and logits (B, 10)."""
 
     def __init__(self):
         super().__init__()

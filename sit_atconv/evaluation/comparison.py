@@ -148,7 +148,7 @@ def seeds_of(evaluation: Evaluation) -> tuple:
 
 
 def without_seeds(evaluation: Evaluation) -> str | None:
-    """Returns a text that evaluations have in common if they differ in seeds alone; None if the record cannot tell.
+    """Returns a text that evaluations share if they differ in seeds alone; None if records cannot tell.
 
     Runs of a sweep are told apart by their settings there, others by their configuration, and weights without a
     configuration by their checksum.

@@ -145,7 +145,7 @@ def to_json(comparison: Comparison) -> str:
 
 
 def _flat(row: dict[str, Score | float | str | None]) -> dict[str, float | str | None]:
-    """Replaces each score of a row by numbers: its value, error, and over seeds the interval and sampling error."""
+    """Replaces each score of a row by numbers: value, error, and over seeds interval and sampling error."""
     flat: dict[str, float | str | None] = {}
     for column, value in row.items():
         if not isinstance(value, Score):

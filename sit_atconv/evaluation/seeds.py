@@ -45,9 +45,9 @@ def over_seeds(scores: Sequence[Score], shares_noise: bool = False) -> Score:
 
 
 def difference_of_means(ours: Sequence[float], theirs: Sequence[float]) -> Score:
-    """Returns the mean of `ours` minus that of `theirs`, for seeds that cannot be paired (Welch, Biometrika 34, 1947).
+    """Returns the mean of `ours` minus that of `theirs`, for seeds that cannot be paired.
 
-    The error is None if one of them has a single value.
+    The interval is Welch's (Biometrika 34, 1947). The error is None if one of them has a single value.
     """
     value = fmean(ours) - fmean(theirs)
     if min(len(ours), len(theirs)) < 2:
@@ -71,7 +71,10 @@ def _sampling_error(scores: Sequence[Score], shares_noise: bool) -> float | None
 def _with_interval(
     value: float, parts: Sequence[tuple[float, int]], num_seeds: int, sampling_error: float | None
 ) -> SeedScore:
-    """Adds up (variance, degrees of freedom) of independent errors (Satterthwaite, Biometrics Bulletin 2, 1946)."""
+    """Adds up the variances of independent errors, each with its degrees of freedom.
+
+    Satterthwaite, Biometrics Bulletin 2, 1946.
+    """
     from scipy.special import stdtrit  # late: commands that do not import torch start faster without it
 
     total = sum(part for part, _ in parts)

@@ -29,7 +29,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one extractor is trained: AdamW with a cosine schedule, and a little noise added to the images."""
+    """Recipe of one extractor: AdamW with a cosine schedule, and a little noise added to the images."""
 
     images: str  # default of --data
     held_out: int

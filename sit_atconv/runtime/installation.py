@@ -74,7 +74,11 @@ def shipped_sweeps() -> dict[str, Path]:
 
 
 def find_sweep(name: str) -> Path:
-    """Returns the file of a sweep: an existing path, else the shipped one of that name. ValueError: neither exists."""
+    """Returns the file of a sweep: an existing path, else the shipped one of that name.
+
+    Raises:
+        ValueError: neither exists.
+    """
     shipped = shipped_sweeps()
     if (path := Path(name)).is_file():
         return path

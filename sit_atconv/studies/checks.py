@@ -1,6 +1,7 @@
 """Checks of a sweep before anything runs: every command line, and the machine."""
 
 import importlib
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +24,7 @@ def check_options(tasks: Sequence[Task]) -> None:
                     else:
                         importlib.import_module(COMMANDS[name][1]).make_parser().parse_args(arguments)
             except SystemExit:
-                print(f"in the options of {name} of {task.name}")
+                print(f"in the options of {name} of {task.name}", file=sys.stderr)
                 raise
 
 

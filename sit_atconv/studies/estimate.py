@@ -22,7 +22,7 @@ ADAPTIVE_NFE = 100  # of solvers that choose their steps; a guess
 
 
 def estimate(runs: Sequence[Run], tasks: Sequence[Task], jobs: int) -> str:
-    """Returns a table of the time that the tasks would take, as measured on this machine, one run at a time."""
+    """Returns a table of the time that the tasks would take, measured on this machine one by one."""
     missing = {task.name for task in tasks}
     lines = ["| runs | seconds a step | training | sampling and evaluation |", "|---|---:|---:|---:|"]
     total, measured = 0.0, dict[str, tuple[float, float, float]]()

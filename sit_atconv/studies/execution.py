@@ -63,7 +63,7 @@ class _Running:
 def execute(
     tasks: Sequence[Task], logs: Path, jobs: int = 1, launch: str | None = None, threads: int = 1, devices: int = 0
 ) -> dict[str, str]:
-    """Runs all tasks, `jobs` at a time, and shows their progress. A failed task stops only those that need it.
+    """Runs all tasks and shows their progress. A failed task stops only those that need it.
 
     Args:
         tasks: tasks in the order in which to start them.

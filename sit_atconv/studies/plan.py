@@ -176,7 +176,7 @@ class Leaf:
 
     @property
     def scores(self) -> Path:
-        """File that `eval/fid.py` writes; its name changes with any option, so that no old file is taken for it."""
+        """File that `eval/fid.py` writes; its name changes with any option, so that no old file is read."""
         key = hashlib.sha256(json.dumps([self.options, self.run.sweep.ckpt]).encode()).hexdigest()[:8]
         return self.folder / f"scores-{key}.json"
 
@@ -272,7 +272,7 @@ def _axis(name: object, value: object, base: Mapping[str, str], fault: str) -> d
 
 
 def _settings(grid: object, axes: Mapping, fault: str) -> Iterator[Settings]:
-    """Yields all settings of the grid: the products of one mapping, or of several in turn, without duplicates."""
+    """Yields the settings of the grid: products of one mapping, or of several in turn, without duplicates."""
     parts = [grid] if isinstance(grid, dict) else grid
     if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{fault} grid must be a mapping from axes to values, or a list of them")

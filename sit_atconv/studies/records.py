@@ -1,4 +1,4 @@
-"""Records of a sweep: small files from which its tables and charts are made, without samples or checkpoints."""
+"""Records of a sweep: small files from which its tables and charts are made."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from sit_atconv.studies.plan import Leaf, Run
 
 @dataclass(frozen=True)
 class Training:
-    """What a training run measured.
+    """Measurements of a training run.
 
     Args:
         sweep: settings, seeds and options of the run in the sweep.

@@ -86,7 +86,7 @@ def fact(row: Row, name: str) -> Value | None:
 
 
 def pivot(sweep: Sweep, comparison: Comparison) -> str:
-    """Returns the table that report.table describes: a row for each value of its `rows`, a column for each `columns`.
+    """Returns the table that report.table describes, with a column for each value of its `columns`.
 
     The baseline is a line above it. A cell is bold if it is at most two standard errors of the baseline worse.
     """
@@ -121,7 +121,7 @@ def is_enough(score: Score, baseline: Score) -> bool:
 
 
 def held_out_table(sweep: Sweep, trainings: Mapping[str, Training]) -> str:
-    """Returns the held-out flow loss of the last step: means over seeds, and paired differences to the first row."""
+    """Returns the held-out flow loss of the last step: means over seeds, and paired differences."""
     rows = _by_label(sweep, trainings, lambda training: training.held_out_loss[-1][1])
     lines = ["| trained by | seeds | held-out flow loss | difference |", "|---|---:|---:|---:|"]
     first = next(iter(rows.values()))

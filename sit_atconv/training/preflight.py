@@ -165,7 +165,11 @@ def dry_run(net: SiT, config: Config, order: BatchOrder) -> str:
 
 
 def measure_step(config: Config) -> tuple[float, SiT]:
-    """Returns the seconds of a training step of one process, and the model. ValueError: not even one image fits."""
+    """Returns the seconds of a training step of one process, and the model.
+
+    Raises:
+        ValueError: not even one image fits into memory.
+    """
     data, codec = config.data.open()
     net, device = _new_net(config, data, codec), _prepared_device(config)
     order = _order(config, data, hold_out(len(data), config.data.held_out))

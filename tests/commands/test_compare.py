@@ -34,7 +34,7 @@ def test_the_command_prints_a_table_and_draws_without_torch(runs, tmp_path):
     assert "| theirs | 2.50 ± 0.10 | **+0.50 ± 0.14** |" in done.stdout
     assert "warning: theirs differs from ours: cfg 2 → 2.5\n" in done.stderr
     assert done.stderr.splitlines()[-1] == (
-        "written: runs/compare/compare.md, runs/compare/compare.csv, runs/compare/pareto.png"
+        "written: runs/compare/compare.md, runs/compare/compare.csv, runs/compare/compare.json, runs/compare/pareto.png"
     )
 
 
@@ -48,7 +48,7 @@ def test_errors_name_the_remedy(fails, runs, tmp_path):
     main = load_command(COMPARE).main
     assert "the following arguments are required: RUN" in fails(main, [])
     assert "nowhere does not exist" in fails(main, [tmp_path / "nowhere"])
-    assert "1 names for 2 evaluations" in fails(main, [*runs, "--names", "a"])
+    assert "1 names for 2 rows" in fails(main, [*runs, "--names", "a"])
     assert "no run 'c' to be the baseline" in fails(main, [*runs, "--names", "a", "b", "--baseline", "c"])
     assert "ours has no KID: give --metric one of FID, or" in fails(main, [*runs, "--metric", "KID"])
     assert "ours has no fvd: give --metric one of FID, or" in fails(main, [*runs, "--metric", "fvd"])

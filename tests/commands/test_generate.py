@@ -339,9 +339,9 @@ def test_the_disk_is_checked_before_anything_is_written(launch, tiny_run, tmp_pa
 
 
 def test_a_full_disk_keeps_what_was_generated(launch, samples, tiny_run, tmp_path):
-    """Allows files of at most 3,000 bytes: PNGs and manifest are smaller, the npz is larger."""
+    """Allows files of at most 4,000 bytes: PNGs and manifest are smaller, the npz is larger."""
     out = tmp_path / "out"
-    codes, output = launch(GENERATE, options(tiny_run, out), die="files of 3 kB are too large")
+    codes, output = launch(GENERATE, options(tiny_run, out), die="files of 4 kB are too large")
     assert codes == [1] and "samples.npz cannot be written" in output and "Traceback" not in output
     assert len(list((out / "images").glob("0*.png"))) == 20 and not (out / "samples.npz").exists()
     codes, output = launch(GENERATE, options(tiny_run, out))

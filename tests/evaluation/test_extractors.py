@@ -85,9 +85,9 @@ def test_the_digits_extractor():
     opened = open_extractor("digits")
     outputs = opened(torch.zeros(5, 3, 8, 8, dtype=torch.uint8))
     assert [(name, tuple(t.shape)) for name, t in outputs.items()] == [("features", (5, 48)), ("logits", (5, 10))]
-    assert opened.resize == "none" and opened.sha256 == sha256_of(extractors.WEIGHTS)
+    assert opened.resize == "none" and opened.sha256 == sha256_of(extractors.SHIPPED["digits"].weights)
     with pytest.raises(ValueError, match="'digits' has its own weights"):
-        open_extractor("digits", str(extractors.WEIGHTS))
+        open_extractor("digits", str(extractors.SHIPPED["digits"].weights))
 
 
 def test_unknown_names_and_missing_files(tmp_path):

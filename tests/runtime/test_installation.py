@@ -81,7 +81,7 @@ def test_a_console_script_runs_the_module_of_its_name(tmp_path):
 def test_a_config_is_a_file_or_the_name_of_a_shipped_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shipped = shipped_configs()
-    assert set(shipped) == {path.stem for path in (ROOT / "configs").iterdir()}
+    assert set(shipped) == {path.stem for path in (ROOT / "configs").glob("*.yaml")}
     for name in ("imagenet256", "imagenet256.yaml", "configs/imagenet256.yaml", str(ROOT / "configs/imagenet256.yaml")):
         assert find_config(name).samefile(shipped["imagenet256"])
     (tmp_path / "ffhq512").mkdir()  # images, perhaps
@@ -93,6 +93,8 @@ def test_a_config_is_a_file_or_the_name_of_a_shipped_one(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["imagenet", "runs/imagenet256.yaml", "imagenet256.yml", "", "."])
 def test_another_name_is_refused_with_the_shipped_ones(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"digits, digits-onestep, ffhq512, imagenet256, .*imagenet512") as error:
+    with pytest.raises(
+        ValueError, match=r"digits, digits-onestep, fashion-mnist, ffhq512, imagenet256, .*imagenet512"
+    ) as error:
         find_config(name)
     assert f"there is no file {name}: " in str(error.value)

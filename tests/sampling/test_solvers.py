@@ -48,7 +48,7 @@ def test_a_solver_is_found_by_name_path_entry_or_loop():
 
 def test_commands_read_the_tables_without_torch():
     code = (
-        "import sys, sit_atconv.sampling, sit_atconv.generation.generate as g, sit_atconv.studies.solvers as s\n"
+        "import sys, sit_atconv.sampling, sit_atconv.generation.generate as g, sit_atconv.studies.sweep as s\n"
         "g.make_parser(), s.make_parser()\n"
         "print(*{'torch', 'numpy', 'diffusers'} & set(sys.modules))\n"
         "from sit_atconv.sampling import guided; print(guided.__name__ in dir(sit_atconv.sampling))"
