@@ -125,7 +125,10 @@ MIXERS = Table(
         ),
     },
 )
-PATTERNS = {"hybrid": ("attention", "atconv")}  # alternating mixers, from block 0 on
+PATTERNS = {  # repeated from block 0 on
+    "hybrid": ("attention", "atconv"),  # published
+    "sparse-hybrid": ("atconv", "atconv", "atconv", "attention", "atconv", "atconv"),
+}
 
 
 def mixer_names(mixer: str | list[str], depth: int) -> list[str]:

@@ -138,7 +138,8 @@ class SiT(ModelMixin, ConfigMixin):
         num_classes: number of classes; labels are 0 ... num_classes - 1.
         learn_sigma: double the output channels, as published; the second half is computed and dropped.
         mixer: token mixer of the blocks: "atconv", "attention", another name in `mixers.MIXERS`, the path
-            "my_module.NAME" of your own entry in an imported module, "hybrid" (blocks 1, 3, 5, ... are ATConv), or a
+            "my_module.NAME" of your own entry in an imported module, "hybrid" (blocks 1, 3, 5, ... are ATConv),
+            "sparse-hybrid" (blocks 3, 9, 15, ... are attention), or a
             list of `depth` of these.
         kernel_size: side of ATConv's kernel, odd.
         kernel_act: activation in ATConv's kernel generator, "gelu_tanh", "gelu" or "silu".

@@ -6,7 +6,7 @@ Imports nothing heavy, so that `--help` can list the forms.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 LEVELS = ("op", "mixer", "block", "model", "train", "sampling", "jump", "train-jump")  # what is timed
 TWO_TIMES = ("jump", "train-jump")  # levels of MeanFlow models, which have a second time
@@ -25,6 +25,7 @@ class Form:
     # (config, grid_size) -> multiply-adds of the timed module for one sample; None counts the mixer itself.
     multiply_adds: Callable[[Mapping, tuple[int, int]], int] | None = None
     bold: bool = False  # stressed in the chart
+    options: Mapping[str, str] = field(default_factory=dict)  # further options of SiT
 
 
 def _published_multiply_adds(config: Mapping, grid_size: tuple[int, int]) -> int:
@@ -42,6 +43,10 @@ FORMS = {
     ),
     "atconv": Form("ATConv", "atconv", LEVELS, "#1f6fb4", twin="second_computation", bold=True),
     "hybrid": Form("hybrid", "hybrid", LEVELS[3:], "#8a5fb5", twin="second_computation"),
+    "sparse-hybrid": Form("one attention block in six", "sparse-hybrid", LEVELS[3:], twin="second_computation"),
+    "no-inhibition": Form("no inhibition", "atconv", LEVELS[3:], options={"kernel_inhibition": "none"}),
+    "static": Form("static kernels", "atconv", LEVELS[3:], options={"kernels": "static"}),
+    "grid-pool": Form("2-D pooling", "atconv", LEVELS[3:], options={"kernel_pool": "grid"}),
     # ATConv's two projections only: no token mixer with these projections can be faster.
     "floor": Form(
         "floor (projections only)",
@@ -53,6 +58,9 @@ FORMS = {
         lambda config, grid_size: 2 * math.prod(grid_size) * config["hidden_size"] ** 2,
     ),
 }
+
+
+DEFAULT_FORMS = ("attention", "timm", "published", "atconv", "hybrid", "floor")
 
 
 def find_form(name: str) -> Form:

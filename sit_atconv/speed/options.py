@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sit_atconv.models.presets import PATCHES, PRESETS, SIZES, preset_config
 from sit_atconv.runtime.dtypes import DTYPES
-from sit_atconv.speed.forms import FORMS, LEVELS, find_form
+from sit_atconv.speed.forms import DEFAULT_FORMS, FORMS, LEVELS, find_form
 
 PRECISIONS = tuple(name for name in DTYPES if name != "tf32")
 PRESET = "SiT-{}"  # preset of a size and patch; forms replace its mixer
@@ -21,7 +21,7 @@ class SpeedOptions:
 
     preset: str = "S/2"
     depth: int | None = None
-    forms: tuple[str, ...] = tuple(FORMS)
+    forms: tuple[str, ...] = DEFAULT_FORMS
     levels: tuple[str, ...] = ("model", "sampling")
     baseline: str = "attention"
     resolutions: tuple[int, ...] = (256, 512)
@@ -93,6 +93,7 @@ class SpeedOptions:
 
     def model_config(self, form: str, resolution: int) -> dict:
         """Returns the arguments of SiT's constructor for the form's model at a resolution in pixels."""
-        config = {**preset_config(PRESET.format(self.preset)), "mixer": find_form(form).mixer}
+        entry = find_form(form)
+        config = {**preset_config(PRESET.format(self.preset)), "mixer": entry.mixer, **entry.options}
         overrides = {"input_size": resolution // self.downsample, "in_channels": self.channels}
         return {**config, **overrides, **({} if self.depth is None else {"depth": self.depth})}

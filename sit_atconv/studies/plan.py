@@ -208,12 +208,13 @@ def _facts(sweep: Sweep, settings: Settings, options: Mapping[str, str]) -> dict
     return {"name": sweep.name, "settings": settings, "seeds": [*sweep.seeds], "options": dict(options), **ckpt}
 
 
-def read_sweep(path: Path, out: str | None = None) -> Sweep:
+def read_sweep(path: Path, out: str | None = None, more: Mapping[str, str] | None = None) -> Sweep:
     """Reads the file of a sweep.
 
     Args:
         path: the YAML file.
         out: folder of the runs instead of the file's.
+        more: further options of all runs, as text by stage; they override those of the file.
 
     Raises:
         ValueError: the file cannot be read, or an entry is missing, unknown or of another form; names it.
@@ -236,6 +237,10 @@ def read_sweep(path: Path, out: str | None = None) -> Sweep:
     for name in ("out", "records", "ckpt", *base):
         if name in content and not isinstance(content[name] or "", str):
             raise ValueError(f"{fault} {name} is {content[name]!r}; give text")
+    for stage, options in (more or {}).items():
+        if stage not in base:
+            raise ValueError(f"{path} has no {stage}, so leave --{stage} out")
+        base[stage] = f"{base[stage]} {options}".strip()
     report = content.get("report") or {}
     if not isinstance(report, dict) or (unknown := report.keys() - REPORT_KEYS):
         raise ValueError(f"{fault} report takes {', '.join(sorted(REPORT_KEYS))}, not {report}")

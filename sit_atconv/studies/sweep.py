@@ -15,16 +15,18 @@ from sit_atconv.runtime.commands import ArgumentParser, add_import_option, at_le
 from sit_atconv.runtime.files import exclusive
 from sit_atconv.runtime.installation import command, find_sweep, shipped_sweeps
 from sit_atconv.studies.execution import Task, execute, plain_commands
-from sit_atconv.studies.plan import Run, read_sweep
+from sit_atconv.studies.plan import STAGES, Run, read_sweep
 from sit_atconv.studies.records import collect_scores, collect_training, read_scores, read_trainings
 
+EXAMPLES = {"train": "--train.steps 6000", "generate": "--num-samples 50000", "evaluate": "--metrics fid"}
 TRAIN, MEASURE = "training", "sampling and evaluation"  # kinds of tasks
 
 
 def main(argv: list[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
     with user_errors():
-        sweep = read_sweep(find_sweep(options.sweep), options.out)
+        more = {stage: text for stage in STAGES if (text := getattr(options, stage)) is not None}
+        sweep = read_sweep(find_sweep(options.sweep), options.out, more)
         runs = sweep.runs()
         leaves = [leaf for run in runs for leaf in run.leaves]
         read_trainings(runs), read_scores(leaves)  # a record of other options is an error before anything runs
@@ -108,6 +110,13 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument("--jobs", type=at_least(1), default=1, help="number of runs at a time; they share the threads")
     parser.add_argument("--out", default=None, metavar="DIR", help="folder of the runs (default: the file's)")
+    for stage in STAGES:
+        parser.add_argument(
+            f"--{stage}",
+            default=None,
+            metavar="OPTIONS",
+            help=f'further options of {stage} for all runs, such as "{EXAMPLES[stage]}"; give another --out with them',
+        )
     parser.add_argument(
         "--launch",
         default=None,

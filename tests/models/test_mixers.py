@@ -68,7 +68,9 @@ def test_a_mixer_that_is_not_known_is_named_with_the_remedy(module, tmp_path, mo
     monkeypatch.setattr(MIXERS, "_entries", {name: MIXERS[name] for name in ("atconv", "attention")})
     with pytest.raises(ValueError, match=r"mixer my_mixers.POOLING is not known here: give --import my_mixers"):
         SiT.from_pretrained(tmp_path / "path")
-    with pytest.raises(ValueError, match=r"hybrid, atconv, attention, .* not 'pooling' .give --import MODULE"):
+    with pytest.raises(
+        ValueError, match=r"hybrid, sparse-hybrid, atconv, attention, .* not 'pooling' .give --import MODULE"
+    ):
         SiT.from_pretrained(tmp_path / "name")
     monkeypatch.setitem(sys.modules, "my_mixers", module)
     with pytest.raises(ValueError, match=r"mixer my_mixers.Pooling is not a Mixer"):

@@ -32,6 +32,7 @@ def taken(form, dtype="fp32", training=False) -> float:
         "published": PublishedATConv,
         "atconv": ATConv,
         "hybrid": (Attention, ATConv),
+        "sparse-hybrid": (Attention, ATConv),
         "floor": FloorMixer,
     }
     assert len(model.blocks) == 3 and all(isinstance(block.attn, kinds[form]) for block in model.blocks)
@@ -40,7 +41,7 @@ def taken(form, dtype="fp32", training=False) -> float:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [form for form, entry in FORMS.items() if entry.twin])
 def test_forms_agree_with_errors_well_below_the_bound(form, dtype, training):
     assert taken(form, dtype, training) < BOUNDS[dtype] / 2.5
 
