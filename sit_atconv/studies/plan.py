@@ -7,13 +7,14 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import yaml
 
 STAGES = ("train", "generate", "evaluate")  # the commands, in the order in which they run
 KEYS = {*STAGES, "ckpt", "out", "records", "axes", "grid", "seeds", "report"}
+PLACEHOLDER = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")  # {step} or {step:07d}
 REPORT_KEYS = {"metric", "baseline", "table"}
 Value = str | int | float
 Settings = dict[str, Value]  # axis -> value
@@ -68,13 +69,11 @@ class Sweep:
         for name, value in settings.items():
             choices = self.axes[name]
             text = choices.get(value, choices.get(None, {})).get(stage)
-            if text is not None and None in choices and f"{{{name}}}" not in text:
+            if text is not None and None in choices and f"{{{name}" not in text:
                 text = f"{text} {shlex.quote(str(value))}"
             texts.append(text or "")
         filled = " ".join(" ".join(texts).split())
-        for name, value in settings.items():
-            filled = filled.replace(f"{{{name}}}", str(value))
-        return filled
+        return PLACEHOLDER.sub(partial(_filled, settings), filled)
 
     def folder_name(self, settings: Settings) -> str:
         """Returns "attention-seed0" for {"mixer": "attention", "seed": 0}."""
@@ -199,6 +198,11 @@ class Leaf:
         return _facts(self.run.sweep, self.settings, self.options)
 
 
+def _filled(settings: Settings, found: re.Match) -> str:
+    name, form = found.groups()
+    return format(settings[name], form or "") if name in settings else found[0]
+
+
 def _placed(options: str, sweep: Sweep, run: Run) -> str:
     return options.replace("{out}", str(sweep.out)).replace("{run}", str(run.folder))
 
@@ -246,6 +250,13 @@ def read_sweep(path: Path, out: str | None = None, more: Mapping[str, str] | Non
         raise ValueError(f"{fault} report takes {', '.join(sorted(REPORT_KEYS))}, not {report}")
     axes = {str(name): _axis(name, value, base, fault) for name, value in (content.get("axes") or {}).items()}
     grid = tuple(_settings(content.get("grid"), axes, fault))
+    baseline = report.get("baseline") or {}
+    if not any(all(settings.get(name) == value for name, value in baseline.items()) for settings in grid):
+        raise ValueError(f"{fault} no run of the grid has the settings of report.baseline, {baseline}")
+    if (table := report.get("table")) is not None and (
+        not isinstance(table, dict) or table.keys() != {"rows", "columns"}
+    ):
+        raise ValueError(f"{fault} report.table must be {{rows: AXES, columns: AXIS}}, not {table}")
     seeds = content.get("seeds", ["seed"] if "seed" in axes else [])
     seeds = tuple([seeds] if isinstance(seeds, str) else seeds)
     if unknown := set(seeds) - axes.keys():

@@ -24,13 +24,14 @@ HELD_OUT = "held-out flow loss"
 def report(sweep: Sweep) -> str:
     """Writes the report of the existing records beside their folder.
 
-    sweep.md, compare.csv and compare.json hold tables; PNGs hold charts.
+    sweep.md, compare.csv and compare.json hold tables; PNGs hold charts. Scores of another number of samples have a
+    folder of their own.
 
     Returns:
         The tables as Markdown, and lines on what was written.
 
     Raises:
-        ValueError: baseline or metric of the sweep's file do not exist among the records.
+        ValueError: no record has the metric of the sweep's file, or a record is damaged or of other options.
     """
     runs = sweep.runs()
     out = sweep.records.parent
@@ -42,12 +43,14 @@ def report(sweep: Sweep) -> str:
     if scores:
         chosen = [leaves[name] for name in scores]
         rows = make_runs([*scores.values()], [sweep.label(leaf.settings) for leaf in chosen])
-        comparison = make_comparison(rows, _baseline(sweep, rows), _metric(sweep, rows))
-        written = write_comparison(comparison, out)
-        table = pivot(sweep, comparison)
-        parts += [*([f"## {comparison.metric}", table] if table else []), "## Scores", written.table]
-        lines += [line for line in written.messages if not line.startswith("warning:")]  # settings differ by design
-        lines += charts(sweep, comparison, out)
+        for number, metric in enumerate(_metrics(sweep, rows)):
+            place = out / metric if number else out
+            own = [row for row in rows if metric in row.scores]
+            comparison = make_comparison(own, _baseline(sweep, own), metric)
+            written = write_comparison(comparison, place)
+            parts += [f"## {metric}", *filter(None, [pivot(sweep, comparison)]), written.table]
+            lines += [line for line in written.messages if not line.startswith("warning:")]  # settings differ by design
+            lines += charts(sweep, comparison, place)
     if curves := {run.name: trainings[run.name] for run in runs if run.name in trainings}:
         if any(training.held_out_loss for training in curves.values()):
             parts += ["## Held-out flow loss of the last step", held_out_table(sweep, curves)]
@@ -59,19 +62,21 @@ def report(sweep: Sweep) -> str:
 
 
 def _baseline(sweep: Sweep, rows: Sequence[Row]) -> str:
-    """Returns the number of the row that the file names by some of its settings; "1" without one."""
-    wanted = sweep.report.get("baseline")
-    if wanted is None:
-        return "1"
+    """Returns the number of the first row with the settings of report.baseline; "1" as long as there is none."""
+    wanted = sweep.report.get("baseline") or {}
     for number, row in enumerate(rows, 1):
         settings = row.evaluation.subject["sweep"]["settings"]
         if all(settings.get(name) == value for name, value in wanted.items()):
             return str(number)
-    raise ValueError(f"no record has the settings of the baseline {wanted}: run the sweep, or change report.baseline")
+    return "1"
 
 
-def _metric(sweep: Sweep, rows: Sequence[Row]) -> str:
-    return sweep.report.get("metric") or next(iter(rows[0].scores))
+def _metrics(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
+    """Returns the score of the file, or the first score for each number of samples: FD-digits-10000, -2000."""
+    if metric := sweep.report.get("metric"):
+        return [metric]
+    kind = kind_of(next(iter(rows[0].scores)))
+    return list(dict.fromkeys(name for row in rows for name in row.scores if kind_of(name) == kind))
 
 
 # -------------------------------------------------------------------------------------------------------- tables

@@ -16,7 +16,7 @@ SWEEP = {
         "mixer": {"attention": {"train": "--model.mixer attention"}, "ATConv": {"train": "--model.mixer atconv"}},
         "seed": {"train": "--train.seed", "generate": "--seed"},
         "steps": {"generate": "--steps"},
-        "ema": {"generate": "--ckpt {run}/checkpoints/step-{ema}"},
+        "ema": {"generate": "--ckpt {run}/checkpoints/step-{ema:07d}"},
     },
     "grid": {"mixer": ["attention", "ATConv"], "seed": [0, 1], "steps": [4]},
 }
@@ -61,7 +61,7 @@ def test_the_file_of_the_scores_changes_with_every_option(read):
 
 
 def test_options_name_the_values_of_other_axes_and_the_folders(read):
-    sweep = read(grid={"mixer": "ATConv", "seed": 0, "ema": ["0000200", "0000400"]})
+    sweep = read(grid={"mixer": "ATConv", "seed": 0, "ema": [200, 400]})
     assert "runs/x/ATConv-seed0/checkpoints/step-0000400" in sweep.runs()[0].leaves[1].generate_argv
 
 
@@ -103,6 +103,8 @@ def test_commands_for_a_scheduler_are_one_line_for_each_training(read):
         ({"grid": {"mixer": "conv"}}, "the axis mixer has no value 'conv'; known are attention, ATConv"),
         ({"grid": {"width": 3}}, "the grid names width, known axes are mixer, seed"),
         ({"grid": None}, "grid must be a mapping"),
+        ({"report": {"baseline": {"mixer": "hybrid"}}}, "no run of the grid has the settings of report.baseline"),
+        ({"report": {"table": ["mixer"]}}, "report.table must be"),
         ({"seeds": ["run"]}, "seeds names 'run', which is no axis"),
         ({"axes": {"a": {"x y": {"train": "-a"}, "x_y": {"train": "-b"}}}, "grid": {"a": ["x y", "x_y"]}}, "share"),
     ],
