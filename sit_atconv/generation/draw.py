@@ -75,7 +75,7 @@ def generate_samples(job: SampleJob) -> dict:
                 "ckpt": os.path.abspath(options.ckpt) if os.path.exists(options.ckpt) else options.ckpt,
                 "step": recipe.step,
                 "ema_decay": recipe.ema_decay,
-                "training": read_config(job.weights.home),
+                "training": read_config(job.weights.home) or None,
                 "sampler": [*Sampler.__dataclass_fields__, "dtype", "compile"],  # names of the settings of sampling
                 "batches": f"agree to {f'the tolerance of {job.sampler.solver}' if is_adaptive else 'one grey level'}",
                 **speed,

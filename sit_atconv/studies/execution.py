@@ -76,6 +76,7 @@ def execute(
     Returns:
         The reason of each failure by the task's name. On Ctrl-C, or if this process dies, the commands end, too.
     """
+    os.environ.setdefault("TQDM_MININTERVAL", "1")  # of the commands' bars: their logs would grow too fast
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     logs.mkdir(parents=True, exist_ok=True)

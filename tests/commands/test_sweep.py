@@ -131,13 +131,13 @@ def test_time_and_commands_are_printed_without_running(write, capfd):
 @pytest.mark.slow
 def test_a_sweep_that_was_killed_three_times_ends_with_the_same_records(write, tmp_path):
     command = [sys.executable, str(ROOT / SWEEP), "small.yaml", "--jobs", "2"]
-    grid = {"mixer": ["attention", "ATConv"], "seed": [0, 1], "steps": [1, 2]}
+    grid = {"mixer": "ATConv", "seed": [0, 1], "steps": 1}
     out = write(grid=grid)
     assert subprocess.run(command).returncode == 0
     expected = facts(out / "records")
-    assert len(expected) == 12
+    assert len(expected) == 4
     out.rename(tmp_path / "whole")
-    for number in (1, 4, 8):
+    for number in (1, 2, 3):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         while len(list((out / "records").glob("*.json"))) < number and process.poll() is None:
             time.sleep(0.05)
@@ -149,11 +149,11 @@ def test_a_sweep_that_was_killed_three_times_ends_with_the_same_records(write, t
 
 @pytest.mark.slow
 def test_printed_commands_can_be_run_by_a_shell_and_are_collected(write):
-    out = write(grid={"mixer": "ATConv", "seed": 0, "steps": [1, 2]})
+    out = write(grid={"mixer": "ATConv", "seed": 0, "steps": 1})
     command = [sys.executable, str(ROOT / SWEEP), "small.yaml"]
     lines = subprocess.run([*command, "--print-commands"], text=True, stdout=subprocess.PIPE, check=True).stdout
     environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
     subprocess.run(["bash", "-c", lines], check=True, env=environment)
     done = subprocess.run(command, text=True, stdout=subprocess.PIPE, check=True).stdout
     assert "out: 1 tasks to run" in done  # the training's record; it is complete
-    assert len(facts(out / "records")) == 3
+    assert len(facts(out / "records")) == 2
