@@ -251,7 +251,7 @@ def test_torchruns_report_ends_with_the_error(tmp_path):
     done = subprocess.run([*torchrun, *map(str, [ROOT / FID, *argv])], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-2]
-    assert last.endswith("an .npz, or the word digits") and f"error: {tmp_path / 'nowhere'} does not exist" in last
+    assert last.endswith("the word digits, or idx:FOLDER") and f"error: {tmp_path / 'nowhere'} does not exist" in last
 
 
 # ----------------------------------------------------------------------------------------------------- errors
