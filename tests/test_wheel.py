@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from sit_atconv.runtime.installation import COMMANDS, console_script, shipped_configs
+from sit_atconv.runtime.installation import COMMANDS, console_script, shipped_configs, shipped_sweeps
 from tests.conftest import ROOT, TINY_RUN, python
 
 if sys.version_info >= (3, 11):

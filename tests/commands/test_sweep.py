@@ -132,7 +132,7 @@ def test_time_and_commands_are_printed_without_running(write, capfd):
 def test_a_sweep_that_was_killed_three_times_ends_with_the_same_records(write, tmp_path):
     command = [sys.executable, str(ROOT / SWEEP), "small.yaml", "--jobs", "2"]
     grid = {"mixer": "ATConv", "seed": [0, 1], "steps": 1}
-    out = write(grid=grid)
+    out = write(grid=grid, report=None)
     assert subprocess.run(command).returncode == 0
     expected = facts(out / "records")
     assert len(expected) == 4
@@ -149,7 +149,7 @@ def test_a_sweep_that_was_killed_three_times_ends_with_the_same_records(write, t
 
 @pytest.mark.slow
 def test_printed_commands_can_be_run_by_a_shell_and_are_collected(write):
-    out = write(grid={"mixer": "ATConv", "seed": 0, "steps": 1})
+    out = write(grid={"mixer": "ATConv", "seed": 0, "steps": 1}, report=None)
     command = [sys.executable, str(ROOT / SWEEP), "small.yaml"]
     lines = subprocess.run([*command, "--print-commands"], text=True, stdout=subprocess.PIPE, check=True).stdout
     environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
