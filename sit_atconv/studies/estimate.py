@@ -44,7 +44,7 @@ def estimate(runs: Sequence[Run], tasks: Sequence[Task], jobs: int) -> str:
     for label, (count, training, sampling) in rows.items():
         step = measured[label][0]
         lines.append(f"| {count:.0f} x {label} | {step:.3g} | {in_words(training)} | {in_words(sampling)} |")
-    at_once = f", {in_words(total / jobs)} with {jobs} jobs at a time" if jobs > 1 else ""
+    at_once = f", at best {in_words(total / jobs)} with {jobs} jobs" if jobs > 1 else ""
     return "\n".join([*lines, "", f"in all {in_words(total)} for one job{at_once}; {len(tasks)} tasks"])
 
 
