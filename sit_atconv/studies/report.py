@@ -62,7 +62,7 @@ def report(sweep: Sweep) -> str:
 
 
 def _baseline(sweep: Sweep, rows: Sequence[Row]) -> str:
-    """Returns the number of the first row with the settings of report.baseline; "1" as long as there is none."""
+    """Returns the number of the first row with the settings of report.baseline; "1" if there is none."""
     wanted = sweep.report.get("baseline") or {}
     for number, row in enumerate(rows, 1):
         settings = row.evaluation.subject["sweep"]["settings"]
@@ -72,7 +72,7 @@ def _baseline(sweep: Sweep, rows: Sequence[Row]) -> str:
 
 
 def _metrics(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
-    """Returns the score of the file, or the first score for each number of samples: FD-digits-10000, -2000."""
+    """Returns the score of the file, or the first score for each number of samples."""
     if metric := sweep.report.get("metric"):
         return [metric]
     kind = kind_of(next(iter(rows[0].scores)))

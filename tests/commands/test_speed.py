@@ -182,5 +182,6 @@ def test_help_answers_before_torch_is_imported(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0
-    assert "--resolutions" in done.stdout and all(name in done.stdout for name in (*FORMS, *LEVELS))
+    text = "".join(done.stdout.split())  # long names are broken at their hyphens
+    assert all(name in text for name in ("--resolutions", *FORMS, *LEVELS))
     assert done.stderr == "False\n"
