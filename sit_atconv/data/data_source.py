@@ -84,3 +84,17 @@ class DataSource(Protocol):
         """Returns the indices of the images with these names."""
         wanted = set(names)
         return np.array([i for i in range(len(self)) if self.name(i) in wanted], dtype=np.int64)
+
+
+class InMemory(DataSource):
+    """Data source whose images are all in memory: `images` is uint8 (N, C, H, W)."""
+
+    images: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor, int]:
+        index, mirrored = item
+        image = self.images[index]
+        return image.flip(-1) if mirrored else image, int(self.labels[index])

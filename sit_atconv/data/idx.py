@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sit_atconv.data import IDX
-from sit_atconv.data.data_source import DataSource
+from sit_atconv.data.data_source import InMemory
 from sit_atconv.data.images import KEEP_EMPTY
 from sit_atconv.runtime.names import show_some
 
@@ -20,7 +19,7 @@ UNSIGNED_BYTES = 8  # code of the only kind of values that images and labels hav
 MULTIPLE = 8  # sides are padded to a multiple of this by default, so that patches of 2, 4 and 8 fit
 
 
-class IdxImages(DataSource):
+class IdxImages(InMemory):
     """Greyscale images and labels of IDX files, centred on black squares.
 
     Args:
@@ -59,14 +58,6 @@ class IdxImages(DataSource):
     @classmethod
     def open(cls, name: str, *, image_size: int | None, keep_empty_classes: bool, **options) -> "IdxImages":
         return cls(name.removeprefix(IDX), image_size, keep_empty_classes=keep_empty_classes)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor, int]:
-        index, mirrored = item
-        image = self.images[index]
-        return image.flip(-1) if mirrored else image, int(self.labels[index])
 
     def describe(self) -> dict:
         digest = hashlib.sha256(self.images.numpy().data)

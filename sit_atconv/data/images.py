@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sit_atconv.data import DEFAULT_VAE, MAX_MEGAPIXELS
-from sit_atconv.data.data_source import DataSource
+from sit_atconv.data.data_source import DataSource, InMemory
 from sit_atconv.data.pixels import CROP_RULE, read_picture, to_uint8
 from sit_atconv.runtime.names import normal, show_some
 
@@ -175,7 +175,7 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     return images.reshape(-1, 8, 8), labels.astype(np.int64)
 
 
-class Digits(DataSource):
+class Digits(InMemory):
     """Embedded data set: 1,797 real 8x8 greyscale images of ten classes, no download."""
 
     class_names = tuple("0123456789")
@@ -185,14 +185,6 @@ class Digits(DataSource):
     def __init__(self):
         images, self.labels = load_digits()
         self.images = torch.from_numpy(images)[:, None]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor, int]:
-        index, mirrored = item
-        image = self.images[index]
-        return image.flip(-1) if mirrored else image, int(self.labels[index])
 
     def describe(self) -> dict:
         return {"kind": "digits", "images": len(self)}
