@@ -216,7 +216,7 @@ def save_panels(
         if are_words:
             axes.set_xticks(range(len(words)), words, rotation=20, ha="right", fontsize=8)
             axes.set_xlim(-0.6, len(words) - 0.4)
-        elif len(words) > 1 and min(x) > 0 and max(x) > 6 * min(x):
+        elif min(numbers := [float(point.x) for point in points]) > 0 and max(numbers) > 4 * min(numbers):
             set_log(axes, "x")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
