@@ -20,6 +20,7 @@ class DataSource(Protocol):
         image_size: side of the images in pixels.
         channels: channels of the images, 3 or 1.
         is_encoded: True if the source yields the output of `Codec.encode` instead of pixels.
+        takes_place: True if it is named NAME:PLACE, as in idx:FOLDER, and not by its name alone.
     """
 
     class_names: Sequence[str]
@@ -27,6 +28,7 @@ class DataSource(Protocol):
     image_size: int
     channels: int = 3
     is_encoded: bool = False
+    takes_place: bool = False
 
     @classmethod
     def open(

@@ -35,6 +35,7 @@ class IdxImages(InMemory):
     """
 
     channels = 1
+    takes_place = True
 
     def __init__(self, place: str | Path, image_size: int | None = None, *, keep_empty_classes: bool = False):
         path = _find_images(Path(place))

@@ -104,11 +104,11 @@ class DataConfig:
             if self.images != type(self).images:
                 raise ValueError(f"data.images {self.images} and data.latents {self.latents}: give one of them")
             return CachedLatents
-        name = self.images.partition(":")[0]
-        if name in SOURCES:
+        name, colon, _ = self.images.partition(":")
+        if name in SOURCES and getattr(SOURCES[name], "takes_place", False) == bool(colon):
             warn_if_hidden("data.images", self.images)
         elif is_object_path(self.images):
-            import_module_of(name)
+            name = import_module_of(self.images)
         else:
             return ImageFolder
         found = SOURCES.find(name)

@@ -187,6 +187,13 @@ class Leaf:
         return ["--ckpt", ckpt, *options, "--out", str(self.folder)]
 
     @property
+    def is_of_last_step(self) -> bool:
+        """True if the samples are drawn from the trained run, and not from a checkpoint on the way."""
+        argv = self.generate_argv
+        last = max(i for i, word in enumerate(argv) if word == "--ckpt" or word.startswith("--ckpt="))
+        return self.run.is_trained and argv[last : last + 2] == ["--ckpt", str(self.run.folder)]
+
+    @property
     def evaluate_argv(self) -> list[str]:
         """Arguments of `eval/fid.py`."""
         options = shlex.split(_placed(self.options["evaluate"], self.run.sweep, self.run))

@@ -60,9 +60,12 @@ def collect_training(run: Run, jobs: int) -> None:
 def collect_scores(leaf: Leaf, jobs: int) -> None:
     """Writes the record of a leaf from the file that `eval/fid.py` wrote; paths become relative.
 
-    ValueError: there is no such file, or it is damaged.
+    ValueError: there is no such file, it is damaged, or the run was not complete when its samples were drawn.
     """
     evaluation = read_evaluation(leaf.scores)
+    step, steps = evaluation.subject.get("step"), read_config(leaf.run.folder).get("train", {}).get("steps")
+    if leaf.is_of_last_step and step != steps:
+        raise ValueError(f"the samples in {leaf.folder} are of step {step} of {steps}: delete that folder")
     subject = {
         name: _relative(value) if name in ("path", "ckpt") else value for name, value in evaluation.subject.items()
     }

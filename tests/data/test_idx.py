@@ -86,3 +86,10 @@ def test_damaged_and_missing_files_are_named(write, tmp_path):
     with pytest.raises(ValueError, match="has no images of the labels 3: keep these classes with"):
         IdxImages(folder)
     assert IdxImages(folder, keep_empty_classes=True).class_counts[3] == 0
+
+
+@pytest.mark.parametrize("name", ["digits:0", "idx"])
+def test_a_kind_without_its_place_and_a_place_without_its_kind_are_folders(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"{name} is not a folder of images"):
+        DataConfig(images=name).open()

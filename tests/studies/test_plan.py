@@ -1,10 +1,15 @@
 """Plan of a sweep: its file, the runs and their command lines."""
 
+from contextlib import nullcontext
+
 import pytest
 import yaml
 
+from sit_atconv.evaluation.records import Evaluation
+from sit_atconv.evaluation.scores import Score
 from sit_atconv.runtime.installation import shipped_sweeps
 from sit_atconv.studies.plan import read_sweep
+from sit_atconv.studies.records import collect_scores
 from sit_atconv.studies.sweep import in_lines, missing_tasks
 
 SWEEP = {
@@ -118,3 +123,17 @@ def test_faults_of_the_file_are_named(read, changes, message):
 def test_shipped_sweeps_can_be_read(name):
     sweep = read_sweep(shipped_sweeps()[name])
     assert all(run.leaves for run in sweep.runs()) and str(sweep.out) == f"runs/{name}"
+
+
+def test_scores_of_a_run_that_was_not_complete_are_refused(read, tmp_path, monkeypatch):
+    """A scheduler may stop a training, which exits with 0, and then run the rest of the line."""
+    monkeypatch.chdir(tmp_path)
+    run = read().runs()[0]
+    leaf = run.leaves[0]
+    leaf.folder.mkdir(parents=True)
+    (run.folder / "config.yaml").write_text("train: {steps: 6}")
+    for step, is_whole in ((3, False), (6, True)):
+        Evaluation({"FD-digits-110": Score(1.0)}, {}, {"step": step, "seed": 0}, {}).save(leaf.scores)
+        with nullcontext() if is_whole else pytest.raises(ValueError, match="are of step 3 of 6: delete"):
+            collect_scores(leaf, jobs=1)
+        assert leaf.record.exists() == is_whole
