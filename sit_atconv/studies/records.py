@@ -96,7 +96,10 @@ def read_scores(leaves: Iterable[Leaf]) -> dict[str, Evaluation]:
     found = {}
     for leaf in leaves:
         if leaf.record.exists():
-            evaluation = read_evaluation(leaf.record)
+            try:
+                evaluation = read_evaluation(leaf.record)
+            except ValueError as error:
+                raise ValueError(f"{leaf.record} is damaged: delete it, and run the same command again") from error
             check_record(leaf.record, evaluation.subject.get("sweep", {}), leaf.facts)
             found[leaf.name] = evaluation
     return found

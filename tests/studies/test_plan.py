@@ -9,7 +9,7 @@ from sit_atconv.evaluation.records import Evaluation
 from sit_atconv.evaluation.scores import Score
 from sit_atconv.runtime.installation import shipped_sweeps
 from sit_atconv.studies.plan import read_sweep
-from sit_atconv.studies.records import collect_scores
+from sit_atconv.studies.records import collect_scores, read_scores
 from sit_atconv.studies.sweep import in_lines, missing_tasks
 
 SWEEP = {
@@ -137,3 +137,6 @@ def test_scores_of_a_run_that_was_not_complete_are_refused(read, tmp_path, monke
         with nullcontext() if is_whole else pytest.raises(ValueError, match="are of step 3 of 6: delete"):
             collect_scores(leaf, jobs=1)
         assert leaf.record.exists() == is_whole
+    leaf.record.write_text('{"scores": ')
+    with pytest.raises(ValueError, match="attention-seed0-steps4.json is damaged: delete it"):
+        read_scores([leaf])
