@@ -138,5 +138,5 @@ def test_scores_of_a_run_that_was_not_complete_are_refused(read, tmp_path, monke
             collect_scores(leaf, jobs=1)
         assert leaf.record.exists() == is_whole
     leaf.record.write_text('{"scores": ')
-    with pytest.raises(ValueError, match="attention-seed0-steps4.json is damaged: delete it"):
+    with pytest.raises(ValueError, match=r"attention-seed0-steps4\.json is damaged: delete it"):
         read_scores([leaf])
