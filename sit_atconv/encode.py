@@ -157,6 +157,26 @@ def make_parser() -> ArgumentParser:
         default="float16",
         help="number format of the stored moments",
     )
+    parser.add_argument(
+        "--pixels",
+        choices=("none", "uint8", "jpeg"),
+        default="none",
+        help="also store the crops, for training with an encoder: uint8 takes 3 bytes a pixel, jpeg (quality 95) about "
+        "0.5 to 1; without them training can read the images again (--data.pixels)",
+    )
+    parser.add_argument(
+        "--features",
+        metavar="ENCODER",
+        help="also store the tokens of this image encoder in float16, for training with --auxiliary Alignment: "
+        "dinov2-vit-b or another name that --auxiliary.encoder takes",
+    )
+    parser.add_argument("--features-weights", metavar="FILE", help="weights of that encoder (default: from the hub)")
+    parser.add_argument(
+        "--features-grid",
+        type=at_least(1),
+        metavar="N",
+        help="side of the grid of tokens (default: half of the latents' side, the tokens of a model with patch size 2)",
+    )
     parser.add_argument("--batch-size", type=at_least(1), default=32, help="number of images that are encoded together")
     parser.add_argument(
         "--shard-mib",

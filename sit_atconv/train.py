@@ -65,7 +65,7 @@ def train_model(job: Job, session: Session) -> int:
     """Trains from the checkpoint's step to the last one. Returns the signal that stopped it early, or 0."""
     config, train, data, order = job.config, job.config.train, job.data, job.order
     accelerator, optimizer, averages = session.accelerator, session.optimizer, session.averages
-    codec, meter, auxiliary = session.codec, session.meter, session.auxiliary
+    codec, meter = session.codec, session.meter
     device, parameters, model = accelerator.device, session.parameters, session.tapped
     shape = (train.batch_size, *job.latent_shape)
     generator = torch.Generator(device)
@@ -83,6 +83,9 @@ def train_model(job: Job, session: Session) -> int:
         objective = config.flow.at(step / train.steps)
         draw = objective.draw(shape, generator)
         posterior = torch.randn(shape, generator=generator, device=device)
+        random = torch.rand(train.batch_size, generator=generator, device=device)  # of the auxiliary loss
+        auxiliary = config.auxiliary_of(step)
+        model.block = auxiliary.block if auxiliary is not None else None
         finite = torch.ones((), dtype=torch.bool, device=device)
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(step)
@@ -93,12 +96,15 @@ def train_model(job: Job, session: Session) -> int:
                 batch = next(session.batches)
             session.unreadable.note(batch.unreadable)
             rows = order.rows(micro_batch)
-            pixels = None if data.is_encoded else to_float(batch.inputs)
-            stored = batch.inputs if pixels is None else codec.encode(pixels)
+            stored = batch.inputs if data.is_encoded else codec.encode(to_float(batch.inputs))
             latents = codec.latents(stored, noise=posterior[rows])
             with accelerator.accumulate(*session.trained):  # processes exchange gradients only in the last micro-batch
                 terms = objective.loss(model, latents, batch.y, draw[rows], session.net.null_label)
-                added = auxiliary(model.take(), latents, pixels) if auxiliary is not None else {}
+                added = (
+                    {}
+                    if auxiliary is None
+                    else session.added_terms(batch, latents, objective, draw[rows], random[rows])
+                )
                 terms, added = (
                     {name: term.where(batch.readable, 0.0) for name, term in named.items()} for named in (terms, added)
                 )

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 REPA_OPTIONS = {"kernel_act": "silu"}  # of REPA's port of ATConv: no tensor shows it
+PROJECTORS = "projectors."  # prefix
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # prefixes that DistributedDataParallel and torch.compile add
 POINTWISE = re.compile(r"blocks\.\d+\.attn\.(kernel_proj|x_proj|proj)\.weight")  # 1x1 convolutions in REPA's port
 
@@ -30,12 +31,14 @@ class Published:
         ema: True for EMA weights, False for the weights as trained, None if the file does not say.
         repa: True if the file had REPA's convention and was converted.
         args: training arguments with those of nested groups; empty if the file has none.
+        projectors: REPA's projectors, which the model does without, as name -> tensor.
     """
 
     tensors: dict[str, Tensor]
     ema: bool | None
     repa: bool
     args: dict = field(default_factory=dict)
+    projectors: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read_published(path: Path, ema: bool = True) -> Published:
@@ -74,8 +77,9 @@ def read_published(path: Path, ema: bool = True) -> Published:
     if len(set(named)) < len(named):
         raise ValueError(f"{path} cannot be used: without module. and _orig_mod. two of its names are the same")
     tensors = dict(zip(named, tensors.values(), strict=True))
+    projectors = {name: tensor for name, tensor in tensors.items() if name.startswith(PROJECTORS)}
     repa = args.get("prediction") == "v" or any(
-        name.startswith("projectors.") or _is_pointwise(name, tensor) for name, tensor in tensors.items()
+        name in projectors or _is_pointwise(name, tensor) for name, tensor in tensors.items()
     )
     if repa:
         try:
@@ -83,7 +87,7 @@ def read_published(path: Path, ema: bool = True) -> Published:
         except (KeyError, IndexError, RuntimeError) as error:
             fault = f"no {error.args[0]}" if isinstance(error, KeyError) else "a time embedding of another shape"
             raise ValueError(f"{path} has REPA's form but {fault}: give a file with all weights") from error
-    return Published(tensors, {"ema": True, "model": False, None: None}[part], repa, args)
+    return Published(tensors, {"ema": True, "model": False, None: None}[part], repa, args, projectors)
 
 
 def _flat(args: object) -> dict:
@@ -164,7 +168,7 @@ def _from_repa(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     ours = {
         name: tensor.flatten(1) if _is_pointwise(name, tensor) else tensor
         for name, tensor in tensors.items()
-        if not name.startswith("projectors.")
+        if not name.startswith(PROJECTORS)
     }
     if "pos_embed" in ours and not ours["pos_embed"].any():
         del ours["pos_embed"]

@@ -1,7 +1,7 @@
 """Checkpoints that training resumes from.
 
-    RUN/checkpoints/step-*/        model/, ema/, ema-DECAY/ (exported weights), optimizer.safetensors, state.json,
-                                   and auxiliary.safetensors if the run has an auxiliary loss
+    RUN/checkpoints/step-*/        model/, ema/, ema-DECAY/ (exported weights), optimizer.safetensors, state.json;
+                                   with an auxiliary loss auxiliary.safetensors, its averages as ema/NAME, ...
 
 The form of exported weights is the caller's: that of `save_weights` for SiT, timm's for classifiers.
 
@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ class TrainingState:
         optimizer: the optimizer.
         scaler: the gradient scaler of fp16, or None.
         auxiliary: the auxiliary loss, or None.
+        auxiliary_averages: EMA decay -> averages of its trained parameters by name.
         weights_file: name of the file of weights in an exported folder.
     """
 
@@ -52,6 +53,7 @@ class TrainingState:
     optimizer: "torch.optim.Optimizer"
     scaler: "torch.amp.GradScaler | None" = None
     auxiliary: "torch.nn.Module | None" = None
+    auxiliary_averages: "Mapping[float, Mapping[str, torch.Tensor]]" = field(default_factory=dict)
     weights_file: str = WEIGHTS_FILE
 
     def parameters(self) -> "dict[str, torch.nn.Parameter]":
@@ -59,16 +61,27 @@ class TrainingState:
         own = self.auxiliary.named_parameters() if self.auxiliary is not None else ()
         return dict(self.model.named_parameters()) | {f"auxiliary.{name}": p for name, p in own}
 
+    def auxiliary_tensors(self) -> "dict[str, torch.Tensor]":
+        """Returns the tensors of the auxiliary loss without frozen ones, and those of its averages as FOLDER/NAME."""
+        assert self.auxiliary is not None
+        frozen = {name for name, p in self.auxiliary.named_parameters() if not p.requires_grad}
+        tensors = {name: tensor for name, tensor in self.auxiliary.state_dict().items() if name not in frozen}
+        for folder, (decay, _) in self.average_folders().items():
+            averages = self.auxiliary_averages.get(decay, {})
+            tensors |= {f"{folder}/{name}": tensor for name, tensor in averages.items()}
+        return tensors
+
     def average_folders(self) -> "dict[str, tuple[float, torch.nn.Module]]":
         """Returns the decay and the EMA that each folder holds."""
         named = enumerate(self.averages.items())
         return {f"ema-{decay}" if i else "ema": (decay, model) for i, (decay, model) in named}
 
 
-def checkpoint_bytes(net: "torch.nn.Module", num_averages: int) -> int:
-    """Returns the bytes of a checkpoint: the model, its EMAs and AdamW's two moments."""
+def checkpoint_bytes(net: "torch.nn.Module", num_averages: int, auxiliary: "torch.nn.Module | None" = None) -> int:
+    """Returns the bytes of a checkpoint: model, trained parameters of the loss, their EMAs, AdamW's two moments."""
     trained = sum(p.nbytes for p in net.parameters() if p.requires_grad)
-    return (1 + num_averages) * sum(p.nbytes for p in net.parameters()) + 2 * trained
+    beside = sum(p.nbytes for p in auxiliary.parameters() if p.requires_grad) if auxiliary is not None else 0
+    return (1 + num_averages) * (sum(p.nbytes for p in net.parameters()) + beside) + 2 * (trained + beside)
 
 
 def checkpoints_at_once(steps: int, every: int, keep: int, keep_every: int | None) -> int:
@@ -117,7 +130,8 @@ def save_checkpoint(
             write(model, dataclasses.replace(recipe, ema_decay=decay), partial / name)
         save_file(_optimizer_tensors(state), partial / OPTIMIZER_FILE)
         if state.auxiliary is not None:
-            save_file(_auxiliary_tensors(state.auxiliary), partial / AUXILIARY_FILE)
+            tensors = {name: tensor.contiguous() for name, tensor in state.auxiliary_tensors().items()}
+            save_file(tensors, partial / AUXILIARY_FILE)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         content = {
             "step": recipe.step,
@@ -196,12 +210,6 @@ def _optimizer_numbers(optimizer: "torch.optim.Optimizer") -> list[dict]:
         }
         for group in optimizer.param_groups
     ]
-
-
-def _auxiliary_tensors(auxiliary: "torch.nn.Module") -> "dict[str, torch.Tensor]":
-    """Returns the tensors to save: all but frozen ones, such as those of an encoder."""
-    frozen = {name for name, p in auxiliary.named_parameters() if not p.requires_grad}
-    return {name: tensor.contiguous() for name, tensor in auxiliary.state_dict().items() if name not in frozen}
 
 
 # ------------------------------------------------------------------------------------------------------- loading
@@ -289,10 +297,7 @@ def load_checkpoint(checkpoint: Path, state: TrainingState) -> dict:
         for name, (_, model) in state.average_folders().items():
             model.load_state_dict(load_file(checkpoint / name / state.weights_file))
         if state.auxiliary is not None:
-            held, wanted = load_file(checkpoint / AUXILIARY_FILE), _auxiliary_tensors(state.auxiliary)
-            if held.keys() != wanted.keys():
-                raise ValueError(f"{AUXILIARY_FILE} has other tensors than this auxiliary loss")
-            state.auxiliary.load_state_dict(held, strict=False)  # frozen tensors are not saved
+            _restore_auxiliary(state, load_file(checkpoint / AUXILIARY_FILE))
         _restore_optimizer(state, load_file(checkpoint / OPTIMIZER_FILE))
         for group, numbers in zip(state.optimizer.param_groups, content.get("optimizer", ()), strict=False):
             group |= numbers
@@ -301,6 +306,18 @@ def load_checkpoint(checkpoint: Path, state: TrainingState) -> dict:
     except Exception as error:  # of any type: it depends on the part that does not fit
         raise ValueError(f"{checkpoint} does not fit this model ({_reason(error)})") from error
     return content["computed_on"]
+
+
+def _restore_auxiliary(state: TrainingState, held: "dict[str, torch.Tensor]") -> None:
+    """Restores the loss and its averages; these start from its parameters where an earlier version had none."""
+    wanted = state.auxiliary_tensors()
+    if not any("/" in name for name in held):
+        held = held | {name: held[name.partition("/")[2]] for name in wanted if "/" in name}
+    shapes, expected = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (held, wanted))
+    if shapes != expected:
+        raise ValueError(f"{AUXILIARY_FILE} has other tensors than this auxiliary loss")
+    for name, tensor in wanted.items():
+        tensor.copy_(held[name])
 
 
 def _restore_optimizer(state: TrainingState, tensors: "dict[str, torch.Tensor]") -> None:

@@ -2,8 +2,12 @@
 
 import itertools
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sit_atconv.checkpoints.class_names import changed_names, labels_there
@@ -20,6 +24,7 @@ from sit_atconv.checkpoints.tensors import (
     list_differences,
     mixer_kinds,
 )
+from sit_atconv.checkpoints.training_state import AUXILIARY_FILE
 from sit_atconv.checkpoints.weights import is_without_recipe, load_weights, locate_weights
 from sit_atconv.models.mixers import MIXERS
 from sit_atconv.models.sit import SiT, sincos_pos_embed
@@ -41,6 +46,7 @@ class Source:
         class_names: names of labels 0, 1, ..., or None if not known.
         null_label_trained: as in `Recipe`.
         lines: notes for the user.
+        auxiliary: trained tensors of their auxiliary loss, such as projectors.
     """
 
     tensors: dict[str, Tensor]
@@ -50,6 +56,7 @@ class Source:
     class_names: list[str] | None = None
     null_label_trained: bool | None = None
     lines: list[str] = field(default_factory=list)
+    auxiliary: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,7 @@ def start_from(
     *,
     class_names: list[str] | None = None,
     objective: dict | None = None,
+    auxiliary: nn.Module | None = None,
 ) -> Start:
     """Copies into `net` the tensors of `ckpt` that have the same name and shape.
 
@@ -105,6 +113,7 @@ def start_from(
         class_names: class names of the data. If the weights have the same names, the rows of the label table follow
             them. None compares no names.
         objective: class path and arguments of an objective that is needed to sample, as in `Recipe`.
+        auxiliary: the auxiliary loss, whose trained parameters are copied too if all of them fit.
 
     Raises:
         ValueError: the weights cannot be read, or their model has another width, depth, patch or number of channels.
@@ -135,6 +144,7 @@ def start_from(
         f"started from {ckpt}{kind}: {len(values)} of {len(wanted)} tensors kept",
         *source.lines,
         *(line for special in specials for line in special.lines),
+        *_start_auxiliary(auxiliary, source),
         *_silent_options(net, here, source),
         *_training_differences(source, _training(flow_path, prediction, objective, codec)),
         *_class_name_differences(net, source, class_names),
@@ -161,6 +171,7 @@ def _open(ckpt: str) -> Source:
             class_names=said_names(args, config.get("num_classes", rows - 1)),
             null_label_trained=null_label_trained(True, args),
             lines=["these are REPA's weights: their direction of time was reversed"] if published.repa else [],
+            auxiliary=published.projectors,
         )
     if is_without_recipe(path):
         model = load_model(path)
@@ -176,7 +187,31 @@ def _open(ckpt: str) -> Source:
         recipe.class_names,
         recipe.null_label_trained,
         [*weights.notes, *(learned if recipe.trained_cfg != 1 else [])],
+        _auxiliary_beside(path),
     )
+
+
+def _auxiliary_beside(weights: Path) -> dict[str, Tensor]:
+    """Returns the averages of the auxiliary loss in a checkpoint, those of the given EMA folder."""
+    file = weights.parent / AUXILIARY_FILE
+    tensors, prefix = load_file(file) if file.exists() else {}, f"{weights.name}/"
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _start_auxiliary(auxiliary: nn.Module | None, source: Source) -> list[str]:
+    """Copies the trained parameters of the auxiliary loss if all of them fit, and says so."""
+    there = source.auxiliary
+    here = {} if auxiliary is None else {name: p for name, p in auxiliary.named_parameters() if p.requires_grad}
+    if not there:
+        return ["the parameters of the auxiliary loss start from scratch: the weights have none"] if here else []
+    if not here:
+        return [f"{len(there)} tensors of projectors are left out: this run trains none"]
+    if wrong := list_differences(there, here):
+        return [f"the parameters of the auxiliary loss start from scratch: {wrong}"]
+    with torch.no_grad():
+        for name, parameter in here.items():
+            parameter.copy_(there[name])
+    return [f"{len(here)} tensors of the auxiliary loss kept"]
 
 
 def _training(interpolant: str, prediction: str, objective: dict | None, codec: dict) -> dict:

@@ -20,6 +20,8 @@ class DataSource(Protocol):
         image_size: side of the images in pixels.
         channels: channels of the images, 3 or 1.
         is_encoded: True if the source yields the output of `Codec.encode` instead of pixels.
+        features: description of the encoder's features that the source holds beside latents, or None.
+        has_pixels: True if `read_pixels` works; sources of images have them in any case.
         takes_place: True if it is named NAME:PLACE, as in idx:FOLDER, and not by its name alone.
     """
 
@@ -28,6 +30,8 @@ class DataSource(Protocol):
     image_size: int
     channels: int = 3
     is_encoded: bool = False
+    features: dict | None = None
+    has_pixels: bool = False
     takes_place: bool = False
 
     @classmethod
@@ -63,6 +67,14 @@ class DataSource(Protocol):
         Pixels are uint8 (C, H, W), a quarter of the size of floats. ValueError: the image cannot be read; the message
         names it. `--data.skip_unreadable` skips such images.
         """
+
+    def read_pixels(self, item: tuple[int, bool]) -> Tensor:
+        """Returns the image, uint8 (3, S, S), of latents, flipped horizontally if `mirrored`."""
+        raise ValueError(f"{type(self).__name__} holds no pixels beside its latents")
+
+    def read_features(self, item: tuple[int, bool]) -> Tensor:
+        """Returns the encoder's tokens (N, width) of the image of latents, or of the flipped image if `mirrored`."""
+        raise ValueError(f"{type(self).__name__} holds no features")
 
     def describe(self) -> dict:
         """Returns what must be unchanged for a run to resume, except the place: JSON, such as a checksum."""

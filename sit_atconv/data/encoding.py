@@ -30,6 +30,7 @@ from sit_atconv.data.latent_folder import (
     LatentSettings,
     Shard,
     ShardReport,
+    features_of,
     find_index,
     inspect_shard,
     locate,
@@ -41,7 +42,8 @@ from sit_atconv.data.latent_folder import (
 )
 from sit_atconv.data.latent_summary import describe_images
 from sit_atconv.data.loading import leave_ctrl_c_to_the_parent
-from sit_atconv.data.pixels import CROP_RULE, to_float, to_uint8
+from sit_atconv.data.pixels import CROP_RULE, encode_jpegs, to_float, to_uint8
+from sit_atconv.encoders.image_encoder import ImageEncoder, open_encoder
 from sit_atconv.runtime.commands import is_main_process
 from sit_atconv.runtime.devices import keep_freed_memory, on_cpu, share_cores, usable_cores
 from sit_atconv.runtime.files import PARTIAL, check_room, gigabytes
@@ -64,6 +66,10 @@ class EncodeOptions:
     precision: Precision
     slicing: bool
     tiling: bool
+    pixels: str
+    features: str | None
+    features_weights: str | None
+    features_grid: int | None
     skip_unreadable: bool
     keep_empty_classes: bool
     extend: bool
@@ -79,6 +85,7 @@ class Job:
     options: EncodeOptions
     images: ImageFolder
     codec: Codec
+    encoder: ImageEncoder | None  # of --features
     folder: LatentFolder
     state: PartialState
 
@@ -139,7 +146,9 @@ def encode_images(options: EncodeOptions, patch_sizes: Sequence[int] = ()) -> tu
         tiling=options.tiling,
         remedy=WHERE_FROM,
     )
-    images, settings = arrange(images, latent_settings(options, images, codec), options.out, extend=options.extend)
+    encoder = _open_encoder(options, codec)
+    settings = latent_settings(options, images, codec, encoder)
+    images, settings = arrange(images, settings, options.out, extend=options.extend)
     folder = LatentFolder(options.out, settings)
     may_skip = options.skip_unreadable or options.extend  # --extend never changes existing shards
     missing = folder.missing(may_skip)
@@ -155,7 +164,9 @@ def encode_images(options: EncodeOptions, patch_sizes: Sequence[int] = ()) -> tu
     if state.device.type == "cpu":
         share_cores(options.cpu_threads)
         keep_freed_memory()
-    job = Job(options, images, codec.to(state.device), folder, state)
+    if encoder is not None:
+        encoder.to(state.device)
+    job = Job(options, images, codec.to(state.device), encoder, folder, state)
     with held_by_main(folder.path, state):
         if state.is_main_process:
             for partial in folder.path.glob(f"{PARTIAL}*"):  # left by a process that was killed
@@ -195,8 +206,26 @@ def _outlasts(folder: LatentFolder, missing: list[int]) -> bool:
     )
 
 
-def latent_settings(options: EncodeOptions, images: ImageFolder, codec: Codec) -> LatentSettings:
+def _open_encoder(options: EncodeOptions, codec: Codec) -> ImageEncoder | None:
+    """Opens the image encoder of --features, for as many tokens as a model of patch size 2 has by default."""
+    if options.features is None:
+        if options.features_weights or options.features_grid:
+            raise ValueError(
+                "--features-weights and --features-grid are for --features: give it too, or leave them out"
+            )
+        return None
+    side = options.features_grid or max(1, codec.latent_size(options.image_size) // 2)
+    return open_encoder(options.features, options.features_weights, (side, side))
+
+
+def latent_settings(
+    options: EncodeOptions, images: ImageFolder, codec: Codec, encoder: ImageEncoder | None = None
+) -> LatentSettings:
     """Returns the settings of a new folder. ValueError: the codec cannot encode images of this size."""
+    features = {}
+    if encoder is not None:
+        grid = [encoder.grid_size[0], encoder.grid_size[1]]
+        features = {"encoder": options.features, "sha256": encoder.sha256(), "grid_size": grid, "width": encoder.width}
     settings = LatentSettings(
         num_images=len(images),
         files=images.files_sha256(),
@@ -212,6 +241,8 @@ def latent_settings(options: EncodeOptions, images: ImageFolder, codec: Codec) -
         batch_size=options.batch_size,
         images_per_shard=options.batch_size,
         rules=images.rules,
+        pixels="" if options.pixels == "none" else options.pixels,
+        features=features,
     )
     batches = int(options.shard_mib * 2**20) // (settings.bytes_per_image * options.batch_size)
     return dataclasses.replace(settings, images_per_shard=max(1, batches) * options.batch_size)
@@ -287,6 +318,8 @@ def _encode_shard(job: Job, number: int, loader: Iterator, progress: tqdm) -> tu
     settings, indices = job.folder.settings, job.folder.images(number)
     reasons, faults, enlarged = list[str](), list[str](), 0
     parts: dict[str, list[Tensor]] = {kind: [] for kind in settings.kinds}
+    beside: dict[str, list[Tensor]] = {features_of(kind): [] for kind in parts if job.encoder is not None}
+    crops = list[Tensor]()
     for _ in job.folder.batches(number):
         pixels, small, why, wrong = next(loader)
         enlarged += int(small.sum())
@@ -295,20 +328,33 @@ def _encode_shard(job: Job, number: int, loader: Iterator, progress: tqdm) -> tu
         x = to_float(pixels.to(job.state.device, non_blocking=True))
         read = torch.tensor([not reason for reason in why])
         for kind in parts:
-            moments = job.codec.encode(x.flip(-1) if kind == "mirrored" else x)
-            parts[kind].append(moments.to(settings.torch_dtype).cpu()[read])
+            seen = x.flip(-1) if kind == "mirrored" else x
+            parts[kind].append(job.codec.encode(seen).to(settings.torch_dtype).cpu()[read])
+            if job.encoder is not None:
+                with torch.no_grad():
+                    beside[features_of(kind)].append(job.encoder(seen).half().cpu()[read])
+        if settings.pixels:
+            crops.append(pixels[read])
         progress.update(len(why))
-    tensors = {kind: torch.cat(moments).contiguous() for kind, moments in parts.items()}
+    tensors = {kind: torch.cat(values).contiguous() for kind, values in (parts | beside).items()}
     kept = [i for i, reason in zip(indices, reasons, strict=True) if not reason]
     names = [job.images.name(i) for i in kept]
     skipped = {job.images.name(i): reason for i, reason in zip(indices, reasons, strict=True) if reason}
-    finite = torch.stack([moments.isfinite().flatten(1).all(1) for moments in tensors.values()]).all(0).tolist()
+    finite = torch.stack([tensors[kind].isfinite().flatten(1).all(1) for kind in parts]).all(0).tolist()
     faults += [
         f"{job.images.folder / name}: its latents are too large for {job.options.dtype}: give --dtype float32, "
         "or --precision fp32 if they are too large for the VAE's own arithmetic"
         for name, fits in zip(names, finite, strict=True)
         if not fits
     ]
+    if not all(tensors[kind].isfinite().all() for kind in beside):
+        faults.append(
+            f"features of {job.options.features} are too large for float16: give --pixels instead of --features"
+        )
+    if settings.pixels == "uint8":
+        tensors["pixels"] = torch.cat(crops).contiguous()
+    elif settings.pixels == "jpeg":
+        tensors |= encode_jpegs(torch.cat(crops))
     tensors["labels"] = torch.from_numpy(job.images.labels)[kept]
     counted = enlarged if settings.rules > 1 else None  # shards of older folders keep their bytes
     return Shard(tensors, names, skipped, job.folder.places[number][0].as_dict(), counted), faults

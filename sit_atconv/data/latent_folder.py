@@ -1,7 +1,9 @@
 """The folder of cached latents that `encode.py` writes and training reads.
 
     LATENTS/shard-00000.safetensors     moments (n, 2C, h, w), mirrored (the same for the horizontally flipped images),
-                                        labels (n,); in the metadata settings, file names and the images left out
+                                        labels (n,); in the metadata settings, file names and the images left out.
+                                        If asked for: pixels (n, 3, S, S), or jpegs (all files in a row) and jpeg_ends
+                                        (n,); features and mirrored_features (n, N, width) of an image encoder
     LATENTS/index.json                  settings, class names and counts, size and checksum of each shard
     LATENTS/preview.png                 images, and below them the decoded latents
 
@@ -38,11 +40,17 @@ from sit_atconv.runtime.files import sha256_of, write_aside
 from sit_atconv.runtime.names import name_classes
 from sit_atconv.runtime.settings import differences
 
-FORMATS = (1, 2)  # 2: with fields that readers before 2026-11-25 do not know
+FORMATS = (1, 2, 3)  # 2: with fields that readers before 2026-11-25 do not know; 3: with pixels or features
 INDEX = "index.json"
 PREVIEW = "preview.png"
-SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
-LATER_SETTINGS = {"rules": 1, "extends": []}  # values of fields that older shards and indexes lack
+SAFETENSORS_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
+LATER_SETTINGS = {"rules": 1, "extends": [], "pixels": "", "features": {}}  # values of fields that older shards lack
 LATER_FIELDS = {"enlarged": None, "keep_empty_classes": False}
 ENCODE_AGAIN = "run the same sit_atconv/encode.py command again"
 
@@ -66,6 +74,8 @@ class LatentSettings:
     images_per_shard: int  # a multiple of batch_size
     rules: int = 1  # number of the `Rules` by which files became images and labels
     extends: list[dict] = dataclasses.field(default_factory=list)  # num_images, files, class_names of earlier parts
+    pixels: str = ""  # "uint8" or "jpeg" if the shards also hold the crops, not flipped
+    features: dict = dataclasses.field(default_factory=dict)  # of their features: encoder, sha256, grid_size, width
 
     def as_dict(self) -> dict:
         """Returns the settings as they are stored: without later fields that have their old value."""
@@ -107,12 +117,36 @@ class LatentSettings:
 
     @property
     def bytes_per_image(self) -> int:
-        """Bytes that an image takes in a shard, name and label included."""
-        return math.prod(self.moments_shape) * self.torch_dtype.itemsize * len(self.kinds) + 128
+        """Bytes that an image takes in a shard, name and label included; a JPEG is taken to be a byte a pixel."""
+        moments = math.prod(self.moments_shape) * self.torch_dtype.itemsize
+        pixels = {"": 0, "jpeg": 1, "uint8": 3}[self.pixels] * self.image_size**2
+        return (moments + self.feature_values * torch.float16.itemsize) * len(self.kinds) + pixels + 128
+
+    @property
+    def feature_values(self) -> int:
+        """Numbers of the features of one image; 0 without features."""
+        return math.prod(self.features["grid_size"]) * self.features["width"] if self.features else 0
+
+    def tensors(self, n: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Returns shape and type of the tensors of a shard of n images, but for labels and JPEGs."""
+        found = {kind: ((n, *self.moments_shape), self.torch_dtype) for kind in self.kinds}
+        if self.features:
+            shape = (n, math.prod(self.features["grid_size"]), self.features["width"])
+            found |= {features_of(kind): (shape, torch.float16) for kind in self.kinds}
+        if self.pixels == "uint8":
+            found["pixels"] = ((n, 3, self.image_size, self.image_size), torch.uint8)
+        elif self.pixels == "jpeg":
+            found["jpeg_ends"] = ((n,), torch.int64)
+        return found
 
     def differences(self, then: dict) -> list[str]:
         """Returns the differences from the settings of a shard, as `runtime.settings.differences` words them."""
         return differences(LATER_SETTINGS | then, dataclasses.asdict(self))
+
+
+def features_of(kind: str) -> str:
+    """Returns the name of the tensor of features that belongs to "moments" or "mirrored"."""
+    return "mirrored_features" if kind == "mirrored" else "features"
 
 
 def _without(defaults: dict, content: dict) -> dict:
@@ -123,7 +157,7 @@ def _without(defaults: dict, content: dict) -> dict:
 class Shard:
     """A shard mapped into memory: a tensor is read from disk only where it is used."""
 
-    tensors: dict[str, Tensor]  # moments, labels and, if flipped images were encoded, mirrored
+    tensors: dict[str, Tensor]  # moments, labels, and mirrored, pixels, features as the settings say
     names: list[str]  # image files, relative to the folder of images
     skipped: dict[str, str]  # images left out: name -> reason
     settings: dict  # LatentSettings.as_dict()
@@ -364,11 +398,13 @@ def inspect_shard(path: Path, settings: LatentSettings, num_classes: int) -> Sha
         fault = f"{path} is missing" if isinstance(error, FileNotFoundError) else str(error)
         return ShardReport({"file": path.name}, [0] * num_classes, {}, None, [fault])
     labels, n = shard.tensors["labels"], len(shard.names)
-    for kind in settings.kinds:
+    for kind, expected in settings.tensors(n).items():
         values = shard.tensors.get(kind, torch.empty(0))
-        found, expected = (tuple(values.shape), values.dtype), ((n, *settings.moments_shape), settings.torch_dtype)
+        found = (tuple(values.shape), values.dtype)
         if found != expected:
             faults.append(f"{path} holds {kind} {found[0]} {found[1]}, and must hold {expected[0]} {expected[1]}")
+            continue
+        if not values.is_floating_point():
             continue
         for start in range(0, n, 64):
             finite = values[start : start + 64].isfinite().flatten(1).all(1)
@@ -376,6 +412,10 @@ def inspect_shard(path: Path, settings: LatentSettings, num_classes: int) -> Sha
                 f"{path} holds values that are not finite, of {shard.names[start + i]}"
                 for i in (~finite).nonzero()[:, 0].tolist()
             ]
+    if settings.pixels == "jpeg":
+        ends, jpegs = (shard.tensors.get(name, torch.empty(0)) for name in ("jpeg_ends", "jpegs"))
+        if ends[-1:].tolist() != [len(jpegs)][:n]:
+            faults.append(f"{path} must hold one JPEG for each image")
     known = labels[(labels >= 0) & (labels < num_classes)]
     if len(known) != n:
         faults.append(f"{path} must hold one label from 0 to {num_classes - 1} for each image")
@@ -396,7 +436,7 @@ def read_index(folder: str | Path) -> LatentIndex:
             wrote = dict(content.get("versions") or {}).get("sit_atconv")
             raise LaterVersionError(
                 f"{path} has format {number}, and sit_atconv {__version__} reads formats "
-                f"{' and '.join(map(str, FORMATS))}: it was written by "
+                f"{FORMATS[0]} to {FORMATS[-1]}: it was written by "
                 f"{f'sit_atconv {wrote}' if wrote else 'a later version'}; install that version or a "
                 "later one, or encode the images again into another folder"
             )
@@ -425,7 +465,8 @@ def find_index(folder: Path) -> LatentIndex | None:
 def write_index(folder: Path, index: LatentIndex) -> None:
     content = _without(LATER_FIELDS, dataclasses.asdict(index) | {"settings": index.settings.as_dict()})
     later = LATER_FIELDS.keys() & content or LATER_SETTINGS.keys() & content["settings"]
-    stamped = {"format": 2 if later else 1, **content, "sha256": _sha256(content)}
+    number = 3 if {"pixels", "features"} & content["settings"].keys() else 2 if later else 1
+    stamped = {"format": number, **content, "sha256": _sha256(content)}
     write_aside(folder / INDEX, json.dumps(stamped, indent=1) + "\n", durable=True)
 
 

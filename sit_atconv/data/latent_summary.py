@@ -66,4 +66,13 @@ def describe_latents(index: LatentIndex) -> list[str]:
             f"{index.enlarged} of {index.num_images} images are smaller than {index.settings.image_size} px "
             "and were enlarged"
         )
+    settings = index.settings
+    if settings.pixels:
+        lines.append(f"with their pixels ({settings.pixels}, {settings.image_size}x{settings.image_size})")
+    if settings.features:
+        rows, columns = settings.features["grid_size"]
+        lines.append(
+            f"with features of {settings.features['encoder']}: {rows}x{columns} tokens of width "
+            f"{settings.features['width']}"
+        )
     return lines

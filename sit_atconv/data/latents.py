@@ -7,8 +7,12 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from sit_atconv.data import MAX_MEGAPIXELS
 from sit_atconv.data.data_source import DataSource
-from sit_atconv.data.latent_folder import ENCODE_AGAIN, LatentFolder, locate, open_shard, read_index
+from sit_atconv.data.images import scan_images
+from sit_atconv.data.latent_folder import ENCODE_AGAIN, LatentFolder, Shard, features_of, locate, open_shard, read_index
+from sit_atconv.data.pixels import CROP_RULE, decode_jpeg, read_picture
+from sit_atconv.runtime.names import show_some
 
 
 class CachedLatents(DataSource):
@@ -53,11 +57,42 @@ class CachedLatents(DataSource):
         self.class_names = tuple(self.index.class_names)
         self.image_size = settings.image_size
         self.ends = list(itertools.accumulate(entry["num_images"] for entry in self.index.shards))
-        self.shards: dict[int, dict[str, Tensor]] = {}  # the tensors of the shards opened so far
+        self.shards: dict[int, Shard] = {}  # those opened so far
+        self.features = settings.features or None
+        self.originals: Path | None = None  # folder of the images that the latents were encoded from
+        self.max_megapixels = MAX_MEGAPIXELS
 
     @classmethod
     def open(cls, name: str, **options) -> "CachedLatents":
-        return cls(name, options["mirror"], keep_empty_classes=options["keep_empty_classes"])
+        latents = cls(name, options["mirror"], keep_empty_classes=options["keep_empty_classes"])
+        if options.get("pixels"):
+            latents.read_originals(Path(options["pixels"]), options["max_megapixels"])
+        return latents
+
+    def read_originals(self, folder: Path, max_megapixels: float = MAX_MEGAPIXELS) -> None:
+        """Makes `read_pixels` read the images again, by the names in the shards.
+
+        Raises:
+            ValueError: the folder lacks images of the latents, or this version crops images by another rule.
+        """
+        settings = self.index.settings
+        if settings.crop != CROP_RULE:
+            raise ValueError(
+                f"{self.folder} was encoded from images cropped by another rule ({settings.crop}), which this version "
+                "does not have: encode again"
+            )
+        there = set(scan_images(folder, settings.rules).names)
+        names = [name for entry in self.index.shards for name in open_shard(self.folder / entry["file"]).names]
+        if gone := [name for name in names if name not in there]:
+            raise ValueError(
+                f"{folder} lacks {len(gone)} of the {len(names)} images of {self.folder} ({show_some(gone, 3)}): put "
+                "them back, or give the folder that was encoded as --data.pixels"
+            )
+        self.originals, self.max_megapixels = folder, max_megapixels
+
+    @property
+    def has_pixels(self) -> bool:  # type: ignore[override]
+        return bool(self.originals or self.index.settings.pixels)
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -79,19 +114,46 @@ class CachedLatents(DataSource):
 
     def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor, int]:
         index, mirrored = item
+        shard, position = self._find(index)
+        moments = shard.tensors["mirrored" if mirrored else "moments"][position]
+        return moments.clone(), int(shard.tensors["labels"][position])
+
+    def read_pixels(self, item: tuple[int, bool]) -> Tensor:
+        index, mirrored = item
+        shard, position = self._find(index)
+        if "pixels" in shard.tensors:
+            pixels = shard.tensors["pixels"][position].clone()
+        elif "jpegs" in shard.tensors:
+            ends = shard.tensors["jpeg_ends"]
+            start = int(ends[position - 1]) if position else 0
+            pixels = decode_jpeg(shard.tensors["jpegs"][start : int(ends[position])])
+        else:
+            assert self.originals is not None, "has_pixels is False"
+            path = self.originals / shard.names[position]
+            try:
+                pixels, _ = read_picture(path, self.image_size, self.max_megapixels)
+            except ValueError as error:
+                raise ValueError(f"{path} {error}: put back the image that {self.folder} was encoded from") from error
+        return pixels.flip(-1) if mirrored else pixels
+
+    def read_features(self, item: tuple[int, bool]) -> Tensor:
+        index, mirrored = item
+        shard, position = self._find(index)
+        return shard.tensors[features_of("mirrored" if mirrored else "moments")][position].clone()
+
+    def _find(self, index: int) -> tuple[Shard, int]:
+        """Returns the shard of an image, and its place there."""
         number, position = locate(self.ends, index)
         if number not in self.shards:
             self.shards[number] = self._open(number)
-        tensors = self.shards[number]
-        moments = tensors["mirrored" if mirrored else "moments"][position]
-        return moments.clone(), int(tensors["labels"][position])
+        return self.shards[number], position
 
-    def _open(self, number: int) -> dict[str, Tensor]:
+    def _open(self, number: int) -> Shard:
         path = self.folder / self.index.shards[number]["file"]
         shard = open_shard(path)
         if changes := self.places[number][0].differences(shard.settings):
             raise ValueError(f"{path} was encoded with other settings ({'; '.join(changes)}): {ENCODE_AGAIN}")
-        return shard.tensors
+        return shard
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"shards": {}}  # each process opens its own

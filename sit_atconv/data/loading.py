@@ -4,7 +4,7 @@ import dataclasses
 import signal
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from sit_atconv.data.data_source import DataSource
 from sit_atconv.data.order import BatchOrder
+
+Beside = Literal["pixels", "features"]
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,14 @@ class Batch:
         y: labels (B,).
         readable: bool (B,), False for unreadable images.
         unreadable: maps the name of each unreadable image to the reason; stays on the CPU.
+        beside: "pixels", uint8 (B, 3, S, S), or "features", (B, N, width), if they were asked for.
     """
 
     inputs: Tensor
     y: Tensor
     readable: Tensor
     unreadable: dict[str, str]
+    beside: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Batch":
         return self._apply(lambda tensor: tensor.to(device, non_blocking=True))
@@ -39,7 +43,8 @@ class Batch:
 
     def _apply(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         inputs, y, readable = map(function, (self.inputs, self.y, self.readable))
-        return dataclasses.replace(self, inputs=inputs, y=y, readable=readable)
+        beside = {name: function(tensor) for name, tensor in self.beside.items()}
+        return dataclasses.replace(self, inputs=inputs, y=y, readable=readable, beside=beside)
 
 
 class BatchReader(Dataset):
@@ -51,10 +56,14 @@ class BatchReader(Dataset):
     Args:
         data: the data source.
         skip_unreadable: accept unreadable images instead of raising an error.
+        beside: "pixels" or "features" of latents, to be read with them; None reads latents alone.
     """
 
-    def __init__(self, data: DataSource, skip_unreadable: bool = False):
+    def __init__(self, data: DataSource, skip_unreadable: bool = False, beside: Beside | None = None):
         self.data, self.skip_unreadable = data, skip_unreadable
+        self.beside: dict[str, Callable] = {}
+        if beside is not None:
+            self.beside = {beside: data.read_pixels if beside == "pixels" else data.read_features}
 
     def __getitem__(self, items: Sequence[tuple[int, bool]]) -> Batch:
         """Reads a batch of (index, mirrored). ValueError, OSError: images or latents cannot be read."""
@@ -77,7 +86,8 @@ class BatchReader(Dataset):
                 name = data.name(index)
                 unreadable[name] = str(error).partition(f"{name} ")[2] or str(error)  # without the folder
         inputs, y = default_collate(samples)
-        return Batch(inputs, y, torch.tensor(readable), unreadable)
+        beside = {name: torch.stack([read(item) for item in items]) for name, read in self.beside.items()}
+        return Batch(inputs, y, torch.tensor(readable), unreadable, beside)
 
 
 def leave_ctrl_c_to_the_parent(worker: int) -> None:
@@ -93,6 +103,7 @@ def load_batches(
     on_start: Callable[[int], None] | None = None,
     *,
     skip_unreadable: bool = False,
+    beside: Beside | None = None,
 ) -> Generator[Batch, None, None]:
     """Returns micro-batches, endlessly.
 
@@ -102,12 +113,12 @@ def load_batches(
         num_workers: number of processes that read ahead; 0 reads on demand.
         device: device of the yielded tensors.
         on_start: called in each worker with its number.
-        skip_unreadable: as in `BatchReader`.
+        skip_unreadable, beside: as in `BatchReader`.
 
     Raises:
         ValueError: an image cannot be read, a worker died, ...; one line.
     """
-    reader = BatchReader(data, skip_unreadable)
+    reader = BatchReader(data, skip_unreadable, beside)
     return read_ahead(reader, order, num_workers, device, on_start, "the training data")
 
 

@@ -1,6 +1,7 @@
 """Pixels of image files: reading, ADM's crop, and the rule for conversion to uint8."""
 
 import contextlib
+import io
 import math
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from sit_atconv.data import MAX_MEGAPIXELS
 
 UINT8_RULE = "clamp(127.5 * x + 128, 0, 255), truncated"
 CROP_RULE = "upright by EXIF, RGB, halved by box filter while twice as large, bicubic, centre (ADM)"
+JPEG_QUALITY = 95  # of crops beside latents, with colours at full resolution
 LONG = 16  # pictures with a larger aspect ratio are cropped before they are enlarged
 WEIGHT_BITS = 22  # precision of the fixed-point weights in Pillow's resize
 _readers, _num_readers, _pillows_limit = threading.Lock(), 0, None
@@ -33,6 +35,23 @@ def to_float(pixels: Tensor) -> Tensor:
 def to_pil(image: Tensor) -> Image.Image:
     """Converts uint8 (1 or 3, H, W) to an RGB picture; greyscale is repeated."""
     return Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+
+
+def encode_jpegs(images: Tensor) -> dict[str, Tensor]:
+    """Returns images, uint8 (n, 3, H, W), as JPEG files: their bytes in a row, uint8, and the end of each, (n,)."""
+    files = list[bytes]()
+    for image in images:
+        content = io.BytesIO()
+        to_pil(image).save(content, "jpeg", quality=JPEG_QUALITY, subsampling=0)
+        files.append(content.getvalue())
+    ends = torch.tensor([len(file) for file in files], dtype=torch.int64).cumsum(0)
+    return {"jpegs": torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8), "jpeg_ends": ends}
+
+
+def decode_jpeg(content: Tensor) -> Tensor:
+    """Returns the picture, uint8 (3, H, W), of the bytes of a JPEG file."""
+    with Image.open(io.BytesIO(content.numpy().tobytes())) as picture:
+        return torch.from_numpy(np.array(picture).transpose(2, 0, 1).copy())
 
 
 def center_crop(picture: Image.Image, size: int) -> Image.Image:

@@ -29,6 +29,8 @@ class DataConfig:
             idx:FOLDER with the IDX files of MNIST or Fashion-MNIST, padded to 32 pixels; or your own `DataSource`,
             my_module.MySource.
         latents: a folder written by encode.py, instead of images; it determines size, classes and VAE.
+        pixels: the folder of images that the latents were encoded from, read again for an auxiliary loss that sees
+            them; not needed if the latents hold pixels or the encoder's features (encode.py --pixels, --features).
         image_size: side in pixels after a centre crop; by default, that of the latents, or 256.
         codec: hub id or folder of a diffusers AutoencoderKL, "identity" for pixel space, or your own `Codec`,
             my_module.MyCodec; by default, the codec of the latents, stabilityai/sd-vae-ft-ema for a folder of images,
@@ -45,6 +47,7 @@ class DataConfig:
 
     images: str = "digits"
     latents: str | None = None
+    pixels: str | None = None
     image_size: int | None = None
     codec: str | None = None
     codec_precision: Precision = "tf32"
@@ -59,6 +62,8 @@ class DataConfig:
         for name in ("num_workers", "held_out"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name} must not be negative: {getattr(self, name)}")
+        if self.pixels is not None and self.latents is None:
+            raise ValueError(f"data.pixels {self.pixels} is for data.latents: leave it out, images hold their pixels")
         if not self.max_megapixels > 0:
             raise ValueError(f"data.max_megapixels must be positive, not {self.max_megapixels}")
 
@@ -80,6 +85,7 @@ class DataConfig:
                 rules=rules,
                 keep_empty_classes=self.keep_empty_classes or rules is not None,
                 max_megapixels=self.max_megapixels,
+                **({"pixels": self.pixels} if self.latents is not None else {}),
             )
         made = f"{self.latents or self.images} was encoded" if data.is_encoded else "training begins"
         if data.is_encoded and self.image_size not in (None, data.image_size):

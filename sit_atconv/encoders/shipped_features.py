@@ -1,4 +1,4 @@
-"""Classifiers with shipped weights as torch-fidelity feature extractors: metrics without a download.
+"""Classifiers with shipped weights, as feature extractors of metrics and as encoders: nothing to download.
 
 Their Frechet distances and scores cannot be compared with those of Inception.
 """
@@ -7,9 +7,12 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+from sit_atconv.encoders.image_encoder import ImageEncoder
 
 
 class ShippedFeatures(FeatureExtractorBase):
@@ -56,3 +59,32 @@ class ShippedFeatures(FeatureExtractorBase):
         grey = x.float().mean(1, keepdim=True) / 127.5 - 1
         outputs = dict(zip(self.get_provided_features_list(), self.classifier(grey), strict=True))
         return tuple(outputs[name] for name in self.features_list)
+
+
+class ShippedEncoder(ImageEncoder):
+    """First convolutions of a shipped classifier: one token for each pixel of their output.
+
+    Args:
+        kind: class of the shipped feature extractor.
+        weights: file of other weights of its classifier; None takes the shipped ones.
+        grid_size: rows and columns of the tokens.
+        layers: number of the trunk's layers that are used.
+        stride: pixels from one token to the next; images are resized to `stride` times the grid.
+    """
+
+    def __init__(
+        self, kind: type[ShippedFeatures], weights: Path | None, grid_size: tuple[int, int], layers: int, stride: int
+    ):
+        super().__init__()
+        classifier = kind.classifier_class()
+        classifier.load_state_dict(load_file(weights or kind.weights))
+        self.trunk = nn.Sequential(*classifier.get_submodule("trunk").children())[:layers]
+        self.grid_size = grid_size
+        self.input_size = tuple(stride * cells for cells in grid_size)
+        self.width = [layer for layer in self.trunk if isinstance(layer, nn.Conv2d)][-1].out_channels
+
+    def forward(self, images: Tensor) -> Tensor:
+        grey = images.float().mean(1, keepdim=True)
+        if grey.shape[-2:] != self.input_size:
+            grey = F.interpolate(grey, size=self.input_size, mode="bicubic")
+        return self.trunk(grey).flatten(2).mT  # (B, H * W, width)

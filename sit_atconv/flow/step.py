@@ -1,6 +1,6 @@
 """Parts of a training step that training, `--dry-run` and the speed comparison share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ def forward_and_backward(
     precision: str,
     null_label: int | None,
     scaler: torch.amp.GradScaler | None = None,
+    auxiliary: Callable[..., dict[str, Tensor]] | None = None,
 ) -> None:
     """Runs forward and backward of one micro-batch; gradients are added to existing ones.
 
@@ -30,10 +31,13 @@ def forward_and_backward(
         precision: "fp32", "bf16" or "fp16", for autocast in the forward pass.
         null_label: label that replaces dropped ones; None if the model has none.
         scaler: scales the loss in fp16.
+        auxiliary: called with the draw after the objective; its terms (B,) are added.
     """
     with torch.autocast(data.device.type, torch_dtype(precision), enabled=precision != "fp32"):
-        terms = objective.loss(model, data, y, objective.draw(data.shape, generator), null_label)
-    loss = next(iter(terms.values())).mean()
+        draw = objective.draw(data.shape, generator)
+        terms = objective.loss(model, data, y, draw, null_label)
+        added = auxiliary(draw) if auxiliary is not None else {}
+    loss = sum((term.mean() for term in added.values()), start=next(iter(terms.values())).mean())
     (loss if scaler is None else scaler.scale(loss)).backward()
 
 

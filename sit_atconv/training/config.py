@@ -21,6 +21,7 @@ import yaml
 from sit_atconv.checkpoints.run_folder import list_checkpoints
 from sit_atconv.data.sources import DataConfig
 from sit_atconv.flow import Objective
+from sit_atconv.flow.alignment import Alignment  # noqa: F401  # makes its name known
 from sit_atconv.flow.auxiliary import AuxiliaryLoss
 from sit_atconv.models.presets import preset_config
 from sit_atconv.models.sit import FROM_DATA, SiT
@@ -47,6 +48,7 @@ MAY_CHANGE = {
     "out",
     "data.images",
     "data.latents",
+    "data.pixels",
     "data.codec",
     "data.num_workers",
     "data.skip_unreadable",
@@ -227,7 +229,7 @@ class Config:
     model: dict  # the model's options, without those that come from the data
     data: DataConfig
     flow: Objective
-    auxiliary: AuxiliaryLoss | None  # not built yet
+    auxiliary: AuxiliaryLoss | None  # not built yet; None if its options switch it off
     optimizer: tuple[type[torch.optim.Optimizer], dict]  # with arguments of the constructor
     train: TrainConfig
     preview: PreviewConfig
@@ -242,6 +244,10 @@ class Config:
     def prediction(self) -> str:
         """Quantity that the model returned by `as_trained` predicts."""
         return "velocity" if self.objective else self.flow.prediction
+
+    def auxiliary_of(self, step: int) -> AuxiliaryLoss | None:
+        """Returns the auxiliary loss of a step (0-based), or None if it has none."""
+        return self.auxiliary if self.auxiliary is not None and self.auxiliary.is_active(step) else None
 
     def check_previews(self, net: SiT, null_label: int | None) -> None:
         """Raises ValueError if previews cannot be drawn; `null_label` is None if it is not trained."""
@@ -378,7 +384,7 @@ def parse(argv: list[str] | None = None) -> Config:
             model=options["model"],
             data=values.data,
             flow=values.flow,
-            auxiliary=values.auxiliary,
+            auxiliary=values.auxiliary if values.auxiliary is not None and values.auxiliary.enabled else None,
             optimizer=(optimizer_class, optimizer.get("init_args", {})),
             train=values.train,
             preview=values.preview,

@@ -24,21 +24,38 @@ PROFILES: Table[Callable[[float, int], float]] = Table(
 class Averages:
     """Exponential moving averages of a model's weights, one for each decay.
 
+    The trained parameters of an auxiliary loss are averaged, too, in `auxiliary`: decay -> name -> tensor.
+
     Args:
         net: the model being trained; the averages start as copies of it.
         decays: EMA decays in [0, 1), or what a user's own profile takes; each names its average.
         profile: rule by which the decay depends on the step: a name in PROFILES, or the path of a user's function.
+        auxiliary: the auxiliary loss, or None.
 
     Raises:
         ValueError: `profile` is unknown.
     """
 
-    def __init__(self, net: nn.Module, decays: Sequence[float], profile: str = "constant"):
+    def __init__(
+        self,
+        net: nn.Module,
+        decays: Sequence[float],
+        profile: str = "constant",
+        auxiliary: nn.Module | None = None,
+    ):
         self.models = {decay: copy.deepcopy(net).eval().requires_grad_(False) for decay in decays}
         self.decay_at = PROFILES.find(profile)
         trained = [name for name, p in net.named_parameters() if p.requires_grad]
-        self.weights = [net.get_parameter(name) for name in trained]
-        self.averaged = {decay: [m.get_parameter(name) for name in trained] for decay, m in self.models.items()}
+        self.weights: list[Tensor] = [net.get_parameter(name) for name in trained]
+        self.averaged: dict[float, list[Tensor]] = {
+            decay: [m.get_parameter(name) for name in trained] for decay, m in self.models.items()
+        }
+        named = auxiliary.named_parameters() if auxiliary is not None else ()
+        beside = {name: p for name, p in named if p.requires_grad}
+        self.auxiliary = {decay: {name: p.detach().clone() for name, p in beside.items()} for decay in decays}
+        self.weights += beside.values()
+        for decay, tensors in self.auxiliary.items():
+            self.averaged[decay] += tensors.values()
 
     @property
     def first(self) -> nn.Module:

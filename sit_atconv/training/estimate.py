@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from sit_atconv.checkpoints.training_state import checkpoint_bytes, checkpoints_at_once
 from sit_atconv.data.order import BatchOrder
-from sit_atconv.flow.auxiliary import HiddenTap
+from sit_atconv.flow.auxiliary import AuxiliaryInputs, HiddenTap
 from sit_atconv.flow.step import forward_and_backward
 from sit_atconv.models.costs import multiply_adds
 from sit_atconv.models.sit import SiT
@@ -31,22 +31,29 @@ ENOUGH_SECONDS = 1.0  # a pass of this length is measured well enough, whatever 
 UNITS = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
 
 
-def report(net: SiT, config: Config, order: BatchOrder, device: torch.device) -> str:
-    """Returns the report of `--dry-run`, one fact a line; `net` may be on any device."""
+def report(
+    net: SiT, config: Config, order: BatchOrder, device: torch.device, image_shape: tuple[int, int, int] | None = None
+) -> str:
+    """Returns the report of `--dry-run`, one fact a line; `net` may be on any device.
+
+    `image_shape` is that of the pixels (C, H, W) which an auxiliary loss sees, by default that of the model's inputs.
+    """
     train, processes, images = config.train, order.num_processes, order.micro_batch
     if train.activation_checkpointing:
         net.enable_gradient_checkpointing()
-    parts, image = fixed_bytes(net, config, processes), image_bytes(net, config, device)
+    parts, image = fixed_bytes(net, config, processes), image_bytes(net, config, device, image_shape)
     fixed, share = sum(parts.values()), order.accumulation * images  # images of a process in one step
-    seconds, note = time_step(net, config, order, fixed, image, device)
+    seconds, note = time_step(net, config, order, fixed, image, device, image_shape)
     macs, trained = multiply_adds(net, net.grid_size), sum(p.numel() for p in net.parameters() if p.requires_grad)
     passes = 3 + config.flow.forwards  # forwards, of which a backward counts two; without what checkpointing repeats
-    flops = passes * 2 * macs * order.batch_size
-    size = checkpoint_bytes(net, len(train.ema_decays))
+    added = config.auxiliary.to(next(net.parameters()).device).multiply_adds(net) if config.auxiliary else 0.0
+    flops = 2 * (passes * macs + added) * order.batch_size
+    size = checkpoint_bytes(net, len(train.ema_decays), config.auxiliary)
     count = checkpoints_at_once(train.steps, train.checkpoint_every, train.keep_checkpoints, train.keep_every)
     rows = {
         "model": f"{trained / 1e6:.1f} M trained parameters; "
         f"{macs / 1e9:.2f} G multiply-adds for one forward of an image",
+        **describe_auxiliary(config, added, passes * macs),
         "batch": f"{order.batch_size} images a step = {processes} process{'es' * (processes > 1)} x "
         f"{order.accumulation} micro-batch{'es' * (order.accumulation > 1)} of {images}",
         "run": f"{train.steps:,} steps, {order.steps_per_epoch:,} steps an epoch, "
@@ -82,8 +89,11 @@ def report(net: SiT, config: Config, order: BatchOrder, device: torch.device) ->
 def fixed_bytes(net: SiT, config: Config, num_processes: int) -> dict[str, int]:
     """Returns an upper bound of the memory in bytes that does not depend on the number of images, by part.
 
-    Encoding images in each step, drawing previews and auxiliary losses are not included.
+    Encoding images in each step and drawing previews are not included.
     """
+    beside = [*config.auxiliary.parameters()] if config.auxiliary else []
+    frozen = sum(p.nbytes for p in beside if not p.requires_grad)
+    projector = sum(p.nbytes for p in beside if p.requires_grad)
     weights, num_averages = sum(p.nbytes for p in net.parameters()), len(config.train.ema_decays)
     trained = sum(p.nbytes for p in net.parameters() if p.requires_grad)
     cast = sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d))  # cached by autocast
@@ -92,34 +102,79 @@ def fixed_bytes(net: SiT, config: Config, num_processes: int) -> dict[str, int]:
         "gradients": trained,
         config.optimizer[0].__name__: 2 * trained,  # the moments of AdamW; others have no more
         f"{num_averages} EMA": num_averages * weights,
-        "exchanged gradients": trained if num_processes > 1 else 0,
+        "exchanged gradients": trained + projector if num_processes > 1 else 0,
+        "parameters of the auxiliary loss": (4 + num_averages) * projector,
+        "encoder": frozen,
         f"{config.train.precision} weights": 0 if config.train.precision == "fp32" else 2 * cast,
         "CUDA and its libraries (a guess)": WORKSPACE,
     }
 
 
-def trial_pass(net: SiT, config: Config, num_images: int, device: torch.device) -> None:
+def describe_auxiliary(config: Config, multiply_adds: float, of_model: float) -> dict[str, str]:
+    """Returns the row of the auxiliary loss, {} without one; the multiply-adds are those of a step and an image."""
+    if config.auxiliary is None:
+        return {}
+    frozen, trained = (
+        sum(p.numel() for p in config.auxiliary.parameters() if p.requires_grad == is_trained) / 1e6
+        for is_trained in (False, True)
+    )
+    name = type(config.auxiliary).__name__
+    return {
+        "auxiliary": f"{name}: {trained:.2f} M trained parameters, {frozen:.1f} M frozen ones; "
+        f"{multiply_adds / 1e9:.2f} G multiply-adds a step and image, {multiply_adds / of_model:.1%} of the model's"
+    }
+
+
+def trial_pass(
+    net: SiT,
+    config: Config,
+    num_images: int,
+    device: torch.device,
+    image_shape: tuple[int, int, int] | None = None,
+) -> None:
     """Runs forward and backward on random images; gradients are added to existing ones."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (num_images, net.config.in_channels, net.config.input_size, net.config.input_size)
     data = torch.randn(shape, generator=generator, device=device)
     y = torch.randint(net.config.num_classes, shape[:1], generator=generator, device=device)
-    forward_and_backward(config.flow, HiddenTap(net, net), data, y, generator, config.train.precision, net.null_label)
+    loss = config.auxiliary
+    tapped = HiddenTap(net, net, loss.block if loss is not None else None)
+
+    def auxiliary(draw):
+        labels, hidden = tapped.take()
+        pixels = torch.zeros(num_images, *(image_shape or shape[1:]), device=device)
+        features = torch.zeros(num_images, *loss.features_shape, device=device) if loss.features_shape else None
+        return loss(AuxiliaryInputs(data, labels, hidden, pixels, features, config.flow, draw, draw.t, net))
+
+    forward_and_backward(
+        config.flow,
+        tapped,
+        data,
+        y,
+        generator,
+        config.train.precision,
+        net.null_label,
+        auxiliary=auxiliary if loss is not None else None,
+    )
 
 
-def image_bytes(net: SiT, config: Config, device: torch.device) -> float:
+def image_bytes(
+    net: SiT, config: Config, device: torch.device, image_shape: tuple[int, int, int] | None = None
+) -> float:
     """Measures the bytes that one more image adds at the peak of forward and backward.
 
     The whole model may not fit. Blocks of one mixer need the same memory, so the last two blocks and one more of each
     mixer are measured.
     """
     device = device if device.type == "cuda" else torch.device("cpu")  # other accelerators do not report their peak
+    if config.auxiliary is not None:
+        config.auxiliary.to(device)
     blocks, few = net.blocks, config.flow.period * max(1, TRIAL_TOKENS // math.prod(net.grid_size))
     kinds, last = [type(block.attn) for block in blocks[:-2]], [*blocks[-2:]]
 
     def of_blocks(chosen: list[nn.Module]) -> float:
         net.blocks = nn.ModuleList(chosen)
-        run = partial(trial_pass, net.to(device), config, device=device)
+        run = partial(trial_pass, net.to(device), config, device=device, image_shape=image_shape)
         run(config.flow.period)  # allocates the gradients
         low, high = (peak_bytes(partial(run, n), device) for n in (few, 2 * few))
         assert low is not None and high is not None  # both devices report it
@@ -133,7 +188,13 @@ def image_bytes(net: SiT, config: Config, device: torch.device) -> float:
 
 
 def time_step(
-    net: SiT, config: Config, order: BatchOrder, fixed: float, image: float, device: torch.device
+    net: SiT,
+    config: Config,
+    order: BatchOrder,
+    fixed: float,
+    image: float,
+    device: torch.device,
+    image_shape: tuple[int, int, int] | None = None,
 ) -> tuple[float | None, str]:
     """Times forward, backward, optimizer and averages without changing the weights.
 
@@ -149,8 +210,10 @@ def time_step(
             f"not measured: needs {(fixed + image - here) / GIB:.1f} GiB more on {device.type}, "
             f"{free / GIB:.1f} are free"
         )
-    averages = Averages(net.to(device), config.train.ema_decays)
-    optimizer = make_optimizer(config.optimizer[0], [net], 0.0, 0.0, config.optimizer[1])
+    loss = config.auxiliary.to(device) if config.auxiliary is not None else None
+    averages = Averages(net.to(device), config.train.ema_decays, auxiliary=loss)
+    modules: list[nn.Module] = [net] if loss is None else [net, loss]
+    optimizer = make_optimizer(config.optimizer[0], modules, 0.0, 0.0, config.optimizer[1])
     updated = torch.ones((), dtype=torch.bool, device=device)
 
     def seconds_of(task: Callable[[], object]) -> float:
@@ -160,12 +223,14 @@ def time_step(
             synchronize(device)
         return time.perf_counter() - start
 
-    num_images, run = min(config.flow.period, limit), partial(trial_pass, net, config, device=device)
+    run = partial(trial_pass, net, config, device=device, image_shape=image_shape)
+    num_images = min(config.flow.period, limit)
     while (seconds := seconds_of(partial(run, num_images))) < ENOUGH_SECONDS and num_images < limit:
         num_images = min(2 * num_images, limit)
     seconds *= order.accumulation * order.micro_batch / num_images
     seconds += seconds_of(optimizer.step) + seconds_of(partial(averages.update, 0, updated))
-    net.zero_grad()
+    for module in modules:
+        module.zero_grad()
     return seconds, (
         f"measured on {describe_environment(device)['hardware']}, {config.train.precision}, {num_images} "
         f"of {order.micro_batch} images at a time"

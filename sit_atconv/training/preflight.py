@@ -20,6 +20,7 @@ from sit_atconv.checkpoints.training_state import (
 from sit_atconv.checkpoints.warm_start import Start, start_from
 from sit_atconv.data.codecs import Codec
 from sit_atconv.data.data_source import DataSource
+from sit_atconv.data.loading import Beside
 from sit_atconv.data.order import BatchOrder, hold_out
 from sit_atconv.data.sources import describe_data
 from sit_atconv.models.sit import BACKBONES, SiT
@@ -43,6 +44,7 @@ class Job:
     net: SiT  # as initialised, or with the weights of --init-from
     found: Resumable  # the checkpoint to resume from
     start: Start  # the weights kept of --init-from
+    beside: Beside | None  # what the auxiliary loss needs from the data besides latents
     description: dict  # of the data, for data.json
     empty_classes: list[int]  # labels without images to train on
     null_label_trained: bool | None  # as in `Recipe`
@@ -71,11 +73,11 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
     net = _new_net(config, data, codec)
     config.flow.check(net, "tf32" if train.precision == "fp32" and train.tf32 and not on_cpu() else train.precision)
     config.check_previews(net, net.null_label)
-    check_auxiliary(config, net, data)
+    beside = build_auxiliary(config, net, data)
     check_tracker(train.tracker)
     if config.dry_run:
         if is_main_process():
-            print(dry_run(net, config, order))
+            print(dry_run(net, config, order, data))
         return None
 
     # Check the run's folder, load the weights of --init-from, and lock the folder.
@@ -94,6 +96,7 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
             codec.describe(),
             class_names=[*data.class_names],
             objective=config.objective,
+            auxiliary=config.auxiliary,
         )
     if is_main_process():
         to_release.enter_context(exclusive(run))
@@ -115,7 +118,20 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
                 print(f"warning: {damaged} is damaged: {problem}. It is now {set_aside(damaged)}", file=sys.stderr)
             print(f"{run} is complete: {train.steps} steps, in {found.checkpoint}\nsample: {sampling}")
         return None
-    return Job(config, data, codec, held_out, order, net, found, start, description, empty_classes, null_label_trained)
+    return Job(
+        config,
+        data,
+        codec,
+        held_out,
+        order,
+        net,
+        found,
+        start,
+        beside,
+        description,
+        empty_classes,
+        null_label_trained,
+    )
 
 
 def _order(config: Config, data: DataSource, held_out: np.ndarray) -> BatchOrder:
@@ -141,27 +157,38 @@ def _new_net(config: Config, data: DataSource, codec: Codec) -> SiT:
     )
 
 
-def check_auxiliary(config: Config, net: SiT, data: DataSource) -> None:
-    """Builds the auxiliary loss. Raises ValueError if it needs pixels or a block that do not exist."""
+def build_auxiliary(config: Config, net: SiT, data: DataSource) -> Beside | None:
+    """Builds the auxiliary loss, and returns what it needs from the data besides latents.
+
+    Raises:
+        ValueError: it needs pixels, features or a block that do not exist.
+    """
     auxiliary = config.auxiliary
     if auxiliary is None:
-        return
-    if auxiliary.needs_pixels and data.is_encoded:
+        return None
+    name = type(auxiliary).__name__
+    beside = auxiliary.check(net, data.features)
+    if beside == "pixels" and data.is_encoded and not data.has_pixels:
+        features = f"features of {data.features['encoder']} only" if data.features else "neither pixels nor features"
         raise ValueError(
-            f"auxiliary {type(auxiliary).__name__} needs pixels, and cached latents have none: give "
-            "--data.images instead of --data.latents"
+            f"auxiliary {name} needs pixels, and {config.data.latents} holds {features}: give the folder that was "
+            "encoded as --data.pixels, or encode again with --pixels or --features"
         )
     if auxiliary.block is not None and not 1 <= auxiliary.block <= net.config.depth:
         raise ValueError(
-            f"auxiliary {type(auxiliary).__name__} needs block {auxiliary.block}, and the model has "
-            f"blocks 1 ... {net.config.depth}"
+            f"auxiliary {name} needs block {auxiliary.block}, and the model has blocks 1 to {net.config.depth}"
         )
     auxiliary.build(net)
+    return beside if data.is_encoded else None
 
 
-def dry_run(net: SiT, config: Config, order: BatchOrder) -> str:
+def dry_run(net: SiT, config: Config, order: BatchOrder, data: DataSource) -> str:
     """Returns the report of `--dry-run`, measured on this process's device."""
-    return report(net, config, order, _prepared_device(config))
+    return report(net, config, order, _prepared_device(config), image_shape(data))
+
+
+def image_shape(data: DataSource) -> tuple[int, int, int]:
+    return data.channels, data.image_size, data.image_size
 
 
 def measure_step(config: Config) -> tuple[float, SiT]:
@@ -173,8 +200,10 @@ def measure_step(config: Config) -> tuple[float, SiT]:
     data, codec = config.data.open()
     net, device = _new_net(config, data, codec), _prepared_device(config)
     order = _order(config, data, hold_out(len(data), config.data.held_out))
+    build_auxiliary(config, net, data)
     fixed = sum(fixed_bytes(net, config, 1).values())
-    seconds, note = time_step(net, config, order, fixed, image_bytes(net, config, device), device)
+    image = image_bytes(net, config, device, image_shape(data))
+    seconds, note = time_step(net, config, order, fixed, image, device, image_shape(data))
     if seconds is None:
         raise ValueError(note)
     return seconds, net

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor
 from tqdm import tqdm
 
 from sit_atconv.checkpoints.recipe import Recipe
@@ -18,8 +19,10 @@ from sit_atconv.checkpoints.run_folder import rewind_stats
 from sit_atconv.checkpoints.training_state import TrainingState, load_checkpoint, set_aside
 from sit_atconv.data.codecs import Codec
 from sit_atconv.data.loading import Batch, load_batches
+from sit_atconv.data.pixels import to_float
 from sit_atconv.data.sources import untrained_classes
-from sit_atconv.flow.auxiliary import HiddenTap
+from sit_atconv.flow import Objective
+from sit_atconv.flow.auxiliary import AuxiliaryInputs, HiddenTap
 from sit_atconv.models import SiT
 from sit_atconv.models.costs import multiply_adds
 from sit_atconv.runtime.commands import fail, user_errors
@@ -60,6 +63,7 @@ class Session:
     stop: StopRequest
     agreement: Agreement
     empty_classes: list[int]  # labels without images to train on
+    is_encoded: bool  # True if batches hold latents instead of pixels
     last_checkpoint: Path | None
 
     @property
@@ -77,6 +81,27 @@ class Session:
         loss = self.held_out_loss.loss(self.averages.first, accelerator.autocast)
         total, count = accelerator.reduce(loss, "sum").tolist()
         return {"held_out_loss": total / count} if count else {}
+
+    def added_terms(
+        self, batch: Batch, latents: Tensor, objective: Objective, draw, random: Tensor
+    ) -> dict[str, Tensor]:
+        """Returns the terms (B,) of the auxiliary loss, after the model was called for this micro-batch."""
+        assert self.auxiliary is not None
+        y, hidden = self.tapped.take()
+        pixels = batch.beside.get("pixels", None if self.is_encoded else batch.inputs)
+        return self.auxiliary(
+            AuxiliaryInputs(
+                data=latents,
+                y=y,
+                hidden=hidden,
+                pixels=None if pixels is None else to_float(pixels),
+                features=batch.beside.get("features"),
+                objective=objective,
+                draw=draw,
+                random=random,
+                average=self.averages.first,
+            )
+        )
 
     def say(self, text: str) -> None:
         """Prints a line on stderr, above the progress bar; on rank 0 only."""
@@ -145,8 +170,8 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
     codec, net = job.codec.to(device), job.net.to(device)
     if train.activation_checkpointing:
         net.enable_gradient_checkpointing()
-    averages = Averages(net, train.ema_decays, train.profile)
     auxiliary: nn.Module | None = config.auxiliary.to(device) if config.auxiliary is not None else None
+    averages = Averages(net, train.ema_decays, train.profile, auxiliary)
     kind, options = config.optimizer
     with user_errors():
         modules = [net] if auxiliary is None else [net, auxiliary]
@@ -154,8 +179,8 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
     model, prepared = accelerator.prepare(net, optimizer)
     if train.compile:
         model = torch.compile(model)
-    tapped = HiddenTap(model, net, config.auxiliary.block if config.auxiliary is not None else None)
-    state = TrainingState(net, averages.models, optimizer, accelerator.scaler, auxiliary)
+    tapped = HiddenTap(model, net)
+    state = TrainingState(net, averages.models, optimizer, accelerator.scaler, auxiliary, averages.auxiliary)
     if auxiliary is not None and any(p.requires_grad for p in auxiliary.parameters()):
         auxiliary = accelerator.prepare(auxiliary)
 
@@ -171,6 +196,7 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
     is_restart = not found.checkpoint and (run / "config.yaml").exists()
     with user_errors():
         before = load_checkpoint(found.checkpoint, state) if found.checkpoint else computed_on
+        check_micro_batches(job, before, computed_on)
         unreadable = Unreadable(run, resumes=found.checkpoint is not None)
         if accelerator.is_main_process:
             for damaged in found.damaged:
@@ -195,6 +221,7 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
                 device,
                 leave_signals_to_the_trainer,
                 skip_unreadable=config.data.skip_unreadable,
+                beside=job.beside,
             )
         )
     )
@@ -210,9 +237,10 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
             num_processes=job.order.num_processes,
             skip_unreadable=config.data.skip_unreadable,
         )
+    added = config.auxiliary.multiply_adds(net) if config.auxiliary is not None else 0.0
     meter = Meter(
         device,
-        (3 + config.flow.forwards) * 2 * multiply_adds(net, net.grid_size) / 1e9,
+        2 * ((3 + config.flow.forwards) * multiply_adds(net, net.grid_size) + added) / 1e9,
         train.peak_tflops or peak_tflops(device, train.precision, train.tf32),
     )
     session = Session(
@@ -236,11 +264,24 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
         stop,
         agreement,
         empty_classes,
+        job.data.is_encoded,
         found.checkpoint,
     )
     unreadable.note(held_out_loss.unreadable)
     settle_gradient_exchange(job, session)
     return session
+
+
+def check_micro_batches(job: Job, before: dict, now: dict) -> None:
+    """Raises ValueError if the loss couples the samples of a micro-batch, and a resumed run would cut others."""
+    parts = [name for name in ("processes", "accumulation") if before.get(name) != now[name]]
+    loss = job.config.auxiliary
+    if loss is not None and loss.couples_samples and parts:
+        changes = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in parts)
+        raise ValueError(
+            f"{type(loss).__name__} compares the samples of a micro-batch, so its loss depends on their number "
+            f"({changes}): resume with the former"
+        )
 
 
 def classes_without(job: Job, unreadable: Unreadable) -> list[int]:
@@ -291,16 +332,20 @@ def settle_gradient_exchange(job: Job, session: Session) -> None:
 
     Doing it now keeps a resumed run bitwise equal to an uninterrupted one.
     """
-    accelerator, auxiliary, images = session.accelerator, session.auxiliary, job.order.micro_batch
+    accelerator, loss, images = session.accelerator, job.config.auxiliary, job.order.micro_batch
     if accelerator.num_processes > 1:
         x = torch.zeros(images, *job.latent_shape, device=accelerator.device)
         t = torch.zeros(images, device=x.device)
         two_times = session.net.config.get("two_times")
+        session.tapped.block = loss.block if loss is not None else None
         output = session.tapped(x, t, t.long(), *([t] if two_times else [])).float().sum()
-        if auxiliary is not None:
-            pixels = torch.zeros(len(x), job.data.channels, *[job.data.image_size] * 2, device=x.device)
-            needs_pixels = job.config.auxiliary is not None and job.config.auxiliary.needs_pixels
-            added = auxiliary(session.tapped.take(), x, pixels if needs_pixels else None)
-            output = output + sum(term.sum() for term in added.values())
+        y, hidden = session.tapped.take()
+        if loss is not None and session.auxiliary is not None:
+            pixels = torch.zeros(images, job.data.channels, *[job.data.image_size] * 2, device=x.device)
+            features = torch.zeros(images, *loss.features_shape, device=x.device) if loss.features_shape else None
+            objective = job.config.flow
+            draw = objective.draw(x.shape, torch.Generator(x.device))
+            inputs = AuxiliaryInputs(x, y, hidden, pixels, features, objective, draw, t, session.averages.first)
+            output = output + sum(term.sum() for term in session.auxiliary(inputs).values())
         accelerator.backward(output)
         session.prepared.zero_grad()

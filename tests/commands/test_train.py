@@ -129,9 +129,9 @@ class Brightness(AuxiliaryLoss):
     def build(self, net):
         self.head = nn.Linear(net.config.hidden_size, 1)
         self.encoder = nn.Linear(1000, 1).requires_grad_(False)
-    def forward(self, hidden, data, pixels):
-        assert pixels.shape[1:] == (1, 8, 8)
-        error = self.head(hidden).mean((1, 2)).float() - pixels.mean((1, 2, 3))
+    def forward(self, inputs):
+        assert inputs.pixels.shape[1:] == (1, 8, 8)
+        error = self.head(inputs.hidden).mean((1, 2)).float() - inputs.pixels.mean((1, 2, 3))
         return {"brightness": self.weight * error.square()}
 """
 PARTS = {
