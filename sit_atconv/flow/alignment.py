@@ -15,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sit_atconv.encoders.image_encoder import open_encoder
@@ -247,8 +248,8 @@ class Alignment(AuxiliaryLoss):
 
     def multiply_adds(self, net: Any) -> float:
         """Returns the forwards of encoder or EMA, and forward and backward of the projectors, for one image."""
-        device = next(net.parameters()).device
-        with FlopCounterMode(display=False) as frozen, torch.no_grad():
+        device, counted = next(net.parameters()).device, SDPBackend.MATH  # fused attention is not counted on a CPU
+        with sdpa_kernel(counted), FlopCounterMode(display=False) as frozen, torch.no_grad():
             for encoder in self.encoders:
                 encoder(torch.zeros(1, 3, 8, 8, device=device))
             if self.target == "self":

@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 
 from sit_atconv.checkpoints.exported import save_weights
 from sit_atconv.checkpoints.recipe import Recipe
-from sit_atconv.checkpoints.training_state import TrainingState, save_checkpoint
+from sit_atconv.checkpoints.training_state import TrainingState, load_checkpoint, save_checkpoint
 from sit_atconv.checkpoints.warm_start import _blocks, start_from
+from sit_atconv.flow.alignment import Alignment, MLPProjector
 from sit_atconv.models import SiT
 from sit_atconv.models.mixers import MIXERS, Mixer
 from sit_atconv.models.sit import sincos_pos_embed
@@ -335,8 +336,9 @@ def test_repas_weights_are_converted(start):
     for act in ("silu", "gelu_tanh"):
         lines, _, _ = start(tensors, net := fresh(kernel_act=act, learn_sigma=False), published=True)
         assert_kept(net, theirs, {"final_layer.linear.weight", "blocks.0.attn.proj.weight"})
-        assert "REPA" in lines[1] and len(lines) == (2 if act == "silu" else 3), lines
-    assert lines[2].startswith("model.kernel_act is silu there, gelu_tanh here")
+        assert "REPA" in lines[1] and len(lines) == (3 if act == "silu" else 4), lines
+    assert lines[2] == "1 tensors of projectors are left out: this run trains none"
+    assert lines[3].startswith("model.kernel_act is silu there, gelu_tanh here")
 
 
 # ------------------------------------------------------------------------------------------------- output layer
@@ -409,3 +411,50 @@ def test_one_missing_tensor_is_refused(start):
         r"there, none here\. Give",
     ):
         start(theirs, fresh(), published=True)
+
+
+# ------------------------------------------------------------------------------------------------------ projectors
+
+
+def aligned(net, width: int = 12):
+    loss = Alignment(encoder="any")
+    torch.manual_seed(2)
+    loss.projectors.append(MLPProjector(net.config.hidden_size, width, net.grid_size, inner=20))
+    return loss
+
+
+def test_projectors_of_repa_are_kept_if_they_fit(start):
+    theirs, net = fresh(learn_sigma=False), fresh(learn_sigma=False)
+    published = as_repa(theirs.state_dict(), convolutions=True) | dict(aligned(net).state_dict())
+    published["projectors.0.4.bias"] = torch.full((12,), 7.0)
+    kept, other = aligned(net), aligned(net, width=10)
+    lines, _, _ = start(published, net, published=True, auxiliary=kept)
+    assert "6 tensors of the auxiliary loss kept" in lines and kept.projectors[0][4].bias.eq(7).all()
+    lines, _, _ = start(published, net, published=True, auxiliary=other)
+    assert any("start from scratch: projectors.0.4.weight (12, 20) there, (10, 20) here" in line for line in lines)
+    assert not other.projectors[0][4].bias.eq(7).any()
+    lines, _, _ = start(published, net, published=True)
+    assert "6 tensors of projectors are left out: this run trains none" in lines
+    lines, _, _ = start(as_repa(theirs.state_dict(), convolutions=True), net, published=True, auxiliary=kept)
+    assert "the parameters of the auxiliary loss start from scratch: the weights have none" in lines
+
+
+def test_projectors_of_a_run_are_those_of_its_ema(tmp_path):
+    net = fresh()
+    loss, averages = aligned(net), {0.9: {}, 0.5: {}}
+    for value, decay in enumerate(averages):
+        averages[decay] = {name: torch.full_like(p, value + 3.0) for name, p in loss.named_parameters()}
+    optimizer = torch.optim.AdamW([*net.parameters(), *loss.parameters()])
+    state = TrainingState(net, dict.fromkeys(averages, net), optimizer, None, loss, averages)
+    save_checkpoint(tmp_path / "run", state, RECIPE, keep=1)
+    here = aligned(net)
+    lines = start_from(net, str(tmp_path / "run"), "linear", "velocity", CODEC, auxiliary=here).lines
+    assert "6 tensors of the auxiliary loss kept" in lines and all(p.eq(3).all() for p in here.parameters())
+    optimizer = torch.optim.AdamW([*net.parameters(), *here.parameters()])
+    restored = {decay: {name: p * 0 for name, p in named.items()} for decay, named in averages.items()}
+    load_checkpoint(
+        tmp_path / "run" / "checkpoints" / "step-0000007",
+        TrainingState(net, dict.fromkeys(averages, net), optimizer, None, here, restored),
+    )
+    assert all(torch.equal(p, loss.get_parameter(name)) for name, p in here.named_parameters())
+    assert all(torch.equal(p, averages[decay][name]) for decay in averages for name, p in restored[decay].items())

@@ -136,6 +136,7 @@ class Brightness(AuxiliaryLoss):
 """
 PARTS = {
     "an auxiliary loss": ["--auxiliary", "own_loss.Brightness", "--auxiliary.weight", "0.7"],
+    "alignment": ["--auxiliary", "Alignment", "--auxiliary.encoder", "digits", "--auxiliary.dispersive", "0.5"],
     "on a codec": ["--auxiliary", "own_loss.Brightness", "--data.codec", "own_loss.Packed", "--model.patch_size", "1"],
     "Muon": ["--optimizer", "sit_atconv.training.optimizers.MuonAdamW"],
 }
@@ -144,8 +145,10 @@ PARTS = {
 @pytest.mark.parametrize(
     ("part", "processes"),
     [
-        ("an auxiliary loss", 1),
+        ("alignment", 1),
         ("Muon", 1),
+        pytest.param("alignment", 2, marks=pytest.mark.slow),
+        pytest.param("an auxiliary loss", 1, marks=pytest.mark.slow),
         pytest.param("an auxiliary loss", 2, marks=pytest.mark.slow),
         pytest.param("on a codec", 2, marks=pytest.mark.slow),
     ],
@@ -166,11 +169,14 @@ def test_runs_with_an_auxiliary_loss_or_muon_resume_bitwise(launch, tmp_path, pa
     if part == "Muon":
         assert any("momentum_buffer" in name for name in names) and any("exp_avg" in name for name in names)
     else:
-        assert "auxiliary.safetensors/head.weight" in names and not [name for name in exported if "head" in name]
+        head, term = ("projectors.0.0", "alignment") if part == "alignment" else ("head", "brightness")
+        assert not [name for name in exported if head in name]
         assert not [name for name in names if "encoder" in name]
-        first, last = (state_of(run, step)["auxiliary.safetensors/head.weight"] for step in (2, 4))
-        assert not torch.equal(first, last)
-        assert all(line["auxiliary/brightness"] > 0 for line in stats_of(run))
+        for place in ("", "ema/", "ema-0.5/"):
+            key = f"auxiliary.safetensors/{place}{head}.weight"
+            first, last = (state_of(run, step)[key] for step in (2, 4))
+            assert not torch.equal(first, last)
+        assert all(line[f"auxiliary/{term}"] != 0 for line in stats_of(run))
 
 
 OWN_OBJECTIVE = """
@@ -373,6 +379,42 @@ def test_two_torchrun_agents_forward_a_signal_and_the_run_resumes(whole, tmp_pat
     assert [agent.wait(300) for agent in start()] == [0, 0], said
     one, two = state_of(whole(2, 3), 4), state_of(run, 4)
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+ALIGNED = ["--auxiliary", "Alignment", "--auxiliary.encoder", "digits"]
+
+
+def test_without_a_coefficient_alignment_changes_no_bit(launch, whole, tmp_path):
+    argv = [*EXACT, *ALIGNED, "--auxiliary.coefficient", "0", "--out", tmp_path / "run"]
+    codes, output = launch(TRAIN, argv)
+    assert codes == [0], output
+    assert_same_run(whole(1, 1), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_alignment_stops_after_its_last_step_and_only_rounds_with_processes(launch, tmp_path):
+    for processes, accumulation in ((1, 1), (2, 3)):
+        argv = [*EXACT, *ALIGNED, "--auxiliary.last_step", "2", "--train.accumulation", accumulation]
+        codes, output = launch(TRAIN, [*argv, "--out", tmp_path / f"{processes}"], processes)
+        assert codes == [0] * processes, output
+    alone, shared = (stats_of(tmp_path / name) for name in "12")
+    for one, two in zip(alone, shared, strict=True):
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+        assert ("auxiliary/alignment" in one) == (one["step"] <= 2)
+        assert one.get("auxiliary/alignment", 0) == pytest.approx(two.get("auxiliary/alignment", 0), rel=1e-4)
+    states = [state_of(tmp_path / "1", step)["auxiliary.safetensors/projectors.0.0.weight"] for step in (2, 4)]
+    assert torch.equal(*states)  # no gradient, no update
+
+
+@pytest.mark.slow
+def test_a_dispersive_run_refuses_micro_batches_of_another_size(launch, tmp_path):
+    argv = [*SMALL, "--auxiliary", "Alignment", "--auxiliary.coefficient", "0", "--auxiliary.dispersive", "0.5"]
+    argv += ["--out", tmp_path / "run"]
+    assert launch(TRAIN, [*argv, "--train.steps", "2"])[0] == [0]
+    codes, output = launch(TRAIN, [*argv, "--train.steps", "3", "--train.accumulation", "2"])
+    assert codes == [1] and "compares the samples of a micro-batch" in output and "accumulation 1 -> 2" in output, (
+        output
+    )
 
 
 def test_processes_and_micro_batches_only_change_rounding(whole):

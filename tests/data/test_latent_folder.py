@@ -261,7 +261,7 @@ def test_an_index_of_a_later_version_is_refused_with_that_version_and_the_remedy
     with pytest.raises(ValueError) as caught:
         read_index(copy)
     assert str(caught.value) == (
-        f"{path} has format 9, and sit_atconv {__version__} reads formats 1 and 2: it was written by {writer}; install "
+        f"{path} has format 9, and sit_atconv {__version__} reads formats 1 to 3: it was written by {writer}; install "
         "that version or a later one, or encode the images again into another folder"
     )
 
