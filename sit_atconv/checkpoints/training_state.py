@@ -62,7 +62,7 @@ class TrainingState:
         return dict(self.model.named_parameters()) | {f"auxiliary.{name}": p for name, p in own}
 
     def auxiliary_tensors(self) -> "dict[str, torch.Tensor]":
-        """Returns the tensors of the auxiliary loss without frozen ones, and those of its averages as FOLDER/NAME."""
+        """Returns the tensors of the auxiliary loss but frozen ones, and its averages as FOLDER/NAME."""
         assert self.auxiliary is not None
         frozen = {name for name, p in self.auxiliary.named_parameters() if not p.requires_grad}
         tensors = {name: tensor for name, tensor in self.auxiliary.state_dict().items() if name not in frozen}
@@ -78,7 +78,7 @@ class TrainingState:
 
 
 def checkpoint_bytes(net: "torch.nn.Module", num_averages: int, auxiliary: "torch.nn.Module | None" = None) -> int:
-    """Returns the bytes of a checkpoint: model, trained parameters of the loss, their EMAs, AdamW's two moments."""
+    """Returns the bytes of a checkpoint: all trained parameters, their EMAs and AdamW's two moments."""
     trained = sum(p.nbytes for p in net.parameters() if p.requires_grad)
     beside = sum(p.nbytes for p in auxiliary.parameters() if p.requires_grad) if auxiliary is not None else 0
     return (1 + num_averages) * (sum(p.nbytes for p in net.parameters()) + beside) + 2 * (trained + beside)
@@ -309,7 +309,7 @@ def load_checkpoint(checkpoint: Path, state: TrainingState) -> dict:
 
 
 def _restore_auxiliary(state: TrainingState, held: "dict[str, torch.Tensor]") -> None:
-    """Restores the loss and its averages; these start from its parameters where an earlier version had none."""
+    """Restores the loss and its averages, which start from its parameters if the file has none."""
     wanted = state.auxiliary_tensors()
     if not any("/" in name for name in held):
         held = held | {name: held[name.partition("/")[2]] for name in wanted if "/" in name}

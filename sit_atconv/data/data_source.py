@@ -73,7 +73,7 @@ class DataSource(Protocol):
         raise ValueError(f"{type(self).__name__} holds no pixels beside its latents")
 
     def read_features(self, item: tuple[int, bool]) -> Tensor:
-        """Returns the encoder's tokens (N, width) of the image of latents, or of the flipped image if `mirrored`."""
+        """Returns the encoder's tokens (N, width) of an image, or of the flipped one if `mirrored`."""
         raise ValueError(f"{type(self).__name__} holds no features")
 
     def describe(self) -> dict:

@@ -43,7 +43,8 @@ from sit_atconv.data.latent_folder import (
 from sit_atconv.data.latent_summary import describe_images
 from sit_atconv.data.loading import leave_ctrl_c_to_the_parent
 from sit_atconv.data.pixels import CROP_RULE, encode_jpegs, to_float, to_uint8
-from sit_atconv.encoders.image_encoder import ImageEncoder, open_encoder
+from sit_atconv.encoders.by_name import open_encoder
+from sit_atconv.encoders.image_encoder import ImageEncoder
 from sit_atconv.runtime.commands import is_main_process
 from sit_atconv.runtime.devices import keep_freed_memory, on_cpu, share_cores, usable_cores
 from sit_atconv.runtime.files import PARTIAL, check_room, gigabytes

@@ -38,7 +38,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def encode_jpegs(images: Tensor) -> dict[str, Tensor]:
-    """Returns images, uint8 (n, 3, H, W), as JPEG files: their bytes in a row, uint8, and the end of each, (n,)."""
+    """Returns images, uint8 (n, 3, H, W), as JPEG files in a row, and the end (n,) of each."""
     files = list[bytes]()
     for image in images:
         content = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Classifiers with shipped weights, as feature extractors of metrics and as encoders: nothing to download.
+"""Classifiers with shipped weights, as feature extractors of metrics and as image encoders.
 
 Their Frechet distances and scores cannot be compared with those of Inception.
 """

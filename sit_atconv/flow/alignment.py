@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sit_atconv.encoders.image_encoder import open_encoder
+from sit_atconv.encoders.by_name import open_encoder
 from sit_atconv.flow.auxiliary import AuxiliaryInputs, AuxiliaryLoss, Needs
 
 # --------------------------------------------------------------------------------------------------- mathematics
@@ -36,7 +36,7 @@ def negative_cosine(projected: Tensor, target: Tensor) -> Tensor:
 
 
 def spatially_normalised(tokens: Tensor, strength: float) -> Tensor:
-    """Removes the share `strength` of the mean over tokens, and scales to unit deviation over tokens (iREPA).
+    """Removes a share of the mean over tokens, and scales to unit deviation over tokens (iREPA).
 
     Args:
         tokens: (B, N, width).
@@ -47,10 +47,10 @@ def spatially_normalised(tokens: Tensor, strength: float) -> Tensor:
 
 
 def dispersive_loss(hidden: Tensor, temperature: float = 0.5) -> Tensor:
-    """Returns log mean_ij exp(-||h_i - h_j||^2 / (d temperature)), 0-d, over all pairs of the batch (2506.09027).
+    """Returns log mean_ij exp(-||h_i - h_j||^2 / (d temperature)), 0-d (arXiv 2506.09027).
 
     Args:
-        hidden: tokens (B, N, D); a sample is their vector of length d = N D.
+        hidden: tokens (B, N, D); a sample is their vector of length d = N D, and all pairs count.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         h = hidden.float().flatten(1)  # (B, d)
@@ -70,7 +70,7 @@ def patches(latents: Tensor, grid_size: tuple[int, int]) -> Tensor:
 
 
 class MLPProjector(nn.Sequential):
-    """REPA's projector: tokens (B, N, hidden_size) -> (B, N, width)."""
+    """Projector of REPA: tokens (B, N, hidden_size) -> (B, N, width)."""
 
     def __init__(self, hidden_size: int, width: int, grid_size: tuple[int, int], inner: int = 2048):
         super().__init__(
@@ -79,7 +79,7 @@ class MLPProjector(nn.Sequential):
 
 
 class ConvProjector(nn.Conv2d):
-    """iREPA's projector, a 3x3 convolution on the grid: tokens (B, N, hidden_size) -> (B, N, width)."""
+    """Projector of iREPA, a 3x3 convolution on the grid: tokens (B, N, hidden_size) -> (B, N, width)."""
 
     def __init__(self, hidden_size: int, width: int, grid_size: tuple[int, int]):
         super().__init__(hidden_size, width, kernel_size=3, padding=1)
@@ -155,7 +155,7 @@ class Alignment(AuxiliaryLoss):
         return self.last_step is None or step < self.last_step
 
     def check(self, net: Any, features: Mapping | None) -> Needs | None:
-        """Chooses blocks and source of the target. ValueError: the model has no such block, or features do not fit."""
+        """Chooses blocks and source of the target. ValueError: a block or stored features do not fit."""
         depth = net.config.depth
         self.block = self.block or min(8, max(1, depth // 3))
         self.teacher_block = self.teacher_block or max(1, round(depth * 20 / 28))

@@ -1,4 +1,4 @@
-"""Auxiliary losses: the contract for users' own, and a wrapper of the model that gives them hidden tokens.
+"""Auxiliary losses: the contract, and a wrapper of the model that gives them hidden tokens.
 
 accelerate launch sit_atconv/train.py --auxiliary my_module.MyLoss --auxiliary.coefficient 0.5
 """

@@ -111,7 +111,7 @@ def fixed_bytes(net: SiT, config: Config, num_processes: int) -> dict[str, int]:
 
 
 def describe_auxiliary(config: Config, multiply_adds: float, of_model: float) -> dict[str, str]:
-    """Returns the row of the auxiliary loss, {} without one; the multiply-adds are those of a step and an image."""
+    """Returns the row of the auxiliary loss; multiply-adds are those of a step for an image."""
     if config.auxiliary is None:
         return {}
     frozen, trained = (

@@ -273,7 +273,7 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
 
 
 def check_micro_batches(job: Job, before: dict, now: dict) -> None:
-    """Raises ValueError if the loss couples the samples of a micro-batch, and a resumed run would cut others."""
+    """Raises ValueError if the loss depends on the micro-batches, and a resumed run has others."""
     parts = [name for name in ("processes", "accumulation") if before.get(name) != now[name]]
     loss = job.config.auxiliary
     if loss is not None and loss.couples_samples and parts:

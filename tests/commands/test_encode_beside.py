@@ -12,7 +12,7 @@ from sit_atconv.data.latent_folder import _crc32, open_shard, read_index, verify
 from sit_atconv.data.latents import CachedLatents
 from sit_atconv.data.loading import BatchReader
 from sit_atconv.data.pixels import to_float
-from sit_atconv.encoders.image_encoder import open_encoder
+from sit_atconv.encoders.by_name import open_encoder
 from tests.conftest import relative_error
 
 ITEMS = [(i, mirrored) for i in range(8) for mirrored in (False, True)]

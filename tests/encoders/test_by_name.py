@@ -10,7 +10,7 @@ from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from sit_atconv.encoders import digit_features
-from sit_atconv.encoders.image_encoder import ENCODERS, open_encoder
+from sit_atconv.encoders.by_name import ENCODERS, open_encoder
 from tests.conftest import GOLDEN
 
 
