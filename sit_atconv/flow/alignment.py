@@ -157,8 +157,10 @@ class Alignment(AuxiliaryLoss):
     def check(self, net: Any, features: Mapping | None) -> Needs | None:
         """Chooses blocks and source of the target. ValueError: a block or stored features do not fit."""
         depth = net.config.depth
-        self.block = self.block or min(8, max(1, depth // 3))
-        self.teacher_block = self.teacher_block or max(1, round(depth * 20 / 28))
+        if self.block is None:
+            self.block = min(8, max(1, depth // 3))
+        if self.teacher_block is None:
+            self.teacher_block = max(1, round(depth * 20 / 28))
         for name in ("block", "teacher_block"):
             if not 1 <= getattr(self, name) <= depth:
                 raise ValueError(
@@ -203,6 +205,15 @@ class Alignment(AuxiliaryLoss):
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
+
+    def describe(self) -> dict:
+        if self.coefficient == 0 or self.target != "encoder":
+            return {}
+        weights = [self.stored["sha256"]] if self.stored else [encoder.sha256() for encoder in self.encoders]
+        return {
+            "encoders": dict(zip(self.names, weights, strict=True)),
+            "from": "features" if self.stored else "pixels",
+        }
 
     def train(self, mode: bool = True) -> "Alignment":
         """Sets the mode of the projectors; encoders stay in evaluation mode."""

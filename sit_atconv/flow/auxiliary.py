@@ -82,6 +82,10 @@ class AuxiliaryLoss(nn.Module, abc.ABC):
     def build(self, net: Any) -> None:
         """Creates the parameters."""
 
+    def describe(self) -> dict:
+        """Returns what must be unchanged for a run to resume, besides the options: JSON, such as a checksum."""
+        return {}
+
     def is_active(self, step: int) -> bool:
         """True if the loss is computed in this step (0-based); by default, in every step."""
         return True

@@ -49,6 +49,7 @@ MAY_CHANGE = {
     "data.images",
     "data.latents",
     "data.pixels",
+    "auxiliary.init_args.encoder_weights",  # may have moved: data.json holds their checksum
     "data.codec",
     "data.num_workers",
     "data.skip_unreadable",

@@ -82,11 +82,14 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
 
     # Check the run's folder, load the weights of --init-from, and lock the folder.
     description = describe_data(data, codec)
+    if config.auxiliary is not None and (auxiliary := config.auxiliary.describe()):
+        description |= {"auxiliary": auxiliary}
     config.check_resumable(description)
     saved, start = list_checkpoints(run), Start([], False)
     if not saved or checkpoint_step(saved[-1]) < train.steps:
         count = checkpoints_at_once(train.steps, train.checkpoint_every, train.keep_checkpoints, train.keep_every)
-        check_room(run, max(1, count - len(saved)) * checkpoint_bytes(net, len(train.ema_decays)))
+        size = checkpoint_bytes(net, len(train.ema_decays), config.auxiliary)
+        check_room(run, max(1, count - len(saved)) * size)
     if config.init_from and not saved:
         start = start_from(
             net,
