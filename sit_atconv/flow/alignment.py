@@ -149,6 +149,7 @@ class Alignment(AuxiliaryLoss):
         self.coefficient, self.last_step, self.dispersive = coefficient, last_step, dispersive
         self.enabled, self.couples_samples = coefficient + dispersive > 0, dispersive > 0
         self.stored: Mapping | None = None  # features of the encoder that the data hold
+        self.digests: list[str] = []  # sha256 of each encoder's weights
         self.encoders, self.projectors = nn.ModuleList(), nn.ModuleList()  # filled by `build`
 
     def is_active(self, step: int) -> bool:
@@ -191,15 +192,15 @@ class Alignment(AuxiliaryLoss):
         """Creates the projectors, whose linear layers start as SiT's, and opens the encoders."""
         hidden_size, self.grid_size = net.config.hidden_size, net.grid_size
         widths = list[int]()
-        if self.coefficient > 0:
-            if self.target == "encoder" and self.stored is None:
-                opened = zip(self.names, self.files, strict=True)
-                self.encoders.extend(open_encoder(name, file, self.grid_size) for name, file in opened)
-            widths = {
-                "encoder": [self.stored["width"]] if self.stored else [encoder.width for encoder in self.encoders],
-                "vae": [net.config.in_channels * net.config.patch_size**2],
-                "self": [hidden_size],
-            }[self.target]
+        if self.coefficient > 0 and self.target == "encoder":
+            if self.stored is not None:
+                widths, self.digests = [self.stored["width"]], [self.stored["sha256"]]
+            else:
+                opened = [open_encoder(*pair, self.grid_size) for pair in zip(self.names, self.files, strict=True)]
+                widths, self.digests = [encoder.width for encoder in opened], [encoder.sha256() for encoder in opened]
+                self.encoders.extend(opened)
+        elif self.coefficient > 0:
+            widths = [hidden_size if self.target == "self" else net.config.in_channels * net.config.patch_size**2]
         self.projectors.extend(PROJECTORS[self.projector](hidden_size, n, self.grid_size) for n in widths)
         for layer in self.projectors.modules():
             if isinstance(layer, nn.Linear):
@@ -209,11 +210,8 @@ class Alignment(AuxiliaryLoss):
     def describe(self) -> dict:
         if self.coefficient == 0 or self.target != "encoder":
             return {}
-        weights = [self.stored["sha256"]] if self.stored else [encoder.sha256() for encoder in self.encoders]
-        return {
-            "encoders": dict(zip(self.names, weights, strict=True)),
-            "from": "features" if self.stored else "pixels",
-        }
+        encoders = [list(pair) for pair in zip(self.names, self.digests, strict=True)]
+        return {"encoders": encoders, "from": "features" if self.stored else "pixels"}
 
     def train(self, mode: bool = True) -> "Alignment":
         """Sets the mode of the projectors; encoders stay in evaluation mode."""

@@ -17,10 +17,11 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sit_atconv.data.images import ImageFolder
 from sit_atconv.data.order import hold_out
+from sit_atconv.encoders import digit_features
 from sit_atconv.flow import MeanFlow
 from sit_atconv.models import PRESETS, SiT
 from sit_atconv.runtime.files import exclusive
@@ -153,7 +154,7 @@ PARTS = {
         pytest.param("on a codec", 2, marks=pytest.mark.slow),
     ],
 )
-def test_runs_with_an_auxiliary_loss_or_muon_resume_bitwise(launch, tmp_path, part, processes):
+def test_runs_with_an_auxiliary_loss_or_muon_resume_bitwise(launch, fails, tmp_path, part, processes):
     (tmp_path / "own_loss.py").write_text(OWN_LOSS)
     argv = [*EXACT, *PARTS[part]]
     codes, output = launch(TRAIN, [*argv, "--out", tmp_path / "whole"], processes, folder=tmp_path)
@@ -177,6 +178,11 @@ def test_runs_with_an_auxiliary_loss_or_muon_resume_bitwise(launch, tmp_path, pa
             first, last = (state_of(run, step)[key] for step in (2, 4))
             assert not torch.equal(first, last)
         assert all(line[f"auxiliary/{term}"] != 0 for line in stats_of(run))
+    if (part, processes) == ("alignment", 1):
+        weights = {name: tensor + 1 for name, tensor in load_file(digit_features.WEIGHTS).items()}
+        save_file(weights, other := tmp_path / "other.safetensors")
+        argv += ["--out", run, "--train.steps", "5", "--auxiliary.encoder_weights"]
+        assert "with other data (auxiliary.encoders" in fails(load_command(TRAIN).main, [*argv, other])
 
 
 OWN_OBJECTIVE = """

@@ -240,6 +240,7 @@ def test_arithmetic_counts_encoder_and_projector(net):
 @pytest.mark.parametrize(
     ("options", "features", "message"),
     [
+        ({"block": 0}, None, "auxiliary.block is 0, and the model has the blocks 1 to 6"),
         ({"block": 7}, None, "auxiliary.block is 7, and the model has the blocks 1 to 6"),
         ({"target": "self", "teacher_block": 9}, None, "teacher_block is 9"),
         ({"encoder": "dino"}, None, "there is no encoder dino: known are"),
