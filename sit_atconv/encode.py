@@ -170,7 +170,9 @@ def make_parser() -> ArgumentParser:
         help="also store the tokens of this image encoder in float16, for training with --auxiliary Alignment: "
         "dinov2-vit-b or another name that --auxiliary.encoder takes",
     )
-    parser.add_argument("--features-weights", metavar="FILE", help="weights of that encoder (default: from the hub)")
+    parser.add_argument(
+        "--features-weights", metavar="FILE", help="weights of that encoder (default: timm's, or the shipped ones)"
+    )
     parser.add_argument(
         "--features-grid",
         type=at_least(1),

@@ -85,7 +85,7 @@ def train_model(job: Job, session: Session) -> int:
         posterior = torch.randn(shape, generator=generator, device=device)
         random = torch.rand(train.batch_size, generator=generator, device=device)  # of the auxiliary loss
         auxiliary = config.auxiliary_of(step)
-        model.block = auxiliary.block if auxiliary is not None else None
+        model.serve(auxiliary)
         finite = torch.ones((), dtype=torch.bool, device=device)
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(step)
@@ -113,7 +113,7 @@ def train_model(job: Job, session: Session) -> int:
                 accelerator.backward(poisoned(loss))
             others = {f"flow/{name}": term for name, term in terms.items()}
             others |= {f"auxiliary/{name}": term for name, term in added.items()}
-            meter.add(losses.detach(), draw.t[rows], batch.readable, others)
+            meter.add(losses.detach(), draw.t[rows], batch.readable, others, auxiliary is not None)
             finite &= loss.isfinite()
 
         # Clip the gradient, and update weights and averages unless the update is not finite.

@@ -192,10 +192,18 @@ def _open(ckpt: str) -> Source:
 
 
 def _auxiliary_beside(weights: Path) -> dict[str, Tensor]:
-    """Returns the averages of the auxiliary loss in a checkpoint, those of the given EMA folder."""
+    """Returns the tensors of the auxiliary loss that belong to a folder of weights in a checkpoint.
+
+    ValueError: their file is damaged.
+    """
     file = weights.parent / AUXILIARY_FILE
-    tensors, prefix = load_file(file) if file.exists() else {}, f"{weights.name}/"
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    try:
+        tensors = load_file(file) if file.exists() else {}
+    except Exception as error:  # safetensors has a type of its own
+        raise ValueError(f"{file} is damaged: take another checkpoint") from error
+    prefix = f"{weights.name}/"
+    averaged = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return averaged or {name: tensor for name, tensor in tensors.items() if "/" not in name}  # as trained
 
 
 def _start_auxiliary(auxiliary: nn.Module | None, source: Source) -> list[str]:
@@ -211,7 +219,7 @@ def _start_auxiliary(auxiliary: nn.Module | None, source: Source) -> list[str]:
     with torch.no_grad():
         for name, parameter in here.items():
             parameter.copy_(there[name])
-    return [f"{len(here)} tensors of the auxiliary loss kept"]
+    return [f"{len(here)} tensors of the auxiliary loss kept, which fit only the encoder that they were trained with"]
 
 
 def _training(interpolant: str, prediction: str, objective: dict | None, codec: dict) -> dict:

@@ -43,7 +43,7 @@ from sit_atconv.data.latent_folder import (
 from sit_atconv.data.latent_summary import describe_images
 from sit_atconv.data.loading import leave_ctrl_c_to_the_parent
 from sit_atconv.data.pixels import CROP_RULE, encode_jpegs, to_float, to_uint8
-from sit_atconv.encoders.by_name import open_encoder
+from sit_atconv.encoders.by_name import canonical, identity_of, open_encoder
 from sit_atconv.encoders.image_encoder import ImageEncoder
 from sit_atconv.runtime.commands import is_main_process
 from sit_atconv.runtime.devices import keep_freed_memory, on_cpu, share_cores, usable_cores
@@ -216,17 +216,19 @@ def _open_encoder(options: EncodeOptions, codec: Codec) -> ImageEncoder | None:
             )
         return None
     side = options.features_grid or max(1, codec.latent_size(options.image_size) // 2)
-    return open_encoder(options.features, options.features_weights, (side, side))
+    shape = (3, options.image_size, options.image_size)
+    return open_encoder(options.features, options.features_weights, (side, side), shape)
 
 
 def latent_settings(
     options: EncodeOptions, images: ImageFolder, codec: Codec, encoder: ImageEncoder | None = None
 ) -> LatentSettings:
     """Returns the settings of a new folder. ValueError: the codec cannot encode images of this size."""
-    features = {}
+    features: dict = {}
     if encoder is not None:
         grid = [encoder.grid_size[0], encoder.grid_size[1]]
-        features = {"encoder": options.features, "sha256": encoder.sha256(), "grid_size": grid, "width": encoder.width}
+        name, weights = canonical(str(options.features)), identity_of(options.features_weights)
+        features = {"encoder": name, "weights": weights, "grid_size": grid, "width": encoder.width}
     settings = LatentSettings(
         num_images=len(images),
         files=images.files_sha256(),
@@ -348,10 +350,13 @@ def _encode_shard(job: Job, number: int, loader: Iterator, progress: tqdm) -> tu
         for name, fits in zip(names, finite, strict=True)
         if not fits
     ]
-    if not all(tensors[kind].isfinite().all() for kind in beside):
-        faults.append(
-            f"features of {job.options.features} are too large for float16: give --pixels instead of --features"
-        )
+    faults += [
+        f"{job.images.folder / name}: its features of {job.options.features} are not finite in float16: store --pixels "
+        "instead"
+        for kind in beside
+        for name, fits in zip(names, tensors[kind].isfinite().flatten(1).all(1).tolist(), strict=True)
+        if not fits
+    ]
     if settings.pixels == "uint8":
         tensors["pixels"] = torch.cat(crops).contiguous()
     elif settings.pixels == "jpeg":

@@ -75,7 +75,7 @@ class LatentSettings:
     rules: int = 1  # number of the `Rules` by which files became images and labels
     extends: list[dict] = dataclasses.field(default_factory=list)  # num_images, files, class_names of earlier parts
     pixels: str = ""  # "uint8" or "jpeg" if the shards also hold the crops, not flipped
-    features: dict = dataclasses.field(default_factory=dict)  # of their features: encoder, sha256, grid_size, width
+    features: dict = dataclasses.field(default_factory=dict)  # of their features: encoder, weights, grid_size, width
 
     def as_dict(self) -> dict:
         """Returns the settings as they are stored: without later fields that have their old value."""
@@ -374,6 +374,18 @@ def _map(path: Path, size: int) -> Tensor:
         place, length = ctypes.c_void_p(content.data_ptr()), ctypes.c_size_t(size)
         ctypes.CDLL(None).madvise(place, length, mmap.MADV_RANDOM)
     return content
+
+
+def read_whole(mapped: Tensor) -> Tensor:
+    """Returns a copy of a contiguous part of a mapped file, for which the disk reads ahead.
+
+    Without reading ahead, each page of a large part would be a read of its own.
+    """
+    if sys.platform == "linux" and mapped.nbytes:
+        first = mapped.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        length = ctypes.c_size_t(mapped.data_ptr() + mapped.nbytes - first)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), length, mmap.MADV_WILLNEED)
+    return mapped.clone()
 
 
 def _crc32(tensors: dict[str, Tensor], content: dict) -> dict[str, int]:

@@ -10,7 +10,16 @@ from torch import Tensor
 from sit_atconv.data import MAX_MEGAPIXELS
 from sit_atconv.data.data_source import DataSource
 from sit_atconv.data.images import scan_images
-from sit_atconv.data.latent_folder import ENCODE_AGAIN, LatentFolder, Shard, features_of, locate, open_shard, read_index
+from sit_atconv.data.latent_folder import (
+    ENCODE_AGAIN,
+    LatentFolder,
+    Shard,
+    features_of,
+    locate,
+    open_shard,
+    read_index,
+    read_whole,
+)
 from sit_atconv.data.pixels import CROP_RULE, decode_jpeg, read_picture
 from sit_atconv.runtime.names import show_some
 
@@ -64,10 +73,7 @@ class CachedLatents(DataSource):
 
     @classmethod
     def open(cls, name: str, **options) -> "CachedLatents":
-        latents = cls(name, options["mirror"], keep_empty_classes=options["keep_empty_classes"])
-        if options.get("pixels"):
-            latents.read_originals(Path(options["pixels"]), options["max_megapixels"])
-        return latents
+        return cls(name, options["mirror"], keep_empty_classes=options["keep_empty_classes"])
 
     def read_originals(self, folder: Path, max_megapixels: float = MAX_MEGAPIXELS) -> None:
         """Makes `read_pixels` read the images again, by the names in the shards.
@@ -121,25 +127,24 @@ class CachedLatents(DataSource):
     def read_pixels(self, item: tuple[int, bool]) -> Tensor:
         index, mirrored = item
         shard, position = self._find(index)
-        if "pixels" in shard.tensors:
-            pixels = shard.tensors["pixels"][position].clone()
-        elif "jpegs" in shard.tensors:
-            ends = shard.tensors["jpeg_ends"]
-            start = int(ends[position - 1]) if position else 0
-            pixels = decode_jpeg(shard.tensors["jpegs"][start : int(ends[position])])
-        else:
-            assert self.originals is not None, "has_pixels is False"
+        if self.originals is not None:
             path = self.originals / shard.names[position]
             try:
                 pixels, _ = read_picture(path, self.image_size, self.max_megapixels)
             except ValueError as error:
-                raise ValueError(f"{path} {error}: put back the image that {self.folder} was encoded from") from error
+                raise ValueError(f"{path} {error}; an image of data.pixels cannot be skipped") from error
+        elif "pixels" in shard.tensors:
+            pixels = read_whole(shard.tensors["pixels"][position])
+        else:
+            ends = shard.tensors["jpeg_ends"]
+            start = int(ends[position - 1]) if position else 0
+            pixels = decode_jpeg(read_whole(shard.tensors["jpegs"][start : int(ends[position])]))
         return pixels.flip(-1) if mirrored else pixels
 
     def read_features(self, item: tuple[int, bool]) -> Tensor:
         index, mirrored = item
         shard, position = self._find(index)
-        return shard.tensors[features_of("mirrored" if mirrored else "moments")][position].clone()
+        return read_whole(shard.tensors[features_of("mirrored" if mirrored else "moments")][position])
 
     def _find(self, index: int) -> tuple[Shard, int]:
         """Returns the shard of an image, and its place there."""

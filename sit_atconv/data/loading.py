@@ -1,6 +1,7 @@
 """Batches of training data on the device, read ahead by worker processes."""
 
 import dataclasses
+import itertools
 import signal
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from sit_atconv.data.data_source import DataSource
 from sit_atconv.data.order import BatchOrder
 
-Beside = Literal["pixels", "features"]
+Extra = Literal["pixels", "features"]
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,14 @@ class Batch:
         y: labels (B,).
         readable: bool (B,), False for unreadable images.
         unreadable: maps the name of each unreadable image to the reason; stays on the CPU.
-        beside: "pixels", uint8 (B, 3, S, S), or "features", (B, N, width), if they were asked for.
+        extras: "pixels", uint8 (B, 3, S, S), or "features", (B, N, width), of latents if they were asked for.
     """
 
     inputs: Tensor
     y: Tensor
     readable: Tensor
     unreadable: dict[str, str]
-    beside: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    extras: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Batch":
         return self._apply(lambda tensor: tensor.to(device, non_blocking=True))
@@ -43,8 +44,8 @@ class Batch:
 
     def _apply(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         inputs, y, readable = map(function, (self.inputs, self.y, self.readable))
-        beside = {name: function(tensor) for name, tensor in self.beside.items()}
-        return dataclasses.replace(self, inputs=inputs, y=y, readable=readable, beside=beside)
+        extras = {name: function(tensor) for name, tensor in self.extras.items()}
+        return dataclasses.replace(self, inputs=inputs, y=y, readable=readable, extras=extras)
 
 
 class BatchReader(Dataset):
@@ -56,14 +57,10 @@ class BatchReader(Dataset):
     Args:
         data: the data source.
         skip_unreadable: accept unreadable images instead of raising an error.
-        beside: "pixels" or "features" of latents, to be read with them; None reads latents alone.
     """
 
-    def __init__(self, data: DataSource, skip_unreadable: bool = False, beside: Beside | None = None):
+    def __init__(self, data: DataSource, skip_unreadable: bool = False):
         self.data, self.skip_unreadable = data, skip_unreadable
-        self.beside: dict[str, Callable] = {}
-        if beside is not None:
-            self.beside = {beside: data.read_pixels if beside == "pixels" else data.read_features}
 
     def __getitem__(self, items: Sequence[tuple[int, bool]]) -> Batch:
         """Reads a batch of (index, mirrored). ValueError, OSError: images or latents cannot be read."""
@@ -86,8 +83,28 @@ class BatchReader(Dataset):
                 name = data.name(index)
                 unreadable[name] = str(error).partition(f"{name} ")[2] or str(error)  # without the folder
         inputs, y = default_collate(samples)
-        beside = {name: torch.stack([read(item) for item in items]) for name, read in self.beside.items()}
-        return Batch(inputs, y, torch.tensor(readable), unreadable, beside)
+        return Batch(inputs, y, torch.tensor(readable), unreadable)
+
+
+class ExtraReader(Dataset):
+    """Reader of micro-batches of latents with their pixels or features.
+
+    Args:
+        reader: reader of the latents.
+        extra: "pixels" or "features".
+    """
+
+    def __init__(self, reader: BatchReader, extra: Extra):
+        self.reader, self.extra = reader, extra
+
+    def __getitem__(self, wanted: tuple[Sequence[tuple[int, bool]], bool]) -> Batch:
+        """Reads a batch of (index, mirrored), with the extra if the second value is True."""
+        items, is_needed = wanted
+        batch, data = self.reader[items], self.reader.data
+        if not is_needed:
+            return batch
+        read = data.read_pixels if self.extra == "pixels" else data.read_features
+        return dataclasses.replace(batch, extras={self.extra: torch.stack([read(item) for item in items])})
 
 
 def leave_ctrl_c_to_the_parent(worker: int) -> None:
@@ -103,7 +120,8 @@ def load_batches(
     on_start: Callable[[int], None] | None = None,
     *,
     skip_unreadable: bool = False,
-    beside: Beside | None = None,
+    extra: Extra | None = None,
+    is_needed: Callable[[int], bool] = lambda step: True,
 ) -> Generator[Batch, None, None]:
     """Returns micro-batches, endlessly.
 
@@ -113,13 +131,19 @@ def load_batches(
         num_workers: number of processes that read ahead; 0 reads on demand.
         device: device of the yielded tensors.
         on_start: called in each worker with its number.
-        skip_unreadable, beside: as in `BatchReader`.
+        skip_unreadable: as in `BatchReader`.
+        extra: pixels or features of latents to read with them; None reads latents alone.
+        is_needed: tells whether a step (0-based) needs the extra.
 
     Raises:
         ValueError: an image cannot be read, a worker died, ...; one line.
     """
-    reader = BatchReader(data, skip_unreadable, beside)
-    return read_ahead(reader, order, num_workers, device, on_start, "the training data")
+    reader = BatchReader(data, skip_unreadable)
+    if extra is None:
+        return read_ahead(reader, order, num_workers, device, on_start, "the training data")
+    steps = (order.first_step + i // order.accumulation for i in itertools.count())
+    wanted = ((items, is_needed(step)) for items, step in zip(order, steps, strict=False))
+    return read_ahead(ExtraReader(reader, extra), wanted, num_workers, device, on_start, "the training data")
 
 
 def read_ahead(

@@ -45,7 +45,7 @@ def encode_jpegs(images: Tensor) -> dict[str, Tensor]:
         to_pil(image).save(content, "jpeg", quality=JPEG_QUALITY, subsampling=0)
         files.append(content.getvalue())
     ends = torch.tensor([len(file) for file in files], dtype=torch.int64).cumsum(0)
-    return {"jpegs": torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8), "jpeg_ends": ends}
+    return {"jpegs": torch.from_numpy(np.frombuffer(b"".join(files), np.uint8).copy()), "jpeg_ends": ends}
 
 
 def decode_jpeg(content: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -85,8 +86,10 @@ class DataConfig:
                 rules=rules,
                 keep_empty_classes=self.keep_empty_classes or rules is not None,
                 max_megapixels=self.max_megapixels,
-                **({"pixels": self.pixels} if self.latents is not None else {}),
             )
+        if isinstance(data, CachedLatents) and self.pixels is not None:
+            with _naming("data.pixels"):
+                data.read_originals(Path(self.pixels), self.max_megapixels)
         made = f"{self.latents or self.images} was encoded" if data.is_encoded else "training begins"
         if data.is_encoded and self.image_size not in (None, data.image_size):
             raise ValueError(

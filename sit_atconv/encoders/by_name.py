@@ -2,14 +2,28 @@
 
 import difflib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sit_atconv.encoders.image_encoder import ImageEncoder
+from sit_atconv.runtime.files import sha256_of
 from sit_atconv.runtime.names import is_object_path
 from sit_atconv.runtime.tables import Table, import_module_of
 
+SIZES = {"s": "small", "b": "base", "l": "large"}
+REPA_NAMES = {  # and the same for DINOv3 -> timm's
+    **{f"dinov2-vit-{s}": f"vit_{size}_patch14_dinov2.lvd142m" for s, size in (*SIZES.items(), ("g", "giant"))},
+    **{f"dinov2reg-vit-{s}": f"vit_{size}_patch14_reg4_dinov2.lvd142m" for s, size in (*SIZES.items(), ("g", "giant"))},
+    **{f"dinov3-vit-{s}": f"vit_{size}_patch16_dinov3.lvd1689m" for s, size in SIZES.items()},
+    "mae-vit-b": "vit_base_patch16_224.mae",
+    "mae-vit-l": "vit_large_patch16_224.mae",
+    "mae-vit-h": "vit_huge_patch14_224.mae",
+    "clip-vit-l": "vit_large_patch14_clip_quickgelu_224.openai",
+    "jepa-vit-h": "vit_huge_patch14_gap_224.in1k_ijepa",
+}
 Opener = Callable[[Path | None, tuple[int, int]], ImageEncoder]
 
 
@@ -27,61 +41,77 @@ def _fashion(weights: Path | None, grid_size: tuple[int, int]) -> ImageEncoder:
     return ShippedEncoder(FashionFeatures, weights, grid_size, layers=6, stride=4)
 
 
-def _timm(name: str) -> Opener:
-    def open_model(weights: Path | None, grid_size: tuple[int, int]) -> ImageEncoder:
-        from sit_atconv.encoders.vision_transformer import VisionTransformerEncoder  # slow to import
+def _timm(weights: Path | None, grid_size: tuple[int, int], *, name: str) -> ImageEncoder:
+    from sit_atconv.encoders.vision_transformer import VisionTransformerEncoder  # slow to import
 
-        return VisionTransformerEncoder(name, weights, grid_size)
-
-    return open_model
+    return VisionTransformerEncoder(name, weights, grid_size)
 
 
-# The shipped ones, then REPA's names of timm's models; every name of a vision transformer in timm is known, too.
 ENCODERS: Table[Opener] = Table(
     "encoder",
     Callable,  # type: ignore[arg-type]  # not a plain class
-    {
-        "digits": _digits,
-        "fashion": _fashion,
-        **{
-            f"dinov2{reg}-vit-{size[0]}": _timm(f"vit_{size}_patch14{reg4}_dinov2.lvd142m")
-            for reg, reg4 in (("", ""), ("reg", "_reg4"))
-            for size in ("small", "base", "large", "giant")
-        },
-        **{
-            f"dinov3-vit-{size[0]}": _timm(f"vit_{size}_patch16_dinov3.lvd1689m") for size in ("small", "base", "large")
-        },
-        "mae-vit-b": _timm("vit_base_patch16_224.mae"),
-        "mae-vit-l": _timm("vit_large_patch16_224.mae"),
-        "mae-vit-h": _timm("vit_huge_patch14_224.mae"),
-        "clip-vit-l": _timm("vit_large_patch14_clip_quickgelu_224.openai"),
-        "jepa-vit-h": _timm("vit_huge_patch14_gap_224.in1k_ijepa"),
-    },
+    {"digits": _digits, "fashion": _fashion},
 )
 
 
-def open_encoder(name: str, weights: str | Path | None, grid_size: tuple[int, int]) -> ImageEncoder:
-    """Opens a frozen encoder.
+def canonical(name: str) -> str:
+    """Returns timm's name for one of REPA's, and other names as they are."""
+    return REPA_NAMES.get(name, name)
 
-    Args:
-        name: a name in ENCODERS, a vision transformer of timm (with or without a tag), or your own `ImageEncoder` as
-            module.NAME.
-        weights: file of its weights; None takes the shipped ones, or those of timm's hub, which may be cached.
-        grid_size: rows and columns of the tokens wanted; images are resized so that the encoder gives these.
+
+def identity_of(weights: str | Path | None) -> str:
+    """Returns the sha256 of a file of weights, or "default" for the weights that belong to an encoder's name.
 
     Raises:
-        ValueError: the name is unknown, the weights are missing or do not fit, or the encoder has no such grid.
+        ValueError: there is no such file.
     """
-    path = Path(weights) if weights is not None else None
-    if path is not None and not path.is_file():
-        raise ValueError(f"there is no file {path}: give the path of the weights of the encoder {name}")
+    if weights is None:
+        return "default"
+    if not Path(weights).is_file():
+        raise ValueError(f"there is no file {weights}: give the path of the encoder's weights")
+    return sha256_of(Path(weights))
+
+
+def open_encoder(
+    name: str,
+    weights: str | Path | None,
+    grid_size: tuple[int, int],
+    image_shape: tuple[int, int, int] = (3, 32, 32),
+) -> ImageEncoder:
+    """Opens a frozen encoder, and checks it on one image.
+
+    Args:
+        name: a name in ENCODERS or REPA_NAMES, a vision transformer of timm (with or without a tag), or your own
+            `ImageEncoder` as module.NAME.
+        weights: file of its weights; None takes the shipped ones, or those of timm, which may be cached.
+        grid_size: rows and columns of the tokens wanted; images are resized so that the encoder gives these.
+        image_shape: (C, H, W) of the images to come.
+
+    Raises:
+        ValueError: the name is unknown, the weights are missing or do not fit, or the tokens are not as wanted.
+    """
+    identity_of(weights)  # raises an error if there is no such file
+    opener = _opener(name)
     with torch.random.fork_rng(devices=[]):  # initial values of projectors do not depend on how targets are made
-        encoder = _opener(name)(path, grid_size)
-    if not isinstance(encoder, ImageEncoder):
+        try:
+            encoder = opener(None if weights is None else Path(weights), grid_size)
+            if not isinstance(encoder, ImageEncoder):
+                raise ValueError(f"{name} does not inherit ImageEncoder: see docs/extending.md")
+            encoder.eval().requires_grad_(False)
+            with torch.no_grad():
+                tokens = encoder(torch.zeros(1, *image_shape))
+        except ValueError:
+            raise
+        except Exception as error:  # of any type: files, networks and users' own code
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"the encoder {name} cannot be opened ({reason[:200]})") from error
+    wanted, found = (1, grid_size[0] * grid_size[1], encoder.width), getattr(tokens, "shape", ())
+    if not isinstance(tokens, Tensor) or found != wanted:
         raise ValueError(
-            f"{name} does not inherit sit_atconv.encoders.image_encoder.ImageEncoder: see docs/extending.md"
+            f"the encoder {name} returns {tuple(found)} for one image of {'x'.join(map(str, image_shape))}, and must "
+            f"return {wanted}: one token for each cell of the {grid_size[0]}x{grid_size[1]} grid"
         )
-    return encoder.eval().requires_grad_(False)
+    return encoder
 
 
 def _opener(name: str) -> Opener:
@@ -89,9 +119,10 @@ def _opener(name: str) -> Opener:
         return ENCODERS[name]
     import timm  # slow to import
 
-    if timm.is_model(name.partition(".")[0]):
-        return _timm(name)
+    if timm.is_model(canonical(name).partition(".")[0]):
+        return partial(_timm, name=canonical(name))
     if is_object_path(name):
         return ENCODERS.find(import_module_of(name))
-    close = difflib.get_close_matches(name, [*ENCODERS, *timm.list_models("vit_*")], 4) or [*ENCODERS]
+    known = [*ENCODERS, *REPA_NAMES]
+    close = difflib.get_close_matches(name, [*known, *timm.list_models("vit_*")], 4) or known
     raise ValueError(f"there is no encoder {name}: known are {', '.join(close)}, ... and timm's vision transformers")

@@ -1,11 +1,9 @@
-"""Contract of the frozen image encoders that alignment aims at (REPA, arXiv 2410.06940)."""
+"""Contract of frozen image encoders, whose tokens are the targets of alignment (REPA, arXiv 2410.06940)."""
 
 import abc
 
 import torch.nn as nn
 from torch import Tensor
-
-from sit_atconv.runtime.files import sha256_of_state
 
 
 class ImageEncoder(nn.Module, abc.ABC):
@@ -25,7 +23,3 @@ class ImageEncoder(nn.Module, abc.ABC):
     @abc.abstractmethod
     def forward(self, images: Tensor) -> Tensor:
         """Returns tokens (B, H * W, width), row by row, for images (B, 1 or 3, h, w) in [-1, 1]."""
-
-    def sha256(self) -> str:
-        """Returns the digest of the weights."""
-        return sha256_of_state(self.state_dict(), lambda name, x: f"{name} {x.dtype} {tuple(x.shape)}")

@@ -5,6 +5,7 @@ from pathlib import Path
 import timm
 import timm.models
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,11 +23,11 @@ class VisionTransformerEncoder(ImageEncoder):
 
     Args:
         name: name in timm, with or without a tag of pretrained weights.
-        weights: file of weights, of timm or as their authors published them; None takes timm's, by its tag.
+        weights: file of weights, of timm or a state dict as their authors published it; None takes timm's, by its tag.
         grid_size: rows and columns of the tokens.
 
     Raises:
-        ValueError: the weights cannot be downloaded, or are of another network.
+        ValueError: it is no vision transformer, or the weights cannot be downloaded or are of another network.
     """
 
     mean: Tensor
@@ -34,10 +35,10 @@ class VisionTransformerEncoder(ImageEncoder):
 
     def __init__(self, name: str, weights: Path | None, grid_size: tuple[int, int]):
         super().__init__()
-        with torch.device("meta"):
-            patch = timm.create_model(name, num_classes=0).patch_embed.patch_size
+        patch = _patch_size(name)
         self.grid_size = grid_size
         self.input_size = tuple(cells * side for cells, side in zip(grid_size, patch, strict=True))
+        self.has_final_norm = not any(part in name for part in WITHOUT_FINAL_NORM)
         options: dict = {"num_classes": 0, "img_size": self.input_size}
         if weights is not None:
             tensors = _read(name, weights, patch)
@@ -48,7 +49,6 @@ class VisionTransformerEncoder(ImageEncoder):
             raise ValueError(_why_not(name, weights, error)) from error
         config = self.transformer.pretrained_cfg
         self.width = self.transformer.embed_dim
-        self.has_final_norm = not any(part in name for part in WITHOUT_FINAL_NORM)
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(config[key]).view(3, 1, 1), persistent=False)
 
@@ -58,23 +58,46 @@ class VisionTransformerEncoder(ImageEncoder):
         return x if x.shape[-2:] == self.input_size else F.interpolate(x, size=self.input_size, mode="bicubic")
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.transformer.forward_intermediates(
-            self.prepare(images), indices=1, norm=self.has_final_norm, output_fmt="NLC", intermediates_only=True
-        )[0]
+        return _patch_tokens(self.transformer, self.prepare(images), self.has_final_norm)
+
+
+def _patch_tokens(model: nn.Module, x: Tensor, norm: bool) -> Tensor:
+    """Returns the patch tokens (B, N, D) after the last block, and after the last norm if asked for."""
+    read = getattr(model, "forward_intermediates")  # noqa: B009  # of timm, unknown to the type checker
+    return read(x, indices=1, norm=norm, output_fmt="NLC", intermediates_only=True)[0]
+
+
+def _patch_size(name: str) -> tuple[int, int]:
+    """Returns the size of a model's patches. ValueError: it is no vision transformer, or has no such weights."""
+    try:
+        with torch.device("meta"):  # no memory, no arithmetic
+            model = timm.create_model(name, num_classes=0)
+            patch = model.patch_embed.patch_size
+            _patch_tokens(model, torch.zeros(1, 3, *model.patch_embed.img_size), norm=False)
+    except Exception as error:  # of many types, by the kind of model
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{name} is no encoder: give a vision transformer of timm ({reason[:100]})") from error
+    return patch
 
 
 def _read(name: str, path: Path, patch: tuple[int, int]) -> dict[str, Tensor]:
     """Reads weights without their classifier. ValueError: unreadable, or for patches of another size."""
     try:
         tensors = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("head.")}
     except Exception as error:  # a damaged file raises errors of many types
-        raise ValueError(f"{path} cannot be read as weights of the encoder {name}: download it again") from error
-    size = getattr(tensors.get("patch_embed.proj.weight"), "shape", None)
-    if size is not None and len(size) == 4 and tuple(size[-2:]) != tuple(patch):  # timm would resample them
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{path} has patches of {size[-2]}x{size[-1]} pixels, and the encoder {name} {patch[0]}x{patch[1]}"
+            f"{path} cannot be read as weights of the encoder {name} ({reason[:100]}): give timm's file, or a state "
+            "dict (a TorchScript archive, such as OpenAI's of CLIP, is none)"
+        ) from error
+    size = tuple(getattr(tensors.get("patch_embed.proj.weight"), "shape", ()))
+    if len(size) == 4 and size[-2:] != tuple(patch):  # timm would resample them
+        raise ValueError(
+            f"{path} has patches of {'x'.join(map(str, size[-2:]))} pixels, and the encoder {name} "
+            f"{patch[0]}x{patch[1]}: give the weights of that encoder"
         )
-    return {key: tensor for key, tensor in tensors.items() if not key.startswith("head.")}
+    return tensors
 
 
 def _why_not(name: str, weights: Path | None, error: Exception) -> str:

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sit_atconv.encoders.by_name import open_encoder
-from sit_atconv.flow.auxiliary import AuxiliaryInputs, AuxiliaryLoss, Needs
+from sit_atconv.encoders.by_name import canonical, identity_of, open_encoder
+from sit_atconv.flow.auxiliary import AuxiliaryInputs, AuxiliaryLoss, Extra
+from sit_atconv.runtime.settings import short
 
 # --------------------------------------------------------------------------------------------------- mathematics
 
@@ -105,7 +106,8 @@ class Alignment(AuxiliaryLoss):
         encoder: name of the encoder, or several, whose losses are averaged: REPA's names such as dinov2-vit-b, any
             vision transformer of timm, "digits" or "fashion" (shipped), or your own `ImageEncoder` as module.NAME.
         encoder_weights: file of its weights, or one for each encoder; null takes those of timm's hub.
-        block: number of the aligned block, counted from 1; null is that of REPA: 4 of 12 blocks, 8 of 24 or more.
+        block: number of the aligned block, counted from 1; null is a third of the depth, at most 8, as in REPA: 4 of 12
+            blocks, 8 of 24 or 28.
         projector: "mlp" as REPA (three layers), "conv" as iREPA (one 3x3 convolution).
         spatial_norm: share of the mean over tokens that is removed from the target, before it is scaled to unit
             deviation over tokens: 0.6 as iREPA; 0 changes nothing.
@@ -137,7 +139,7 @@ class Alignment(AuxiliaryLoss):
         if last_step is not None and last_step < 1:
             raise ValueError(f"auxiliary.last_step must be at least 1, not {last_step}")
         self.target, self.projector, self.spatial_norm = target, projector, spatial_norm
-        self.names = [encoder] if isinstance(encoder, str) else encoder
+        self.names = [canonical(name) for name in ([encoder] if isinstance(encoder, str) else encoder)]
         files = [encoder_weights] if isinstance(encoder_weights, str) else encoder_weights
         self.files: Sequence[str | None] = files or [None] * len(self.names)
         if not self.names or len(self.files) != len(self.names):
@@ -145,17 +147,17 @@ class Alignment(AuxiliaryLoss):
                 f"auxiliary.encoder_weights must be one file for each encoder: {len(self.names)} encoders, "
                 f"{len(self.files)} files"
             )
+        self.weights = [identity_of(file) for file in self.files] if coefficient > 0 and target == "encoder" else []
         self.block, self.teacher_block = block, teacher_block
         self.coefficient, self.last_step, self.dispersive = coefficient, last_step, dispersive
         self.enabled, self.couples_samples = coefficient + dispersive > 0, dispersive > 0
         self.stored: Mapping | None = None  # features of the encoder that the data hold
-        self.digests: list[str] = []  # sha256 of each encoder's weights
         self.encoders, self.projectors = nn.ModuleList(), nn.ModuleList()  # filled by `build`
 
     def is_active(self, step: int) -> bool:
         return self.last_step is None or step < self.last_step
 
-    def check(self, net: Any, features: Mapping | None) -> Needs | None:
+    def check(self, net: Any, data: Any) -> Extra | None:
         """Chooses blocks and source of the target. ValueError: a block or stored features do not fit."""
         depth = net.config.depth
         if self.block is None:
@@ -167,9 +169,10 @@ class Alignment(AuxiliaryLoss):
                 raise ValueError(
                     f"auxiliary.{name} is {getattr(self, name)}, and the model has the blocks 1 to {depth}"
                 )
+        self.image_shape = data.channels, data.image_size, data.image_size
         if self.target != "encoder" or self.coefficient == 0:
             return None
-        self.stored = features if features and [features["encoder"]] == self.names else None
+        self.stored = data.features if data.features and [data.features["encoder"]] == self.names else None
         if self.stored is None:
             return "pixels"
         if (grid := tuple(self.stored["grid_size"])) != net.grid_size:
@@ -177,13 +180,11 @@ class Alignment(AuxiliaryLoss):
                 f"the latents hold features on a grid of {grid[0]}x{grid[1]}, and the model has "
                 f"{net.grid_size[0]}x{net.grid_size[1]} tokens: encode with --features-grid {net.grid_size[0]}"
             )
-        if (
-            self.files[0] is not None
-            and open_encoder(self.names[0], self.files[0], grid).sha256() != self.stored["sha256"]
-        ):
+        if self.stored["weights"] != self.weights[0]:
+            there, here = (short(weights) for weights in (self.stored["weights"], self.weights[0]))
             raise ValueError(
-                f"the latents hold features of {self.names[0]} with other weights than {self.files[0]}: leave out "
-                "auxiliary.encoder_weights, or encode again with --features-weights"
+                f"the latents hold features of {self.names[0]} with other weights, {there} and not {here}: give "
+                "the same file to auxiliary.encoder_weights as to --features-weights, or encode again"
             )
         self.features_shape = math.prod(grid), self.stored["width"]
         return "features"
@@ -194,11 +195,12 @@ class Alignment(AuxiliaryLoss):
         widths = list[int]()
         if self.coefficient > 0 and self.target == "encoder":
             if self.stored is not None:
-                widths, self.digests = [self.stored["width"]], [self.stored["sha256"]]
+                widths = [self.stored["width"]]
             else:
-                opened = [open_encoder(*pair, self.grid_size) for pair in zip(self.names, self.files, strict=True)]
-                widths, self.digests = [encoder.width for encoder in opened], [encoder.sha256() for encoder in opened]
+                pairs = zip(self.names, self.files, strict=True)
+                opened = [open_encoder(*pair, self.grid_size, self.image_shape) for pair in pairs]
                 self.encoders.extend(opened)
+                widths = [encoder.width for encoder in opened]
         elif self.coefficient > 0:
             widths = [hidden_size if self.target == "self" else net.config.in_channels * net.config.patch_size**2]
         self.projectors.extend(PROJECTORS[self.projector](hidden_size, n, self.grid_size) for n in widths)
@@ -208,9 +210,10 @@ class Alignment(AuxiliaryLoss):
                 nn.init.zeros_(layer.bias)
 
     def describe(self) -> dict:
+        """Returns names and weights of the encoders, and whether their tokens are stored."""
         if self.coefficient == 0 or self.target != "encoder":
             return {}
-        encoders = [list(pair) for pair in zip(self.names, self.digests, strict=True)]
+        encoders = [list(pair) for pair in zip(self.names, self.weights, strict=True)]
         return {"encoders": encoders, "from": "features" if self.stored else "pixels"}
 
     def train(self, mode: bool = True) -> "Alignment":
@@ -260,7 +263,7 @@ class Alignment(AuxiliaryLoss):
         device, counted = next(net.parameters()).device, SDPBackend.MATH  # fused attention is not counted on a CPU
         with sdpa_kernel(counted), FlopCounterMode(display=False) as frozen, torch.no_grad():
             for encoder in self.encoders:
-                encoder(torch.zeros(1, 3, 8, 8, device=device))
+                encoder(torch.zeros(1, *self.image_shape, device=device))
             if self.target == "self":
                 zero, side = torch.zeros(1, device=device), net.config.input_size
                 net(torch.zeros(1, net.config.in_channels, side, side, device=device), zero, zero.long())

@@ -4,7 +4,6 @@ accelerate launch sit_atconv/train.py --auxiliary my_module.MyLoss --auxiliary.c
 """
 
 import abc
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,10 +12,10 @@ from torch import Tensor
 
 from sit_atconv.flow.objective import Objective
 
-Needs = Literal["pixels", "features"]
+Extra = Literal["pixels", "features"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AuxiliaryInputs:
     """One micro-batch, as auxiliary losses see it.
 
@@ -66,13 +65,13 @@ class AuxiliaryLoss(nn.Module, abc.ABC):
     couples_samples: bool = False
     features_shape: tuple[int, int] | None = None
 
-    def check(self, net: Any, features: Mapping | None) -> Needs | None:
+    def check(self, net: Any, data: Any) -> Extra | None:
         """Returns what `forward` needs besides the latents; called before `build`.
 
         Args:
             net: the model; `net.config` holds hidden_size, depth and so on.
-            features: `encoder`, `sha256`, `grid_size` and `width` of the features that are stored beside the latents,
-                or None.
+            data: the data source, with `channels` and `image_size`; its `features` describes those that it stores
+                (`encoder`, `weights`, `grid_size`, `width`), or is None.
 
         Raises:
             ValueError: the loss cannot be computed for this model.
@@ -104,16 +103,22 @@ class AuxiliaryLoss(nn.Module, abc.ABC):
 
 
 class HiddenTap:
-    """Wrapper of a model that keeps labels and hidden tokens of its first call with gradient.
+    """Wrapper of a model that keeps what an auxiliary loss needs: labels and hidden tokens.
+
+    They are those of the first call with gradient since `serve` or `take`.
 
     Args:
         model: the model in training, (x, t, y) or (x, t, y, r).
         net: the bare module of it.
-        block: number of the block, counted from 1; None keeps no tokens.
     """
 
-    def __init__(self, model, net: nn.Module, block: int | None = None):
-        self.model, self.net, self.block = model, net, block
+    def __init__(self, model, net: nn.Module):
+        self.model, self.net = model, net
+        self.serve(None)
+
+    def serve(self, loss: AuxiliaryLoss | None) -> None:
+        """Keeps what `loss` needs from now on; nothing for None."""
+        self.is_serving, self.block = loss is not None, None if loss is None else loss.block
         self.kept: tuple[Tensor, Tensor | None] | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -121,7 +126,8 @@ class HiddenTap:
             v, hidden = self.model(*inputs), None
         else:
             v, hidden = self.model(*inputs, return_hidden=self.block)
-        if self.kept is None or not (self.kept[1] is None or self.kept[1].requires_grad):
+        has_gradient = self.kept is not None and (self.kept[1] is None or self.kept[1].requires_grad)
+        if self.is_serving and not has_gradient:
             self.kept = inputs[2], hidden
         return v
 

@@ -96,7 +96,8 @@ def fixed_bytes(net: SiT, config: Config, num_processes: int) -> dict[str, int]:
     projector = sum(p.nbytes for p in beside if p.requires_grad)
     weights, num_averages = sum(p.nbytes for p in net.parameters()), len(config.train.ema_decays)
     trained = sum(p.nbytes for p in net.parameters() if p.requires_grad)
-    cast = sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d))  # cached by autocast
+    modules = [*net.modules(), *(config.auxiliary.modules() if config.auxiliary else ())]
+    cast = sum(m.weight.numel() for m in modules if isinstance(m, nn.Linear | nn.Conv2d))  # cached by autocast
     return {
         "weights": weights,
         "gradients": trained,
@@ -138,13 +139,26 @@ def trial_pass(
     data = torch.randn(shape, generator=generator, device=device)
     y = torch.randint(net.config.num_classes, shape[:1], generator=generator, device=device)
     loss = config.auxiliary
-    tapped = HiddenTap(net, net, loss.block if loss is not None else None)
+    tapped = HiddenTap(net, net)
+    tapped.serve(loss)
 
     def auxiliary(draw):
         labels, hidden = tapped.take()
         pixels = torch.zeros(num_images, *(image_shape or shape[1:]), device=device)
         features = torch.zeros(num_images, *loss.features_shape, device=device) if loss.features_shape else None
-        return loss(AuxiliaryInputs(data, labels, hidden, pixels, features, config.flow, draw, draw.t, net))
+        return loss(
+            AuxiliaryInputs(
+                data=data,
+                y=labels,
+                hidden=hidden,
+                pixels=pixels,
+                features=features,
+                objective=config.flow,
+                draw=draw,
+                random=draw.t,
+                average=net,
+            )
+        )
 
     forward_and_backward(
         config.flow,

@@ -46,11 +46,19 @@ class Meter:
     Args:
         device: device of the losses.
         gflops_per_image: GFLOP of forward and backward, without recomputation by activation checkpointing.
+        gflops_of_auxiliary: those of the auxiliary loss, in steps that have it.
         peak: peak TFLOP/s of the device; None if unknown.
     """
 
-    def __init__(self, device: torch.device, gflops_per_image: float, peak: float | None = None):
+    def __init__(
+        self,
+        device: torch.device,
+        gflops_per_image: float,
+        peak: float | None = None,
+        gflops_of_auxiliary: float = 0.0,
+    ):
         self.device, self.gflops_per_image, self.peak = device, gflops_per_image, peak
+        self.gflops_of_auxiliary = gflops_of_auxiliary
         self.process = psutil.Process()
         self._restart()
 
@@ -58,10 +66,17 @@ class Meter:
         self.sums = torch.zeros(TIME_BUCKETS, device=self.device)
         self.counts = torch.zeros(TIME_BUCKETS, device=self.device)
         self.norms = torch.zeros(2, device=self.device)  # their sum and number
-        self.others: dict[str, Tensor] = {}  # sums of further loss terms
-        self.images, self.seconds, self.start = 0, {"data": 0.0, "pause": 0.0}, time.perf_counter()
+        self.others: dict[str, Tensor] = {}  # of further loss terms, sum and number of images
+        self.images, self.gflops, self.seconds, self.start = 0, 0.0, {"data": 0.0, "pause": 0.0}, time.perf_counter()
 
-    def add(self, losses: Tensor, t: Tensor, readable: Tensor, others: dict[str, Tensor] | None = None) -> None:
+    def add(
+        self,
+        losses: Tensor,
+        t: Tensor,
+        readable: Tensor,
+        others: dict[str, Tensor] | None = None,
+        has_auxiliary: bool = False,
+    ) -> None:
         """Adds losses (B,) at times (B,) of a micro-batch, and further terms by name, each (B,).
 
         Images that are not `readable` (B,) have the loss 0 and do not count.
@@ -70,8 +85,9 @@ class Meter:
         self.sums.index_add_(0, bucket, losses)
         self.counts.index_add_(0, bucket, readable.to(losses.dtype))
         self.images += len(losses)
+        self.gflops += len(losses) * (self.gflops_per_image + (self.gflops_of_auxiliary if has_auxiliary else 0.0))
         for name, term in (others or {}).items():
-            self.others[name] = self.others.get(name, 0.0) + term.detach().sum()
+            self.others[name] = self.others.get(name, 0.0) + torch.stack([term.detach().sum(), readable.sum()])
 
     def add_norm(self, norm: Tensor) -> None:
         """Adds the gradient norm of a step, 0-d; a norm that is not finite (possible in fp16) does not count."""
@@ -95,19 +111,19 @@ class Meter:
         """
         everyone = accelerator.reduce(torch.stack([self.sums, self.counts]), "sum")
         (sums, counts), (norms, steps) = everyone.tolist(), self.norms.tolist()
-        others = {name: accelerator.reduce(total, "sum").item() for name, total in self.others.items()}
+        others = {name: accelerator.reduce(total, "sum").tolist() for name, total in self.others.items()}
         seconds = time.perf_counter() - self.start - self.seconds["pause"]
         on_gpu = self.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated(self.device) if on_gpu else self.process.memory_info().rss
         line = {
             "loss": sum(sums) / max(1, sum(counts)),
             "loss_by_time": [total / count if count else None for total, count in zip(sums, counts, strict=True)],
-            **{name: total / max(1, sum(counts)) for name, total in others.items()},
+            **{name: total / max(1, count) for name, (total, count) in others.items()},
             "grad_norm": norms / steps if steps else None,
             "images_per_second": self.images * accelerator.num_processes / seconds,
             "data_wait": self.seconds["data"] / seconds,
             "memory_gb": memory / 1e9,
-            "tflops_per_second": self.images * self.gflops_per_image / 1e3 / seconds,
+            "tflops_per_second": self.gflops / 1e3 / seconds,
         }
         if self.peak:
             line["mfu"] = line["tflops_per_second"] / self.peak

@@ -20,7 +20,7 @@ from sit_atconv.checkpoints.training_state import (
 from sit_atconv.checkpoints.warm_start import Start, start_from
 from sit_atconv.data.codecs import Codec
 from sit_atconv.data.data_source import DataSource
-from sit_atconv.data.loading import Beside
+from sit_atconv.data.loading import Extra
 from sit_atconv.data.order import BatchOrder, hold_out
 from sit_atconv.data.sources import describe_data
 from sit_atconv.models.sit import BACKBONES, SiT
@@ -44,7 +44,7 @@ class Job:
     net: SiT  # as initialised, or with the weights of --init-from
     found: Resumable  # the checkpoint to resume from
     start: Start  # the weights kept of --init-from
-    beside: Beside | None  # what the auxiliary loss needs from the data besides latents
+    extra: Extra | None  # what the auxiliary loss needs from the data besides latents
     description: dict  # of the data, for data.json
     empty_classes: list[int]  # labels without images to train on
     null_label_trained: bool | None  # as in `Recipe`
@@ -73,7 +73,12 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
     net = _new_net(config, data, codec)
     config.flow.check(net, "tf32" if train.precision == "fp32" and train.tf32 and not on_cpu() else train.precision)
     config.check_previews(net, net.null_label)
-    beside = build_auxiliary(config, net, data)
+    extra = build_auxiliary(config, net, data)
+    if config.auxiliary is not None and config.auxiliary.couples_samples and order.micro_batch < 2:
+        raise ValueError(
+            f"auxiliary {type(config.auxiliary).__name__} compares the samples of a micro-batch, which has one image: "
+            "lower train.accumulation, or raise train.batch_size"
+        )
     check_tracker(train.tracker)
     if config.dry_run:
         if is_main_process():
@@ -130,7 +135,7 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
         net,
         found,
         start,
-        beside,
+        extra,
         description,
         empty_classes,
         null_label_trained,
@@ -160,7 +165,7 @@ def _new_net(config: Config, data: DataSource, codec: Codec) -> SiT:
     )
 
 
-def build_auxiliary(config: Config, net: SiT, data: DataSource) -> Beside | None:
+def build_auxiliary(config: Config, net: SiT, data: DataSource) -> Extra | None:
     """Builds the auxiliary loss, and returns what it needs from the data besides latents.
 
     Raises:
@@ -170,8 +175,8 @@ def build_auxiliary(config: Config, net: SiT, data: DataSource) -> Beside | None
     if auxiliary is None:
         return None
     name = type(auxiliary).__name__
-    beside = auxiliary.check(net, data.features)
-    if beside == "pixels" and data.is_encoded and not data.has_pixels:
+    extra = auxiliary.check(net, data)
+    if extra == "pixels" and data.is_encoded and not data.has_pixels:
         features = f"features of {data.features['encoder']} only" if data.features else "neither pixels nor features"
         raise ValueError(
             f"auxiliary {name} needs pixels, and {config.data.latents} holds {features}: give the folder that was "
@@ -182,7 +187,7 @@ def build_auxiliary(config: Config, net: SiT, data: DataSource) -> Beside | None
             f"auxiliary {name} needs block {auxiliary.block}, and the model has blocks 1 to {net.config.depth}"
         )
     auxiliary.build(net)
-    return beside if data.is_encoded else None
+    return extra if data.is_encoded else None
 
 
 def dry_run(net: SiT, config: Config, order: BatchOrder, data: DataSource) -> str:

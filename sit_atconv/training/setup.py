@@ -88,14 +88,14 @@ class Session:
         """Returns the terms (B,) of the auxiliary loss, after the model was called for this micro-batch."""
         assert self.auxiliary is not None
         y, hidden = self.tapped.take()
-        pixels = batch.beside.get("pixels", None if self.is_encoded else batch.inputs)
+        pixels = batch.extras.get("pixels", None if self.is_encoded else batch.inputs)
         return self.auxiliary(
             AuxiliaryInputs(
                 data=latents,
                 y=y,
                 hidden=hidden,
                 pixels=None if pixels is None else to_float(pixels),
-                features=batch.beside.get("features"),
+                features=batch.extras.get("features"),
                 objective=objective,
                 draw=draw,
                 random=random,
@@ -221,7 +221,8 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
                 device,
                 leave_signals_to_the_trainer,
                 skip_unreadable=config.data.skip_unreadable,
-                beside=job.beside,
+                extra=job.extra,
+                is_needed=lambda step: config.auxiliary_of(step) is not None,
             )
         )
     )
@@ -240,8 +241,9 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
     added = config.auxiliary.multiply_adds(net) if config.auxiliary is not None else 0.0
     meter = Meter(
         device,
-        2 * ((3 + config.flow.forwards) * multiply_adds(net, net.grid_size) + added) / 1e9,
+        (3 + config.flow.forwards) * 2 * multiply_adds(net, net.grid_size) / 1e9,
         train.peak_tflops or peak_tflops(device, train.precision, train.tf32),
+        2 * added / 1e9,
     )
     session = Session(
         accelerator,
@@ -337,15 +339,25 @@ def settle_gradient_exchange(job: Job, session: Session) -> None:
         x = torch.zeros(images, *job.latent_shape, device=accelerator.device)
         t = torch.zeros(images, device=x.device)
         two_times = session.net.config.get("two_times")
-        session.tapped.block = loss.block if loss is not None else None
+        session.tapped.serve(loss)
         output = session.tapped(x, t, t.long(), *([t] if two_times else [])).float().sum()
-        y, hidden = session.tapped.take()
         if loss is not None and session.auxiliary is not None:
+            y, hidden = session.tapped.take()
             pixels = torch.zeros(images, job.data.channels, *[job.data.image_size] * 2, device=x.device)
             features = torch.zeros(images, *loss.features_shape, device=x.device) if loss.features_shape else None
             objective = job.config.flow
             draw = objective.draw(x.shape, torch.Generator(x.device))
-            inputs = AuxiliaryInputs(x, y, hidden, pixels, features, objective, draw, t, session.averages.first)
+            inputs = AuxiliaryInputs(
+                data=x,
+                y=y,
+                hidden=hidden,
+                pixels=pixels,
+                features=features,
+                objective=objective,
+                draw=draw,
+                random=t,
+                average=session.averages.first,
+            )
             output = output + sum(term.sum() for term in session.auxiliary(inputs).values())
         accelerator.backward(output)
         session.prepared.zero_grad()

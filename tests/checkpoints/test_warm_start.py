@@ -429,7 +429,8 @@ def test_projectors_of_repa_are_kept_if_they_fit(start):
     published["projectors.0.4.bias"] = torch.full((12,), 7.0)
     kept, other = aligned(net), aligned(net, width=10)
     lines, _, _ = start(published, net, published=True, auxiliary=kept)
-    assert "6 tensors of the auxiliary loss kept" in lines and kept.projectors[0][4].bias.eq(7).all()
+    assert any(line.startswith("6 tensors of the auxiliary loss kept") for line in lines)
+    assert kept.projectors[0][4].bias.eq(7).all()
     lines, _, _ = start(published, net, published=True, auxiliary=other)
     assert any("start from scratch: projectors.0.4.weight (12, 20) there, (10, 20) here" in line for line in lines)
     assert not other.projectors[0][4].bias.eq(7).any()
@@ -449,12 +450,30 @@ def test_projectors_of_a_run_are_those_of_its_ema(tmp_path):
     save_checkpoint(tmp_path / "run", state, RECIPE, keep=1)
     here = aligned(net)
     lines = start_from(net, str(tmp_path / "run"), "linear", "velocity", CODEC, auxiliary=here).lines
-    assert "6 tensors of the auxiliary loss kept" in lines and all(p.eq(3).all() for p in here.parameters())
+    assert any(line.startswith("6 tensors of the auxiliary loss kept") for line in lines)
+    assert all(p.eq(3).all() for p in here.parameters())
+    folder = tmp_path / "run" / "checkpoints" / "step-0000007"
+    start_from(net, str(folder / "model"), "linear", "velocity", CODEC, auxiliary=(raw := aligned(net)))
+    assert all(torch.equal(p, loss.get_parameter(name)) for name, p in raw.named_parameters())
     optimizer = torch.optim.AdamW([*net.parameters(), *here.parameters()])
     restored = {decay: {name: p * 0 for name, p in named.items()} for decay, named in averages.items()}
     load_checkpoint(
-        tmp_path / "run" / "checkpoints" / "step-0000007",
+        folder,
         TrainingState(net, dict.fromkeys(averages, net), optimizer, None, here, restored),
     )
     assert all(torch.equal(p, loss.get_parameter(name)) for name, p in here.named_parameters())
     assert all(torch.equal(p, averages[decay][name]) for decay in averages for name, p in restored[decay].items())
+    (folder / "auxiliary.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"auxiliary\.safetensors is damaged: take another checkpoint"):
+        start_from(net, str(folder), "linear", "velocity", CODEC, auxiliary=here)
+
+
+def test_averages_start_from_the_parameters_where_an_older_checkpoint_has_none(tmp_path):
+    net = fresh()
+    loss, here = aligned(net), aligned(net)
+    optimizers = [torch.optim.AdamW([*net.parameters(), *module.parameters()]) for module in (loss, here)]
+    save_checkpoint(tmp_path / "run", TrainingState(net, {0.9: net}, optimizers[0], None, loss), RECIPE, keep=1)
+    averages = {0.9: {name: p * 0 for name, p in loss.named_parameters()}}
+    state = TrainingState(net, {0.9: net}, optimizers[1], None, here, averages)
+    load_checkpoint(tmp_path / "run" / "checkpoints" / "step-0000007", state)
+    assert all(torch.equal(p, loss.get_parameter(name)) for name, p in averages[0.9].items())

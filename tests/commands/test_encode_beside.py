@@ -5,15 +5,17 @@ import shutil
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file, save_file
 
 from sit_atconv.data.codecs import open_codec
 from sit_atconv.data.latent_folder import _crc32, open_shard, read_index, verify
 from sit_atconv.data.latents import CachedLatents
-from sit_atconv.data.loading import BatchReader
+from sit_atconv.data.loading import BatchReader, ExtraReader
 from sit_atconv.data.pixels import to_float
 from sit_atconv.encoders.by_name import open_encoder
-from tests.conftest import relative_error
+from tests.commands.conftest import draw
+from tests.conftest import load_command, relative_error
 
 ITEMS = [(i, mirrored) for i in range(8) for mirrored in (False, True)]
 
@@ -44,15 +46,16 @@ def test_features_are_those_of_the_encoder_and_of_the_flipped_image(encode, argv
     printed = encode(*argv, "--pixels", "uint8", "--features", "fashion", "--features-grid", 4)
     assert "with features of fashion: 4x4 tokens of width 80" in printed and verify(tmp_path / "out") == []
     latents, encoder = CachedLatents(tmp_path / "out"), open_encoder("fashion", None, (4, 4))
-    assert latents.features == {"encoder": "fashion", "sha256": encoder.sha256(), "grid_size": [4, 4], "width": 80}
+    assert latents.features == {"encoder": "fashion", "weights": "default", "grid_size": [4, 4], "width": 80}
     for item in ITEMS:
         tokens = encoder(to_float(latents.read_pixels(item))[None])[0]
         torch.testing.assert_close(latents.read_features(item).float(), tokens, rtol=1e-3, atol=1e-3)
     for name in ("pixels", "features"):
-        batch = BatchReader(latents, beside=name)[ITEMS]
+        reader = ExtraReader(BatchReader(latents), name)
+        batch = reader[ITEMS, True]
         read = latents.read_pixels if name == "pixels" else latents.read_features
-        assert [*batch.beside] == [name] and torch.equal(batch.beside[name][3], read(ITEMS[3]))
-    assert BatchReader(latents)[ITEMS].beside == {}
+        assert [*batch.extras] == [name] and torch.equal(batch.extras[name][3], read(ITEMS[3]))
+        assert reader[ITEMS, False].extras == {}
 
 
 def test_latents_without_them_keep_their_bytes_and_older_versions_refuse_the_others(encode, argv, tmp_path):
@@ -94,3 +97,85 @@ def test_options_of_features_without_an_encoder_are_one_line(encode, argv, capsy
     with pytest.raises(SystemExit):
         encode(*argv, "--features-grid", 4)
     assert "--features-grid are for --features: give it too" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [["--pixels", "uint8"], ["--pixels", "jpeg"], ["--features", "digits"]])
+def test_a_shard_of_unreadable_images_alone_is_written(encode, argv, images, tmp_path, kind):
+    for path in sorted(images.rglob("*.png"))[3:6]:
+        path.write_bytes(b"no picture")
+    encode(*argv, *kind, "--skip-unreadable")
+    latents = CachedLatents(tmp_path / "out")
+    assert [entry["num_images"] for entry in latents.index.shards] == [3, 0, 2] and verify(tmp_path / "out") == []
+    read = latents.read_features if kind[0] == "--features" else latents.read_pixels
+    assert torch.equal(read((4, True)), read((4, False)).flip(-1)) or kind[0] == "--features"
+
+
+def test_an_extension_stores_them_too(encode, argv, images, tmp_path):
+    kind = ["--pixels", "uint8", "--features", "digits"]
+    encode(*argv, *kind)
+    draw(images / "c" / "9.png", 9)
+    assert "pixels '' -> 'uint8'" not in encode(*argv, *kind, "--extend")
+    latents = CachedLatents(tmp_path / "out")
+    assert len(latents) == 9 and latents.read_pixels((8, False)).shape == (3, 32, 32) and verify(tmp_path / "out") == []
+    with pytest.raises(SystemExit):
+        encode(*argv, "--pixels", "uint8", "--extend")
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+ALIGNED = ["--auxiliary", "Alignment", "--auxiliary.encoder", "digits", "--auxiliary.projector", "conv"]
+
+
+@pytest.fixture
+def train(argv, vae, tmp_path, monkeypatch, capsys):
+    """train(name, *options) -> stats of a run on the latents in `out`, with flipped images."""
+    (tmp_path / "empty.yaml").write_text("{}")
+
+    def run(name, *options):
+        sizes = dict(hidden_size=16, depth=2, num_heads=2, learn_sigma="false")
+        model = [word for key, value in sizes.items() for word in (f"--model.{key}", value)]
+        data = ["--data.latents", tmp_path / "out", "--data.mirror", "true", "--data.codec", vae]
+        steps = ["--train.steps", 4, "--train.log_every", 1, "--train.batch_size", 4, "--train.lr", 1e-2]
+        previews = ["--preview.num_steps", 1, "--preview.num_classes", 1, "--preview.per_class", 1]
+        words = ["--config", tmp_path / "empty.yaml", *model, *data, *steps, *previews, "--train.precision", "fp32"]
+        load_command("sit_atconv/train.py").main([*map(str, [*words, *ALIGNED, *options, "--out", tmp_path / name])])
+        return [json.loads(line) for line in (tmp_path / name / "stats.jsonl").open()]
+
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)
+    PartialState._reset_state()
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+
+
+def test_training_sees_the_same_targets_from_features_pixels_and_originals(encode, argv, images, tmp_path, train):
+    encode(*argv, "--features", "digits")
+    from_features = train("features")
+    argv[argv.index(tmp_path / "out")] = tmp_path / "plain"
+    encode(*argv)
+    from_originals = train("originals", "--data.latents", tmp_path / "plain", "--data.pixels", images)
+    argv[argv.index(tmp_path / "plain")] = tmp_path / "uint8"
+    encode(*argv, "--pixels", "uint8")
+    from_pixels = train("pixels", "--data.latents", tmp_path / "uint8")
+    for one, two, three in zip(from_features, from_originals, from_pixels, strict=True):
+        assert one["auxiliary/alignment"] == pytest.approx(two["auxiliary/alignment"], rel=1e-3)  # fp16
+        assert two["auxiliary/alignment"] == three["auxiliary/alignment"] and two["grad_norm"] == three["grad_norm"]
+
+
+def test_what_latents_lack_for_alignment_is_one_line(encode, argv, images, tmp_path, train, capsys):
+    encode(*argv)
+
+    def error(*options):
+        with pytest.raises(SystemExit):
+            train("run", *options)
+        lines = capsys.readouterr().err.strip().splitlines()
+        return lines[-1]
+
+    assert "out holds neither pixels nor features: give the folder that was encoded as --data.pixels" in error()
+    assert (
+        "error: data.pixels: " in (gone := error("--data.pixels", tmp_path / "nowhere")) and "is not a folder" in gone
+    )
+    (images / "b" / "0.png").rename(images / "b" / "renamed.png")
+    lost = error("--data.pixels", images)
+    assert "error: data.pixels: " in lost and "lacks 1 of the 8 images" in lost

@@ -416,6 +416,8 @@ def test_alignment_stops_after_its_last_step_and_only_rounds_with_processes(laun
 def test_a_dispersive_run_refuses_micro_batches_of_another_size(launch, tmp_path):
     argv = [*SMALL, "--auxiliary", "Alignment", "--auxiliary.coefficient", "0", "--auxiliary.dispersive", "0.5"]
     argv += ["--out", tmp_path / "run"]
+    codes, output = launch(TRAIN, [*argv, "--train.accumulation", "64"])
+    assert codes == [1] and "a micro-batch, which has one image: lower train.accumulation" in output, output
     assert launch(TRAIN, [*argv, "--train.steps", "2"])[0] == [0]
     codes, output = launch(TRAIN, [*argv, "--train.steps", "3", "--train.accumulation", "2"])
     assert codes == [1] and "compares the samples of a micro-batch" in output and "accumulation 1 -> 2" in output, (

@@ -10,7 +10,8 @@ from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from sit_atconv.encoders import digit_features
-from sit_atconv.encoders.by_name import ENCODERS, open_encoder
+from sit_atconv.encoders.by_name import REPA_NAMES, canonical, open_encoder
+from sit_atconv.encoders.image_encoder import ImageEncoder
 from tests.conftest import GOLDEN
 
 
@@ -75,11 +76,9 @@ def test_tokens_are_the_patches_in_order(tmp_path, name):
 
 
 def test_names_of_repa_are_models_of_timm():
-    assert {"digits", "fashion", "dinov2-vit-b", "dinov2reg-vit-l", "dinov3-vit-s", "clip-vit-l"} <= ENCODERS.keys()
-    for opener in ENCODERS.values():
-        if opener.__closure__:
-            (cell,) = opener.__closure__
-            assert cell.cell_contents in timm.list_pretrained(), cell.cell_contents
+    assert {"dinov2-vit-b", "dinov2reg-vit-l", "dinov3-vit-s", "clip-vit-l"} <= REPA_NAMES.keys()
+    assert {*REPA_NAMES.values()} <= {*timm.list_pretrained()}
+    assert canonical("dinov2-vit-b") == "vit_base_patch14_dinov2.lvd142m" and canonical("digits") == "digits"
 
 
 def test_shipped_encoders_resize_images_to_the_grid():
@@ -104,7 +103,10 @@ def test_opening_an_encoder_draws_no_random_numbers():
     ("case", "message"),
     [
         ("missing", "there is no file"),
-        ("damaged", "cannot be read as weights of the encoder vit_golden_dinov2: download it again"),
+        ("damaged", r"cannot be read as weights of the encoder vit_golden_dinov2 \(.*: give timm's file"),
+        ("convolutions", "resnet18 is no encoder: give a vision transformer of timm"),
+        ("no such tag", "vit_tiny_patch16_224.nonsense is no encoder"),
+        ("shipped", r"the encoder digits cannot be opened \("),
         ("other width", "does not fit the encoder vit_golden_dinov2 .*size mismatch"),
         ("other patches", "has patches of 16x16 pixels, and the encoder vit_golden_dinov2 14x14"),
         ("incomplete", "does not fit the encoder vit_golden_dinov2 .*Missing key"),
@@ -126,8 +128,30 @@ def test_unusable_weights_are_one_line(tmp_path, monkeypatch, case, message):
         save_file(tensors, file)
     elif case == "no network":
         file = None
+    elif case in ("convolutions", "no such tag"):
+        name, file = {"convolutions": "resnet18"}.get(case, "vit_tiny_patch16_224.nonsense"), None
+    elif case == "shipped":
+        name = "digits"
+        save_file({"trunk.0.weight": torch.zeros(3)}, file)
     elif case == "unknown":
         name, file = "vit_golden_dinov3", None
     with pytest.raises(ValueError, match=message) as error:
         open_encoder(name, file, (4, 4))
     assert "\n" not in str(error.value)
+
+
+class Pooled(ImageEncoder):
+    """An encoder that returns one token for the whole image, though a grid was asked for."""
+
+    def __init__(self, weights, grid_size):
+        super().__init__()
+        self.width, self.grid_size = 3, grid_size
+
+    def forward(self, images):
+        return images.mean((2, 3))[:, None]
+
+
+def test_an_encoder_of_ones_own_must_return_a_token_for_each_cell():
+    with pytest.raises(ValueError, match=r"returns \(1, 1, 3\) for one image of 3x8x8, and must return \(1, 16, 3\)"):
+        open_encoder(f"{__name__}.Pooled", None, (4, 4), (3, 8, 8))
+    assert open_encoder(f"{__name__}.Pooled", None, (1, 1), (3, 8, 8)).width == 3

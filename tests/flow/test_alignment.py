@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from sit_atconv.flow.alignment import (
 )
 from sit_atconv.flow.auxiliary import AuxiliaryInputs, HiddenTap
 from sit_atconv.models import SiT
+from sit_atconv.models.costs import multiply_adds
 from tests.conftest import GOLDEN, relative_error
 
 
@@ -49,9 +50,15 @@ def net():
 def aligned(net, features=None, **options) -> Alignment:
     torch.manual_seed(1)
     loss = Alignment(**options)
-    loss.needs = loss.check(net, features)
+    data = SimpleNamespace(features=features, channels=net.config.in_channels, image_size=net.config.input_size)
+    loss.needs = loss.check(net, data)
     loss.build(net)
     return loss
+
+
+def inputs(**given) -> AuxiliaryInputs:
+    names = [field.name for field in dataclasses.fields(AuxiliaryInputs)]
+    return AuxiliaryInputs(**(dict.fromkeys(names) | given))
 
 
 def inputs_of(net, loss, batch=3, **given) -> AuxiliaryInputs:
@@ -60,7 +67,8 @@ def inputs_of(net, loss, batch=3, **given) -> AuxiliaryInputs:
     flow = FlowMatching()
     data = torch.randn(batch, 1, 8, 8, generator=generator)
     draw = flow.draw(data.shape, generator)
-    model = HiddenTap(net, net, loss.block)
+    model = HiddenTap(net, net)
+    model.serve(loss)
     flow.loss(model, data, torch.arange(batch), draw, net.null_label)
     y, hidden = model.take()
     given = {"pixels": data.clamp(-1, 1), "features": None} | given
@@ -90,7 +98,7 @@ def test_losses_and_gradients_are_those_of_repa(net, name):
     draw = type(draw)(given["noise"], 1 - given["t"], torch.zeros(len(hidden), dtype=torch.bool))
     terms = flow.loss(lambda x, t, y: output, given["latents"], torch.zeros(len(hidden)), draw, 10)
     close(terms["loss"], given["denoising_loss"])
-    added = loss(AuxiliaryInputs(given["latents"], None, hidden, None, None, flow, draw, None, None))
+    added = loss(inputs(data=given["latents"], hidden=hidden))
     close(added["alignment"].mean() / 0.5, given["proj_loss"][0])
     total = terms["loss"].mean() + added["alignment"].mean()
     close(total, given["total"][0])
@@ -170,10 +178,8 @@ def test_alignment_trains_model_and_projector(net, options, projector):
 
 def test_the_tokens_of_several_encoders_are_averaged(net):
     both = aligned(net, encoder=["digits", "digits"], coefficient=1.0)
-    one, two = (Alignment(encoder="digits", coefficient=1.0) for _ in range(2))
+    one, two = (aligned(net, encoder="digits", coefficient=1.0) for _ in range(2))
     for loss, projector in zip((one, two), both.projectors, strict=True):
-        loss.check(net, None)
-        loss.build(net)
         loss.projectors[0] = projector
     terms = [loss(inputs_of(net, loss))["alignment"] for loss in (both, one, two)]
     close(terms[0], (terms[1] + terms[2]) / 2)
@@ -192,7 +198,7 @@ def test_the_target_of_vae_are_the_patches_of_the_latents():
     net = SiT(input_size=8, patch_size=2, in_channels=4, hidden_size=16, depth=2, num_heads=2)
     loss = aligned(net, target="vae")
     data = torch.randn(2, 4, 8, 8)
-    (target,) = loss.targets(AuxiliaryInputs(data, None, None, None, None, None, None, None, None))
+    (target,) = loss.targets(inputs(data=data))
     assert target.shape == (2, 16, 16) and loss.projectors[0][4].out_features == 16
     assert torch.equal(target[1, 5].view(2, 2, 4), data[1, :, 2:4, 2:4].permute(1, 2, 0))
 
@@ -200,7 +206,7 @@ def test_the_target_of_vae_are_the_patches_of_the_latents():
 def test_stored_features_equal_those_of_the_encoder(net):
     live = aligned(net, encoder="digits")
     tokens = live.encoders[0](inputs_of(net, live).pixels).half()
-    stored = {"encoder": "digits", "sha256": live.encoders[0].sha256(), "grid_size": [4, 4], "width": 48}
+    stored = {"encoder": "digits", "weights": "default", "grid_size": [4, 4], "width": 48}
     cached = aligned(net, stored, encoder="digits")
     assert cached.needs == "features" and not len(cached.encoders) and cached.features_shape == (16, 48)
     assert all(torch.equal(p, live.get_parameter(name)) for name, p in cached.named_parameters())
@@ -215,12 +221,25 @@ def test_hidden_tokens_survive_checkpointing_compilation_and_autocast(net):
     net.train()
     close(loss(inputs_of(net, loss))["alignment"], plain, 1e-6)
     net.disable_gradient_checkpointing()
-    compiled = HiddenTap(torch.compile(net, backend="aot_eager"), net, loss.block)
-    inputs = inputs_of(net, loss)
-    inputs.objective.loss(compiled, inputs.data, torch.arange(3), inputs.draw, net.null_label)
-    close(compiled.take()[1], inputs.hidden, 1e-5)
+    compiled, given = HiddenTap(torch.compile(net, backend="aot_eager"), net), inputs_of(net, loss)
+    compiled.serve(loss)
+    given.objective.loss(compiled, given.data, torch.arange(3), given.draw, net.null_label)
+    close(compiled.take()[1], given.hidden, 1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         close(loss(inputs_of(net, loss))["alignment"], plain, 2e-2)
+
+
+def test_the_tap_keeps_only_what_an_active_loss_needs(net):
+    """A loss that is active in some steps must not get the labels or tokens of another step."""
+    model, x, t = HiddenTap(net, net), torch.randn(2, 1, 8, 8), torch.rand(2)
+    model(x, t, torch.tensor([1, 1]))
+    model.serve(aligned(net, target="vae"))
+    model(x, t, torch.tensor([2, 2]))
+    y, hidden = model.take()
+    assert y.tolist() == [2, 2] and hidden.shape == (2, 16, 16)
+    model.serve(None)
+    model(x, t, torch.tensor([3, 3]))
+    assert model.kept is None
 
 
 def test_without_coefficients_it_is_off_and_opens_no_encoder(net):
@@ -234,7 +253,8 @@ def test_arithmetic_counts_encoder_and_projector(net):
     loss = aligned(net, encoder="digits", projector="conv")
     encoder = 64 * 24 * 9 + 16 * 48 * 24 * 9 + 16 * 48 * 48 * 9  # 8x8 pixels, then 4x4
     assert loss.multiply_adds(net) == encoder + 3 * 16 * 16 * 48 * 9
-    assert aligned(net, target="self", projector="conv").multiply_adds(net) > math.prod((6, 16, 10, 16, 16))
+    of_self = aligned(net, target="self", projector="conv").multiply_adds(net)
+    assert of_self == multiply_adds(net, net.grid_size) + 3 * 16 * 16 * 16 * 9
 
 
 @pytest.mark.parametrize(
@@ -245,14 +265,20 @@ def test_arithmetic_counts_encoder_and_projector(net):
         ({"target": "self", "teacher_block": 9}, None, "teacher_block is 9"),
         ({"encoder": "dino"}, None, "there is no encoder dino: known are"),
         ({"encoder": "digits", "encoder_weights": "nowhere"}, None, "there is no file nowhere"),
-        ({"encoder": "digits"}, {"encoder": "digits", "grid_size": [8, 8], "width": 48}, "--features-grid 4"),
         (
-            {
-                "encoder": "digits",
-                "encoder_weights": str(digit_features.WEIGHTS),
-            },
-            {"encoder": "digits", "grid_size": [4, 4], "width": 48, "sha256": "other"},
-            "with other weights than",
+            {"encoder": "digits"},
+            {"encoder": "digits", "weights": "default", "grid_size": [8, 8], "width": 48},
+            "--features-grid 4",
+        ),
+        (
+            {"encoder": "digits", "encoder_weights": str(digit_features.WEIGHTS)},
+            {"encoder": "digits", "weights": "default", "grid_size": [4, 4], "width": 48},
+            "features of digits with other weights, default and not 9c94fed3264c",
+        ),
+        (
+            {"encoder": "digits"},
+            {"encoder": "digits", "weights": "0" * 64, "grid_size": [4, 4], "width": 48},
+            "features of digits with other weights, 000000000000 and not default",
         ),
     ],
 )

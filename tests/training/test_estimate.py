@@ -9,7 +9,9 @@ import torch
 from sit_atconv.checkpoints.training_state import checkpoint_bytes
 from sit_atconv.data.order import BatchOrder
 from sit_atconv.flow import FlowMatching
+from sit_atconv.flow.alignment import Alignment
 from sit_atconv.models import SiT
+from sit_atconv.models.costs import multiply_adds
 from sit_atconv.runtime.memory import peak_bytes
 from sit_atconv.training import estimate as estimating
 from sit_atconv.training.config import TrainConfig
@@ -199,3 +201,23 @@ def test_the_report_has_a_line_for_each_fact(monkeypatch):
     assert "not even one image fits" in lines["24 GB GPU"]
     assert "up to 26 images" in lines["80 GB GPU"]
     assert "accumulation 4 is enough" in lines["80 GB GPU"]  # of the 64 images of a process: 32 would be too many
+
+
+def test_alignment_is_counted():
+    net = SiT(input_size=8, patch_size=2, in_channels=3, hidden_size=16, depth=3, num_heads=2, num_classes=4)
+    plain, aligned = config(), config()
+    aligned.auxiliary = Alignment(encoder="digits", projector="conv")
+    aligned.auxiliary.check(net, SimpleNamespace(features=None, channels=3, image_size=16))
+    aligned.auxiliary.build(net)
+    projector = sum(p.nbytes for p in aligned.auxiliary.projectors.parameters())
+    encoder = sum(p.nbytes for p in aligned.auxiliary.encoders.parameters())
+    parts = fixed_bytes(net, aligned, 1)
+    assert (parts["parameters of the auxiliary loss"], parts["encoder"]) == (5 * projector, encoder)
+    assert sum(parts.values()) == sum(fixed_bytes(net, plain, 1).values()) + 5 * projector + encoder
+    said = rows(report(net, aligned, order(), CPU, (3, 16, 16)))
+    added = aligned.auxiliary.multiply_adds(net)
+    assert said["auxiliary"].startswith(
+        f"Alignment: {projector / 4e6:.2f} M trained parameters, {encoder / 4e6:.1f} M frozen"
+    )
+    assert f"{added / 3 / multiply_adds(net, net.grid_size):.1%} of the model's" in said["auxiliary"]
+    assert all(p.grad is None for p in aligned.auxiliary.parameters())
