@@ -60,7 +60,7 @@ def canonical(name: str) -> str:
 
 
 def identity_of(weights: str | Path | None) -> str:
-    """Returns the sha256 of a file of weights, or "default" for the weights that belong to an encoder's name.
+    """Returns the sha256 of a file of weights, or "default" for those that belong to the name.
 
     Raises:
         ValueError: there is no such file.

@@ -1,4 +1,4 @@
-"""Contract of frozen image encoders, whose tokens are the targets of alignment (REPA, arXiv 2410.06940)."""
+"""Contract of frozen image encoders, the targets of alignment (REPA, arXiv 2410.06940)."""
 
 import abc
 

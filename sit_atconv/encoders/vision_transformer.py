@@ -68,7 +68,7 @@ def _patch_tokens(model: nn.Module, x: Tensor, norm: bool) -> Tensor:
 
 
 def _patch_size(name: str) -> tuple[int, int]:
-    """Returns the size of a model's patches. ValueError: it is no vision transformer, or has no such weights."""
+    """Returns the size of a model's patches. ValueError: it is no vision transformer."""
     try:
         with torch.device("meta"):  # no memory, no arithmetic
             model = timm.create_model(name, num_classes=0)
