@@ -70,7 +70,7 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
     held_out = hold_out(len(data), config.data.held_out)
     order = _order(config, data, held_out)
     empty_classes = config.data.find_empty_classes(data, held_out, exists=rules is not None)
-    net = _new_net(config, data, codec)
+    net = new_net(config, data, codec)
     config.flow.check(net, "tf32" if train.precision == "fp32" and train.tf32 and not on_cpu() else train.precision)
     config.check_previews(net, net.null_label)
     extra = build_auxiliary(config, net, data)
@@ -155,7 +155,7 @@ def _order(config: Config, data: DataSource, held_out: np.ndarray) -> BatchOrder
     )
 
 
-def _new_net(config: Config, data: DataSource, codec: Codec) -> SiT:
+def new_net(config: Config, data: DataSource, codec: Codec) -> SiT:
     torch.manual_seed(config.train.seed)
     return BACKBONES.find(config.backbone or "SiT")(
         **config.model,
@@ -192,7 +192,7 @@ def build_auxiliary(config: Config, net: SiT, data: DataSource) -> Extra | None:
 
 def dry_run(net: SiT, config: Config, order: BatchOrder, data: DataSource) -> str:
     """Returns the report of `--dry-run`, measured on this process's device."""
-    return report(net, config, order, _prepared_device(config), image_shape(data))
+    return report(net, config, order, prepared_device(config), image_shape(data))
 
 
 def image_shape(data: DataSource) -> tuple[int, int, int]:
@@ -206,7 +206,7 @@ def measure_step(config: Config) -> tuple[float, SiT]:
         ValueError: not even one image fits into memory.
     """
     data, codec = config.data.open()
-    net, device = _new_net(config, data, codec), _prepared_device(config)
+    net, device = new_net(config, data, codec), prepared_device(config)
     order = _order(config, data, hold_out(len(data), config.data.held_out))
     build_auxiliary(config, net, data)
     fixed = sum(fixed_bytes(net, config, 1).values())
@@ -217,7 +217,7 @@ def measure_step(config: Config) -> tuple[float, SiT]:
     return seconds, net
 
 
-def _prepared_device(config: Config) -> torch.device:
+def prepared_device(config: Config) -> torch.device:
     device = torch.device("cpu") if on_cpu() else torch.accelerator.current_accelerator()
     assert device is not None  # since there is an accelerator
     prepare_device(device, config.train.cpu_threads, config.train.tf32)
