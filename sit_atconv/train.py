@@ -20,9 +20,11 @@ import torch
 from tqdm import tqdm
 
 from sit_atconv.checkpoints.run_folder import append_stats, checkpoint_step, read_stats
+from sit_atconv.checkpoints.snapshots import save_snapshot
 from sit_atconv.checkpoints.training_state import save_checkpoint
 from sit_atconv.data.order import step_seed
 from sit_atconv.data.pixels import to_float
+from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.runtime.installation import command
 from sit_atconv.runtime.plots import save_loss_curves
 from sit_atconv.training.config import parse
@@ -30,7 +32,7 @@ from sit_atconv.training.guards import poisoned
 from sit_atconv.training.optimizers import clip_and_step
 from sit_atconv.training.preflight import Job, prepare
 from sit_atconv.training.preview import draw_previews
-from sit_atconv.training.schedule import decide
+from sit_atconv.training.schedule import Due, decide
 from sit_atconv.training.setup import Session, set_up
 
 
@@ -158,22 +160,25 @@ def train_model(job: Job, session: Session) -> int:
                     append_stats(config.out, line)
             session.tracker.log(line, done)
 
-        # Save a checkpoint, and draw the loss curve and previews.
-        if due.save or due.draw:
+        # Save a checkpoint and a snapshot of the averages, and draw the loss curve and previews.
+        if due.save or due.draw or due.keep:
             with meter.timed("pause"):
-                save_and_draw(job, session, done, due.save, due.draw)
+                save_and_draw(job, session, done, due)
         if due.signal and not due.is_last:
             progress.close()
             return due.signal
     return 0
 
 
-def save_and_draw(job: Job, session: Session, step: int, save: bool, draw: bool) -> None:
-    """Writes the checkpoint and the pictures of a step, on rank 0; the other processes wait."""
+def save_and_draw(job: Job, session: Session, step: int, due: Due) -> None:
+    """Writes what is due of checkpoint, snapshot and pictures, on rank 0; the other processes wait."""
     config, run, recipe = job.config, job.config.out, session.recipe(job, step)
     if session.accelerator.is_main_process:
         with user_errors():
-            if save:
+            if due.keep:
+                dtype = torch_dtype(config.train.snapshot_dtype)
+                save_snapshot(run, step, session.averages.tensors(), dtype)
+            if due.save:
                 session.last_checkpoint = save_checkpoint(
                     run,
                     session.state,
@@ -184,7 +189,7 @@ def save_and_draw(job: Job, session: Session, step: int, save: bool, draw: bool)
                 )
         try:  # training continues if a picture cannot be drawn or written
             save_loss_curves(read_stats(run), run / "loss.png", str(run))
-            if draw:
+            if due.draw:
                 draw_previews(session.averages.first, session.codec, recipe, config.preview, run / "samples")
         except (RuntimeError, OSError) as error:
             session.say(f"warning: no pictures of step {step}: {str(error).splitlines()[0]}")

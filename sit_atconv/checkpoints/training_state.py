@@ -84,6 +84,12 @@ def checkpoint_bytes(net: "torch.nn.Module", num_averages: int, auxiliary: "torc
     return (1 + num_averages) * (sum(p.nbytes for p in net.parameters()) + beside) + 2 * (trained + beside)
 
 
+def snapshots_bytes(net: "torch.nn.Module", num_averages: int, steps: int, every: int | None, itemsize: int) -> int:
+    """Returns the bytes of all snapshots: the trained tensors of every average, each time."""
+    count = 0 if every is None else len({*range(every, steps + 1, every), steps})
+    return count * num_averages * itemsize * sum(p.numel() for p in net.parameters() if p.requires_grad)
+
+
 def checkpoints_at_once(steps: int, every: int, keep: int, keep_every: int | None) -> int:
     """Returns the largest number of checkpoints on the disk, with the one being written."""
     made = [*range(every, steps, every), steps]

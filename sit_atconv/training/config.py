@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from sit_atconv.checkpoints.run_folder import list_checkpoints
+from sit_atconv.checkpoints.training_state import snapshots_bytes
 from sit_atconv.data.sources import DataConfig
 from sit_atconv.flow import Objective
 from sit_atconv.flow.alignment import Alignment  # noqa: F401  # makes its name known
@@ -27,12 +28,14 @@ from sit_atconv.models.presets import preset_config
 from sit_atconv.models.sit import FROM_DATA, SiT
 from sit_atconv.runtime.commands import fail, is_main_process, user_errors
 from sit_atconv.runtime.devices import on_cpu
+from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.runtime.files import write_aside
 from sit_atconv.runtime.installation import command, configs_of, find_config, shipped_configs
 from sit_atconv.runtime.settings import changed, differences, flatten
 from sit_atconv.runtime.tables import import_module_of, import_modules
 from sit_atconv.sampling import SOLVERS, Sampler
 from sit_atconv.training.ema import PROFILES
+from sit_atconv.training.power_averages import exponent_of
 
 # Options that choose a class, whose constructor's arguments are options, too -> base class and default class.
 CLASSES: dict[str, tuple[type, str | None]] = {
@@ -65,6 +68,8 @@ MAY_CHANGE = {
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.keep_every",
+    "train.snapshot_every",
+    "train.snapshot_dtype",
     "train.tracker",
     "train.peak_tflops",
     "preview",
@@ -88,8 +93,9 @@ class TrainConfig:
         ema_decay: decay of the exponential moving average (EMA) of the weights, or a list of decays; previews and
             samples use the first.
         ema_warmup: let the decay rise to ema_decay, as min(ema_decay, (1 + step) / (10 + step)); the profile "warmup".
-        ema_profile: rule by which the decay depends on the step: "constant" as in SiT, "warmup", or your own function
-            of (decay, step) as module.NAME.
+        ema_profile: rule by which the decay depends on the step: "constant" as in SiT, "warmup", "power", or your own
+            function of (decay, step) as module.NAME. With "power", ema_decay is the relative width of the average as
+            in EDM2, such as 0.05.
         precision: precision of the forward and backward pass; weights stay in fp32. "auto" is bf16 where the device
             computes it fast (CUDA and ROCm that support it, CPUs with AMX), else fp32.
         tf32: compute fp32 products in TF32 on CUDA.
@@ -103,6 +109,9 @@ class TrainConfig:
         checkpoint_every: steps between two checkpoints; the last step always saves one.
         keep_checkpoints: number of newest checkpoints to keep.
         keep_every: also keep, permanently, checkpoints whose step is divisible by this number.
+        snapshot_every: also keep the averages, permanently, every that many steps, so that `average` makes averages of
+            other widths after training; needs ema_profile power, and two widths in ema_decay are best.
+        snapshot_dtype: number format of these snapshots.
         tracker: also show the log in TensorBoard or wandb.
         peak_tflops: peak TFLOP/s of one device, to log the share that is used; known for common GPUs.
     """
@@ -129,6 +138,8 @@ class TrainConfig:
     checkpoint_every: int = 50_000
     keep_checkpoints: int = 2
     keep_every: int | None = None
+    snapshot_every: int | None = None
+    snapshot_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     tracker: Literal["tensorboard", "wandb"] | None = None
     peak_tflops: float | None = None
 
@@ -142,6 +153,7 @@ class TrainConfig:
             "checkpoint_every",
             "keep_checkpoints",
             "keep_every",
+            "snapshot_every",
             "cpu_threads",
         ):
             if (value := getattr(self, name)) is not None and value < 1:
@@ -157,7 +169,14 @@ class TrainConfig:
         for decay in self.ema_decays:
             if not 0 <= decay < 1 and self.profile in PROFILES:  # a user's profile may give it another meaning
                 raise ValueError(f"train.ema_decay must be in [0, 1), not {decay}")
+            if self.profile == "power":
+                exponent_of(decay)
         PROFILES.find(import_module_of(self.profile))
+        if self.snapshot_every and self.profile != "power":
+            raise ValueError(
+                "train.snapshot_every keeps power function averages: give --train.ema_profile power --train.ema_decay "
+                '"[0.05,0.1]", or leave it out'
+            )
         if self.ema_warmup and self.ema_profile not in ("constant", "warmup"):
             raise ValueError(f"train.ema_warmup and train.ema_profile {self.ema_profile} exclude each other: give one")
 
@@ -245,6 +264,12 @@ class Config:
     def prediction(self) -> str:
         """Quantity that the model returned by `as_trained` predicts."""
         return "velocity" if self.objective else self.flow.prediction
+
+    def snapshots_bytes(self, net: SiT) -> int:
+        """Returns the bytes of all snapshots of the averages."""
+        train = self.train
+        itemsize = torch_dtype(train.snapshot_dtype).itemsize
+        return snapshots_bytes(net, len(train.ema_decays), train.steps, train.snapshot_every, itemsize)
 
     def auxiliary_of(self, step: int) -> AuxiliaryLoss | None:
         """Returns the auxiliary loss of a step (0-based), or None if it has none."""

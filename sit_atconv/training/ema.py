@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sit_atconv.flow.step import move_averages
 from sit_atconv.runtime.tables import Table
+from sit_atconv.training.power_averages import power_decay
 
 # (decay, step) -> decay in that step (0-based). A user's own function may give its first argument another meaning,
 # such as the relative width of a power function average.
@@ -16,6 +17,7 @@ PROFILES: Table[Callable[[float, int], float]] = Table(
     Callable,  # type: ignore[arg-type]  # not a plain class
     {
         "constant": lambda decay, step: decay,  # as in SiT
+        "power": power_decay,  # of relative width `decay`, as in EDM2
         "warmup": lambda decay, step: min(decay, (1 + step) / (10 + step)),
     },
 )
@@ -45,7 +47,7 @@ class Averages:
     ):
         self.models = {decay: copy.deepcopy(net).eval().requires_grad_(False) for decay in decays}
         self.decay_at = PROFILES.find(profile)
-        trained = [name for name, p in net.named_parameters() if p.requires_grad]
+        self.names = trained = [name for name, p in net.named_parameters() if p.requires_grad]
         self.weights: list[Tensor] = [net.get_parameter(name) for name in trained]
         self.averaged: dict[float, list[Tensor]] = {
             decay: [m.get_parameter(name) for name in trained] for decay, m in self.models.items()
@@ -61,6 +63,10 @@ class Averages:
     def first(self) -> nn.Module:
         """The average of the first decay, from which previews and samples are drawn."""
         return next(iter(self.models.values()))
+
+    def tensors(self) -> dict[float, dict[str, Tensor]]:
+        """Returns the trained tensors of each average by name."""
+        return {decay: {name: m.get_parameter(name) for name in self.names} for decay, m in self.models.items()}
 
     def update(self, step: int, updated: Tensor) -> None:
         """Updates the averages after a step (0-based) if `updated`, a 0-d bool on the device, is True."""

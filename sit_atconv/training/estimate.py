@@ -83,6 +83,8 @@ def report(
     rows["disk"] = (
         f"{gigabytes(size * count)} at most: {count} x {gigabytes(size)} of checkpoints, with the one being written"
     )
+    if kept := config.snapshots_bytes(net):
+        rows["disk"] += f"; {gigabytes(kept)} of snapshots"
     return "\n".join(f"{name:11}  {text}" for name, text in rows.items())
 
 

@@ -94,7 +94,7 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
     if not saved or checkpoint_step(saved[-1]) < train.steps:
         count = checkpoints_at_once(train.steps, train.checkpoint_every, train.keep_checkpoints, train.keep_every)
         size = checkpoint_bytes(net, len(train.ema_decays), config.auxiliary)
-        check_room(run, max(1, count - len(saved)) * size)
+        check_room(run, max(1, count - len(saved)) * size + config.snapshots_bytes(net))
     if config.init_from and not saved:
         start = start_from(
             net,

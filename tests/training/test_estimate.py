@@ -24,7 +24,13 @@ SHAPE = dict(input_size=16, patch_size=2, hidden_size=64, depth=3, num_heads=4, 
 def config(**train) -> SimpleNamespace:
     """Returns the part of a Config that estimates read."""
     train = TrainConfig(**{"precision": "fp32", "steps": 1000, "batch_size": 8, "checkpoint_every": 100, **train})
-    return SimpleNamespace(train=train, flow=FlowMatching(), auxiliary=None, optimizer=(torch.optim.AdamW, {}))
+    return SimpleNamespace(
+        train=train,
+        flow=FlowMatching(),
+        auxiliary=None,
+        snapshots_bytes=lambda net: 0,
+        optimizer=(torch.optim.AdamW, {}),
+    )
 
 
 def order(batch_size: int = 8, accumulation: int = 2, **options) -> BatchOrder:
