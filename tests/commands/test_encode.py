@@ -230,7 +230,7 @@ def test_no_mirror_encodes_only_plain_images(launch, mixed, vae, tmp_path):
     codes, output = launch(ENCODE, [*encode_argv(mixed, vae, tmp_path / "out"), "--no-mirror"])
     assert codes == [0], output
     cached = CachedLatents(tmp_path / "out")
-    assert cached[3, False][0].shape == (8, 16, 16) and "mirrored" not in cached.shards[0]
+    assert cached[3, False][0].shape == (8, 16, 16) and "mirrored" not in cached.shards[0].tensors
     with pytest.raises(ValueError, match=r"has no horizontally flipped images: set data\.mirror to false"):
         CachedLatents(tmp_path / "out", mirror=True)
 
