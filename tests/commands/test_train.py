@@ -135,9 +135,10 @@ class Brightness(AuxiliaryLoss):
         error = self.head(inputs.hidden).mean((1, 2)).float() - inputs.pixels.mean((1, 2, 3))
         return {"brightness": self.weight * error.square()}
 """
+CONV = ["--auxiliary.projector", "conv"]  # small
 PARTS = {
     "an auxiliary loss": ["--auxiliary", "own_loss.Brightness", "--auxiliary.weight", "0.7"],
-    "alignment": ["--auxiliary", "Alignment", "--auxiliary.encoder", "digits", "--auxiliary.dispersive", "0.5"],
+    "alignment": ["--auxiliary", "Alignment", "--auxiliary.encoder", "digits", *CONV, "--auxiliary.dispersive", "0.5"],
     "on a codec": ["--auxiliary", "own_loss.Brightness", "--data.codec", "own_loss.Packed", "--model.patch_size", "1"],
     "Muon": ["--optimizer", "sit_atconv.training.optimizers.MuonAdamW"],
 }
@@ -170,7 +171,7 @@ def test_runs_with_an_auxiliary_loss_or_muon_resume_bitwise(launch, fails, tmp_p
     if part == "Muon":
         assert any("momentum_buffer" in name for name in names) and any("exp_avg" in name for name in names)
     else:
-        head, term = ("projectors.0.0", "alignment") if part == "alignment" else ("head", "brightness")
+        head, term = ("projectors.0", "alignment") if part == "alignment" else ("head", "brightness")
         assert not [name for name in exported if head in name]
         assert not [name for name in names if "encoder" in name]
         for place in ("", "ema/", "ema-0.5/"):
@@ -387,7 +388,7 @@ def test_two_torchrun_agents_forward_a_signal_and_the_run_resumes(whole, tmp_pat
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
-ALIGNED = ["--auxiliary", "Alignment", "--auxiliary.encoder", "digits"]
+ALIGNED = ["--auxiliary", "Alignment", "--auxiliary.encoder", "digits", *CONV]
 
 
 def test_without_a_coefficient_alignment_changes_no_bit(launch, whole, tmp_path):
@@ -408,7 +409,7 @@ def test_alignment_stops_after_its_last_step_and_only_rounds_with_processes(laun
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
         assert ("auxiliary/alignment" in one) == (one["step"] <= 2)
         assert one.get("auxiliary/alignment", 0) == pytest.approx(two.get("auxiliary/alignment", 0), rel=1e-4)
-    states = [state_of(tmp_path / "1", step)["auxiliary.safetensors/projectors.0.0.weight"] for step in (2, 4)]
+    states = [state_of(tmp_path / "1", step)["auxiliary.safetensors/projectors.0.weight"] for step in (2, 4)]
     assert torch.equal(*states)  # no gradient, no update
 
 
