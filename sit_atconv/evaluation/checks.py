@@ -60,7 +60,9 @@ def choose_metrics(asked: Sequence[str], extractor: Extractor, samples: ImageSet
     names = Counter(name for metric in METRICS.values() for name in {*metric.scores, *metric.scores_elsewhere})
     if names.total() > len(names):
         raise ValueError(f"two metrics have a score {names.most_common(1)[0][0]}: rename the score of yours")
-    metrics = {name: metric for name, metric in METRICS.items() if not asked or metric in wanted}
+    metrics = {
+        name: metric for name, metric in METRICS.items() if metric in wanted or (not asked and metric.by_default)
+    }
     obstacles = {name: _obstacle(name, metric, extractor, samples, reference) for name, metric in metrics.items()}
     if not asked and all(reasons := [obstacles[name] for name, metric in metrics.items() if metric.reference]):
         raise ValueError(f"no metric compares {samples.name} with {reference.name}: {reasons[0]}")

@@ -159,7 +159,7 @@ def make_parser() -> ArgumentParser:
         default=(),
         metavar="METRIC",
         help=f"metrics to compute: {', '.join(named)}, or your own, registered by an --import module "
-        "or given as module.NAME (default: all that the extractor and the reference allow)",
+        "or given as module.NAME (default: all but dc that the extractor and the reference allow)",
     )
     add_import_option(parser)
     parser.add_argument("--batch-size", type=at_least(1), default=64, help="number of images per forward pass")

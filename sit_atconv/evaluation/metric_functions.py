@@ -1,8 +1,9 @@
 """FID, sFID, Inception Score, KID, precision and recall from features, by torch-fidelity, with errors.
 
-Each takes features (N, D) or logits (N, K) of N samples. Errors are standard errors for drawing other samples, with a
-fixed reference, by a jackknife over `GROUPS` groups of samples. It follows the true spread; a bootstrap does not, since
-it adds FID's bias once more. The table of metrics is in metrics.py.
+Density and coverage, which torch-fidelity lacks, are computed here. Each function takes features (N, D) or logits
+(N, K) of N samples. Errors are standard errors for drawing other samples, with a fixed reference, by a jackknife over
+`GROUPS` groups of samples. It follows the true spread; a bootstrap does not, since it adds FID's bias once more. The
+table of metrics is in metrics.py.
 """
 
 import math
@@ -26,6 +27,7 @@ NEIGHBOURS = 3  # ADM's k
 IS_SPLIT = 5000  # ADM's chunks, in the order of the file; torch-fidelity takes equally many of equal size
 KID_SUBSET, KID_SUBSETS = 1000, 100
 SEED = 2020  # torch-fidelity's seed of KID's subsets
+DENSITY_NEIGHBOURS = 5  # k of density and coverage, as in their paper
 BLOCK = 1000  # images compared at a time for precision and recall: bounds memory
 METHOD = {  # these constants in a protocol
     "groups": GROUPS,
@@ -166,3 +168,37 @@ def precision_recall(
         verbose=False,
     )
     return Score(found[KEY_METRIC_PRECISION]), Score(found[KEY_METRIC_RECALL])
+
+
+def density_coverage(
+    generated: Tensor,
+    real: Tensor,
+    group: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> tuple[Score, Score]:
+    """Returns density of the samples and coverage of the reference (arXiv 2002.09797), with k = 5.
+
+    The ball of a reference image reaches to its k-th nearest neighbour among the others. Density is the number of balls
+    that hold a sample, divided by k, on average; coverage is the share of balls that hold any sample. Density has an
+    error, unless there are fewer than two samples per group; coverage has none, since the jackknife overestimates it.
+    """
+    group = jackknife_groups(len(generated)) if group is None else group
+    real, k = real.to(device), DENSITY_NEIGHBOURS
+    nearest = [torch.cdist(part, real).kthvalue(k + 1, dim=1).values for part in real.split(BLOCK)]  # itself is one
+    radius, counts, covered = (
+        torch.cat(nearest),
+        list[Tensor](),
+        torch.zeros(len(real), dtype=torch.bool, device=device),
+    )
+    blocks = generated.split(BLOCK)
+    for part in tqdm(blocks, "density and coverage", unit="block", disable=not progress, leave=False):
+        inside = torch.cdist(part.to(device), real) < radius  # (b, M)
+        counts.append(inside.sum(1).cpu())
+        covered |= inside.any(0)
+    count = torch.cat(counts).double() / k  # (N,)
+    density, coverage = count.mean().item(), Score(covered.double().mean().item())
+    if len(generated) < 2 * GROUPS:
+        return Score(density), coverage
+    without = [count[group != g].mean().item() for g in range(GROUPS)]
+    return Score(density, jackknife_error(without), without), coverage

@@ -53,6 +53,7 @@ class Metric:
         at_least: smallest number of samples, and of reference images if the reference consists of images.
         depends_on: parts of the protocol that change it, besides extractor, constants and image size.
         scores_elsewhere: names of its scores with another extractor than Inception; () keeps the names.
+        by_default: True computes it if the user names no metrics.
         names_num_samples: True appends a number of samples other than 50,000 to the names, since the bias is strong.
     """
 
@@ -65,6 +66,7 @@ class Metric:
     depends_on: tuple[str, ...] = ANYTHING
     scores_elsewhere: tuple[str, ...] = ()
     names_num_samples: bool = False
+    by_default: bool = True
 
     def __post_init__(self):
         object.__setattr__(self, "scores_elsewhere", self.scores_elsewhere or self.scores)
@@ -152,6 +154,17 @@ METRICS = Table(
             compute=lambda inputs: _functions().kid(inputs.generated, inputs.real, inputs.group, progress=True),
             reference="images",
             depends_on=("compared",),
+        ),
+        "dc": Metric(
+            scores=("density", "coverage"),
+            higher_is_better=True,
+            compute=lambda inputs: _functions().density_coverage(
+                inputs.generated, inputs.real, inputs.group, inputs.device, progress=True
+            ),
+            reference="images",
+            at_least=6,
+            depends_on=("samples.num", "compared"),
+            by_default=False,
         ),
     },
 )

@@ -31,6 +31,8 @@ sure = Metric(
 COMMON = ("--reference", "reference.npz", "--extractor", "digits", "--features", "features")
 DIGITS = np.repeat(load_digits()[0][..., None], 3, axis=-1)
 
+SHIPPED = ("fid", "sfid", "is", "prc", "kid", "dc")
+
 
 @pytest.fixture
 def forget(tmp_path, monkeypatch):
@@ -42,7 +44,9 @@ def forget(tmp_path, monkeypatch):
 
     def run():
         monkeypatch.delitem(sys.modules, "own_metric", raising=False)
-        monkeypatch.setattr(METRICS, "_entries", {name: METRICS[name] for name in ("fid", "sfid", "is", "prc", "kid")})
+        monkeypatch.setattr(
+            METRICS, "_entries", {name: METRICS[name] for name in ("fid", "sfid", "is", "prc", "kid", "dc")}
+        )
 
     run()
     return run
@@ -124,7 +128,7 @@ def test_errors_name_the_remedy(fails, forget, tmp_path):
     argv = ["--samples", "reference.npz", *COMMON, "--metrics"]
     assert "no module named 'own_metrics'" in fails(main, [*argv, "own_metrics.sure"]).lower()
     assert "metric own_metric.closeness is not a Metric" in fails(main, [*argv, "own_metric.closeness"])
-    assert "must be one of fid, sfid, is, prc, kid, near, or your own as module.NAME, not 'far'" in fails(
+    assert "must be one of fid, sfid, is, prc, kid, dc, near, or your own as module.NAME, not 'far'" in fails(
         main, [*argv, "far", "--import", "own_metric"]
     )
     (tmp_path / "taken.py").write_text(OWN.replace('"near"', '"my_near"').replace('"closeness"', '"FD"'))

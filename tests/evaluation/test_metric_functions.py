@@ -272,3 +272,33 @@ def test_balanced_labels_give_smaller_and_correct_errors():
     groups = [metrics.jackknife_groups(800, labels), metrics.jackknife_groups(800)]
     within, across = (np.mean([metrics.frechet(draw, real, group).error for draw in draws]) for group in groups)
     assert within == pytest.approx(spread, rel=0.2) and across > 1.5 * spread
+
+
+def density_coverage_written_out(generated, real, k=5):
+    def distance(a, b):
+        return (a - b).square().sum().sqrt()
+
+    radius = [sorted(distance(a, b) for b in real)[k] for a in real]
+    inside = [[distance(sample, center) < r for center, r in zip(real, radius, strict=True)] for sample in generated]
+    density = sum(map(sum, inside)) / (k * len(generated))
+    return float(density), sum(map(any, zip(*inside, strict=True))) / len(real)
+
+
+def test_density_and_coverage_equal_the_definition(monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", 7)
+    torch.manual_seed(0)
+    generated, real = torch.randn(45, 3), torch.randn(30, 3) + 0.5
+    density, coverage = metrics.density_coverage(generated, real)
+    assert (density.value, coverage.value) == pytest.approx(density_coverage_written_out(generated, real), rel=1e-6)
+    density, coverage = metrics.density_coverage(real + 100, real)
+    assert (density.value, coverage.value) == (0, 0)
+    density, coverage = metrics.density_coverage(real.repeat(2, 1), real)
+    assert coverage.value == 1 and metrics.density_coverage(generated[:8], real)[0].error is None
+
+
+def test_the_error_of_density_follows_the_spread():
+    torch.manual_seed(0)
+    real = torch.randn(300, 4)
+    found = [metrics.density_coverage(torch.randn(200, 4), real)[0] for _ in range(60)]
+    spread = np.std([score.value for score in found], ddof=1)
+    assert 0.8 < np.mean([score.error for score in found]) / spread < 1.25
