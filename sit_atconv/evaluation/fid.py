@@ -10,7 +10,7 @@ scores on stderr. After an interruption the same command resumes.
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sit_atconv.data import MAX_MEGAPIXELS, is_named
@@ -35,7 +35,13 @@ def main(argv: list[str] | None = None) -> None:
     out, statistics = (options.pop(name) for name in ("out", "make_reference"))
     as_json = wants_json(options.pop("json"))
     check_paths(options, out, statistics)
+    extractors, weights = options.pop("extractor"), options.pop("weights") or []
     with user_errors():
+        check_extractors(extractors, weights, out, statistics)
+        of_extractors = [
+            {"extractor": name, "weights": file}
+            for name, file in zip(extractors, weights or [None] * len(extractors), strict=True)
+        ]
         for name in options["metrics"]:
             find_metric(name)
         from sit_atconv.evaluation import evaluate as scoring
@@ -43,22 +49,53 @@ def main(argv: list[str] | None = None) -> None:
 
         if statistics:
             options = {name: options[name] for name in options if name not in ("samples", "metrics", "num_samples")}
-            recipe = scoring.make_reference(scoring.ReferenceOptions(**options), Path(statistics))
+            recipe = scoring.make_reference(scoring.ReferenceOptions(**options, **of_extractors[0]), Path(statistics))
             if recipe:
                 line = f"statistics of {recipe['num']} images: {statistics}"
                 print(json.dumps(recipe, indent=1) if as_json else line)
             return
-        evaluation = scoring.evaluate(scoring.EvaluateOptions(**options))
-        if evaluation is None:
-            return
-        try:
-            record = write_record(evaluation, out)
-        finally:  # a full disk must not lose the printed scores, nor a closed pipe the record
-            print(evaluation.brief().to_json() if as_json else to_table(evaluation.scores), flush=True)
-    if as_json:
-        for name, score in evaluation.scores.items():
-            print(f"{name:24} {score}", file=sys.stderr)
-    print(f"record: {record}", file=sys.stderr if as_json else sys.stdout)
+        results: dict[str, str] = {}  # JSON objects by extractor
+        for chosen in of_extractors:
+            evaluation = scoring.evaluate(scoring.EvaluateOptions(**options, **chosen))
+            if evaluation is None:
+                continue
+            results[chosen["extractor"]] = evaluation.brief().to_json()
+            try:
+                record = write_record(evaluation, out)
+            finally:  # a full disk must not lose the printed scores, nor a closed pipe the record
+                if not as_json:
+                    print(to_table(evaluation.scores), flush=True)
+                elif len(results) == len(of_extractors):
+                    print(in_one(results), flush=True)
+            if as_json:
+                for name, score in evaluation.scores.items():
+                    print(f"{name:24} {score}", file=sys.stderr)
+            print(f"record: {record}", file=sys.stderr if as_json else sys.stdout)
+
+
+def in_one(results: Mapping[str, str]) -> str:
+    """Returns one JSON object: that of a single extractor, or one with those of several by their names."""
+    if len(results) == 1:
+        return next(iter(results.values()))
+    return json.dumps({name: json.loads(result) for name, result in results.items()}, indent=1)
+
+
+def check_extractors(
+    extractors: Sequence[str], weights: Sequence[str], out: str | None, statistics: str | None
+) -> None:
+    """Raises ValueError if options for one extractor are given with several, or weights are missing."""
+    if len({*extractors}) < len(extractors):
+        raise ValueError(f"--extractor names one twice: {', '.join(extractors)}")
+    if weights and len(weights) != len(extractors):
+        raise ValueError(
+            f"--weights must be one file for each of the {len(extractors)} extractors, not {len(weights)}: run one "
+            "command for each to download some"
+        )
+    for option, value in (("--out", out), ("--make-reference", statistics)):
+        if value and len(extractors) > 1:
+            raise ValueError(
+                f"{option} {value} is for one extractor, and {', '.join(extractors)} are given: leave it out"
+            )
 
 
 def to_table(scores: Mapping[str, Score]) -> str:
@@ -84,8 +121,9 @@ def check_paths(options: dict, out: str | None, statistics: str | None) -> None:
             warn_if_hidden(f"--{name}", source)
         elif source and not Path(source).exists():
             fail(f"{source} does not exist: give a folder of images, an .npz, the word digits, or idx:FOLDER")
-    if options["weights"] and not Path(options["weights"]).is_file():
-        fail(f"there is no file {options['weights']}: give --weights the path of the extractor's weights")
+    for weights in options["weights"] or ():
+        if not Path(weights).is_file():
+            fail(f"there is no file {weights}: give --weights the path of the extractor's weights")
     for name, path in (("--out", out), ("--make-reference", statistics)):
         if path and ((Path(path).exists() and not Path(path).is_file()) or not Path(path).absolute().parent.is_dir()):
             fail(f"{path} cannot be written: give {name} a file in a folder that exists")
@@ -137,14 +175,17 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--extractor",
-        default="inception",
-        help="network that computes the features: inception; dinov2; digits (for 8x8 images) and "
-        "fashion (for 32x32 Fashion-MNIST), both shipped; "
-        "or one registered with torch-fidelity (vgg16, clip-vit-b-32, ..., or by an --import module)",
+        nargs="+",
+        default=["inception"],
+        metavar="NAME",
+        help="network that computes the features, or several, each with its record: inception; dinov2; digits (for 8x8 "
+        "images) and fashion (for 32x32 Fashion-MNIST), both shipped; or one registered with torch-fidelity (vgg16, "
+        "clip-vit-b-32, ..., or by an --import module)",
     )
     parser.add_argument(
         "--weights",
         "--inception-weights",
+        nargs="+",
         default=None,
         metavar="FILE",
         help="weights file of the extractor, as torch-fidelity and Meta publish it (default: download it)",

@@ -71,7 +71,9 @@ def _seconds_of(leaf: Leaf, forward: float) -> float:
     steps = drawn.steps or solver.default_steps
     nfe = ADAPTIVE_NFE if solver.evaluations is None else steps * solver.evaluations
     guided = 1 if drawn.cfg in (0.0, 1.0) or (drawn.cfg is None and solver.jumps) else 2
-    return 2 * START + drawn.num_samples * (nfe * guided * forward + _feature_seconds(scored.extractor, scored.weights))
+    weights = scored.weights or [None] * len(scored.extractor)
+    features = sum(_feature_seconds(*pair) for pair in zip(scored.extractor, weights, strict=True))
+    return 2 * START + drawn.num_samples * (nfe * guided * forward + features)
 
 
 _features: dict[str, float] = {}

@@ -6,6 +6,8 @@ import sys
 
 import numpy as np
 import pytest
+from torch_fidelity import register_feature_extractor
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from sit_atconv.data.image_npz import write_npz
 from sit_atconv.data.images import load_digits
@@ -13,6 +15,7 @@ from sit_atconv.evaluation.fid import to_table
 from sit_atconv.evaluation.records import read_evaluation
 from sit_atconv.evaluation.scores import Score
 from tests.conftest import ROOT, load_command, python
+from tests.pixel_features import Pixels
 
 FID = "eval/fid.py"
 DIGITS = np.repeat(load_digits()[0][..., None], 3, axis=-1)
@@ -57,6 +60,35 @@ def test_a_pipe_gets_one_json_object_and_stderr_the_scores(npz, tmp_path):
     assert len(written.scores["FD-digits-400"].without_group) == 20
     assert f"FD-digits-400            {written.scores['FD-digits-400']}" in done.stderr
     assert "±" in done.stderr and list((tmp_path / "runs" / "features").iterdir())
+
+
+def test_several_extractors_have_a_record_each(npz, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        if name not in FEATURE_EXTRACTORS_REGISTRY:
+            register_feature_extractor(name, Pixels)
+    argv = ["--samples", npz, "--reference", "digits", "--metrics", "fid", "--extractor"]
+    load_command(FID).main([*map(str, [*argv, "first", "second", "digits"]), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [(name, *one["scores"]) for name, one in found.items()] == [
+        (name, f"FD-{name}-400") for name in ("first", "second", "digits")
+    ]
+    assert len([*npz.parent.glob("samples.scores-first-*.json"), *npz.parent.glob("samples.scores-second-*.json")]) == 2
+    assert found["first"]["scores"]["FD-first-400"]["value"] == found["second"]["scores"]["FD-second-400"]["value"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["digits", "--out", "x.json"], "--out x.json is for one extractor, and inception, digits are given"),
+        (["inception"], "--extractor names one twice"),
+        (["digits", "--weights", FID], "--weights must be one file for each of the 2 extractors, not 1"),
+    ],
+)
+def test_options_for_one_extractor_are_refused_with_several(npz, fails, tmp_path, monkeypatch, more, message):
+    monkeypatch.chdir(ROOT)
+    argv = ["--samples", npz, "--reference", "digits", "--extractor", "inception", *more]
+    assert message in fails(load_command(FID).main, argv)
 
 
 def test_a_terminal_gets_a_table_and_the_path_of_the_record(npz, tmp_path):

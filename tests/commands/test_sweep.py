@@ -93,7 +93,7 @@ def test_a_sweep_from_its_file_to_the_tables(write, capfd):
     for record in (out / "records").glob("ATConv-seed1*"):
         record.unlink()
     subprocess.run(["rm", "-r", out / "ATConv-seed1"], check=True)
-    sweep()
+    sweep("--jobs", "2")  # as many threads as before
     assert "out: 3 tasks to run" in capfd.readouterr().out and facts(out / "records") == before
 
     write(grid=SMALL["grid"][0], evaluate=SMALL["evaluate"] + " --num-samples 109")
