@@ -7,6 +7,7 @@ sample/generate.py ...`; the images are the same. After a kill, the same command
 """
 
 import sys
+from pathlib import Path
 
 from sit_atconv.runtime.commands import (
     ArgumentParser,
@@ -34,6 +35,10 @@ def main(argv: list[str] | None = None) -> None:
                 table.find(import_module_of(name))
         from sit_atconv.checkpoints.weights import locate_weights
 
+        if (std := options.pop("ema_std")) is not None:
+            from sit_atconv.checkpoints.post_hoc import averaged_folder
+
+            options["ckpt"] = str(averaged_folder(Path(options["ckpt"]), std))
         source = {name: options[name] for name in ("ema", "model", "vae")}
         locate_weights(options["ckpt"], **source)  # finds errors before the slow import of torch
         from sit_atconv.generation.draw import generate_samples
@@ -83,6 +88,13 @@ def make_parser() -> ArgumentParser:
         default=True,
         metavar="DECAY",
         help="use the EMA weights of this decay, if there are several (default: the first)",
+    )
+    average.add_argument(
+        "--ema-std",
+        type=positive,
+        metavar="STD",
+        help="make and use the power function average of this relative width, from the snapshots of a run "
+        "(train.snapshot_every); it is kept in RUN/averages",
     )
     average.add_argument("--no-ema", dest="ema", action="store_false", help="use the weights without EMA")
 

@@ -18,6 +18,7 @@ import jsonargparse
 import torch
 import yaml
 
+from sit_atconv.checkpoints.power_averages import exponent_of
 from sit_atconv.checkpoints.run_folder import list_checkpoints
 from sit_atconv.checkpoints.training_state import snapshots_bytes
 from sit_atconv.data.sources import DataConfig
@@ -35,7 +36,6 @@ from sit_atconv.runtime.settings import changed, differences, flatten
 from sit_atconv.runtime.tables import import_module_of, import_modules
 from sit_atconv.sampling import SOLVERS, Sampler
 from sit_atconv.training.ema import PROFILES
-from sit_atconv.training.power_averages import exponent_of
 
 # Options that choose a class, whose constructor's arguments are options, too -> base class and default class.
 CLASSES: dict[str, tuple[type, str | None]] = {

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 import torch.nn as nn
 from torch import Tensor
 
+from sit_atconv.checkpoints.power_averages import power_decay
 from sit_atconv.flow.step import move_averages
 from sit_atconv.runtime.tables import Table
-from sit_atconv.training.power_averages import power_decay
 
 # (decay, step) -> decay in that step (0-based). A user's own function may give its first argument another meaning,
 # such as the relative width of a power function average.

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from sit_atconv.checkpoints.post_hoc import averaged_folder, make_averages
+from sit_atconv.checkpoints.power_averages import exponent_of, inner_products, power_decay, solve, weights_of_steps
 from sit_atconv.checkpoints.snapshots import list_snapshots, snapshot_path
 from sit_atconv.checkpoints.weights import load_weights
 from sit_atconv.models import SiT
 from sit_atconv.training.average import main as average
 from sit_atconv.training.ema import Averages
-from sit_atconv.training.power_averages import exponent_of, inner_products, power_decay, solve, weights_of_steps
 from tests.conftest import TINY_RUN, load_command, relative_error
 
 
@@ -119,6 +120,17 @@ def test_the_command_makes_the_average_of_a_direct_run(runs, tmp_path, capsys):
     assert all(relative_error(kept[name], own[name]) < 1e-5 for name in own)
 
 
+def test_generate_makes_the_average_of_a_width(runs, tmp_path, launch):
+    argv = ["--num-samples", "2", "--steps", "1", "--cfg", "1", "--ema-std", "0.07"]
+    codes, output = launch("sample/generate.py", ["--ckpt", runs / "kept", *argv, "--out", tmp_path / "one"])
+    assert codes == [0], output
+    (folder,) = (runs / "kept" / "averages").iterdir()
+    assert folder.name == "step-0000048-std-0.07" and averaged_folder(runs / "kept", 0.07) == folder
+    made, (direct,) = load_weights(str(folder)), make_averages(runs / "kept", [0.07])
+    assert made.recipe.ema_decay == 0.07
+    assert all(torch.equal(p, direct.weights.model.get_parameter(name)) for name, p in made.model.named_parameters())
+
+
 def test_snapshots_may_take_half_the_space(runs, tmp_path, launch):
     sizes = {}
     for dtype in ("fp32", "fp16"):
@@ -135,7 +147,7 @@ def test_snapshots_may_take_half_the_space(runs, tmp_path, launch):
     ("options", "message"),
     [
         (["--std", "0.4"], "above 0 and below 0.289, not 0.4"),
-        (["--std", "0.1", "--step", "3"], "is of step 4, after --step 3"),
+        (["--std", "0.1", "--step", "3"], "is of step 4, after step 3"),
         (["--std", "0.1", "--out", "{runs}"], "is not an empty folder: give another --out"),
     ],
 )
