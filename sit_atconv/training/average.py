@@ -27,8 +27,8 @@ def main(argv: list[str] | None = None) -> None:
             export_weights(average.weights, out)
             if average.error > ROUGH:
                 print(
-                    f"warning: the average of width {std} is rough, its weights of steps are off by {average.error:.1%}: "
-                    f"more snapshots, and kept widths on both sides of {std}, make it exact",
+                    f"warning: the average of width {std} is rough, its weights of steps are off by "
+                    f"{average.error:.1%}: more snapshots, and kept widths on both sides of {std}, make it exact",
                     file=sys.stderr,
                 )
             print(
