@@ -68,9 +68,8 @@ class ATConv(nn.Module):
             self.kernel_act = ACTIVATIONS[act]()
             self.kernel_gen = nn.Linear(taps, taps)
         else:
-            self.static_kernels = nn.Parameter(
-                nn.init.uniform_(torch.empty(dim, taps), -1 / kernel_size, 1 / kernel_size)
-            )
+            self.static_kernels = nn.Parameter(torch.empty(dim, taps))
+            nn.init.uniform_(self.static_kernels, -1 / kernel_size, 1 / kernel_size)
         if inhibition == "learned":
             self.difference_control = nn.Parameter(torch.zeros(dim))  # alpha, strength of the lateral inhibition
         self.x_proj = nn.Linear(dim, dim)

@@ -253,3 +253,13 @@ def test_linears_can_be_quantised_dynamically():
     quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
     assert not [name for name, module in quantised.named_modules() if type(module) is torch.nn.Linear]
     assert 0 < relative_error(quantised(*BATCH), expected) < 0.1
+
+
+@pytest.mark.parametrize("options", [{"kernels": "static"}, {"kernel_inhibition": "none"}, {"two_times": True}])
+def test_every_variant_is_saved_and_loaded(tmp_path, options):
+    """diffusers builds the model without initialising it: functions of nn.init then return nothing."""
+    model = randomised(**options)
+    model.save_pretrained(tmp_path)
+    loaded = SiT.from_pretrained(tmp_path).state_dict()
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
