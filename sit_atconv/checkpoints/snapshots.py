@@ -4,6 +4,7 @@ RUN/snapshots/step-*.safetensors      WIDTH/NAME -> the trained tensors of the a
 """
 
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,19 @@ def save_snapshot(
     path = snapshot_path(run, step)
     path.parent.mkdir(exist_ok=True)
     write_aside(path, save(tensors), durable=True)
+
+
+def rewind_snapshots(run: Path, step: int) -> None:
+    """Deletes snapshots and averages made from them after the step that a run resumes from; all at step 0.
+
+    They may be of a former run in the same folder, which had other options.
+    """
+    for path in [*run.glob("snapshots/step-*"), *run.glob("averages/step-*")]:
+        if int(path.name.removeprefix("step-").partition("-")[0].partition(".")[0]) > step:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def list_snapshots(run: Path) -> list[Snapshot]:

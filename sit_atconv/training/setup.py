@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from sit_atconv.checkpoints.recipe import Recipe
 from sit_atconv.checkpoints.run_folder import rewind_stats
+from sit_atconv.checkpoints.snapshots import rewind_snapshots
 from sit_atconv.checkpoints.training_state import TrainingState, load_checkpoint, set_aside
 from sit_atconv.data.codecs import Codec
 from sit_atconv.data.loading import Batch, load_batches
@@ -204,6 +205,7 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
             config.save(run, job.description)
             record_provenance(run)
             rewind_stats(run, found.step)
+            rewind_snapshots(run, found.step)
             if not found.checkpoint:
                 unreadable.path.unlink(missing_ok=True)
         tracker = Tracker(accelerator, train.tracker, run, flatten(config.options), found.step)

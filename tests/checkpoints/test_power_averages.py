@@ -1,5 +1,7 @@
 """Power function averages: their weights, their inner products, and other widths from kept averages."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from sit_atconv.checkpoints.power_averages import exponent_of, inner_products, p
 from sit_atconv.checkpoints.snapshots import list_snapshots, snapshot_path
 from sit_atconv.checkpoints.weights import load_weights
 from sit_atconv.models import SiT
+from sit_atconv.runtime.files import sha256_of
 from sit_atconv.training.average import main as average
 from sit_atconv.training.ema import Averages
 from tests.conftest import TINY_RUN, load_command, relative_error
@@ -129,6 +132,24 @@ def test_generate_makes_the_average_of_a_width(runs, tmp_path, launch):
     made, (direct,) = load_weights(str(folder)), make_averages(runs / "kept", [0.07])
     assert made.recipe.ema_decay == 0.07
     assert all(torch.equal(p, direct.weights.model.get_parameter(name)) for name, p in made.model.named_parameters())
+
+
+def test_a_run_from_scratch_forgets_the_snapshots_and_averages_of_the_former_one(tmp_path, launch):
+    """Both are found by their step alone, and would be mixed with those of the new run."""
+    argv = [*TINY_RUN, *POWER, "--train.ema_decay", "[0.05,0.1]", "--out", tmp_path / "run"]
+    for every, lr, kept in ((2, "1e-3", [2, 4]), (3, "1e-2", [3, 4])):
+        codes, output = launch("sit_atconv/train.py", [*argv, "--train.snapshot_every", every, "--train.lr", lr])
+        assert codes == [0], output
+        assert [each.step for each in list_snapshots(tmp_path / "run")[::2]] == kept
+        folder = averaged_folder(tmp_path / "run", 0.07)
+        (made,) = make_averages(tmp_path / "run", [0.07])
+        assert load_weights(str(folder)).identity() == identity_of(made.weights.model, tmp_path / f"exported-{every}")
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+
+
+def identity_of(model, folder) -> str:
+    model.save_pretrained(folder)
+    return sha256_of(*folder.glob("*.safetensors"))
 
 
 def test_snapshots_may_take_half_the_space(runs, tmp_path, launch):
