@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from sit_atconv.data import MAX_MEGAPIXELS
+from sit_atconv.data.codecs import Codec
 from sit_atconv.data.data_source import DataSource
 from sit_atconv.data.images import scan_images
 from sit_atconv.data.latent_folder import (
@@ -20,8 +21,10 @@ from sit_atconv.data.latent_folder import (
     read_index,
     read_whole,
 )
-from sit_atconv.data.pixels import CROP_RULE, decode_jpeg, read_picture
+from sit_atconv.data.pixels import CROP_RULE, decode_jpeg, read_picture, to_float
 from sit_atconv.runtime.names import show_some
+
+SAME_IMAGE = 0.1  # relative difference of latents up to which they are of one image, encoded in other precisions
 
 
 class CachedLatents(DataSource):
@@ -95,6 +98,18 @@ class CachedLatents(DataSource):
                 "them back, or give the folder that was encoded as --data.pixels"
             )
         self.originals, self.max_megapixels = folder, max_megapixels
+
+    def check_originals(self, codec: Codec) -> None:
+        """Encodes the first and the last image again. ValueError: their latents are of other images."""
+        for index in {0, len(self) - 1}:
+            shard, position = self._find(index)
+            moments = codec.encode(to_float(self.read_pixels((index, False)))[None])[0].float()
+            stored = shard.tensors["moments"][position].float()
+            if (moments.cpu() - stored).norm() > SAME_IMAGE * stored.norm():
+                raise ValueError(
+                    f"{self.originals}/{shard.names[position]} is not the image that {self.folder} was encoded from: "
+                    "give the folder that was encoded"
+                )
 
     @property
     def has_pixels(self) -> bool:  # type: ignore[override]

@@ -106,6 +106,9 @@ class DataConfig:
             )
             if data.is_encoded:
                 codec.check(data.codec, made)
+        if isinstance(data, CachedLatents) and data.originals is not None:
+            with _naming("data.pixels"):
+                data.check_originals(codec)
         return data, codec
 
     def _source_class(self) -> type[DataSource]:

@@ -179,3 +179,8 @@ def test_what_latents_lack_for_alignment_is_one_line(encode, argv, images, tmp_p
     (images / "b" / "0.png").rename(images / "b" / "renamed.png")
     lost = error("--data.pixels", images)
     assert "error: data.pixels: " in lost and "lacks 1 of the 8 images" in lost
+    for path in images.rglob("*.png"):  # other images of the same names
+        draw(path, 100 + int(path.stem) if path.stem.isdigit() else 100)
+    (images / "b" / "renamed.png").rename(images / "b" / "0.png")
+    other = error("--data.pixels", images)
+    assert "error: data.pixels: " in other and "b/0.png is not the image that" in other
