@@ -23,7 +23,7 @@ from sit_atconv.training.config import parse
 from sit_atconv.training.ema import Averages
 from sit_atconv.training.estimate import trial_pass
 from sit_atconv.training.optimizers import make_optimizer
-from sit_atconv.training.preflight import build_auxiliary, image_shape, new_net, prepared_device
+from sit_atconv.training.preflight import build_auxiliary, new_net, prepared_device
 
 VARIANTS = {  # options, in which ENCODER is that of --encoder
     "encoder, MLP": ["--auxiliary.encoder", "ENCODER"],
@@ -48,7 +48,7 @@ def step_of(argv: list[str]) -> Callable[[], None]:
     updated = torch.ones((), dtype=torch.bool, device=device)
 
     def step() -> None:
-        trial_pass(net, config, config.train.batch_size, device, image_shape(data))
+        trial_pass(net, config, config.train.batch_size, device)
         optimizer.step()
         averages.update(0, updated)
         optimizer.zero_grad()

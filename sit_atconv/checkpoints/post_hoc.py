@@ -43,11 +43,13 @@ def make_averages(run: Path, stds: Sequence[float], step: int | None = None) -> 
     """
     for std in stds:
         exponent_of(std)  # raises an error before any work
+    if not run.is_dir():
+        raise ValueError(f"there is no folder {run}: give the folder of a run")
     snapshots = list_snapshots(run)
     if not snapshots:
         raise ValueError(
-            f"{run} has no snapshots: train with --train.ema_profile power --train.ema_decay "
-            '"[0.05,0.1]" --train.snapshot_every N'
+            f"{run} has no snapshots: give the folder of a run, trained with --train.ema_profile power "
+            '--train.ema_decay "[0.05,0.1]" --train.snapshot_every N'
         )
     steps = [snapshot.step for snapshot in snapshots]
     step = step or max(steps)

@@ -104,7 +104,10 @@ def open_encoder(
             raise
         except Exception as error:  # of any type: files, networks and users' own code
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"the encoder {name} cannot be opened ({reason[:200]})") from error
+            source = f" with {weights}" if weights is not None else ""
+            raise ValueError(
+                f"the encoder {name} cannot be opened{source} ({reason[:200]}): give the weights of that encoder"
+            ) from error
     wanted, found = (1, grid_size[0] * grid_size[1], encoder.width), getattr(tokens, "shape", ())
     if not isinstance(tokens, Tensor) or found != wanted:
         raise ValueError(

@@ -140,9 +140,11 @@ class Alignment(AuxiliaryLoss):
             raise ValueError(f"auxiliary.last_step must be at least 1, not {last_step}")
         self.target, self.projector, self.spatial_norm = target, projector, spatial_norm
         self.names = [canonical(name) for name in ([encoder] if isinstance(encoder, str) else encoder)]
+        if not self.names:
+            raise ValueError("auxiliary.encoder names no encoder: give one, or --auxiliary.target vae or self")
         files = [encoder_weights] if isinstance(encoder_weights, str) else encoder_weights
         self.files: Sequence[str | None] = files or [None] * len(self.names)
-        if not self.names or len(self.files) != len(self.names):
+        if len(self.files) != len(self.names):
             raise ValueError(
                 f"auxiliary.encoder_weights must be one file for each encoder: {len(self.names)} encoders, "
                 f"{len(self.files)} files"
@@ -157,7 +159,7 @@ class Alignment(AuxiliaryLoss):
     def is_active(self, step: int) -> bool:
         return self.last_step is None or step < self.last_step
 
-    def check(self, net: Any, data: Any) -> Extra | None:
+    def check(self, net: Any, features: Mapping | None) -> Extra | None:
         """Chooses blocks and source of the target. ValueError: a block or stored features do not fit."""
         depth = net.config.depth
         if self.block is None:
@@ -169,10 +171,9 @@ class Alignment(AuxiliaryLoss):
                 raise ValueError(
                     f"auxiliary.{name} is {getattr(self, name)}, and the model has the blocks 1 to {depth}"
                 )
-        self.image_shape = data.channels, data.image_size, data.image_size
         if self.target != "encoder" or self.coefficient == 0:
             return None
-        self.stored = data.features if data.features and [data.features["encoder"]] == self.names else None
+        self.stored = features if features and [features["encoder"]] == self.names else None
         if self.stored is None:
             return "pixels"
         if (grid := tuple(self.stored["grid_size"])) != net.grid_size:

@@ -4,9 +4,11 @@ accelerate launch sit_atconv/train.py --auxiliary my_module.MyLoss --auxiliary.c
 """
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -57,6 +59,7 @@ class AuxiliaryLoss(nn.Module, abc.ABC):
         couples_samples: True if the loss of a sample depends on the others of its micro-batch, so that the number of
             processes and micro-batches must not change when a run is resumed.
         features_shape: shape (N, width) of the stored features that `forward` needs; None if it needs none.
+        image_shape: shape (C, h, w) of the images, set before `check`.
     """
 
     enabled: bool = True
@@ -64,19 +67,25 @@ class AuxiliaryLoss(nn.Module, abc.ABC):
     needs_pixels: bool = False
     couples_samples: bool = False
     features_shape: tuple[int, int] | None = None
+    image_shape: tuple[int, int, int]
 
-    def check(self, net: Any, data: Any) -> Extra | None:
+    def check(self, net: Any, features: Mapping | None) -> Extra | None:
         """Returns what `forward` needs besides the latents; called before `build`.
 
         Args:
             net: the model; `net.config` holds hidden_size, depth and so on.
-            data: the data source, with `channels` and `image_size`; its `features` describes those that it stores
-                (`encoder`, `weights`, `grid_size`, `width`), or is None.
+            features: `encoder`, `weights`, `grid_size` and `width` of the features that are stored beside latents, or
+                None.
 
         Raises:
             ValueError: the loss cannot be computed for this model.
         """
         return "pixels" if self.needs_pixels else None
+
+    def blank_inputs(self, num_images: int, device: torch.device) -> dict[str, Tensor | None]:
+        """Returns zeros as `pixels` and `features`, for trials of a step."""
+        features = torch.zeros(num_images, *self.features_shape, device=device) if self.features_shape else None
+        return {"pixels": torch.zeros(num_images, *self.image_shape, device=device), "features": features}
 
     def build(self, net: Any) -> None:
         """Creates the parameters."""

@@ -31,19 +31,14 @@ ENOUGH_SECONDS = 1.0  # a pass of this length is measured well enough, whatever 
 UNITS = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
 
 
-def report(
-    net: SiT, config: Config, order: BatchOrder, device: torch.device, image_shape: tuple[int, int, int] | None = None
-) -> str:
-    """Returns the report of `--dry-run`, one fact a line; `net` may be on any device.
-
-    `image_shape` is that of the pixels (C, H, W) which an auxiliary loss sees, by default that of the model's inputs.
-    """
+def report(net: SiT, config: Config, order: BatchOrder, device: torch.device) -> str:
+    """Returns the report of `--dry-run`, one fact a line; `net` may be on any device."""
     train, processes, images = config.train, order.num_processes, order.micro_batch
     if train.activation_checkpointing:
         net.enable_gradient_checkpointing()
-    parts, image = fixed_bytes(net, config, processes), image_bytes(net, config, device, image_shape)
+    parts, image = fixed_bytes(net, config, processes), image_bytes(net, config, device)
     fixed, share = sum(parts.values()), order.accumulation * images  # images of a process in one step
-    seconds, note = time_step(net, config, order, fixed, image, device, image_shape)
+    seconds, note = time_step(net, config, order, fixed, image, device)
     macs, trained = multiply_adds(net, net.grid_size), sum(p.numel() for p in net.parameters() if p.requires_grad)
     passes = 3 + config.flow.forwards  # forwards, of which a backward counts two; without what checkpointing repeats
     added = config.auxiliary.to(next(net.parameters()).device).multiply_adds(net) if config.auxiliary else 0.0
@@ -128,13 +123,7 @@ def describe_auxiliary(config: Config, multiply_adds: float, of_model: float) ->
     }
 
 
-def trial_pass(
-    net: SiT,
-    config: Config,
-    num_images: int,
-    device: torch.device,
-    image_shape: tuple[int, int, int] | None = None,
-) -> None:
+def trial_pass(net: SiT, config: Config, num_images: int, device: torch.device) -> None:
     """Runs forward and backward on random images; gradients are added to existing ones."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (num_images, net.config.in_channels, net.config.input_size, net.config.input_size)
@@ -146,19 +135,16 @@ def trial_pass(
 
     def auxiliary(draw):
         labels, hidden = tapped.take()
-        pixels = torch.zeros(num_images, *(image_shape or shape[1:]), device=device)
-        features = torch.zeros(num_images, *loss.features_shape, device=device) if loss.features_shape else None
         return loss(
             AuxiliaryInputs(
                 data=data,
                 y=labels,
                 hidden=hidden,
-                pixels=pixels,
-                features=features,
                 objective=config.flow,
                 draw=draw,
                 random=draw.t,
                 average=net,
+                **loss.blank_inputs(num_images, device),
             )
         )
 
@@ -174,9 +160,7 @@ def trial_pass(
     )
 
 
-def image_bytes(
-    net: SiT, config: Config, device: torch.device, image_shape: tuple[int, int, int] | None = None
-) -> float:
+def image_bytes(net: SiT, config: Config, device: torch.device) -> float:
     """Measures the bytes that one more image adds at the peak of forward and backward.
 
     The whole model may not fit. Blocks of one mixer need the same memory, so the last two blocks and one more of each
@@ -190,7 +174,7 @@ def image_bytes(
 
     def of_blocks(chosen: list[nn.Module]) -> float:
         net.blocks = nn.ModuleList(chosen)
-        run = partial(trial_pass, net.to(device), config, device=device, image_shape=image_shape)
+        run = partial(trial_pass, net.to(device), config, device=device)
         run(config.flow.period)  # allocates the gradients
         low, high = (peak_bytes(partial(run, n), device) for n in (few, 2 * few))
         assert low is not None and high is not None  # both devices report it
@@ -204,13 +188,7 @@ def image_bytes(
 
 
 def time_step(
-    net: SiT,
-    config: Config,
-    order: BatchOrder,
-    fixed: float,
-    image: float,
-    device: torch.device,
-    image_shape: tuple[int, int, int] | None = None,
+    net: SiT, config: Config, order: BatchOrder, fixed: float, image: float, device: torch.device
 ) -> tuple[float | None, str]:
     """Times forward, backward, optimizer and averages without changing the weights.
 
@@ -239,7 +217,7 @@ def time_step(
             synchronize(device)
         return time.perf_counter() - start
 
-    run = partial(trial_pass, net, config, device=device, image_shape=image_shape)
+    run = partial(trial_pass, net, config, device=device)
     num_images = min(config.flow.period, limit)
     while (seconds := seconds_of(partial(run, num_images))) < ENOUGH_SECONDS and num_images < limit:
         num_images = min(2 * num_images, limit)

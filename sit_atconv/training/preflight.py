@@ -82,7 +82,7 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
     check_tracker(train.tracker)
     if config.dry_run:
         if is_main_process():
-            print(dry_run(net, config, order, data))
+            print(dry_run(net, config, order))
         return None
 
     # Check the run's folder, load the weights of --init-from, and lock the folder.
@@ -175,7 +175,8 @@ def build_auxiliary(config: Config, net: SiT, data: DataSource) -> Extra | None:
     if auxiliary is None:
         return None
     name = type(auxiliary).__name__
-    extra = auxiliary.check(net, data)
+    auxiliary.image_shape = (data.channels, data.image_size, data.image_size)
+    extra = auxiliary.check(net, data.features)
     if extra == "pixels" and data.is_encoded and not data.has_pixels:
         features = f"features of {data.features['encoder']} only" if data.features else "neither pixels nor features"
         raise ValueError(
@@ -190,13 +191,9 @@ def build_auxiliary(config: Config, net: SiT, data: DataSource) -> Extra | None:
     return extra if data.is_encoded else None
 
 
-def dry_run(net: SiT, config: Config, order: BatchOrder, data: DataSource) -> str:
+def dry_run(net: SiT, config: Config, order: BatchOrder) -> str:
     """Returns the report of `--dry-run`, measured on this process's device."""
-    return report(net, config, order, prepared_device(config), image_shape(data))
-
-
-def image_shape(data: DataSource) -> tuple[int, int, int]:
-    return data.channels, data.image_size, data.image_size
+    return report(net, config, order, prepared_device(config))
 
 
 def measure_step(config: Config) -> tuple[float, SiT]:
@@ -210,8 +207,7 @@ def measure_step(config: Config) -> tuple[float, SiT]:
     order = _order(config, data, hold_out(len(data), config.data.held_out))
     build_auxiliary(config, net, data)
     fixed = sum(fixed_bytes(net, config, 1).values())
-    image = image_bytes(net, config, device, image_shape(data))
-    seconds, note = time_step(net, config, order, fixed, image, device, image_shape(data))
+    seconds, note = time_step(net, config, order, fixed, image_bytes(net, config, device), device)
     if seconds is None:
         raise ValueError(note)
     return seconds, net

@@ -345,20 +345,17 @@ def settle_gradient_exchange(job: Job, session: Session) -> None:
         output = session.tapped(x, t, t.long(), *([t] if two_times else [])).float().sum()
         if loss is not None and session.auxiliary is not None:
             y, hidden = session.tapped.take()
-            pixels = torch.zeros(images, job.data.channels, *[job.data.image_size] * 2, device=x.device)
-            features = torch.zeros(images, *loss.features_shape, device=x.device) if loss.features_shape else None
             objective = job.config.flow
             draw = objective.draw(x.shape, torch.Generator(x.device))
             inputs = AuxiliaryInputs(
                 data=x,
                 y=y,
                 hidden=hidden,
-                pixels=pixels,
-                features=features,
                 objective=objective,
                 draw=draw,
                 random=t,
                 average=session.averages.first,
+                **loss.blank_inputs(images, x.device),
             )
             output = output + sum(term.sum() for term in session.auxiliary(inputs).values())
         accelerator.backward(output)

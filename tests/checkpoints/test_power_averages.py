@@ -178,7 +178,7 @@ def test_what_cannot_be_averaged_is_one_line(runs, tmp_path, fails, options, mes
 
 
 def test_runs_without_snapshots_and_damaged_ones_are_one_line(runs, tmp_path, fails):
-    assert "has no snapshots: train with --train.ema_profile power" in fails(
+    assert "has no snapshots: give the folder of a run, trained with --train.ema_profile power" in fails(
         average, [runs / "direct", "--std", "0.1", "--out", tmp_path / "out"]
     )
     (tmp_path / "snapshots").mkdir()

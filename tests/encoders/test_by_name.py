@@ -106,7 +106,7 @@ def test_opening_an_encoder_draws_no_random_numbers():
         ("damaged", r"cannot be read as weights of the encoder vit_golden_dinov2 \(.*: give timm's file"),
         ("convolutions", "resnet18 is no encoder: give a vision transformer of timm"),
         ("no such tag", "vit_tiny_patch16_224.nonsense is no encoder"),
-        ("shipped", r"the encoder digits cannot be opened \("),
+        ("shipped", r"the encoder digits cannot be opened with \S*w\.safetensors \(.*: give the weights of that"),
         ("other width", "does not fit the encoder vit_golden_dinov2 .*size mismatch"),
         ("other patches", "has patches of 16x16 pixels, and the encoder vit_golden_dinov2 14x14"),
         ("incomplete", "does not fit the encoder vit_golden_dinov2 .*Missing key"),

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,8 +49,8 @@ def net():
 def aligned(net, features=None, **options) -> Alignment:
     torch.manual_seed(1)
     loss = Alignment(**options)
-    data = SimpleNamespace(features=features, channels=net.config.in_channels, image_size=net.config.input_size)
-    loss.needs = loss.check(net, data)
+    loss.image_shape = net.config.in_channels, net.config.input_size, net.config.input_size
+    loss.needs = loss.check(net, features)
     loss.build(net)
     return loss
 
@@ -292,6 +291,7 @@ def test_what_does_not_fit_is_one_line(net, options, features, message):
     ("options", "message"),
     [
         ({"coefficient": -1}, "coefficient must be finite and not negative, not -1"),
+        ({"encoder": []}, "names no encoder: give one, or --auxiliary.target vae or self"),
         ({"spatial_norm": 2}, r"spatial_norm must be in \[0, 1\], not 2"),
         ({"last_step": 0}, "last_step must be at least 1, not 0"),
         ({"encoder": ["digits", "fashion"], "encoder_weights": "one"}, "2 encoders, 1 files"),

@@ -213,14 +213,15 @@ def test_alignment_is_counted():
     net = SiT(input_size=8, patch_size=2, in_channels=3, hidden_size=16, depth=3, num_heads=2, num_classes=4)
     plain, aligned = config(), config()
     aligned.auxiliary = Alignment(encoder="digits", projector="conv")
-    aligned.auxiliary.check(net, SimpleNamespace(features=None, channels=3, image_size=16))
+    aligned.auxiliary.image_shape = (3, 16, 16)
+    aligned.auxiliary.check(net, None)
     aligned.auxiliary.build(net)
     projector = sum(p.nbytes for p in aligned.auxiliary.projectors.parameters())
     encoder = sum(p.nbytes for p in aligned.auxiliary.encoders.parameters())
     parts = fixed_bytes(net, aligned, 1)
     assert (parts["parameters of the auxiliary loss"], parts["encoder"]) == (5 * projector, encoder)
     assert sum(parts.values()) == sum(fixed_bytes(net, plain, 1).values()) + 5 * projector + encoder
-    said = rows(report(net, aligned, order(), CPU, (3, 16, 16)))
+    said = rows(report(net, aligned, order(), CPU))
     added = aligned.auxiliary.multiply_adds(net)
     assert said["auxiliary"].startswith(
         f"Alignment: {projector / 4e6:.2f} M trained parameters, {encoder / 4e6:.1f} M frozen"

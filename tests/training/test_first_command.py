@@ -36,7 +36,7 @@ def test_the_printed_command_runs(latents, monkeypatch, capsys):
     command = shlex.split(training_command(index, CachedLatents(latents).labels, latents))
     assert command[:3] == ["accelerate", "launch", "sit_atconv/train.py"] and (ROOT / command[2]).exists()
     train = load_command("sit_atconv/train.py")
-    monkeypatch.setattr(preflight, "dry_run", lambda net, config, order, data: f"batch {order.micro_batch}")
+    monkeypatch.setattr(preflight, "dry_run", lambda net, config, order: f"batch {order.micro_batch}")
     train.main([*command[3:], "--dry-run"])
     assert capsys.readouterr().out == "batch 64\n"
 
