@@ -140,6 +140,10 @@ class Alignment(AuxiliaryLoss):
             raise ValueError(f"auxiliary.last_step must be at least 1, not {last_step}")
         self.target, self.projector, self.spatial_norm = target, projector, spatial_norm
         self.names = [canonical(name) for name in ([encoder] if isinstance(encoder, str) else encoder)]
+        given = {"encoder_weights": (encoder_weights, "encoder"), "teacher_block": (teacher_block, "self")}
+        for option, (chosen, owner) in given.items():
+            if chosen is not None and target != owner:
+                raise ValueError(f"auxiliary.{option} is for the target {owner}, not {target}: leave it out")
         if not self.names:
             raise ValueError("auxiliary.encoder names no encoder: give one, or --auxiliary.target vae or self")
         files = [encoder_weights] if isinstance(encoder_weights, str) else encoder_weights

@@ -106,15 +106,17 @@ def test_a_shard_of_unreadable_images_alone_is_written(encode, argv, images, tmp
     encode(*argv, *kind, "--skip-unreadable")
     latents = CachedLatents(tmp_path / "out")
     assert [entry["num_images"] for entry in latents.index.shards] == [3, 0, 2] and verify(tmp_path / "out") == []
-    read = latents.read_features if kind[0] == "--features" else latents.read_pixels
-    assert torch.equal(read((4, True)), read((4, False)).flip(-1)) or kind[0] == "--features"
+    if kind[0] == "--features":
+        assert not torch.equal(latents.read_features((4, True)), latents.read_features((4, False)))
+    else:
+        assert torch.equal(latents.read_pixels((4, True)), latents.read_pixels((4, False)).flip(-1))
 
 
 def test_an_extension_stores_them_too(encode, argv, images, tmp_path):
     kind = ["--pixels", "uint8", "--features", "digits"]
     encode(*argv, *kind)
     draw(images / "c" / "9.png", 9)
-    assert "pixels '' -> 'uint8'" not in encode(*argv, *kind, "--extend")
+    encode(*argv, *kind, "--extend")
     latents = CachedLatents(tmp_path / "out")
     assert len(latents) == 9 and latents.read_pixels((8, False)).shape == (3, 32, 32) and verify(tmp_path / "out") == []
     with pytest.raises(SystemExit):

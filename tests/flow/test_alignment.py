@@ -291,6 +291,8 @@ def test_what_does_not_fit_is_one_line(net, options, features, message):
     ("options", "message"),
     [
         ({"coefficient": -1}, "coefficient must be finite and not negative, not -1"),
+        ({"target": "vae", "encoder_weights": "x"}, "encoder_weights is for the target encoder, not vae"),
+        ({"teacher_block": 3}, "teacher_block is for the target self, not encoder"),
         ({"encoder": []}, "names no encoder: give one, or --auxiliary.target vae or self"),
         ({"spatial_norm": 2}, r"spatial_norm must be in \[0, 1\], not 2"),
         ({"last_step": 0}, "last_step must be at least 1, not 0"),
