@@ -55,27 +55,28 @@ def main(argv: list[str] | None = None) -> None:
                 print(json.dumps(recipe, indent=1) if as_json else line)
             return
         results: dict[str, str] = {}  # JSON objects by extractor
-        for chosen in of_extractors:
-            evaluation = scoring.evaluate(scoring.EvaluateOptions(**options, **chosen))
-            if evaluation is None:
-                continue
-            results[chosen["extractor"]] = evaluation.brief().to_json()
-            try:
-                record = write_record(evaluation, out)
-            finally:  # a full disk must not lose the printed scores, nor a closed pipe the record
-                if not as_json:
-                    print(to_table(evaluation.scores), flush=True)
-                elif len(results) == len(of_extractors):
-                    print(in_one(results), flush=True)
-            if as_json:
-                for name, score in evaluation.scores.items():
+        try:  # a full disk must not lose the scores, nor a closed pipe the records, nor one extractor those of another
+            for chosen in of_extractors:
+                evaluation = scoring.evaluate(scoring.EvaluateOptions(**options, **chosen))
+                if evaluation is None:
+                    continue
+                results[chosen["extractor"]] = evaluation.brief().to_json()
+                try:
+                    record = write_record(evaluation, out)
+                finally:
+                    if not as_json:
+                        print(to_table(evaluation.scores), flush=True)
+                for name, score in evaluation.scores.items() if as_json else ():
                     print(f"{name:24} {score}", file=sys.stderr)
-            print(f"record: {record}", file=sys.stderr if as_json else sys.stdout)
+                print(f"record: {record}", file=sys.stderr if as_json else sys.stdout)
+        finally:
+            if as_json and results:
+                print(in_one(results, several=len(of_extractors) > 1), flush=True)
 
 
-def in_one(results: Mapping[str, str]) -> str:
+def in_one(results: Mapping[str, str], several: bool) -> str:
     """Returns one JSON object: that of a single extractor, or one with those of several by their names."""
-    if len(results) == 1:
+    if not several:
         return next(iter(results.values()))
     return json.dumps({name: json.loads(result) for name, result in results.items()}, indent=1)
 

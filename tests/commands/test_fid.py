@@ -77,6 +77,27 @@ def test_several_extractors_have_a_record_each(npz, tmp_path, monkeypatch, capsy
     assert found["first"]["scores"]["FD-first-400"]["value"] == found["second"]["scores"]["FD-second-400"]["value"]
 
 
+def test_an_extractor_that_fails_does_not_lose_the_scores_of_another(npz, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = [
+        "--samples",
+        npz,
+        "--reference",
+        "digits",
+        "--metrics",
+        "fid",
+        "--extractor",
+        "digits",
+        "nonsense",
+        "--json",
+    ]
+    with pytest.raises(SystemExit):
+        load_command(FID).main([*map(str, argv)])
+    printed = capsys.readouterr()
+    assert "there is no extractor 'nonsense'" in printed.err
+    assert "FD-digits-400" in json.loads(printed.out)["digits"]["scores"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
