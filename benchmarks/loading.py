@@ -1,17 +1,21 @@
 """Benchmark of reading training data: cached latents, images, or both in turn.
 
-    python benchmarks/loading.py --latents LATENTS --images DIR --image-size 256
+    python benchmarks/loading.py --latents LATENTS --images DIR DIR.zip wids:SHARDS hf:NAME --image-size 256
     python benchmarks/loading.py --random-gb 10
+    python benchmarks/loading.py --entries 1281167
 
 Prints JSON: samples per second (median and all rounds), seconds to the first batch, private memory of the workers.
 """
 
+import functools
 import json
 import math
 import os
 import re
+import tarfile
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing import active_children
 from pathlib import Path
@@ -20,12 +24,14 @@ from statistics import median
 import torch
 from tqdm import tqdm, trange
 
+from sit_atconv.data.archives import CACHE
 from sit_atconv.data.data_source import DataSource
 from sit_atconv.data.images import ImageFolder
 from sit_atconv.data.latent_folder import LatentFolder, LatentSettings, inspect_shard
 from sit_atconv.data.latents import CachedLatents
 from sit_atconv.data.loading import Batch, leave_ctrl_c_to_the_parent, load_batches
 from sit_atconv.data.order import BatchOrder
+from sit_atconv.data.stores import open_store
 from sit_atconv.runtime.commands import ArgumentParser, at_least, positive, run_command, user_errors
 from sit_atconv.runtime.files import check_room
 
@@ -137,11 +143,27 @@ def write_random_latents(folder: Path, num_images: int, moments_shape: tuple[int
     latents.write_index("random", list(map(str, range(num_classes))), reports)
 
 
+def write_many_entries(folder: Path, num_images: int) -> list[str]:
+    """Writes small images of 1,000 classes into a zip and a tar archive, and returns the places of both."""
+    names = [f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(num_images)]
+    picture = b"P5 16 16 255\n" + bytes(256)
+    with zipfile.ZipFile(folder / "many.zip", "w") as archive:
+        for name in tqdm(names, unit="image", desc="writing a zip archive"):
+            archive.writestr(zipfile.ZipInfo(name), picture)
+    with (folder / "many.tar").open("wb") as archive:
+        for name in tqdm(names, unit="image", desc="writing a tar archive"):
+            info = tarfile.TarInfo(name)
+            info.size = len(picture)
+            archive.write(info.tobuf() + picture.ljust(512, b"\0"))
+        archive.write(bytes(1024))
+    return [str(folder / "many.zip"), str(folder / "many.tar")]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     options = parser.parse_args(argv)
-    if not (options.latents or options.images or options.random_gb):
-        parser.error("give --latents, --images or --random-gb")
+    if not (options.latents or options.images or options.random_gb or options.entries):
+        parser.error("give --latents, --images, --random-gb or --entries")
     with user_errors(), tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         sources: dict[str, Callable[[], DataSource]] = {}
         if options.latents:
@@ -149,8 +171,13 @@ def main(argv: list[str] | None = None) -> None:
         if options.random_gb:
             write_random_latents(Path(scratch), math.ceil(options.random_gb * 1e9 / (2 * 2 * 8 * 32 * 32)))
             sources["random latents"] = lambda: CachedLatents(scratch)
-        if options.images:
-            sources["images"] = lambda: ImageFolder(options.images, options.image_size)
+        if options.entries:
+            places = write_many_entries(Path(scratch), options.entries)
+            os.environ[CACHE] = scratch
+            list(map(open_store, places))  # lists the tar archive, which later openings need not do
+            options.images += places
+        for place in options.images:
+            sources[place] = functools.partial(ImageFolder, place, options.image_size)
         folders = [Path(folder) for folder in (options.latents, options.random_gb and scratch) if folder]
         found = measure_loading(
             sources,
@@ -166,11 +193,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        usage="python benchmarks/loading.py [--latents LATENTS] [--images DIR] [--random-gb GB] [options]",
+        usage="python benchmarks/loading.py [--latents LATENTS] [--images PLACE ...] [--random-gb GB] [options]",
         description="Measures how fast training data are read, in training's order and with random horizontal flips.",
     )
     parser.add_argument("--latents", default=None, help="folder of latents written by encode.py")
-    parser.add_argument("--images", metavar="DIR", default=None, help="folder of images")
+    parser.add_argument("--images", metavar="PLACE", nargs="+", default=[], help="images, named as for training")
+    parser.add_argument(
+        "--entries",
+        type=at_least(1),
+        metavar="N",
+        help="write N small images into a zip and a tar archive, and read them",
+    )
     parser.add_argument("--image-size", type=at_least(1), default=256, metavar="PX", help="image side in pixels")
     parser.add_argument(
         "--random-gb",

@@ -10,7 +10,7 @@ resumes, with any number of processes, and ends with the same bytes. --extend ad
 
 from pathlib import Path
 
-from sit_atconv.data import DEFAULT_VAE, MAX_MEGAPIXELS
+from sit_atconv.data import DEFAULT_VAE, IMAGES_AS, MAX_MEGAPIXELS, is_named
 from sit_atconv.runtime.commands import (
     ArgumentParser,
     add_import_option,
@@ -36,8 +36,8 @@ def main(argv: list[str] | None = None) -> None:
         if options[name] is None:
             parser.error(f"give --{name}")
     with user_errors():
-        if not Path(options["images"]).is_dir():  # an early error, before the slow import of torch
-            raise ValueError(f"{options['images']} is not a folder of images")
+        if not is_named(options["images"]) and not Path(options["images"]).exists():  # before the slow import of torch
+            raise ValueError(f"{options['images']} does not exist: give {IMAGES_AS}")
         from sit_atconv.data.encoding import EncodeOptions, encode_images
         from sit_atconv.data.latent_summary import describe_latents
         from sit_atconv.data.latents import CachedLatents
@@ -95,14 +95,15 @@ def check(latents: Path) -> None:
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog=command("encode"),
-        usage="%(prog)s --images DIR --out LATENTS [--vae ID_OR_FOLDER] [--image-size 256] [options]",
+        usage="%(prog)s --images PLACE --out LATENTS [--vae ID_OR_FOLDER] [--image-size 256] [options]",
         description="Encodes a folder of images into latents that training reads with --data.latents. If the command "
         "was stopped, run it again to resume.",
     )
     parser.add_argument(
         "--images",
-        metavar="DIR",
-        help="folder of images: one subfolder for each class, or a dataset.json, or all of one class",
+        metavar="PLACE",
+        help="a folder, .zip or .tar of images: one subfolder for each class, or a dataset.json, or all of one class; "
+        "wids:PLACE, the tar archives of a WebDataset; hf:NAME[:SPLIT], a Hugging Face data set; or idx:FOLDER",
     )
     parser.add_argument("--out", type=Path, metavar="LATENTS", help="folder to write the latents to")
     parser.add_argument(
@@ -131,7 +132,9 @@ def make_parser() -> ArgumentParser:
         help="leave out images that cannot be read, and record them in the index",
     )
     parser.add_argument(
-        "--extend", action="store_true", help="add the new images of DIR; existing images keep their shards and labels"
+        "--extend",
+        action="store_true",
+        help="add the new images of PLACE; existing images keep their shards and labels",
     )
     parser.add_argument(
         "--keep-empty-classes",

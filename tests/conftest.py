@@ -376,7 +376,7 @@ def vae(make_vae):
 @pytest.fixture(scope="session")
 def digit_folder(tmp_path_factory):
     """120 digits as 16x16 PNGs, in one subfolder for each class."""
-    from sit_atconv.data.images import load_digits
+    from sit_atconv.data.digits import load_digits
 
     folder = tmp_path_factory.mktemp("digits")
     for i, (image, label) in enumerate(zip(*(array[:120] for array in load_digits()), strict=True)):

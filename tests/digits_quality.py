@@ -9,7 +9,7 @@ import numpy as np
 from scipy.spatial.distance import cdist, pdist
 from sklearn.svm import SVC
 
-from sit_atconv.data.images import load_digits
+from sit_atconv.data.digits import load_digits
 from sit_atconv.evaluation.extractors import open_extractor
 from sit_atconv.evaluation.features import extract_features
 from sit_atconv.evaluation.gaussians import fit_gaussian

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from sit_atconv.data.images import load_digits
+from sit_atconv.data.digits import load_digits
 from sit_atconv.runtime.installation import shipped_sweeps
 from sit_atconv.training.config import parse
 from tests.conftest import ROOT, python

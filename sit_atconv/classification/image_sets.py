@@ -13,7 +13,7 @@ from PIL import Image
 from timm.data import create_dataset
 from timm.data.readers.img_extensions import get_img_extensions
 
-from sit_atconv.data.images import load_digits
+from sit_atconv.data.digits import load_digits
 from sit_atconv.runtime.names import show_some
 
 HELD_OUT_DIGITS = 5  # every fifth digit is held out

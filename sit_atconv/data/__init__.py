@@ -5,6 +5,9 @@ MAX_MEGAPIXELS = 179.0  # of an image file that is read: Pillow's limit against 
 IDX = "idx:"  # prefix of a folder of IDX files, as images or as a reference
 
 
+IMAGES_AS = "a folder, .zip or .tar of images, wids:PLACE, hf:NAME, idx:FOLDER or the word digits"
+
+
 def is_named(source: str) -> bool:
-    """True if images are not named by a path alone: "digits" or "idx:FOLDER"."""
-    return source == "digits" or source.startswith(IDX)
+    """True if images are not named by a path alone: "digits", "idx:FOLDER", "wids:PLACE" or "hf:NAME"."""
+    return source == "digits" or source.startswith((IDX, "wids:", "hf:"))

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from sit_atconv.data.codecs import WHERE_FROM, Codec, Precision, open_codec, typed_codec
-from sit_atconv.data.images import RULES, ImageFolder
+from sit_atconv.data.image_rules import RULES
+from sit_atconv.data.images import ImageFolder
 from sit_atconv.data.latent_extension import arrange
 from sit_atconv.data.latent_folder import (
     INDEX,
@@ -296,7 +297,7 @@ def _encode_missing(job: Job, missing: list[int]) -> float:
     with together() as faults, progress:
         for number in mine:
             shard, wrong = _encode_shard(job, number, loader, progress)
-            unreadable += [f"{images.folder / name} {why}" for name, why in shard.skipped.items()]
+            unreadable += [f"{images.where(name)} {why}" for name, why in shard.skipped.items()]
             faults += wrong
             if faults:
                 break
@@ -345,13 +346,13 @@ def _encode_shard(job: Job, number: int, loader: Iterator, progress: tqdm) -> tu
     skipped = {job.images.name(i): reason for i, reason in zip(indices, reasons, strict=True) if reason}
     finite = torch.stack([tensors[kind].isfinite().flatten(1).all(1) for kind in parts]).all(0).tolist()
     faults += [
-        f"{job.images.folder / name}: its latents are too large for {job.options.dtype}: give --dtype float32, "
+        f"{job.images.where(name)}: its latents are too large for {job.options.dtype}: give --dtype float32, "
         "or --precision fp32 if they are too large for the VAE's own arithmetic"
         for name, fits in zip(names, finite, strict=True)
         if not fits
     ]
     faults += [
-        f"{job.images.folder / name}: its features of {job.options.features} are not finite in float16: store --pixels "
+        f"{job.images.where(name)}: its features of {job.options.features} are not finite in float16: store --pixels "
         "instead"
         for kind in beside
         for name, fits in zip(names, tensors[kind].isfinite().flatten(1).all(1).tolist(), strict=True)
@@ -383,7 +384,7 @@ def _complete(job: Job) -> None:
     reports = sorted(gather_object(reports), key=lambda report: report.entry["file"])
     class_names, counts = list(job.images.class_names), sum_counts(reports)
     if not any(counts):
-        raise ValueError(f"none of the {len(job.images)} images of {job.images.folder} can be read")
+        raise ValueError(f"none of the {len(job.images)} images of {job.images.where()} can be read")
     if (empty := show_empty_classes(class_names, counts)) and not job.options.keep_empty_classes:
         raise ValueError(f"{empty}: fix or add images and run the same command again, or give --keep-empty-classes")
     with together():

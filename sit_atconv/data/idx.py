@@ -11,7 +11,7 @@ import torch
 
 from sit_atconv.data import IDX
 from sit_atconv.data.data_source import InMemory
-from sit_atconv.data.images import KEEP_EMPTY
+from sit_atconv.data.image_rules import KEEP_EMPTY
 from sit_atconv.runtime.names import show_some
 
 IMAGES, LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"

@@ -1,152 +1,27 @@
-"""Data sources of images: the embedded digits, and folders."""
+"""Data source of image files with labels, in a folder, in archives or in a Hugging Face data set."""
 
 import hashlib
 import json
 import os
-import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sit_atconv.data import DEFAULT_VAE, MAX_MEGAPIXELS
-from sit_atconv.data.data_source import DataSource, InMemory
-from sit_atconv.data.pixels import CROP_RULE, read_picture, to_uint8
-from sit_atconv.runtime.names import normal, show_some
+from sit_atconv.data.data_source import DataSource
+from sit_atconv.data.file_store import FileStore, Folder
+from sit_atconv.data.image_rules import ALL_RULES, KEEP_EMPTY, MOST_CLASSES, RULES, Rules, readable, suffix_of
+from sit_atconv.data.pixels import CROP_RULE, read_picture
+from sit_atconv.data.stores import open_store
+from sit_atconv.runtime.names import show_some
 
-MOST_CLASSES = 10**6  # labels of this size or more are refused as mistakes
-RULES = 2  # number of the rules for new data sets; 1 is for data sets that were first used before 2026-11-25
-SUFFIXES = frozenset(
-    [  # decoded by Pillow 12; fixed, so that a folder is the same data set under any version
-        ".apng",
-        ".avif",
-        ".avifs",
-        ".blp",
-        ".bmp",
-        ".bw",
-        ".cur",
-        ".dcx",
-        ".dds",
-        ".dib",
-        ".ftc",
-        ".ftu",
-        ".gbr",
-        ".gif",
-        ".icb",
-        ".icns",
-        ".ico",
-        ".im",
-        ".j2c",
-        ".j2k",
-        ".jfif",
-        ".jp2",
-        ".jpc",
-        ".jpe",
-        ".jpeg",
-        ".jpf",
-        ".jpg",
-        ".jpx",
-        ".mpo",
-        ".msp",
-        ".pbm",
-        ".pcd",
-        ".pcx",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".psd",
-        ".pxr",
-        ".qoi",
-        ".ras",
-        ".rgb",
-        ".rgba",
-        ".sgi",
-        ".tga",
-        ".tif",
-        ".tiff",
-        ".vda",
-        ".vst",
-        ".webp",
-        ".xbm",
-        ".xpm",
-        ".split",
-    ]
-)
-LITTER = frozenset(  # left among images by file systems, archives and file managers; lower case
-    [
-        "@eadir",
-        "@recycle",
-        "@recently-snapshot",
-        "#recycle",
-        "#snapshot",
-        "$recycle.bin",
-        "__macosx",
-        "lost+found",
-        "system volume information",
-        "thumbs.db",
-        "ehthumbs.db",
-        "desktop.ini",
-        "icon\r",
-    ]
-)
 DATASET_JSON = "dataset.json"
 NO_SUFFIX = "(none)"
-KEEP_EMPTY = "--keep-empty-classes (training: --data.keep_empty_classes true)"
 ClassesAndLabels = tuple[tuple[str, ...], list[int]]  # names of the classes, label of each image
-
-
-@dataclass(frozen=True)
-class Rules:
-    """Rules by which the files of a folder become images and labels.
-
-    Args:
-        suffixes: suffixes of image files, lower case.
-        litter: names of files and folders that are ignored, lower case.
-        class_order: sort key for the name of a class folder.
-        file_form: normal form in which names in `dataset.json` and in the file system are compared.
-        class_form: normal form in which the names of two classes must differ.
-    """
-
-    suffixes: frozenset[str]
-    litter: frozenset[str]
-    class_order: Callable[[str], tuple]
-    file_form: Callable[[str], str]
-    class_form: Callable[[str], str]
-
-    def is_image(self, name: str) -> bool:
-        return _suffix(name) in self.suffixes
-
-    def is_ignored(self, name: str) -> bool:
-        """True if the file or folder is hidden or litter."""
-        return name.startswith(".") or name.lower() in self.litter
-
-
-def _numbers_first(name: str) -> tuple:
-    return (0, int(name), name) if name.isascii() and name.isdigit() else (1, 0, name)
-
-
-ALL_RULES = {
-    1: Rules(
-        suffixes=frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"]),
-        litter=frozenset(),
-        class_order=lambda name: (name,),
-        file_form=str,
-        class_form=str,
-    ),
-    2: Rules(
-        suffixes=SUFFIXES,
-        litter=LITTER,
-        class_order=_numbers_first,
-        file_form=lambda name: unicodedata.normalize("NFC", name),
-        class_form=lambda name: normal(_readable(name)),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -166,47 +41,26 @@ class Listing:
         return dict(sorted(sum(self.left_out.values(), Counter()).items(), key=lambda item: (-item[1], item[0])))
 
 
-def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Returns scikit-learn's bundled handwritten digits: uint8 images (1797, 8, 8) and labels (1797,)."""
-    from sklearn.datasets import load_digits as load
-
-    pixels, labels = load(return_X_y=True)  # grey levels 0 ... 16
-    images = to_uint8(torch.from_numpy(pixels / 8 - 1)).numpy()
-    return images.reshape(-1, 8, 8), labels.astype(np.int64)
-
-
-class Digits(InMemory):
-    """Embedded data set: 1,797 real 8x8 greyscale images of ten classes, no download."""
-
-    class_names = tuple("0123456789")
-    channels = 1
-    image_size = 8
-
-    def __init__(self):
-        images, self.labels = load_digits()
-        self.images = torch.from_numpy(images)[:, None]
-
-    def describe(self) -> dict:
-        return {"kind": "digits", "images": len(self)}
-
-
 class ImageFolder(DataSource):
-    """Folder of images with labels.
+    """Image files with labels: in a folder, in archives or in a Hugging Face data set.
 
-    Labels are read from the folder's `dataset.json` if it has one, in the format of StyleGAN, EDM2 and REPA:
+    Labels are those of a WebDataset or Hugging Face data set. In a folder and in other archives they are read from
+    `dataset.json` if there is one, in the format of StyleGAN, EDM2 and REPA:
     `{"labels": [["00000/img00000000.png", 6], ...]}`, or null for one class. Otherwise every subfolder is a class, and
     a folder without subfolders is one class. Classes named by numbers come first, in numerical order; the others follow
     in the order of their names. `left_out` is the number of files that are not images, by suffix.
 
+    The same files are the same data set wherever they are: order and digests depend on names, labels and class names.
+
     Args:
-        folder: the folder of images.
+        place: the folder, archive or name, as `open_store` takes it, or an open store.
         image_size: side in pixels after ADM's centre crop.
         rules: number of the `Rules`: RULES, or 1 for runs and latents that were started under them.
         keep_empty_classes: accept empty class folders, and unused labels below the largest one, as classes.
         max_megapixels: largest file that is read, in millions of pixels.
 
     Raises:
-        ValueError: no such folder, no images, images both outside and inside subfolders, a class without images, two
+        ValueError: no such place, no images, images both outside and inside subfolders, a class without images, two
             classes with the same name, or a `dataset.json` that does not fit the images; lists all problems.
     """
 
@@ -214,23 +68,22 @@ class ImageFolder(DataSource):
 
     def __init__(
         self,
-        folder: str | Path,
+        place: str | Path | FileStore,
         image_size: int,
         *,
         rules: int = RULES,
         keep_empty_classes: bool = False,
         max_megapixels: float = MAX_MEGAPIXELS,
     ):
-        self.folder = Path(folder)
+        self.store = open_store(place) if isinstance(place, str | Path) else place
         self.image_size = image_size
         self.rules = rules
         self.max_megapixels = max_megapixels
-        listing = scan_images(self.folder, rules)
-        names, self.left_out = listing.names, listing.all_left_out()
-        labels_of = _labels_of_dataset_json if (self.folder / DATASET_JSON).is_file() else _labels_of_subfolders
-        self.class_names, labels = labels_of(self.folder, listing, ALL_RULES[rules], keep_empty_classes)
+        listing = scan_images(self.store, rules)
+        self.left_out = listing.all_left_out()
+        self.class_names, labels = _read_labels(self.store, listing, ALL_RULES[rules], keep_empty_classes)
         # Arrays, not lists: every loading process would gradually copy millions of small objects.
-        self.names = np.array([os.fsencode(name) for name in names])
+        self.names = np.array([os.fsencode(name) for name in listing.names])
         self.labels = np.array(labels, np.int64)
 
     @classmethod
@@ -245,16 +98,20 @@ class ImageFolder(DataSource):
         try:
             image, _ = self.read_with_size(index)
         except ValueError as error:
-            raise ValueError(f"{self.folder / self.name(index)} {error}") from error
+            raise ValueError(f"{self.where(self.name(index))} {error}") from error
         return image.flip(-1) if mirrored else image, int(self.labels[index])
 
     def read_with_size(self, index: int) -> tuple[Tensor, tuple[int, int]]:
         """Returns the image, uint8 (3, H, W), and its (height, width) before the crop; see `read_picture`."""
-        return read_picture(self.folder / self.name(index), self.image_size, self.max_megapixels)
+        return read_picture(self.store.open(self.name(index)), self.image_size, self.max_megapixels)
 
     def name(self, index: int) -> str:
-        """Returns the name of an image, relative to the folder."""
+        """Returns the name of an image, relative to the folder or archive."""
         return os.fsdecode(self.names[index])
+
+    def where(self, name: str = "") -> str:
+        """Returns the place of an image, or of all of them, for messages."""
+        return self.store.where(name) if name else self.store.place
 
     def find(self, names: Iterable[str]) -> np.ndarray:
         return np.flatnonzero(np.isin(self.names, [os.fsencode(name) for name in names]))
@@ -280,41 +137,31 @@ class ImageFolder(DataSource):
 
 def list_images(folder: Path) -> list[str]:
     """Returns the names of all image files below a folder. Raises as `scan_images`."""
-    return scan_images(folder).names
+    return scan_images(Folder(folder)).names
 
 
-def scan_images(folder: Path, rules: int = RULES) -> Listing:
-    """Lists the images below a folder by their suffixes, and counts the other files.
+def scan_images(store: FileStore, rules: int = RULES) -> Listing:
+    """Lists the images of a store by their suffixes, and counts the other files.
 
-    Follows links. Ignores names that begin with a dot, and `LITTER`.
+    Ignores names that begin with a dot, and `LITTER`.
 
     Raises:
-        ValueError: no such folder, no image in it, a link to a folder that holds the link, or unknown rules.
+        ValueError: there is no image, a link to a folder holds the link, or the rules are unknown.
     """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder of images")
     if rules not in ALL_RULES:
         raise ValueError(f"the rules {rules!r} of a data set are not known here (1 to {RULES}): update sit_atconv")
     rule = ALL_RULES[rules]
     names: list[str] = []
     left_out: dict[str, Counter[str]] = defaultdict(Counter)
-    for place, subfolders, files in os.walk(folder, followlinks=True, onerror=_raise):
-        subfolders[:] = [name for name in subfolders if not rule.is_ignored(name)]
-        for link in (Path(place, name) for name in subfolders):
-            if link.is_symlink() and any(parent.resolve().is_relative_to(link.resolve()) for parent in link.parents):
-                raise ValueError(f"{link} is a link to a folder that holds it: remove the link")
-        prefix = "" if place == str(folder) else os.path.relpath(place, folder) + os.sep
-        for name in files:
-            if rule.is_ignored(name) or prefix + name == DATASET_JSON:
-                continue
-            if rule.is_image(name):
-                names.append(prefix + name)
-            else:
-                left_out[_class_of(prefix + name)][_suffix(name) or NO_SUFFIX] += 1
+    for name in store.names(rule.is_ignored):
+        if store.only_images or rule.is_image(name):
+            names.append(name)
+        elif name != DATASET_JSON:
+            left_out[_class_of(name)][suffix_of(name) or NO_SUFFIX] += 1
     listing = Listing(sorted(names, key=os.fsencode), left_out)
     if not names:
         others = f", only {_counts(listing.all_left_out())}: convert them to PNG or JPEG" if left_out else ""
-        raise ValueError(f"{folder} holds no images{others}")
+        raise ValueError(f"{store.place} holds no images{others}")
     return listing
 
 
@@ -327,37 +174,46 @@ def _counts(suffixes: Mapping[str, int]) -> str:
     return show_some([f"{count} {suffix}" for suffix, count in suffixes.items()])
 
 
-def _raise(error: OSError) -> NoReturn:
-    raise error
-
-
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
-
-
 def _class_of(name: str) -> str:
     """Returns the first folder of a relative path, or "" if there is none."""
     return name.split(os.sep)[0] if os.sep in name else ""
 
 
-def _readable(name: str) -> str:
-    return os.fsencode(name).decode(errors="replace")  # a name may hold bytes that are not text
-
-
-def _refuse(where: Path, faults: Iterable[str]) -> None:
+def _refuse(where: str, faults: Iterable[str]) -> None:
     """Raises a ValueError that lists all faults, one per line, if there are any."""
     if found := list(faults):
         raise ValueError(f"{where} {found[0]}" if len(found) == 1 else "\n  ".join([f"{where} is wrong:", *found]))
 
 
-def _labels_of_subfolders(folder: Path, listing: Listing, rules: Rules, keep_empty_classes: bool) -> ClassesAndLabels:
+def _read_labels(store: FileStore, listing: Listing, rules: Rules, keep_empty_classes: bool) -> ClassesAndLabels:
+    if own := store.labels(listing.names):
+        names, labels = own
+        _refuse(store.place, _faults_of_own_labels(names, labels, keep_empty_classes))
+        return names, labels
+    if (content := store.read(DATASET_JSON)) is not None:
+        return _labels_of_dataset_json(content, store, listing, rules, keep_empty_classes)
+    return _labels_of_subfolders(store, listing, rules, keep_empty_classes)
+
+
+def _faults_of_own_labels(class_names: Sequence[str], labels: Sequence[int], keep_empty_classes: bool) -> Iterable[str]:
+    if len(class_names) > MOST_CLASSES:
+        yield f"has the label {len(class_names) - 1}: labels are whole numbers from 0 to {MOST_CLASSES - 1}"
+    used = set(labels)
+    empty = [name for label, name in enumerate(class_names) if label not in used]
+    if empty and not keep_empty_classes:
+        yield f"has no images of the classes {show_some(empty)}: keep them with {KEEP_EMPTY}"
+
+
+def _labels_of_subfolders(
+    store: FileStore, listing: Listing, rules: Rules, keep_empty_classes: bool
+) -> ClassesAndLabels:
     classes = [_class_of(name) for name in listing.names]
     if set(classes) == {""}:
         return ("images",), [0] * len(classes)
-    folders = {path.name for path in folder.iterdir() if path.is_dir() and not rules.is_ignored(path.name)}
-    _refuse(folder, _faults_of_subfolders(classes, folders, listing, rules, keep_empty_classes))
+    folders = {name for name in store.folders() if not rules.is_ignored(name)}
+    _refuse(store.place, _faults_of_subfolders(classes, folders, listing, rules, keep_empty_classes))
     label = {name: index for index, name in enumerate(sorted(folders, key=rules.class_order))}
-    return tuple(map(_readable, label)), [label[name] for name in classes]
+    return tuple(map(readable, label)), [label[name] for name in classes]
 
 
 def _faults_of_subfolders(
@@ -375,10 +231,12 @@ def _faults_of_subfolders(
             yield f"has two classes with the same name, {form}: rename {other!a} or {name!a}"
 
 
-def _labels_of_dataset_json(folder: Path, listing: Listing, rules: Rules, keep_empty_classes: bool) -> ClassesAndLabels:
-    path = folder / DATASET_JSON
+def _labels_of_dataset_json(
+    content: bytes, store: FileStore, listing: Listing, rules: Rules, keep_empty_classes: bool
+) -> ClassesAndLabels:
+    path = store.where(DATASET_JSON)
     try:
-        pairs = json.loads(path.read_bytes())["labels"]
+        pairs = json.loads(content)["labels"]
         if pairs is None:
             return ("images",), [0] * len(listing.names)
         pairs = [(rules.file_form(os.path.normpath(name)), label) for name, label in pairs if rules.is_image(name)]

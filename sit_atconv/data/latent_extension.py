@@ -55,7 +55,7 @@ def arrange(
         return existing.select(existing.names), known
     if not extend:
         raise ValueError(
-            f"{images.folder} holds {len(new)} images that {path} does not have ({show_some(new, 3)}): "
+            f"{images.where()} holds {len(new)} images that {path} does not have ({show_some(new, 3)}): "
             "add them with --extend, or give another --out"
         )
     part = known.extended(len(new), existing.select(new).files_sha256(), existing.former_classes)
@@ -142,7 +142,7 @@ class _Existing:
             if name in self.where and self.labels[self.where[name]] != label
         ]
         faults = [
-            f"{len(found)} images of {self.path} {what} {self.images.folder}: {show_some(found)}"
+            f"{len(found)} images of {self.path} {what} {self.images.where()}: {show_some(found)}"
             for found, what in ((gone, "are gone from"), (changed, "have another label in"))
             if found
         ]
@@ -170,7 +170,7 @@ class _Existing:
                     "--out"
                 )
         raise ValueError(
-            f"{self.path} is incomplete, and {self.images.folder} does not hold the images that it was "
+            f"{self.path} is incomplete, and {self.images.where()} does not hold the images that it was "
             "started with: complete it with those alone (move new images away meanwhile) and add the "
             f"others with --extend afterwards, {self._otherwise()}"
         )

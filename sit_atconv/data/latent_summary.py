@@ -3,7 +3,8 @@
 import shlex
 from collections.abc import Sequence
 
-from sit_atconv.data.images import RULES, ImageFolder, left_out_line
+from sit_atconv.data.image_rules import RULES
+from sit_atconv.data.images import ImageFolder, left_out_line
 from sit_atconv.data.latent_folder import LatentIndex, LatentSettings
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # unlikely as names of classes
@@ -18,7 +19,7 @@ def describe_images(images: ImageFolder, settings: LatentSettings, patch_sizes: 
         patch_sizes: those of the presets; a warning is given if none of them divides the latents.
     """
     names = images.class_names
-    lines = [f"{images.folder}: {len(images)} images, {describe_classes(names, images.class_counts)}"]
+    lines = [f"{images.where()}: {len(images)} images, {describe_classes(names, images.class_counts)}"]
     if images.left_out:
         lines.append(left_out_line(images.left_out))
     if settings.rules < RULES:
@@ -37,7 +38,7 @@ def describe_images(images: ImageFolder, settings: LatentSettings, patch_sizes: 
         train = next((name for name in names if name.lower().startswith("train")), names[0])
         lines.append(
             f"warning: the classes {' and '.join(map(repr, names))} are named like the splits of a data set: "
-            f"if they are splits, give --images {shlex.quote(str(images.folder / train))}"
+            f"if they are splits, give --images {shlex.quote(images.where(train))}"
         )
     side = settings.latent_size
     if patch_sizes and all(side % patch for patch in patch_sizes):

@@ -10,6 +10,7 @@ from torch import Tensor
 from sit_atconv.data import MAX_MEGAPIXELS
 from sit_atconv.data.codecs import Codec
 from sit_atconv.data.data_source import DataSource
+from sit_atconv.data.file_store import FileStore
 from sit_atconv.data.images import scan_images
 from sit_atconv.data.latent_folder import (
     ENCODE_AGAIN,
@@ -21,7 +22,8 @@ from sit_atconv.data.latent_folder import (
     read_index,
     read_whole,
 )
-from sit_atconv.data.pixels import CROP_RULE, decode_jpeg, read_picture, to_float
+from sit_atconv.data.pixels import CROP_RULE, decode_jpeg, read_image, to_float
+from sit_atconv.data.stores import open_store
 from sit_atconv.runtime.names import show_some
 
 SAME_IMAGE = 0.1  # relative difference of latents up to which they are of one image, encoded in other precisions
@@ -71,18 +73,18 @@ class CachedLatents(DataSource):
         self.ends = list(itertools.accumulate(entry["num_images"] for entry in self.index.shards))
         self.shards: dict[int, Shard] = {}  # those opened so far
         self.features = settings.features or None
-        self.originals: Path | None = None  # folder of the images that the latents were encoded from
+        self.originals: FileStore | None = None  # the images that the latents were encoded from
         self.max_megapixels = MAX_MEGAPIXELS
 
     @classmethod
     def open(cls, name: str, **options) -> "CachedLatents":
         return cls(name, options["mirror"], keep_empty_classes=options["keep_empty_classes"])
 
-    def read_originals(self, folder: Path, max_megapixels: float = MAX_MEGAPIXELS) -> None:
+    def read_originals(self, place: str, max_megapixels: float = MAX_MEGAPIXELS) -> None:
         """Makes `read_pixels` read the images again, by the names in the shards.
 
         Raises:
-            ValueError: the folder lacks images of the latents, or this version crops images by another rule.
+            ValueError: the place lacks images of the latents, or this version crops images by another rule.
         """
         settings = self.index.settings
         if settings.crop != CROP_RULE:
@@ -90,25 +92,27 @@ class CachedLatents(DataSource):
                 f"{self.folder} was encoded from images cropped by another rule ({settings.crop}), which this version "
                 "does not have: encode again"
             )
-        there = set(scan_images(folder, settings.rules).names)
+        store = open_store(place)
+        there = set(scan_images(store, settings.rules).names)
         names = [name for entry in self.index.shards for name in open_shard(self.folder / entry["file"]).names]
         if gone := [name for name in names if name not in there]:
             raise ValueError(
-                f"{folder} lacks {len(gone)} of the {len(names)} images of {self.folder} ({show_some(gone, 3)}): put "
+                f"{place} lacks {len(gone)} of the {len(names)} images of {self.folder} ({show_some(gone, 3)}): put "
                 "them back, or give the folder that was encoded as --data.pixels"
             )
-        self.originals, self.max_megapixels = folder, max_megapixels
+        self.originals, self.max_megapixels = store, max_megapixels
 
     def check_originals(self, codec: Codec) -> None:
         """Encodes the first and the last image again. ValueError: their latents are of other images."""
+        assert self.originals is not None
         for index in {0, len(self) - 1}:
             shard, position = self._find(index)
             moments = codec.encode(to_float(self.read_pixels((index, False)))[None])[0].float()
             stored = shard.tensors["moments"][position].float()
             if (moments.cpu() - stored).norm() > SAME_IMAGE * stored.norm():
                 raise ValueError(
-                    f"{self.originals}/{shard.names[position]} is not the image that {self.folder} was encoded from: "
-                    "give the folder that was encoded"
+                    f"{self.originals.where(shard.names[position])} is not the image that {self.folder} was encoded "
+                    "from: give the images that were encoded"
                 )
 
     @property
@@ -143,11 +147,13 @@ class CachedLatents(DataSource):
         index, mirrored = item
         shard, position = self._find(index)
         if self.originals is not None:
-            path = self.originals / shard.names[position]
+            name = shard.names[position]
             try:
-                pixels, _ = read_picture(path, self.image_size, self.max_megapixels)
+                pixels = read_image(self.originals.open(name), self.image_size, self.max_megapixels)
             except ValueError as error:
-                raise ValueError(f"{path} {error}; an image of data.pixels cannot be skipped") from error
+                raise ValueError(
+                    f"{self.originals.where(name)} {error}; an image of data.pixels cannot be skipped"
+                ) from error
         elif "pixels" in shard.tensors:
             pixels = read_whole(shard.tensors["pixels"][position])
         else:

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -108,20 +109,20 @@ def _weighted(pixels: np.ndarray, taps: np.ndarray, weights: np.ndarray) -> np.n
     return ((sums + 2 ** (WEIGHT_BITS - 1)) >> WEIGHT_BITS).clip(0, 255).astype(np.uint8)
 
 
-def read_image(path: Path, size: int | None, max_megapixels: float = MAX_MEGAPIXELS) -> Tensor:
+def read_image(file: Path | BinaryIO, size: int | None, max_megapixels: float = MAX_MEGAPIXELS) -> Tensor:
     """Reads an image file as uint8 (3, H, W). Arguments and errors are those of `read_picture`."""
-    return read_picture(path, size, max_megapixels)[0]
+    return read_picture(file, size, max_megapixels)[0]
 
 
 def read_picture(
-    path: Path, size: int | None, max_megapixels: float = MAX_MEGAPIXELS
+    file: Path | BinaryIO, size: int | None, max_megapixels: float = MAX_MEGAPIXELS
 ) -> tuple[Tensor, tuple[int, int]]:
     """Reads an image file as RGB, turned upright by its EXIF data.
 
     Greyscale is repeated, 16 bits become 8, transparency is dropped.
 
     Args:
-        path: the file.
+        file: its path, or the open file.
         size: side in pixels of the centre crop; None for the whole picture.
         max_megapixels: largest picture that is read, in millions of pixels.
 
@@ -132,25 +133,26 @@ def read_picture(
         OSError: the file is missing, the disk fails or the memory is full; names the file.
         ValueError: the file's content is not an image, truncated, or too large; the caller adds the file's name.
     """
-    if not path.is_file() and path.exists():
+    if isinstance(file, Path) and not file.is_file() and file.exists():
         raise ValueError("cannot be read as an image: it is not a regular file")
     try:
-        with _without_pillows_limit(), Image.open(path) as file:
-            if (megapixels := file.width * file.height / 1e6) > max_megapixels:
+        with _without_pillows_limit(), Image.open(file) as opened:
+            if (megapixels := opened.width * opened.height / 1e6) > max_megapixels:
                 raise ValueError(
                     f"it has {math.ceil(10 * megapixels) / 10:g} megapixels, more than --max-megapixels "
                     f"{max_megapixels:g} allows (training: --data.max_megapixels)"
                 )
-            picture = to_rgb(ImageOps.exif_transpose(file))
+            picture = to_rgb(ImageOps.exif_transpose(opened))
             size_before = picture.height, picture.width
             pixels = np.array(center_crop(picture, size) if size else picture)
             return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), size_before
     except MemoryError as error:  # an OSError, since the file may be readable the next time
-        raise OSError(f"{path} cannot be read: out of memory (use fewer workers, or remove the file)") from error
+        raise OSError(f"{file} cannot be read: out of memory (use fewer workers, or remove the file)") from error
     except Exception as error:  # Pillow's readers raise many types for damaged files
         if isinstance(error, OSError) and error.errno is not None:
-            raise OSError(f"{path} cannot be read: {error.strerror}") from error
-        reason = (str(error) or type(error).__name__).splitlines()[0].replace(f" {str(path)!r}", "")
+            raise OSError(f"{file} cannot be read: {error.strerror}") from error
+        shown = str(file) if isinstance(file, Path) else file  # as Pillow shows it
+        reason = (str(error) or type(error).__name__).splitlines()[0].replace(f" {shown!r}", "")
         raise ValueError(f"cannot be read as an image: {reason}") from error
 
 

@@ -10,14 +10,16 @@ import numpy as np
 from sit_atconv.data import MAX_MEGAPIXELS
 from sit_atconv.data.codecs import Codec, Precision, open_codec, typed_codec
 from sit_atconv.data.data_source import DataSource
+from sit_atconv.data.digits import Digits
 from sit_atconv.data.idx import IdxImages
-from sit_atconv.data.images import Digits, ImageFolder
+from sit_atconv.data.images import ImageFolder
 from sit_atconv.data.latents import CachedLatents
+from sit_atconv.data.stores import ARCHIVES, STORES, kind_of
 from sit_atconv.runtime.commands import warn_if_hidden
 from sit_atconv.runtime.names import is_object_path, name_classes
 from sit_atconv.runtime.tables import Table, import_module_of
 
-# Named by NAME or NAME:PLACE; anything else is a folder of images.
+# Named by NAME or NAME:PLACE; anything else is a place of image files, see `open_store`.
 SOURCES: Table[type[DataSource]] = Table("data source", type, {"digits": Digits, "idx": IdxImages})
 
 
@@ -26,12 +28,13 @@ class DataConfig:
     """Settings of the training data.
 
     Args:
-        images: "digits" (embedded, 8x8); a folder of images with labels from its dataset.json or its subfolders;
-            idx:FOLDER with the IDX files of MNIST or Fashion-MNIST, padded to 32 pixels; or your own `DataSource`,
-            my_module.MySource.
+        images: "digits" (embedded, 8x8); a folder, .zip or .tar of images with labels from its dataset.json or its
+            subfolders; wids:PLACE, the tar archives of a WebDataset, by folder, pattern or index.json; hf:NAME, a data
+            set of Hugging Face, on the hub or local, hf:NAME:SPLIT:image=COLUMN,label=COLUMN; idx:FOLDER with the IDX
+            files of MNIST or Fashion-MNIST, padded to 32 pixels; or your own `DataSource`, my_module.MySource.
         latents: a folder written by encode.py, instead of images; it determines size, classes and VAE.
-        pixels: the folder of images that the latents were encoded from, read again for an auxiliary loss that sees
-            them; not needed if the latents hold pixels or the encoder's features (encode.py --pixels, --features).
+        pixels: the images that the latents were encoded from, named as in images, and read again for an auxiliary loss
+            that sees them; not needed if the latents hold pixels or features (encode.py --pixels, --features).
         image_size: side in pixels after a centre crop; by default, that of the latents, or 256.
         codec: hub id or folder of a diffusers AutoencoderKL, "identity" for pixel space, or your own `Codec`,
             my_module.MyCodec; by default, the codec of the latents, stabilityai/sd-vae-ft-ema for a folder of images,
@@ -89,7 +92,7 @@ class DataConfig:
             )
         if isinstance(data, CachedLatents) and self.pixels is not None:
             with _naming("data.pixels"):
-                data.read_originals(Path(self.pixels), self.max_megapixels)
+                data.read_originals(self.pixels, self.max_megapixels)
         made = f"{self.latents or self.images} was encoded" if data.is_encoded else "training begins"
         if data.is_encoded and self.image_size not in (None, data.image_size):
             raise ValueError(
@@ -119,7 +122,11 @@ class DataConfig:
         name, colon, _ = self.images.partition(":")
         if name in SOURCES and getattr(SOURCES[name], "takes_place", False) == bool(colon):
             warn_if_hidden("data.images", self.images)
-        elif is_object_path(self.images):
+        elif (
+            kind_of(self.images) not in STORES
+            and Path(self.images).suffix not in ARCHIVES
+            and is_object_path(self.images)
+        ):
             name = import_module_of(self.images)
         else:
             return ImageFolder

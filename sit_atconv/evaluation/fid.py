@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sit_atconv.data import MAX_MEGAPIXELS, is_named
+from sit_atconv.data import IMAGES_AS, MAX_MEGAPIXELS, is_named
 from sit_atconv.evaluation.metrics import METRICS, find_metric
 from sit_atconv.evaluation.scores import Score
 from sit_atconv.runtime.commands import (
@@ -121,7 +121,7 @@ def check_paths(options: dict, out: str | None, statistics: str | None) -> None:
         if source and is_named(source):
             warn_if_hidden(f"--{name}", source)
         elif source and not Path(source).exists():
-            fail(f"{source} does not exist: give a folder of images, an .npz, the word digits, or idx:FOLDER")
+            fail(f"{source} does not exist: give {IMAGES_AS}, or an .npz")
     for weights in options["weights"] or ():
         if not Path(weights).is_file():
             fail(f"there is no file {weights}: give --weights the path of the extractor's weights")
@@ -149,7 +149,7 @@ def make_parser() -> ArgumentParser:
         "--reference",
         required=True,
         help="what to compare with: an .npz with mu and sigma, from ADM or --make-reference; images, "
-        "given as for --samples; the word digits; or idx:FOLDER with the IDX files of Fashion-MNIST",
+        "given as for --samples; or a .zip or .tar, wids:PLACE, hf:NAME, idx:FOLDER or digits, as for training",
     )
     parser.add_argument(
         "--make-reference",
@@ -162,7 +162,7 @@ def make_parser() -> ArgumentParser:
         type=at_least(1),
         default=None,
         metavar="PIXELS",
-        help="crop the images of a reference folder to squares of this side, by ADM's rule, or pad IDX files to it",
+        help="crop the reference's image files to squares of this side, by ADM's rule, or pad IDX files to it",
     )
     parser.add_argument(
         "--max-megapixels",

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sit_atconv.data import IDX, MAX_MEGAPIXELS
+from sit_atconv.data import IDX, IMAGES_AS, MAX_MEGAPIXELS, is_named
+from sit_atconv.data.digits import load_digits
+from sit_atconv.data.file_store import FileStore, Folder
 from sit_atconv.data.idx import IdxImages
-from sit_atconv.data.image_npz import IMAGES, ImageNpz
-from sit_atconv.data.images import ImageFolder, left_out_line, list_images, load_digits, scan_images
+from sit_atconv.data.image_npz import ImageNpz
+from sit_atconv.data.images import DATASET_JSON, ImageFolder, left_out_line, list_images, scan_images
 from sit_atconv.data.pixels import CROP_RULE, read_image
-from sit_atconv.runtime.files import sha256_of
+from sit_atconv.data.stores import ARCHIVES, open_store
 
 LABELS = "arr_1"  # as in ADM's files
 MANIFEST, NPZ = "manifest.json", "samples.npz"  # files that sample/generate.py writes beside images/
@@ -56,7 +58,8 @@ class ImageSet:
 
     Args:
         name: path or word that the user gave.
-        images: uint8 (N, H, W, 3), in memory or on disk, or the paths of N images.
+        images: uint8 (N, H, W, 3), in memory or on disk, or the names of N image files.
+        store: where these files are.
         crop_to: side in pixels to crop files to by ADM's rule; None leaves them as they are.
         labels: N integers, or None if unknown.
         manifest: manifest of `sample/generate.py`, or {}.
@@ -66,6 +69,7 @@ class ImageSet:
 
     name: str
     images: np.ndarray | Sequence[str]
+    store: FileStore | None = None
     crop_to: int | None = None
     labels: Sequence[int] | None = None
     manifest: dict = field(default_factory=dict)
@@ -102,20 +106,24 @@ class ImageSet:
         with ThreadPoolExecutor() as pool:
             pictures = list(pool.map(self._read_file, self.images[start:stop]))
         expected = pictures[0].shape if start == 0 else (3, *self.size)
-        for path, picture in zip(self.images[start:stop], pictures, strict=True):
+        for name, picture in zip(self.images[start:stop], pictures, strict=True):
             if picture.shape != expected:
                 (_, h, w), (_, h0, w0) = picture.shape, expected
                 raise ValueError(
-                    f"{path} is {h}x{w}, and the first {h0}x{w0}: give images of one size, or crop "
+                    f"{self._where(name)} is {h}x{w}, and the first {h0}x{w0}: give images of one size, or crop "
                     "a reference with --image-size"
                 )
         return torch.stack(pictures)
 
-    def _read_file(self, path: str) -> Tensor:
+    def _read_file(self, name: str) -> Tensor:
+        assert self.store is not None
         try:
-            return read_image(Path(path), self.crop_to, self.max_megapixels)
+            return read_image(self.store.open(name), self.crop_to, self.max_megapixels)
         except ValueError as error:
-            raise ValueError(f"{path} {error}") from error
+            raise ValueError(f"{self._where(name)} {error}") from error
+
+    def _where(self, name: str) -> str:
+        return self.store.where(name) if self.store else name
 
     def content(self, start: int, stop: int) -> str:
         """Returns the digest of images start ... stop - 1: their pixels, or their files' bytes and the crop."""
@@ -123,7 +131,8 @@ class ImageSet:
             pixels = np.ascontiguousarray(self.images[start:stop])
             return digest_of(str(pixels.shape), hashlib.sha256(pixels.data).hexdigest())
         with ThreadPoolExecutor() as pool:
-            return digest_of(self.crop, *pool.map(sha256_of, map(Path, self.images[start:stop])))
+            assert self.store is not None
+            return digest_of(self.crop, *pool.map(self.store.sha256, self.images[start:stop]))
 
     @property
     def crop(self) -> str:
@@ -144,7 +153,7 @@ def open_image_set(source: str, crop_to: int | None = None, max_megapixels: floa
     """Opens the images at a path, or the digits.
 
     Args:
-        source: a folder of images, with labels from its dataset.json or its subfolders; an `.npz` with `arr_0` uint8
+        source: a folder, archive or other place of image files, as `open_store` takes it; an `.npz` with `arr_0` uint8
             (N, H, W, 3) and optionally labels `arr_1`; a folder that `sample/generate.py` wrote, or the manifest or
             samples.npz in it (reads samples.npz, or else images/, never the grid picture); "digits", scikit-learn's
             1,797 digits as RGB; or "idx:FOLDER", IDX files as RGB, see `IdxImages`.
@@ -161,19 +170,18 @@ def open_image_set(source: str, crop_to: int | None = None, max_megapixels: floa
     check_is_images(source)
     path = folder_of(Path(source))
     is_generated = (path / MANIFEST).is_file() and ((path / "images").is_dir() or (path / NPZ).is_file())
-    if crop_to and (is_generated or not path.is_dir()):
-        raise ValueError(f"--image-size crops the images of a folder, and {source} is not one: leave it out")
+    of_files = path.is_dir() or path.suffix.lower() in ARCHIVES or is_named(source)
+    if crop_to and (is_generated or source == "digits" or not of_files):
+        raise ValueError(f"--image-size crops files of images, and {source} has none: leave it out")
     if source == "digits":
         return ImageSet(source, _as_rgb(load_digits()[0]))
     if is_generated:
         return replace(_open_generated(source, path), max_megapixels=max_megapixels)
-    if path.is_dir():
-        return replace(_open_folder(source, path), crop_to=crop_to, max_megapixels=max_megapixels)
+    if of_files:
+        return replace(_open_files(source, open_store(source)), crop_to=crop_to, max_megapixels=max_megapixels)
     if path.is_file():
         return _open_npz(source, ImageNpz(path))
-    raise ValueError(
-        f"{source} does not exist: give a folder of images, an .npz with {IMAGES}, the word digits, or idx:FOLDER"
-    )
+    raise ValueError(f"{source} does not exist: give {IMAGES_AS}, or an .npz")
 
 
 def _as_rgb(images: np.ndarray) -> np.ndarray:
@@ -208,21 +216,20 @@ def _open_npz(source: str, npz: ImageNpz) -> ImageSet:
     return ImageSet(source, images, labels=labels.ravel().tolist())
 
 
-def _open_folder(source: str, folder: Path) -> ImageSet:
-    listing = scan_images(folder)
+def _open_files(source: str, store: FileStore) -> ImageSet:
+    listing = scan_images(store)
     others = {suffix: count for suffix, count in listing.all_left_out().items() if suffix != ".json"}  # records
     warnings = [f"{source}: {left_out_line(others)}"] if others else []
     labels: list[int] | None = None
-    if (folder / "dataset.json").is_file():
+    if store.read(DATASET_JSON) is not None or store.labels(listing.names):
         try:
-            labels = ImageFolder(folder, 1, keep_empty_classes=True).labels.tolist()
+            labels = ImageFolder(store, 1, keep_empty_classes=True).labels.tolist()
         except ValueError as error:
             warnings.append(f"the labels of {source} are unknown: {' '.join(str(error).split())}")
     else:
         labels = _labels_of_subfolders(listing.names)
     labels = labels if labels and len(set(labels)) > 1 else None
-    paths = [os.path.join(folder, name) for name in listing.names]
-    return ImageSet(source, paths, labels=labels, warnings=tuple(warnings))
+    return ImageSet(source, listing.names, store, labels=labels, warnings=tuple(warnings))
 
 
 def _labels_of_subfolders(names: Sequence[str]) -> list[int] | None:
@@ -264,14 +271,15 @@ def _open_generated(source: str, folder: Path) -> ImageSet:
     if num_samples is None:
         raise ValueError(f"the samples in {folder} are incomplete: run the same sample/generate.py again")
     images: np.ndarray | list[str]
+    store = None
     if (folder / NPZ).exists():
         images = ImageNpz(folder / NPZ).images()
-    else:  # strings, since a million Paths would take 0.5 GB
-        images = [os.path.join(folder, "images", name) for name in list_images(folder / "images")]
+    else:
+        images, store = list_images(folder / "images"), Folder(folder / "images")
     if len(images) != num_samples:
         raise ValueError(
             f"{folder} holds {len(images)} images, and its manifest says {num_samples}: run the same "
             "sample/generate.py again"
         )
     manifest |= {"sessions": sessions, "sampler": sampler}
-    return ImageSet(source, images, labels=labels or None, manifest=manifest)
+    return ImageSet(source, images, store, labels=labels or None, manifest=manifest)

@@ -40,6 +40,8 @@ def test_the_command_measures_latents_and_images(latents, digit_folder, capsys):
         32,
         "--random-gb",
         0.01,
+        "--entries",
+        50,
         "--batch-size",
         10,
         "--num-workers",
@@ -51,13 +53,15 @@ def test_the_command_measures_latents_and_images(latents, digit_folder, capsys):
     ]
     loading.main(list(map(str, options)))
     found = json.loads(capsys.readouterr().out)
-    assert [speed["samples"] for speed in found.values()] == [120, 306, 120]
-    assert list(found) == ["latents", "random latents", "images"] and all(len(s["rounds"]) == 2 for s in found.values())
+    assert [speed["samples"] for speed in found.values()] == [120, 306, 120, 50, 50]
+    assert list(found)[:3] == ["latents", "random latents", str(digit_folder)] and all(
+        len(s["rounds"]) == 2 for s in found.values()
+    )
 
 
 def test_errors(fails, latents, tmp_path):
     main = loading.main
-    assert "give --latents, --images or --random-gb" in fails(main, [])
+    assert "give --latents, --images, --random-gb or --entries" in fails(main, [])
     assert "nowhere holds no index.json" in fails(main, ["--latents", "nowhere"])
     assert "needs 100390.6 GB" in fails(main, ["--random-gb", "1e5"])
     assert "batch_size 256 exceeds the 120 images" in fails(main, ["--latents", latents])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import sit_atconv.models.attnet
 from sit_atconv.classification.config import parse
 from sit_atconv.classification.image_sets import open_images
-from sit_atconv.data.images import load_digits
+from sit_atconv.data.digits import load_digits
 from tests.conftest import ROOT, load_command, relative_error
 
 CLASSIFY = "sit_atconv/classify.py"

@@ -40,6 +40,15 @@ def test_two_processes_give_the_bytes_of_one(launch, latents, argv, tmp_path):
     assert same(tmp_path / "out", latents)
 
 
+def test_a_zip_archive_gives_the_bytes_of_the_folder(launch, latents, digit_folder, argv, tmp_path):
+    shutil.make_archive(str(tmp_path / "digits"), "zip", digit_folder)
+    codes, output = launch(
+        ENCODE, [argument if argument != digit_folder else tmp_path / "digits.zip" for argument in argv]
+    )
+    assert codes == [0] and f"{tmp_path / 'digits.zip'}: 120 images, 10 classes" in output, output
+    assert same(tmp_path / "out", latents)
+
+
 def test_another_number_of_threads_gives_the_same_moments_to_rounding(launch, latents, argv, tmp_path):
     codes, output = launch(ENCODE, [*argv, "--cpu-threads", 2])
     assert codes == [0], output
@@ -270,7 +279,7 @@ def test_unusable_options_are_refused(fails, digit_folder, vae, make_vae, argv, 
         return fails(load_command(ENCODE).main, [*of, *options])
 
     assert "give --images" in error(of=["--out", "x"]) and "give --out" in error(of=["--images", digit_folder])
-    assert "nowhere is not a folder of images" in error("--images", "nowhere")
+    assert "nowhere does not exist: give a folder, .zip or .tar of images" in error("--images", "nowhere")
     assert "no VAE could be loaded from '/nowhere/vae'" in error("--vae", "/nowhere/vae")
     assert "image size 33 is not divisible by the codec's downsampling 2" in error("--image-size", 33)
     assert "--dtype" in error("--dtype", "int8") and "'0' is not above 0" in error("--shard-mib", 0)

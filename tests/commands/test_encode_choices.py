@@ -7,7 +7,8 @@ import pytest
 
 from sit_atconv.data import encoding
 from sit_atconv.data.codecs import VAECodec
-from sit_atconv.data.images import RULES, ImageFolder
+from sit_atconv.data.image_rules import RULES
+from sit_atconv.data.images import ImageFolder
 from sit_atconv.data.latent_folder import LatentFolder, open_shard, read_index, write_index
 from sit_atconv.data.latents import CachedLatents
 from tests.conftest import load_command, working_folder

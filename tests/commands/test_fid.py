@@ -9,8 +9,8 @@ import pytest
 from torch_fidelity import register_feature_extractor
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from sit_atconv.data.digits import load_digits
 from sit_atconv.data.image_npz import write_npz
-from sit_atconv.data.images import load_digits
 from sit_atconv.evaluation.fid import to_table
 from sit_atconv.evaluation.records import read_evaluation
 from sit_atconv.evaluation.scores import Score

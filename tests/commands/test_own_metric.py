@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from sit_atconv.data.images import load_digits
+from sit_atconv.data.digits import load_digits
 from sit_atconv.evaluation.metrics import METRICS
 from sit_atconv.evaluation.records import read_evaluation
 from tests.conftest import load_command

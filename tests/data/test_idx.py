@@ -6,8 +6,8 @@ import struct
 import numpy as np
 import pytest
 
+from sit_atconv.data.digits import load_digits
 from sit_atconv.data.idx import IdxImages, read_idx
-from sit_atconv.data.images import load_digits
 from sit_atconv.data.sources import DataConfig
 from sit_atconv.evaluation.image_sets import open_image_set
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from sit_atconv.data.images import Digits, ImageFolder, left_out_line, list_images, load_digits
+from sit_atconv.data.digits import Digits, load_digits
+from sit_atconv.data.images import ImageFolder, left_out_line, list_images
 from sit_atconv.data.pixels import center_crop, to_pil
 
 

@@ -4,7 +4,8 @@ from itertools import islice
 import pytest
 import torch
 
-from sit_atconv.data.images import Digits, ImageFolder
+from sit_atconv.data.digits import Digits
+from sit_atconv.data.images import ImageFolder
 from sit_atconv.data.latents import CachedLatents
 from sit_atconv.data.loading import BatchReader, load_batches
 from sit_atconv.data.order import BatchOrder

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from sit_atconv.data.images import SUFFIXES
+from sit_atconv.data.image_rules import SUFFIXES
 from sit_atconv.data.pixels import center_crop, read_image, read_picture, to_float, to_uint8
 
 

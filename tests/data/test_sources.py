@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from sit_atconv.data.images import Digits, ImageFolder
+from sit_atconv.data.digits import Digits
+from sit_atconv.data.images import ImageFolder
 from sit_atconv.data.latents import CachedLatents
 from sit_atconv.data.sources import DataConfig
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch_fidelity import register_feature_extractor
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from sit_atconv.data.images import load_digits
+from sit_atconv.data.digits import load_digits
 from sit_atconv.evaluation import features
 from sit_atconv.evaluation import metric_functions as metrics
 from sit_atconv.evaluation.checks import is_lossy

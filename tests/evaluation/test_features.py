@@ -3,7 +3,7 @@ import PIL
 import pytest
 import torch
 
-from sit_atconv.data.images import load_digits
+from sit_atconv.data.digits import load_digits
 from sit_atconv.evaluation import features as features_module
 from sit_atconv.evaluation.extractors import Extractor, open_extractor
 from sit_atconv.evaluation.features import ExtractedFeatures, FeatureShards, extract_features

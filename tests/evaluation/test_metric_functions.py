@@ -6,7 +6,7 @@ import torch
 import torch_fidelity
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from sit_atconv.data.images import load_digits
+from sit_atconv.data.digits import load_digits
 from sit_atconv.evaluation import metric_functions as metrics
 from sit_atconv.evaluation.extractors import open_extractor
 from sit_atconv.evaluation.features import extract_features

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from sit_atconv.data.images import load_digits
+from sit_atconv.data.digits import load_digits
 from sit_atconv.evaluation.gaussians import Gaussian
 from sit_atconv.evaluation.image_sets import ImageSet
 from sit_atconv.evaluation.references import open_reference, save_reference

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from sit_atconv.data import sources
-from sit_atconv.data.images import RULES
+from sit_atconv.data.image_rules import RULES
 from sit_atconv.data.sources import describe_data
 from sit_atconv.training.config import TrainConfig, parse, resolve_precision
 from tests.conftest import ROOT

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sit_atconv.data.codecs import IdentityCodec, VAECodec
-from sit_atconv.data.images import Digits, ImageFolder
+from sit_atconv.data.digits import Digits
+from sit_atconv.data.images import ImageFolder
 from sit_atconv.data.latents import CachedLatents
 from sit_atconv.data.order import hold_out
 from sit_atconv.flow import FlowMatching

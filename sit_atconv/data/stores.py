@@ -1,0 +1,70 @@
+"""The table of places from which images can be read."""
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from sit_atconv.data.archives import open_tars, open_zip
+from sit_atconv.data.data_source import InMemory
+from sit_atconv.data.digits import Digits
+from sit_atconv.data.file_store import FileStore, Folder
+from sit_atconv.data.hugging_face import HuggingFaceImages
+from sit_atconv.data.idx import IdxImages
+
+
+class InMemoryFiles(FileStore):
+    """The images of a source that holds all of them, as files for `encode.py`."""
+
+    only_images = True
+
+    def __init__(self, place: str, source: InMemory):
+        self.place, self.source = place, source
+
+    def names(self, is_ignored: Callable[[str], bool]) -> Iterator[str]:
+        return (f"{index:08d}" for index in range(len(self.source)))
+
+    def folders(self) -> Iterable[str]:
+        return ()
+
+    def open(self, name: str) -> io.BytesIO:
+        return io.BytesIO(self.read(name))
+
+    def read(self, name: str) -> bytes:
+        image, _ = self.source[int(name), False]  # (1, H, W)
+        _, height, width = image.shape
+        return b"P5 %d %d 255\n" % (width, height) + image.numpy().tobytes()  # a PGM file
+
+    def labels(self, names: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
+        return tuple(self.source.class_names), [int(self.source.labels[int(name)]) for name in names]
+
+
+# Named by NAME or NAME:...; anything else is a folder or an archive, see `ARCHIVES`.
+STORES: dict[str, Callable[[str], FileStore]] = {
+    "digits": lambda name: InMemoryFiles(name, Digits()),
+    "idx:": lambda name: InMemoryFiles(name, IdxImages(name.removeprefix("idx:"), keep_empty_classes=True)),
+    "wids:": lambda name: open_tars(name.removeprefix("wids:")),
+    "hf:": HuggingFaceImages,
+}
+ARCHIVES: dict[str, Callable[[str], FileStore]] = {".zip": lambda name: open_zip(Path(name)), ".tar": open_tars}
+
+
+def kind_of(name: str) -> str:
+    """Returns the beginning of a name that may be a key of `STORES`."""
+    return "".join(name.partition(":")[:2])
+
+
+def open_store(place: str | Path) -> FileStore:
+    """Opens a folder, a .zip or .tar archive, wids:PLACE, hf:NAME, idx:PLACE or digits.
+
+    Raises:
+        ValueError: nothing there can be read as such; the message names it.
+    """
+    name = str(place)
+    kind, path = kind_of(name), Path(place)
+    if kind in STORES and not path.exists():
+        return STORES[kind](name)
+    if (suffix := path.suffix.lower()) in ARCHIVES and not path.is_dir():
+        if not path.is_file():
+            raise ValueError(f"there is no file {place}")
+        return ARCHIVES[suffix](name)
+    return Folder(path)

@@ -1,0 +1,266 @@
+"""The same images in a folder, in archives and in a Hugging Face data set, and what is said if these are damaged."""
+
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sit_atconv.data.digits import Digits
+from sit_atconv.data.images import ImageFolder
+from sit_atconv.data.stores import open_store
+from sit_atconv.evaluation.image_sets import open_image_set
+
+NUM = 6  # digits in each archive
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIT_ATCONV_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "archives"
+
+
+@pytest.fixture(scope="session")
+def numbered(digit_folder, tmp_path_factory):
+    """The digits with a dataset.json, the format of StyleGAN's and EDM2's tools."""
+    folder = tmp_path_factory.mktemp("numbered") / "images"
+    images = ImageFolder(digit_folder, 16)
+    pairs = []
+    for i in range(len(images)):
+        name = f"00000/img{i:08d}.png"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes((digit_folder / images.name(i)).read_bytes())
+        pairs.append([name, int(images.labels[i])])
+    (folder / "dataset.json").write_text(json.dumps({"labels": pairs}))
+    return folder
+
+
+def write_zip(folder: Path, path: Path, method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for file in sorted(folder.rglob("*"), reverse=True):
+            archive.write(file, file.relative_to(folder))
+    return path
+
+
+def write_tar(folder: Path, path: Path) -> Path:
+    with tarfile.open(path, "w") as archive:
+        archive.add(folder, ".")
+    return path
+
+
+def write_shards(folder: Path, out: Path, per_shard: int = 50, suffix: str = "cls") -> Path:
+    """Writes a WebDataset: in each tar archive KEY.png and KEY.cls, with an index for `wids`."""
+    images = ImageFolder(folder, 16)
+    out.mkdir()
+    entries = []
+    for start in range(0, len(images), per_shard):
+        shard = out / f"train-{start // per_shard:03d}.tar"
+        with tarfile.open(shard, "w") as tar:
+            for i in range(start, min(start + per_shard, len(images))):
+                label = int(images.labels[i])
+                beside = label if suffix == "cls" else {"label": label, "caption": "a digit"}
+                for name, content in (
+                    (images.name(i), (folder / images.name(i)).read_bytes()),
+                    (images.name(i).replace("png", suffix), json.dumps(beside).encode()),
+                ):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        entries.append({"url": shard.name, "nsamples": min(per_shard, len(images) - start)})
+    (out / "index.json").write_text(json.dumps({"__kind__": "wids-shard-index-v1", "shardlist": entries}))
+    return out
+
+
+def hugging_face(folder: Path, out: Path, **columns) -> Path:
+    """Writes a data set of one parquet file with the images of a folder, their file names and their classes."""
+    datasets = pytest.importorskip("datasets")
+    images = ImageFolder(folder, 16)
+    order = np.random.default_rng(0).permutation(len(images)).tolist()
+    rows = {
+        "image": [{"bytes": (folder / images.name(i)).read_bytes(), "path": images.name(i)} for i in order],
+        "label": [int(images.labels[i]) for i in order],
+    }
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(images.class_names))}
+    out.mkdir()
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(
+        out / "train-00000-of-00001.parquet"
+    )
+    return out
+
+
+def assert_same(place: str, folder: Path) -> None:
+    expected, images = ImageFolder(folder, 16), ImageFolder(place, 16)
+    assert images.describe() == expected.describe() and images.class_names == expected.class_names
+    for index in (0, 50, len(expected) - 1):
+        assert torch.equal(images[index, True][0], expected[index, True][0])
+    ours, theirs = open_image_set(place), open_image_set(str(folder))
+    assert ours.content(0, 9) == theirs.content(0, 9) and torch.equal(ours.read(2, 9), theirs.read(2, 9))
+    assert len(set(ours.labels)) == 10
+
+
+@pytest.mark.parametrize("kind", ["zip", "packed zip", "tar"])
+def test_archives_are_read_as_the_folder(kind, digit_folder, numbered, tmp_path):
+    for folder in (digit_folder, numbered):
+        if kind == "tar":
+            path = write_tar(folder, tmp_path / f"{folder.name}.tar")
+        else:
+            path = write_zip(folder, tmp_path / f"{folder.name}.zip", zipfile.ZIP_DEFLATED * ("packed" in kind))
+        assert_same(str(path), folder)
+
+
+@pytest.mark.parametrize("place", ["shards", "shards/index.json", "shards/train-{000..002}.tar", "shards/*.tar"])
+@pytest.mark.parametrize("suffix", ["cls", "json"])
+def test_web_dataset(place, suffix, numbered, tmp_path):
+    write_shards(numbered, tmp_path / "shards", suffix=suffix)
+    assert_same(f"wids:{tmp_path / place}", numbered)
+
+
+def test_samples_that_each_shard_numbers_anew(numbered, tmp_path):
+    for number in range(2):
+        write_shards(numbered, tmp_path / str(number), per_shard=60)
+    (tmp_path / "1" / "train-001.tar").rename(tmp_path / "0" / "other.tar")
+    images = ImageFolder(f"wids:{tmp_path / '0'}", 16)
+    assert len(images) == 180 and images.name(0) == "other/00000/img00000060.png"
+    assert torch.equal(images[0, False][0], ImageFolder(numbered, 16)[60, False][0])
+
+
+def test_the_list_of_a_tar_archive_is_kept_until_it_changes(digit_folder, tmp_path, cache, monkeypatch):
+    path = write_tar(digit_folder, tmp_path / "a.tar")
+    first = ImageFolder(path, 16)
+    monkeypatch.setattr("sit_atconv.data.archives._scan_tar", lambda path: pytest.fail("scanned again"))
+    assert ImageFolder(path, 16).describe() == first.describe() and len(list(cache.iterdir())) == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("SIT_ATCONV_CACHE", str(tmp_path / "cache"))
+    with tarfile.open(path, "a") as tar:
+        tar.add(digit_folder / first.name(0), "digit 0/more.png")
+    assert len(ImageFolder(path, 16)) == 121
+
+
+def test_links_in_a_tar_archive_are_the_files_they_name(digit_folder, tmp_path):
+    with tarfile.open(tmp_path / "links.tar", "w") as tar:
+        tar.add(digit_folder / "digit 0" / "000.png", "a/1.png")
+        for kind, name, target in ((tarfile.LNKTYPE, "a/2.png", "a/1.png"), (tarfile.SYMTYPE, "a/3.png", "1.png")):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            tar.addfile(link)
+    images = ImageFolder(tmp_path / "links.tar", 16)
+    assert len(images) == 3 and torch.equal(images[2, False][0], images[0, False][0])
+
+
+def test_hugging_face(digit_folder, tmp_path):
+    place = f"hf:{hugging_face(digit_folder, tmp_path / 'data')}"
+    assert_same(place, digit_folder)
+    assert ImageFolder(f"{place}:train:image=image,label=label", 16).describe() == ImageFolder(place, 16).describe()
+    assert_same(f"hf:{tmp_path / 'data' / 'train-00000-of-00001.parquet'}", digit_folder)
+    for wrong, said in (
+        (f"{place}:test", "no split test: its splits are train"),
+        (f"{place}:train:image=picture", "no column picture of images: name one of image"),
+        (f"{place}:train:label=kind", "no column kind: its columns are image, label"),
+        (f"{place}:train:colour=red", "is not hf:NAME_OR_PATH"),
+        (f"hf:{tmp_path}/nowhere", "cannot be opened"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ImageFolder(wrong, 16)
+
+
+def test_a_saved_data_set_of_numbers_and_without_names(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    image = {"bytes": (b"P5 8 8 255\n" + bytes(range(64))), "path": None}
+    rows = {"picture": [image] * 4, "kind": ["b", "a", "b", "a"]}
+    data = datasets.Dataset.from_dict(
+        rows, features=datasets.Features({"picture": datasets.Image(), "kind": datasets.Value("string")})
+    )
+    data.select([3, 2, 0]).save_to_disk(tmp_path / "saved")
+    images = ImageFolder(f"hf:{tmp_path / 'saved'}::label=kind", 8)
+    assert images.class_names == ("a", "b") and images.labels.tolist() == [0, 1, 1] and images.name(2) == "00000002"
+    assert ImageFolder(f"hf:{tmp_path / 'saved'}", 8).class_names == ("images",)
+    damaged = datasets.Dataset.from_dict({"image": [image], "label": [-1]}).cast_column("image", datasets.Image())
+    damaged.save_to_disk(tmp_path / "damaged")
+    with pytest.raises(ValueError, match="has the label -1 in the column label: labels are whole numbers from 0"):
+        ImageFolder(f"hf:{tmp_path / 'damaged'}", 8)
+
+
+def test_digits_are_files_too():
+    images, digits = ImageFolder("digits", 8), Digits()
+    assert (
+        torch.equal(images[7, False][0][:1], digits[7, False][0]) and images.labels.tolist() == digits.labels.tolist()
+    )
+
+
+def damage(path: Path, at: bytes, by: int = 200) -> None:
+    content = bytearray(path.read_bytes())
+    place = content.index(at) + by
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_damaged_archives(digit_folder, numbered, tmp_path):
+    """Each fault is one line that names the file and the remedy."""
+    zipped, tar = write_zip(digit_folder, tmp_path / "a.zip"), write_tar(digit_folder, tmp_path / "a.tar")
+    whole = zipped.read_bytes()
+    name = ImageFolder(zipped, 16).name(3)
+    damage(zipped, name.encode(), 100)
+    images = ImageFolder(zipped, 16)
+    with pytest.raises(ValueError, match=rf"{name} cannot be read as an image: .*a\.zip is damaged there"):
+        images[3, False]
+    zipped.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"a\.zip is no whole zip archive"):
+        ImageFolder(zipped, 16)
+    for size in (len(tar.read_bytes()) // 2, 512 * 100, 777):
+        (tmp_path / "cut.tar").write_bytes(tar.read_bytes()[:size])
+        with pytest.raises(ValueError, match=r"cut\.tar is (truncated|no whole, uncompressed tar archive)"):
+            ImageFolder(tmp_path / "cut.tar", 16)
+    with pytest.raises(ValueError, match=r"there is no file .*none\.zip"):
+        ImageFolder(tmp_path / "none.zip", 16)
+    with zipfile.ZipFile(tmp_path / "text.zip", "w") as archive:
+        archive.writestr("readme.txt", "")
+    with pytest.raises(ValueError, match=r"text\.zip holds no images, only 1 \.txt"):
+        ImageFolder(tmp_path / "text.zip", 16)
+    with zipfile.ZipFile(tmp_path / "lzma.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a.png", "")
+    with pytest.raises(ValueError, match=r"has packed a\.png by method 14, .* pack it again with zip -0"):
+        ImageFolder(tmp_path / "lzma.zip", 16)
+    shards = write_shards(numbered, tmp_path / "shards")
+    (shards / "train-001.tar").unlink()
+    with pytest.raises(ValueError, match=r"lists 1 archives that do not exist: .*train-001\.tar"):
+        open_store(f"wids:{shards}/index.json")
+    for label, said in (("-1", "gives the label -1"), ("cat", "gives the label b'cat'"), ("9999999", "to 999999")):
+        with tarfile.open(tmp_path / "label.tar", "w") as archive:
+            info = tarfile.TarInfo("a.cls")
+            info.size = len(label)
+            archive.addfile(info, io.BytesIO(label.encode()))
+        with pytest.raises(ValueError, match=said):
+            open_store(tmp_path / "label.tar")
+    with pytest.raises(ValueError, match="names no tar archives"):
+        open_store(f"wids:{tmp_path / 'nowhere'}")
+
+
+def test_an_image_without_a_label_and_a_class_without_images(numbered, tmp_path):
+    shards = write_shards(numbered, tmp_path / "shards", per_shard=200)
+    with tarfile.open(shards / "train-000.tar", "a") as tar:
+        tar.add(numbered / "00000" / "img00000000.png", "more.png")
+    with pytest.raises(ValueError, match=r"has no label \(KEY.cls\) for 1 images: more\.png"):
+        ImageFolder(f"wids:{shards}", 16)
+    with tarfile.open(shards / "train-000.tar", "a") as tar:
+        info = tarfile.TarInfo("more.cls")
+        info.size = 2
+        tar.addfile(info, io.BytesIO(b"12"))
+    with pytest.raises(ValueError, match="has no images of the classes 10, 11: keep them with --keep-empty-classes"):
+        ImageFolder(f"wids:{shards}", 16)
+    assert len(ImageFolder(f"wids:{shards}", 16, keep_empty_classes=True).class_names) == 13
+
+
+def test_pictures_in_archives_are_cropped_and_turned_upright(tmp_path):
+    picture = Image.fromarray((np.arange(40 * 60 * 3) % 251).astype(np.uint8).reshape(40, 60, 3))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    (tmp_path / "folder").mkdir()
+    picture.save(tmp_path / "folder" / "turned.jpg", exif=exif)
+    archive = ImageFolder(write_zip(tmp_path / "folder", tmp_path / "a.zip"), 32)
+    image, size = archive.read_with_size(0)
+    assert size == (60, 40) and torch.equal(image, ImageFolder(tmp_path / "folder", 32)[0, False][0])
