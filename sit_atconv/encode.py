@@ -110,7 +110,7 @@ def make_parser() -> ArgumentParser:
         "--vae",
         default=DEFAULT_VAE,
         metavar="ID_OR_FOLDER",
-        help="hub id or folder of a diffusers AutoencoderKL, or your own Codec, my_module.MyCodec",
+        help="hub id or folder of a diffusers AutoencoderKL or AutoencoderDC, or your own Codec, my_module.MyCodec",
     )
     add_import_option(parser)
     parser.add_argument(

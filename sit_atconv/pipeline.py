@@ -9,6 +9,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
@@ -23,7 +24,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from sit_atconv.checkpoints.exported import Weights
-from sit_atconv.data.codecs import Codec, IdentityCodec, VAECodec, open_codec
+from sit_atconv.data.codecs import Codec, DCCodec, IdentityCodec, VAECodec, open_codec
 from sit_atconv.data.pixels import to_pil, to_uint8
 from sit_atconv.flow import as_velocity, get_interpolant
 from sit_atconv.generation.labels import class_label
@@ -66,7 +67,7 @@ class SiTPipeline(DiffusionPipeline):
         self,
         transformer: SiT,
         scheduler: SchedulerMixin,
-        vae: AutoencoderKL | None = None,
+        vae: AutoencoderKL | AutoencoderDC | None = None,
         prediction: str = "velocity",
         interpolant: str = "linear",
         id2label: dict[str, str] | None = None,
@@ -325,9 +326,9 @@ def export_pipeline(weights: Weights, folder: Path) -> None:
     if recipe.objective or recipe.backbone:
         raise ValueError("a pipeline does not support your own objective or backbone: sample with sample/generate.py")
     codec = open_codec(recipe.codec)
-    if type(codec) not in (IdentityCodec, VAECodec):
+    if type(codec) not in (IdentityCodec, VAECodec, DCCodec):
         raise ValueError(
-            "a pipeline decodes with an AutoencoderKL, but these weights were trained with the codec "
+            "a pipeline decodes with an AutoencoderKL or AutoencoderDC, but these weights were trained with the codec "
             f"{recipe.codec['kind']}: sample them with sample/generate.py"
         )
     pipeline = SiTPipeline(

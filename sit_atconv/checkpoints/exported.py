@@ -176,7 +176,7 @@ def load_pipeline(folder: Path) -> Weights:
     Raises:
         ValueError: the folder is not a `SiTPipeline`, or is incomplete or damaged.
     """
-    from sit_atconv.data.codecs import IdentityCodec, VAECodec
+    from sit_atconv.data.codecs import open_codec, typed_codec
 
     with damage_named(folder):
         index = json.loads((folder / "model_index.json").read_text())
@@ -186,7 +186,8 @@ def load_pipeline(folder: Path) -> Weights:
     if transformer[1] != "SiT":
         raise ValueError(f"{folder} is a {kind}, not a SiTPipeline: give a pipeline with a SiT")
     model = load_model(folder / "transformer")
-    codec = VAECodec(str(folder / "vae")) if vae[0] else IdentityCodec(model.config.in_channels)
+    described = typed_codec(str(folder / "vae") if vae[0] else "identity", model.config.in_channels)
+    codec = open_codec(described)
     recipe = Recipe(
         index.get("interpolant", "linear"),
         index.get("prediction", "velocity"),

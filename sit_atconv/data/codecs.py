@@ -12,7 +12,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,7 +24,9 @@ from sit_atconv.runtime.settings import differences
 from sit_atconv.runtime.tables import Table, import_module_of
 
 if TYPE_CHECKING:  # diffusers is imported where a VAE is loaded
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderDC, AutoencoderKL
+
+    VAE: TypeAlias = AutoencoderKL | AutoencoderDC
 
 ARCHITECTURE = (  # config keys that can change a VAE's output with the same tensors
     "act_fn",
@@ -149,7 +151,7 @@ class IdentityCodec(Codec):
 
 
 class VAECodec(Codec):
-    """Any diffusers `AutoencoderKL`, by hub id or local folder.
+    """Codec of a diffusers `AutoencoderKL`, by hub id or local folder.
 
     Args:
         source: hub id (`stabilityai/sd-vae-ft-ema`), or a folder that `save_pretrained` wrote; its path is made
@@ -161,8 +163,15 @@ class VAECodec(Codec):
         remedy: advice to the user if nothing can be loaded, for the message.
 
     Raises:
-        ValueError: nothing can be loaded, or it is not a complete AutoencoderKL; names `source` and the remedy.
+        ValueError: nothing can be loaded, or it is not a complete model of that class; names `source` and the remedy.
+
+    Attributes:
+        kind: the codec's name in CODECS.
+        model_class: class in diffusers.
     """
+
+    kind: ClassVar[str] = "autoencoder_kl"
+    model_class: ClassVar[str] = "AutoencoderKL"
 
     def __init__(
         self,
@@ -174,7 +183,7 @@ class VAECodec(Codec):
         remedy: str = WHERE_FROM,
     ):
         source = os.path.abspath(source) if Path(source).exists() else source
-        vae = _load_vae(source, remedy)
+        vae = _load_vae(source, remedy, self.model_class)
         self._hold(vae, source, precision, _weights_sha256(vae))
         torch.nn.Module.to(vae.eval().requires_grad_(False), torch_dtype(precision))
         vae.use_slicing, vae.use_tiling = slicing, tiling
@@ -183,18 +192,20 @@ class VAECodec(Codec):
     def open(cls, description: dict, **options) -> "VAECodec":
         return cls(description["source"], **options)
 
-    @classmethod
-    def of(cls, vae: "AutoencoderKL") -> "VAECodec":
+    @staticmethod
+    def of(vae: "VAE") -> "VAECodec":
         """Returns the codec around a loaded VAE, whose device and precision stay the caller's."""
+        cls = next(cls for cls in (VAECodec, DCCodec) if cls.model_class == type(vae).__name__)
         codec = cls.__new__(cls)
         codec._hold(vae, "its VAE", None, None)
         return codec
 
-    def _hold(self, vae: "AutoencoderKL", source: str, precision: Precision | None, weights: str | None) -> None:
+    def _hold(self, vae: "VAE", source: str, precision: Precision | None, weights: str | None) -> None:
         self.vae, self.source, self.precision, self.weights = vae, source, precision, weights
         self.scale, self.shift = scale_and_shift(vae.config, source)
         self.channels = vae.config.latent_channels
-        self.downsample = 2 ** (len(vae.config.block_out_channels) - 1)
+        blocks = vae.config.get("block_out_channels") or vae.config["encoder_block_out_channels"]
+        self.downsample = 2 ** (len(blocks) - 1)
 
     def stored_shape(self, image_size: int) -> tuple[int, int, int]:
         """Returns the shape of posterior mean and log-variance together, (2C, h, w)."""
@@ -222,7 +233,7 @@ class VAECodec(Codec):
 
     def describe(self) -> dict:
         return {
-            "kind": "autoencoder_kl",
+            "kind": self.kind,
             "source": self.source,
             "weights": self.weights,
             "channels": self.channels,
@@ -245,7 +256,30 @@ class VAECodec(Codec):
             torch.backends.cudnn.allow_tf32 = before
 
 
-CODECS: Table[type[Codec]] = Table("codec", type, {"identity": IdentityCodec, "autoencoder_kl": VAECodec})
+class DCCodec(VAECodec):
+    """Codec of a diffusers `AutoencoderDC` (arXiv 2410.10733), whose latents have no posterior."""
+
+    kind: ClassVar[str] = "autoencoder_dc"
+    model_class: ClassVar[str] = "AutoencoderDC"
+
+    def stored_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Returns the shape of the latents, (C, h, w)."""
+        side = self.latent_size(image_size)
+        return self.channels, side, side
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Returns latents (B, C, h, w), unscaled, for images (B, 3, H, W) in [-1, 1]."""
+        with torch.no_grad(), self._arithmetic():
+            return self.vae.encode(images.to(self.vae.dtype)).latent.to(images.dtype)
+
+    def latents(self, stored: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+        """Scales the stored latents (B, C, h, w): (stored - shift) * scale, float32."""
+        return (stored.float() - per_channel(self.shift, stored)) * per_channel(self.scale, stored)
+
+
+CODECS: Table[type[Codec]] = Table(
+    "codec", type, {"identity": IdentityCodec, VAECodec.kind: VAECodec, DCCodec.kind: DCCodec}
+)
 
 
 def typed_codec(name: str, channels: int) -> dict:
@@ -262,7 +296,19 @@ def typed_codec(name: str, channels: int) -> dict:
         return {"kind": name, "channels": channels, "source": name}
     if is_object_path(name):
         return {"kind": import_module_of(name)}
-    return {"kind": "autoencoder_kl", "source": name}
+    return {"kind": DCCodec.kind if _is_dc(name) else VAECodec.kind, "source": name}
+
+
+def _is_dc(source: str) -> bool:
+    """True if the model's config says that it is an AutoencoderDC."""
+    from diffusers import AutoencoderDC
+
+    try:
+        with _not_loaded(source, ""):
+            options = {} if Path(source).is_dir() else hub_options(source)
+            return AutoencoderDC.load_config(source, **options).get("_class_name") == DCCodec.model_class
+    except ValueError:  # loading it as an AutoencoderKL says what is wrong
+        return False
 
 
 def open_codec(
@@ -326,10 +372,11 @@ def per_channel(value: float | list[float], z: Tensor) -> float | Tensor:
     return torch.tensor(value, dtype=z.dtype, device=z.device)[:, None, None] if isinstance(value, list) else value
 
 
-def _load_vae(source: str, remedy: str) -> "AutoencoderKL":
-    """Loads a VAE in float32 after checking in its config.json that it is an AutoencoderKL for RGB images."""
-    from diffusers import AutoencoderKL
+def _load_vae(source: str, remedy: str, model_class: str) -> "VAE":
+    """Loads a VAE in float32 after checking in its config.json that it is of that class, for RGB images."""
+    import diffusers
 
+    loader = getattr(diffusers, model_class)
     folder = Path(source)
     if folder.is_file():
         raise ValueError(f"{folder} is a file, and a VAE is a folder (config.json and weights): give the folder")
@@ -338,10 +385,10 @@ def _load_vae(source: str, remedy: str) -> "AutoencoderKL":
         raise ValueError(f"{folder} is a pipeline, not a VAE: {advice}")
     with _not_loaded(source, remedy):
         options = {} if folder.is_dir() else hub_options(source)
-        config = AutoencoderKL.load_config(source, **options)
-    _check_config(source, config)
+        config = loader.load_config(source, **options)
+    _check_config(source, config, model_class)
     with _not_loaded(source, remedy):
-        vae, report = AutoencoderKL.from_pretrained(
+        vae, report = loader.from_pretrained(
             source,
             torch_dtype=torch.float32,
             variant=weights_variant(folder),
@@ -380,10 +427,10 @@ def _not_loaded(source: str, remedy: str):
         logging.disable(disabled)
 
 
-def _check_config(source: str, config: Mapping) -> None:
-    """Raises ValueError unless the model is an AutoencoderKL for RGB images with a valid scale and shift."""
-    if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
-        raise ValueError(f"{source} is an {kind}: give the folder or hub id of an AutoencoderKL")
+def _check_config(source: str, config: Mapping, model_class: str) -> None:
+    """Raises ValueError unless the model is of that class, for RGB images, with a valid scale and shift."""
+    if (kind := config.get("_class_name", model_class)) != model_class:
+        raise ValueError(f"{source} is an {kind}: give the folder or hub id of an AutoencoderKL or AutoencoderDC")
     channels = config.get("in_channels", 3), config.get("out_channels", 3)
     if channels != (3, 3):
         raise ValueError(
@@ -393,7 +440,11 @@ def _check_config(source: str, config: Mapping) -> None:
         scale_and_shift({"latent_channels": 4, **config}, source)
 
 
-def _weights_sha256(vae: "AutoencoderKL") -> str:
+def _weights_sha256(vae: "VAE") -> str:
     """Returns the digest of architecture, tensor names and values, independent of the file format."""
-    architecture = json.dumps([vae.config.get(key) for key in ARCHITECTURE])
+    if type(vae).__name__ == VAECodec.model_class:
+        architecture = json.dumps([vae.config.get(key) for key in ARCHITECTURE])
+    else:
+        own = {key: value for key, value in vae.config.items() if not key.startswith("_") and key != "scaling_factor"}
+        architecture = json.dumps(own, sort_keys=True)
     return sha256_of_state(vae.state_dict(), lambda name, tensor: f"{name}\0", architecture)

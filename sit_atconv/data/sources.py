@@ -36,8 +36,8 @@ class DataConfig:
         pixels: the images that the latents were encoded from, named as in images, and read again for an auxiliary loss
             that sees them; not needed if the latents hold pixels or features (encode.py --pixels, --features).
         image_size: side in pixels after a centre crop; by default, that of the latents, or 256.
-        codec: hub id or folder of a diffusers AutoencoderKL, "identity" for pixel space, or your own `Codec`,
-            my_module.MyCodec; by default, the codec of the latents, stabilityai/sd-vae-ft-ema for a folder of images,
+        codec: hub id or folder of a diffusers AutoencoderKL or AutoencoderDC, "identity" for pixel space, or your own
+            `Codec`, my_module.MyCodec; by default, the codec of the latents, stabilityai/sd-vae-ft-ema for image files,
             "identity" for digits and IDX files.
         codec_precision: precision of the VAE's arithmetic.
         mirror: flip images horizontally with probability 0.5.

@@ -4,12 +4,12 @@ import shutil
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_image
 
-from sit_atconv.data.codecs import IdentityCodec, VAECodec, open_codec
+from sit_atconv.data.codecs import IdentityCodec, VAECodec, open_codec, typed_codec
 from sit_atconv.data.pixels import to_float
 from tests.conftest import relative_error, working_folder
 
@@ -140,7 +140,10 @@ def test_an_unusable_vae_is_refused_with_its_reason(vae_folder, tmp_path):
     ).save_pretrained(tmp_path / "tiny")
     for folder, message in [
         (tmp_path / "pipe", rf"pipe is a pipeline, not a VAE: give {tmp_path}/pipe/vae$"),
-        (tmp_path / "tiny", "tiny is an AutoencoderTiny: give the folder or hub id of an AutoencoderKL"),
+        (
+            tmp_path / "tiny",
+            "tiny is an AutoencoderTiny: give the folder or hub id of an AutoencoderKL or AutoencoderDC",
+        ),
         (tmp_path / "tiny" / "config.json", r"config\.json is a file, and a VAE is a folder"),
         (
             changed(vae_folder, tmp_path / "other", latent_channels=8),
@@ -156,6 +159,30 @@ def test_an_unusable_vae_is_refused_with_its_reason(vae_folder, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             VAECodec(str(folder))
+
+
+@pytest.fixture(scope="module")
+def dc_folder(tmp_path_factory):
+    """Returns the folder of a tiny AutoencoderDC: 4 times smaller, 8 channels, random weights."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("dc")
+    sides = {"block_out_channels": (8, 8, 16), "layers_per_block": (1, 1, 1), "qkv_multiscales": ((), (), ())}
+    both = {f"{side}_{key}": value for key, value in sides.items() for side in ("encoder", "decoder")}
+    AutoencoderDC(latent_channels=8, attention_head_dim=4, scaling_factor=0.5, **both).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_codec_without_a_posterior(dc_folder, tmp_path):
+    description = typed_codec(dc_folder, 3)
+    codec, images = open_codec(description), torch.randn(2, 3, 16, 16).clamp(-1, 1)
+    assert (codec.channels, codec.downsample, codec.stored_shape(16)) == (8, 4, (8, 4, 4))
+    stored = codec.encode(images)
+    assert stored.shape == (2, 8, 4, 4) and torch.equal(codec.latents(stored), 0.5 * stored)
+    assert torch.equal(codec.decode(0.5 * stored), codec.vae.decode(stored).sample)
+    assert open_codec(codec.describe()).describe() == codec.describe() and codec.describe()["kind"] == "autoencoder_dc"
+    assert type(VAECodec.of(codec.vae)) is type(codec)
+    with pytest.raises(ValueError, match="is an AutoencoderDC"):
+        VAECodec(dc_folder)
 
 
 def test_latents_mean_and_std_are_applied_per_channel(vae_folder, tmp_path):
