@@ -10,6 +10,7 @@ weights as an uninterrupted one. SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint a
 import contextlib
 import shlex
 import signal
+from typing import TYPE_CHECKING
 
 from sit_atconv.runtime.commands import fail, leave_on_ctrl_c, user_errors
 
@@ -27,7 +28,7 @@ from sit_atconv.data.pixels import to_float
 from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.runtime.installation import command
 from sit_atconv.runtime.plots import save_loss_curves
-from sit_atconv.training.config import parse
+from sit_atconv.training.config import Config, parse
 from sit_atconv.training.guards import poisoned
 from sit_atconv.training.optimizers import clip_and_step
 from sit_atconv.training.preflight import Job, prepare
@@ -35,17 +36,24 @@ from sit_atconv.training.preview import draw_previews
 from sit_atconv.training.schedule import Due, decide
 from sit_atconv.training.setup import Session, set_up
 
+if TYPE_CHECKING:
+    from sit_atconv.studies.quality import Quality
+
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(argv)
     sampling = f"{command('generate')} --ckpt {shlex.quote(str(config.out))}"
     with contextlib.ExitStack() as to_release:  # the lock of the run's folder, and the data loader's processes
         with user_errors():
+            quality = open_quality(config)
             job = prepare(config, sampling, to_release)
         if job is None:
+            if quality is not None and not config.dry_run:  # the last one may have been interrupted
+                with user_errors():
+                    quality(config.train.steps)
             return
         session = set_up(job, to_release)
-        received = train_model(job, session)
+        received = train_model(job, session, quality)
         if session.accelerator.is_main_process:
             if received:
                 assert session.last_checkpoint is not None
@@ -63,7 +71,16 @@ def main(argv: list[str] | None = None) -> None:
         session.accelerator.state.destroy_process_group()
 
 
-def train_model(job: Job, session: Session) -> int:
+def open_quality(config: Config) -> "Quality | None":
+    """Returns what measures the quality of samples, or None if that is never due."""
+    if config.train.evaluate_every is None:
+        return None
+    from sit_atconv.studies.quality import Quality  # with the imports of sampling and evaluation
+
+    return Quality(config)
+
+
+def train_model(job: Job, session: Session, quality: "Quality | None" = None) -> int:
     """Trains from the checkpoint's step to the last one. Returns the signal that stopped it early, or 0."""
     config, train, data, order = job.config, job.config.train, job.data, job.order
     accelerator, optimizer, averages = session.accelerator, session.optimizer, session.averages
@@ -78,6 +95,9 @@ def train_model(job: Job, session: Session) -> int:
         disable=not accelerator.is_main_process,
         unit="step",
     )
+
+    if quality is not None:
+        measure_quality(quality, session, job.found.step)
 
     for step in progress:
         # Draw all random numbers for the whole batch, the same on every process, and set the learning rate.
@@ -160,18 +180,21 @@ def train_model(job: Job, session: Session) -> int:
                     append_stats(config.out, line)
             session.tracker.log(line, done)
 
-        # Save a checkpoint and a snapshot of the averages, and draw the loss curve and previews.
+        # Save a checkpoint and a snapshot of the averages, measure the quality of samples, and draw pictures.
         if due.save or due.draw or due.keep:
             with meter.timed("pause"):
-                save_and_draw(job, session, done, due)
+                save(job, session, done, due)
+                if due.evaluate and quality is not None:
+                    measure_quality(quality, session, done)
+                draw_pictures(job, session, done, due)
         if due.signal and not due.is_last:
             progress.close()
             return due.signal
     return 0
 
 
-def save_and_draw(job: Job, session: Session, step: int, due: Due) -> None:
-    """Writes what is due of checkpoint, snapshot and pictures, on rank 0; the other processes wait."""
+def save(job: Job, session: Session, step: int, due: Due) -> None:
+    """Writes what is due of checkpoint and snapshot, on rank 0; the other processes wait."""
     config, run, recipe = job.config, job.config.out, session.recipe(job, step)
     if session.accelerator.is_main_process:
         with user_errors():
@@ -185,8 +208,29 @@ def save_and_draw(job: Job, session: Session, step: int, due: Due) -> None:
                     recipe,
                     keep=config.train.keep_checkpoints,
                     keep_every=config.train.keep_every,
+                    keep_best=config.train.keep_best,
                     computed_on=session.computed_on,
                 )
+    session.accelerator.wait_for_everyone()
+
+
+def measure_quality(quality: "Quality", session: Session, step: int) -> None:
+    """Measures the quality of the samples of a step if that is due; training continues if it fails."""
+    expected = (ValueError, OSError, *([RuntimeError] if session.accelerator.num_processes == 1 else []))
+    try:
+        figures = quality(step)
+    except expected as error:
+        session.say(f"warning: the quality of samples at step {step} is not known: {error}")
+        return
+    if figures:
+        session.tracker.log(figures, step)
+        session.say(f"step {step}: {', '.join(f'{name} {value:.4g}' for name, value in figures.items())}")
+
+
+def draw_pictures(job: Job, session: Session, step: int, due: Due) -> None:
+    """Draws the loss curve, and previews if they are due, on rank 0; the other processes wait."""
+    config, run, recipe = job.config, job.config.out, session.recipe(job, step)
+    if session.accelerator.is_main_process:
         try:  # training continues if a picture cannot be drawn or written
             save_loss_curves(read_stats(run), run / "loss.png", str(run))
             if due.draw:

@@ -24,7 +24,7 @@ MAY_IMPORT = {  # a package -> the others that it may import, beside `runtime`, 
     "evaluation": {"data", "encoders"},
     "training": {"models", "flow", "sampling", "data", "checkpoints"},
     "speed": {"ops", "models", "flow", "sampling", "data"},
-    "studies": {"evaluation", "training", "speed", "flow", "sampling", "data", "checkpoints"},
+    "studies": {"evaluation", "training", "speed", "generation", "flow", "sampling", "data", "checkpoints"},
 }
 ROOT_MODULES = {
     "train",

@@ -4,10 +4,13 @@ RUN/config.yaml, data.json     the resolved configuration, and a description of 
 RUN/stats.jsonl, loss.png      the loss and other figures by step
 RUN/samples/step-*.png         pictures that the EMA weights drew during training
 RUN/checkpoints/step-*/        see training_state.py
+RUN/quality/step-*.json, .png  scores of samples during training, and some of them
+RUN/best                       link to the checkpoint with the best score
 """
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 from sit_atconv.runtime.files import write_aside
@@ -54,6 +57,47 @@ def read_stats(run: Path, up_to_step: int | None = None) -> list[dict]:
             continue
     lines = [line for line in lines if isinstance(line, dict) and "step" in line]
     return lines if up_to_step is None else [line for line in lines if line["step"] <= up_to_step]
+
+
+def add_to_stats(run: Path, step: int, figures: dict) -> None:
+    """Adds figures to the line of a step in stats.jsonl, if there is one."""
+    lines = [line | figures if line["step"] == step else line for line in read_stats(run)]
+    write_aside(run / "stats.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def quality_record(run: Path, step: int) -> Path:
+    """Returns the path of the scores of a step."""
+    return run / "quality" / f"step-{step:07d}.json"
+
+
+def read_quality(run: Path) -> dict[int, dict[str, float]]:
+    """Returns the scores of all evaluated steps, by step. ValueError: a file is damaged."""
+    found = {}
+    for path in sorted(run.glob("quality/step-*.json")):
+        try:
+            found[int(path.stem.removeprefix("step-"))] = {
+                name: float(value) for name, value in json.loads(path.read_bytes())["log"].items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it, and it is measured again") from error
+    return found
+
+
+def best_step(run: Path) -> int | None:
+    """Returns the evaluated step with the lowest distance among those whose checkpoint exists, or None."""
+    scores = {step: next(iter(figures.values())) for step, figures in read_quality(run).items()}
+    there = [step for step in map(checkpoint_step, list_checkpoints(run)) if step in scores]
+    return min(there, key=lambda step: (scores[step], step), default=None)
+
+
+def rewind_quality(run: Path, step: int) -> None:
+    """Deletes scores and samples after the step that a run resumes from; they may be of a former run here."""
+    for path in run.glob("quality/step-*"):
+        if int(path.name.removeprefix("step-").partition("-")[0].partition(".")[0]) > step:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def rewind_stats(run: Path, step: int) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from sit_atconv import __version__
 from sit_atconv.checkpoints.exported import WEIGHTS_FILE, save_weights
 from sit_atconv.checkpoints.recipe import check_fields, later_version
-from sit_atconv.checkpoints.run_folder import checkpoint_step, list_checkpoints, newest_checkpoint
+from sit_atconv.checkpoints.run_folder import best_step, checkpoint_step, list_checkpoints, newest_checkpoint
 from sit_atconv.runtime.files import PARTIAL, flush, sha256_of
 
 if TYPE_CHECKING:  # importing torch takes seconds: functions that find a checkpoint do without it
@@ -107,6 +107,7 @@ def save_checkpoint(
     write: Callable[..., None] = save_weights,
     keep: int,
     keep_every: int | None = None,
+    keep_best: bool = False,
     computed_on: dict | None = None,
 ) -> Path:
     """Writes the checkpoint of `recipe.step` atomically and deletes old checkpoints.
@@ -118,6 +119,7 @@ def save_checkpoint(
         write: writes exported weights, as (model, recipe, folder).
         keep: number of newest checkpoints to keep.
         keep_every: also keep every step divisible by this.
+        keep_best: also keep the step with the best score, see `best_step`.
         computed_on: settings other than the state that change the bits of the result; `load_checkpoint` returns them.
 
     Raises:
@@ -165,8 +167,9 @@ def save_checkpoint(
                 f"{intact}: fix that and run the same command again"
             ) from error
         raise
+    best = best_step(run) if keep_best else None
     for old in list_checkpoints(run)[:-keep]:
-        if not keep_every or checkpoint_step(old) % keep_every:
+        if (not keep_every or checkpoint_step(old) % keep_every) and checkpoint_step(old) != best:
             _delete(old)
     return folder
 

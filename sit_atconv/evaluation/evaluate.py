@@ -46,6 +46,7 @@ class EvaluateOptions(ReferenceOptions):
     samples: str
     metrics: Sequence[str] = ()
     num_samples: int | None = None
+    keep_features: bool = True  # of the samples; those of the reference are kept in any case
 
 
 def evaluate(options: EvaluateOptions) -> Evaluation | None:
@@ -77,8 +78,11 @@ def evaluate(options: EvaluateOptions) -> Evaluation | None:
     if not state.is_main_process:
         return None
     return_freed_memory()
+    scores = _measure(chosen, ours, theirs, reference, warnings, state.device)
+    if not options.keep_features:
+        ours.delete()
     return Evaluation(
-        _measure(chosen, ours, theirs, reference, warnings, state.device),
+        scores,
         record.protocol(samples, reference, extractor, theirs, is_compared="images" in compared_with),
         record.subject(samples, reference, ours),
         record.environment(state, options.batch_size),

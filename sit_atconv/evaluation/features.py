@@ -138,6 +138,10 @@ class FeatureShards:
                 "and run the same command again"
             ) from error
 
+    def delete(self, content: str) -> None:
+        """Deletes the shard whose images have this digest, if it exists."""
+        self._path(content).unlink(missing_ok=True)
+
     def has(self, content: str) -> bool:
         """True if the shard whose images have this digest exists and can be read."""
         try:
@@ -176,6 +180,11 @@ class ExtractedFeatures:
     def content(self) -> str:
         """Digest of all images of the set."""
         return digest_of(*self.contents)
+
+    def delete(self) -> None:
+        """Deletes the files, for images that are not evaluated again."""
+        for content in self.contents:
+            self.shards.delete(content)
 
     def load(self, output: str) -> Tensor:
         """Returns one output of all images, (N, D)."""

@@ -81,15 +81,17 @@ def _font() -> FT2Font:
 
 
 def save_loss_curves(stats: Sequence[dict], path: Path, title: str) -> None:
-    """Plots the lines of stats.jsonl: losses and errors over steps, and the training loss by time t.
+    """Plots the lines of stats.jsonl: losses and errors over steps, the training loss by time t, and scores of samples.
 
     Without any line it saves nothing.
     """
     if not stats:
         return
     steps = [line["step"] for line in stats]
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figures = dict.fromkeys(name for line in stats for name in line if name.startswith("quality/"))
+    scores = [name for name in figures if not name.endswith("/error")]
+    figure = Figure(figsize=(16.5 if scores else 11, 3.8), layout="constrained")
+    left, right, *more = figure.subplots(1, 3 if scores else 2)
     left.plot(steps, [line["loss"] for line in stats], color="#2a6f97", linewidth=1.2, label="training")
     if held_out := [(line["step"], line["held_out_loss"]) for line in stats if "held_out_loss" in line]:
         left.plot(
@@ -120,10 +122,17 @@ def save_loss_curves(stats: Sequence[dict], path: Path, title: str) -> None:
         )
     right.set_ylabel("training loss by time (0 noise, 1 data)")
     right.legend(frameon=False, fontsize=8)
-    for axes in (left, right):
+    for axes in more:
+        for name in scores:
+            found = [(line["step"], line[name], line.get(f"{name}/error", 0.0)) for line in stats if name in line]
+            at, values, errors = zip(*found, strict=True)
+            axes.errorbar(at, values, errors, fmt="o-", markersize=3, linewidth=1.2, label=name.partition("/")[2])
+        axes.set_ylabel("distance of samples, with its standard error")
+        axes.legend(frameon=False, fontsize=8)
+    for axes in (left, right, *more):
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
-        if all(line["loss"] > 0 for line in stats):
+        if axes not in more and all(line["loss"] > 0 for line in stats):
             set_log(axes, "y", subs=(1, 1.5, 2, 3, 5, 7))
     figure.suptitle(title, fontsize=9)
     save_figure(figure, path)

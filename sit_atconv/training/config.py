@@ -70,6 +70,9 @@ MAY_CHANGE = {
     "train.keep_every",
     "train.snapshot_every",
     "train.snapshot_dtype",
+    "train.evaluate_every",
+    "train.keep_best",
+    "quality",
     "train.tracker",
     "train.peak_tflops",
     "preview",
@@ -112,6 +115,9 @@ class TrainConfig:
         snapshot_every: also keep the averages, permanently, every that many steps, so that `average` makes averages of
             other widths after training; needs ema_profile power, and two widths in ema_decay are best.
         snapshot_dtype: number format of these snapshots.
+        evaluate_every: steps between two measurements of the Frechet distance of samples, as the group quality says;
+            each saves a checkpoint first.
+        keep_best: also keep the checkpoint with the lowest distance, RUN/best.
         tracker: also show the log in TensorBoard or wandb.
         peak_tflops: peak TFLOP/s of one device, to log the share that is used; known for common GPUs.
     """
@@ -140,11 +146,14 @@ class TrainConfig:
     keep_every: int | None = None
     snapshot_every: int | None = None
     snapshot_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    evaluate_every: int | None = None
+    keep_best: bool = False
     tracker: Literal["tensorboard", "wandb"] | None = None
     peak_tflops: float | None = None
 
     def __post_init__(self):
         for name in (
+            "evaluate_every",
             "steps",
             "batch_size",
             "accumulation",
@@ -177,6 +186,8 @@ class TrainConfig:
                 "train.snapshot_every keeps power function averages: give --train.ema_profile power --train.ema_decay "
                 '"[0.05,0.1]", or leave it out'
             )
+        if self.keep_best and self.evaluate_every is None:
+            raise ValueError("train.keep_best keeps the best of several evaluations: give train.evaluate_every, too")
         if self.ema_warmup and self.ema_profile not in ("constant", "warmup"):
             raise ValueError(f"train.ema_warmup and train.ema_profile {self.ema_profile} exclude each other: give one")
 
@@ -188,6 +199,10 @@ class TrainConfig:
     def profile(self) -> str:
         """Name of the EMA profile."""
         return "warmup" if self.ema_warmup else self.ema_profile
+
+    def evaluates(self, step: int) -> bool:
+        """True if the quality of samples is measured after this step (1-based)."""
+        return self.evaluate_every is not None and (step == self.steps or step % self.evaluate_every == 0)
 
     def learning_rate(self, step: int) -> float:
         """Returns the learning rate of a step (0-based)."""
@@ -238,6 +253,55 @@ class PreviewConfig:
 
 
 @dataclass(frozen=True)
+class QualityConfig:
+    """Samples and Frechet distance of `train.evaluate_every`: those of sample/generate.py and eval/fid.py.
+
+    Args:
+        num_samples: number of samples; the distance of fewer is larger, so compare equal numbers only.
+        reference: what to compare with, as in eval/fid.py; null is data.images.
+        image_size: crop the images of the reference to this side.
+        extractor: feature extractor, as in eval/fid.py.
+        weights: file with the extractor's weights.
+        cfg: guidance scale.
+        solver: solver, a name that `--solver` of sample/generate.py takes.
+        num_steps: solver steps.
+        seed: seed of the samples; their labels are balanced.
+        batch_size: images that are drawn together, and of which features are extracted together.
+        features: folder that caches the reference's features; several runs may share it.
+    """
+
+    num_samples: int = 5000
+    reference: str | None = None
+    image_size: int | None = None
+    extractor: str = "inception"
+    weights: str | None = None
+    cfg: float = 1.0
+    solver: str = "heun"
+    num_steps: int = 25
+    seed: int = 0
+    batch_size: int = 64
+    features: str = "runs/features"
+
+    def __post_init__(self):
+        for name in ("num_samples", "num_steps", "batch_size"):
+            if (value := getattr(self, name)) < 1 + (name == "num_samples"):
+                raise ValueError(f"quality.{name} must be at least {1 + (name == 'num_samples')}, not {value}")
+        if not math.isfinite(self.cfg):
+            raise ValueError(f"quality.cfg must be finite, not {self.cfg}")
+        SOLVERS.find(import_module_of(self.solver))
+
+    @property
+    def sampler(self) -> Sampler:
+        return Sampler(cfg=self.cfg, solver=self.solver, steps=self.num_steps)
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of the model for a sample; 100 steps are assumed of an adaptive solver."""
+        evaluations = SOLVERS.find(self.solver).evaluations
+        return (100 if evaluations is None else self.num_steps * evaluations) * (1 if self.cfg in (0.0, 1.0) else 2)
+
+
+@dataclass(frozen=True)
 class Config:
     """A complete, resolved configuration of a training run."""
 
@@ -253,6 +317,7 @@ class Config:
     optimizer: tuple[type[torch.optim.Optimizer], dict]  # with arguments of the constructor
     train: TrainConfig
     preview: PreviewConfig
+    quality: QualityConfig
     options: dict  # all options as plain nested values, the content of config.yaml
 
     @property
@@ -278,11 +343,15 @@ class Config:
     def check_previews(self, net: SiT, null_label: int | None) -> None:
         """Raises ValueError if previews cannot be drawn; `null_label` is None if it is not trained."""
         traits = dict(two_times=bool(net.config.get("two_times")), trained_cfg=self.flow.trained_cfg)
-        try:
-            for sampler in self.preview.samplers:
-                sampler.check(self.flow.path, self.prediction, null_label, **traits)
-        except ValueError as error:
-            raise ValueError(f"preview: {error} (preview.cfg, flow.class_dropout_prob)") from error
+        groups = {"preview": self.preview.samplers}
+        if self.train.evaluate_every:
+            groups["quality"] = [self.quality.sampler]
+        for group, samplers in groups.items():
+            try:
+                for sampler in samplers:
+                    sampler.check(self.flow.path, self.prediction, null_label, **traits)
+            except ValueError as error:
+                raise ValueError(f"{group}: {error} ({group}.cfg, flow.class_dropout_prob)") from error
 
     def data_rules(self) -> int | None:
         """Returns the version of the rules by which an existing run reads its images; None for a new run."""
@@ -414,6 +483,7 @@ def parse(argv: list[str] | None = None) -> Config:
             optimizer=(optimizer_class, optimizer.get("init_args", {})),
             train=values.train,
             preview=values.preview,
+            quality=values.quality,
             options=options,
         )
 
@@ -566,6 +636,7 @@ def _make_parser(chosen: Mapping[str, str | None], for_help: bool = False) -> Pa
             )
     parser.add_argument("--train", type=TrainConfig, default=TrainConfig())
     parser.add_argument("--preview", type=PreviewConfig, default=PreviewConfig())
+    parser.add_argument("--quality", type=QualityConfig, default=QualityConfig())
     return parser
 
 

@@ -45,6 +45,7 @@ def report(net: SiT, config: Config, order: BatchOrder, device: torch.device) ->
     flops = 2 * (passes * macs + added) * order.batch_size
     size = checkpoint_bytes(net, len(train.ema_decays), config.auxiliary)
     count = checkpoints_at_once(train.steps, train.checkpoint_every, train.keep_checkpoints, train.keep_every)
+    count += train.keep_best
     rows = {
         "model": f"{trained / 1e6:.1f} M trained parameters; "
         f"{macs / 1e9:.2f} G multiply-adds for one forward of an image",
@@ -78,9 +79,29 @@ def report(net: SiT, config: Config, order: BatchOrder, device: torch.device) ->
     rows["disk"] = (
         f"{gigabytes(size * count)} at most: {count} x {gigabytes(size)} of checkpoints, with the one being written"
     )
+    if train.evaluate_every is not None and seconds is not None:
+        times = math.ceil(train.steps / train.evaluate_every)
+        rows["quality"] = describe_quality(config, times, seconds / (share * passes) / processes, parts["weights"])
     if kept := config.snapshots_bytes(net):
         rows["disk"] += f"; {gigabytes(kept)} of snapshots"
     return "\n".join(f"{name:11}  {text}" for name, text in rows.items())
+
+
+def describe_quality(config: Config, times: int, forward: float, weights: int) -> str:
+    """Returns the cost of measuring the quality of samples.
+
+    Args:
+        times: how often it is measured.
+        forward: seconds that all processes together need for the forward of an image.
+        weights: bytes of the weights.
+    """
+    quality, averages = config.quality, len(config.train.ema_decays)
+    seconds = quality.num_samples * averages * quality.forwards * forward
+    return (
+        f"{times} times {quality.num_samples:,} samples of {averages} average{'s' * (averages > 1)}, "
+        f"{quality.forwards} forwards each: {seconds / 60:.3g} minutes each time, without the extractor; "
+        f"{gibibytes(weights)} of memory for another copy of the weights"
+    )
 
 
 def fixed_bytes(net: SiT, config: Config, num_processes: int) -> dict[str, int]:

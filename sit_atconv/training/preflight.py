@@ -93,6 +93,7 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
     saved, start = list_checkpoints(run), Start([], False)
     if not saved or checkpoint_step(saved[-1]) < train.steps:
         count = checkpoints_at_once(train.steps, train.checkpoint_every, train.keep_checkpoints, train.keep_every)
+        count += train.keep_best
         size = checkpoint_bytes(net, len(train.ema_decays), config.auxiliary)
         check_room(run, max(1, count - len(saved)) * size + config.snapshots_bytes(net))
     if config.init_from and not saved:

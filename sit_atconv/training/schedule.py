@@ -16,6 +16,7 @@ class Due:
     save: bool  # write a checkpoint
     draw: bool  # draw the previews
     keep: bool  # write a snapshot of the averages
+    evaluate: bool  # measure the quality of samples
     signal: int  # number of the signal that asks the run to stop; 0 without one
     bad_step: int  # number of the first step, from 1, that was not finite; 0 without one
     record_unreadable: bool  # some process found images that cannot be read
@@ -37,13 +38,14 @@ def decide(
     """
     train = config.train
     is_last = step == train.steps
-    save = is_last or step % train.checkpoint_every == 0
+    evaluate = train.evaluates(step)
+    save = is_last or evaluate or step % train.checkpoint_every == 0
     draw = is_last or step % config.preview.every == 0
     keep = train.snapshot_every is not None and (is_last or step % train.snapshot_every == 0)
     test = has_held_out and (is_last or step % train.held_out_every == 0)
     log = save or test or keep or step % train.log_every == 0
     log, signal, bad_step, unreadable = agree_on_end(log, stop, watch, agreement, num_unreadable)
-    return Due(is_last, log, test, save or signal > 0, draw, keep, signal, bad_step, unreadable > 0)
+    return Due(is_last, log, test, save or signal > 0, draw, keep, evaluate, signal, bad_step, unreadable > 0)
 
 
 def agree_on_end(

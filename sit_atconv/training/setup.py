@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sit_atconv.checkpoints.recipe import Recipe
-from sit_atconv.checkpoints.run_folder import rewind_stats
+from sit_atconv.checkpoints.run_folder import rewind_quality, rewind_stats
 from sit_atconv.checkpoints.snapshots import rewind_snapshots
 from sit_atconv.checkpoints.training_state import TrainingState, load_checkpoint, set_aside
 from sit_atconv.data.codecs import Codec
@@ -206,6 +206,7 @@ def set_up(job: Job, to_release: contextlib.ExitStack) -> Session:
             record_provenance(run)
             rewind_stats(run, found.step)
             rewind_snapshots(run, found.step)
+            rewind_quality(run, found.step)
             if not found.checkpoint:
                 unreadable.path.unlink(missing_ok=True)
         tracker = Tracker(accelerator, train.tracker, run, flatten(config.options), found.step)

@@ -1,0 +1,135 @@
+"""Frechet distances during training: equal to those of the commands, and without a trace in the weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sit_atconv.checkpoints.run_folder import best_step, checkpoint_step, list_checkpoints
+from tests.commands.test_train import TRAIN, state_of, stats_of
+from tests.conftest import TINY_RUN, load_command
+
+SAMPLES = 60
+NAME = f"quality/FD-digits-{SAMPLES}"
+SAMPLER = {"num_samples": SAMPLES, "solver": "euler", "num_steps": 2, "extractor": "digits", "batch_size": 20}
+
+
+def quality_argv(features: Path, *more) -> list:
+    options = [text for name, value in SAMPLER.items() for text in (f"--quality.{name}", value)]
+    return [*TINY_RUN, "--train.evaluate_every", 2, *options, "--quality.features", features, *more]
+
+
+@pytest.fixture(scope="module")
+def measured(launch, tmp_path_factory):
+    """A run with two evaluations, which keeps one checkpoint beside the best."""
+    folder = tmp_path_factory.mktemp("measured")
+    argv = quality_argv(folder / "features", "--train.keep_checkpoints", 1, "--train.keep_best", "true")
+    codes, output = launch(TRAIN, [*argv, "--out", folder / "run"])
+    assert codes == [0] and f"step 2: {NAME} " in output, output
+    return folder / "run"
+
+
+def score_of(checkpoint: Path, out: Path, capsys, *which) -> dict:
+    """The scores that the commands give the samples of a checkpoint."""
+    drawn = ["--num-samples", SAMPLES, "--labels", "balanced", "--solver", "euler", "--steps", 2, "--cfg", 1, *which]
+    generate, fid = load_command("sample/generate.py"), load_command("eval/fid.py")
+    generate.main([*map(str, ["--ckpt", checkpoint, *drawn, "--batch-size", 20, "--no-npz", "--out", out])])
+    capsys.readouterr()
+    scored = ["--reference", "digits", "--extractor", "digits", "--metrics", "fid", "--batch-size", 20]
+    fid.main([*map(str, ["--samples", out, *scored, "--features", out / "features", "--json"])])
+    return json.loads(capsys.readouterr().out)["scores"][f"FD-digits-{SAMPLES}"]
+
+
+def test_the_bits_are_the_same_with_and_without(measured, tiny_run):
+    one, two = state_of(measured, 4), state_of(tiny_run, 4)
+    assert one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
+    assert [line["loss"] for line in stats_of(measured)] == [line["loss"] for line in stats_of(tiny_run)]
+
+
+def test_the_log_the_records_and_the_best(measured, capsys, tmp_path):
+    lines = {line["step"]: line for line in stats_of(measured)}
+    assert [NAME in lines[step] for step in (1, 2, 3, 4)] == [False, True, False, True]
+    score = score_of(measured / "checkpoints" / "step-0000004", tmp_path / "samples", capsys)
+    assert lines[4][NAME] == pytest.approx(score["value"], rel=1e-6)
+    assert lines[4][f"{NAME}/error"] == pytest.approx(score["error"], rel=1e-6)
+    assert sorted(path.name for path in (measured / "quality").iterdir()) == [
+        f"step-000000{step}.{suffix}" for step in (2, 4) for suffix in ("json", "png")
+    ]
+    best = min((2, 4), key=lambda step: lines[step][NAME])
+    assert best_step(measured) == best and (measured / "best").resolve().name == f"step-000000{best}"
+    assert {best, 4} <= {checkpoint_step(path) for path in list_checkpoints(measured)}
+    assert Image.open(measured / "loss.png").width > 1500  # with a third panel
+    assert len(list((measured.parent / "features").iterdir())) == 2  # of the 1,797 digits, not of samples
+
+
+@pytest.mark.parametrize("write", [5, 40, *(pytest.param(write, marks=pytest.mark.slow) for write in (1, 75, 160))])
+def test_a_killed_evaluation_is_completed(launch, measured, tmp_path, write):
+    run, argv = tmp_path / "run", quality_argv(measured.parent / "features")
+    codes, output = launch(TRAIN, [*argv, "--out", run], die=write, work=run / "quality")
+    assert codes == [-9], output
+    codes, output = launch(TRAIN, [*argv, "--out", run])
+    assert codes == [0] and "warning" not in output, output
+    assert [line.get(NAME) for line in stats_of(run)] == [line.get(NAME) for line in stats_of(measured)]
+    one, two = state_of(measured, 4), state_of(run, 4)
+    assert all(one[name].equal(two[name]) for name in one)
+
+
+def test_the_last_evaluation_is_completed_after_the_training(launch, measured, tmp_path):
+    run, argv = tmp_path / "run", quality_argv(measured.parent / "features")
+    shutil.copytree(measured, run, symlinks=True)
+    (run / "quality" / "step-0000004.json").unlink()
+    lines = [
+        {name: value for name, value in line.items() if line["step"] < 4 or name != NAME} for line in stats_of(run)
+    ]
+    (run / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    codes, output = launch(TRAIN, [*argv, "--out", run])
+    assert codes == [0] and "is complete" in output and "training" not in output, output
+    assert stats_of(run)[-1][NAME] == stats_of(measured)[-1][NAME]
+
+
+def test_two_processes_and_two_averages_equal_the_commands(launch, measured, tmp_path, capsys):
+    run = tmp_path / "run"
+    argv = quality_argv(measured.parent / "features", "--train.ema_decay", "[0.9,0.5]", "--train.steps", 2)
+    codes, output = launch(TRAIN, [*argv, "--out", run], processes=2)
+    assert codes == [0, 0], output
+    line = stats_of(run)[-1]
+    for decay, name in ((0.9, NAME), (0.5, NAME.replace("quality/", "quality/ema0.5/"))):
+        score = score_of(run, tmp_path / f"samples{decay}", capsys, "--ema", decay)
+        assert line[name] == pytest.approx(score["value"], rel=1e-6), name
+
+
+def test_a_run_that_starts_again_forgets_the_scores_of_the_former(launch, measured, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(measured, run, symlinks=True)
+    shutil.rmtree(run / "checkpoints")
+    argv = quality_argv(measured.parent / "features", "--train.seed", 1)
+    codes, output = launch(TRAIN, [*argv, "--out", run])
+    assert codes == [0], output
+    assert stats_of(run)[-1][NAME] != stats_of(measured)[-1][NAME]
+
+
+def test_an_evaluation_that_fails_does_not_end_the_run(launch, tmp_path):
+    (tmp_path / "few").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "few" / "one.png")
+    argv = quality_argv(tmp_path / "features", "--quality.reference", tmp_path / "few", "--train.steps", 2)
+    codes, output = launch(TRAIN, [*argv, "--out", tmp_path / "run"])
+    assert codes == [0] and "warning: the quality of samples at step 2 is not known: " in output, output
+
+
+def test_options_that_cannot_work(fails, latents, tmp_path):
+    def error(*options):
+        return fails(load_command(TRAIN).main, [*TINY_RUN, "--out", tmp_path / "run", *options])
+
+    assert "train.keep_best keeps the best of several evaluations" in error("--train.keep_best", "true")
+    every = ("--train.evaluate_every", 2)
+    assert "quality.reference nowhere does not exist" in error(*every, "--quality.reference", "nowhere")
+    assert "quality.num_samples must be at least 2" in error(*every, "--quality.num_samples", 1)
+    assert "train.evaluate_every needs quality.reference" in error(*every, "--data.latents", latents)
+    assert "train.evaluate_every must be at least 1" in error("--train.evaluate_every", 0)
+
+
+def test_dry_run_tells_the_cost(tmp_path, capsys):
+    load_command(TRAIN).main([*map(str, quality_argv(tmp_path)), "--dry-run"])
+    assert f"2 times {SAMPLES} samples of 1 average, 2 forwards each: " in capsys.readouterr().out
