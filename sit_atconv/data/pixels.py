@@ -18,6 +18,7 @@ from sit_atconv.data import MAX_MEGAPIXELS
 UINT8_RULE = "clamp(127.5 * x + 128, 0, 255), truncated"
 CROP_RULE = "upright by EXIF, RGB, halved by box filter while twice as large, bicubic, centre (ADM)"
 JPEG_QUALITY = 95  # of crops beside latents, with colours at full resolution
+Colour = tuple[int, int, int]  # red, green, blue, 0 ... 255
 LONG = 16  # pictures with a larger aspect ratio are cropped before they are enlarged
 WEIGHT_BITS = 22  # precision of the fixed-point weights in Pillow's resize
 _readers, _num_readers, _pillows_limit = threading.Lock(), 0, None
@@ -109,22 +110,31 @@ def _weighted(pixels: np.ndarray, taps: np.ndarray, weights: np.ndarray) -> np.n
     return ((sums + 2 ** (WEIGHT_BITS - 1)) >> WEIGHT_BITS).clip(0, 255).astype(np.uint8)
 
 
-def read_image(file: Path | BinaryIO, size: int | None, max_megapixels: float = MAX_MEGAPIXELS) -> Tensor:
+def read_image(
+    file: Path | BinaryIO,
+    size: int | None,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    background: Colour | None = None,
+) -> Tensor:
     """Reads an image file as uint8 (3, H, W). Arguments and errors are those of `read_picture`."""
-    return read_picture(file, size, max_megapixels)[0]
+    return read_picture(file, size, max_megapixels, background)[0]
 
 
 def read_picture(
-    file: Path | BinaryIO, size: int | None, max_megapixels: float = MAX_MEGAPIXELS
+    file: Path | BinaryIO,
+    size: int | None,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    background: Colour | None = None,
 ) -> tuple[Tensor, tuple[int, int]]:
     """Reads an image file as RGB, turned upright by its EXIF data.
 
-    Greyscale is repeated, 16 bits become 8, transparency is dropped.
+    Greyscale is repeated, 16 bits become 8, transparent pixels get the colour that they hold, or the background.
 
     Args:
         file: its path, or the open file.
         size: side in pixels of the centre crop; None for the whole picture.
         max_megapixels: largest picture that is read, in millions of pixels.
+        background: colour that transparent pixels are composited on, or None.
 
     Returns:
         uint8 (3, H, W), and the (height, width) of the upright picture before the crop.
@@ -142,7 +152,11 @@ def read_picture(
                     f"it has {math.ceil(10 * megapixels) / 10:g} megapixels, more than --max-megapixels "
                     f"{max_megapixels:g} allows (training: --data.max_megapixels)"
                 )
-            picture = to_rgb(ImageOps.exif_transpose(opened))
+            picture = ImageOps.exif_transpose(opened)
+            if background is not None and picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, (*background, 255)), picture)
+            picture = to_rgb(picture)
             size_before = picture.height, picture.width
             pixels = np.array(center_crop(picture, size) if size else picture)
             return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), size_before
@@ -154,6 +168,15 @@ def read_picture(
         shown = str(file) if isinstance(file, Path) else file  # as Pillow shows it
         reason = (str(error) or type(error).__name__).splitlines()[0].replace(f" {shown!r}", "")
         raise ValueError(f"cannot be read as an image: {reason}") from error
+
+
+def has_transparency(file: Path | BinaryIO) -> bool:
+    """True if any pixel of an image file is not opaque; False if it cannot be read, which reading it reports."""
+    try:
+        with _without_pillows_limit(), Image.open(file) as opened:
+            return opened.has_transparency_data and int(np.array(opened.convert("RGBA"))[..., 3].min()) < 255
+    except Exception:  # Pillow's readers raise many types
+        return False
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from sit_atconv.data import is_named
 from sit_atconv.evaluation.extractors import Extractor
+from sit_atconv.evaluation.features import ExtractedFeatures
 from sit_atconv.evaluation.image_sets import ImageSet
 from sit_atconv.evaluation.metric_functions import GROUPS, IS_SPLIT, chunks
 from sit_atconv.evaluation.metrics import METRICS, Metric, find_metric
@@ -61,7 +62,9 @@ def choose_metrics(asked: Sequence[str], extractor: Extractor, samples: ImageSet
     if names.total() > len(names):
         raise ValueError(f"two metrics have a score {names.most_common(1)[0][0]}: rename the score of yours")
     metrics = {
-        name: metric for name, metric in METRICS.items() if metric in wanted or (not asked and metric.by_default)
+        name: metric
+        for name, metric in METRICS.items()
+        if metric in wanted or (not asked and metric.by_default and extractor.name.startswith(metric.extractors))
     }
     obstacles = {name: _obstacle(name, metric, extractor, samples, reference) for name, metric in metrics.items()}
     if not asked and all(reasons := [obstacles[name] for name, metric in metrics.items() if metric.reference]):
@@ -76,15 +79,17 @@ def choose_metrics(asked: Sequence[str], extractor: Extractor, samples: ImageSet
 
 def _obstacle(name: str, metric: Metric, extractor: Extractor, samples: ImageSet, reference: Reference) -> str | None:
     """Returns the reason why a metric is not possible, or None."""
-    output = metric.features
+    output, from_images = metric.features, metric.reference in ("images", "every image")
+    if not extractor.name.startswith(metric.extractors):
+        return f"it is defined for an extractor {metric.extractors}..., not {extractor.name}"
     if output not in extractor.outputs:
         return f"extractor {extractor.name!r} has no {output.replace('spatial', 'spatial features')}"
     if metric.reference == "statistics" and reference.gaussians and output not in reference.gaussians:
         return f"{reference.name} has no {' and '.join(NAMES.get(output, ('mean', f'covariance of {output}')))}"
-    if metric.reference == "images" and reference.images is None:
+    if from_images and reference.images is None:
         return f"{reference.name} has no images"
     sets = {"": samples}
-    if reference.images is not None and metric.reference and (metric.reference == "images" or not reference.gaussians):
+    if reference.images is not None and metric.reference and (from_images or not reference.gaussians):
         sets["the reference "] = reference.images
     too_small = [role + images.holds for role, images in sets.items() if len(images) < metric.at_least]
     return f"{' and '.join(too_small)}, and {name} needs at least {metric.at_least}" if too_small else None
@@ -97,6 +102,16 @@ class Warnings(list[str]):
         self.append(message)
         if is_main_process():
             tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def warn_of_transparency(extracted: ExtractedFeatures | None, warnings: Warnings) -> None:
+    """Adds a warning if images are transparent and no background was chosen."""
+    if extracted is not None and extracted.num_transparent and extracted.shards.images.background is None:
+        images = extracted.shards.images
+        warnings.add(
+            f"{extracted.num_transparent} of the {len(images)} images of {images.name} have transparent pixels, which "
+            "count with the colour that they hold, as in ADM: --background white composites them"
+        )
 
 
 def warn_of_images(samples: ImageSet, reference: Reference, warnings: Warnings) -> None:

@@ -6,12 +6,14 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
 
 from sit_atconv.data import MAX_MEGAPIXELS
+from sit_atconv.data.pixels import Colour
 from sit_atconv.evaluation import checks
 from sit_atconv.evaluation import protocol as record
 from sit_atconv.evaluation.extractors import Extractor, open_extractor
@@ -37,6 +39,7 @@ class ReferenceOptions:
     batch_size: int = 64
     features: str = "runs/features"
     max_megapixels: float = MAX_MEGAPIXELS
+    background: Colour | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,7 @@ class EvaluateOptions(ReferenceOptions):
     samples: str
     metrics: Sequence[str] = ()
     num_samples: int | None = None
+    held_out: str | None = None
     keep_features: bool = True  # of the samples; those of the reference are kept in any case
 
 
@@ -59,9 +63,11 @@ def evaluate(options: EvaluateOptions) -> Evaluation | None:
         ValueError: images, statistics or weights are not available or do not fit each other, or do not allow a metric.
         OSError: any process failed to read or write a file.
     """
-    all_samples = open_image_set(options.samples, max_megapixels=options.max_megapixels)
+    most, background = options.max_megapixels, options.background
+    all_samples = open_image_set(options.samples, None, most, background)
     samples = all_samples.first(options.num_samples) if options.num_samples else all_samples
-    reference = open_reference(options.reference, options.image_size, options.max_megapixels)
+    reference = open_reference(options.reference, options.image_size, most, background)
+    held_out = open_image_set(options.held_out, options.image_size, most, background) if options.held_out else None
     state, extractor = _start(options)
     checks.check_fit(extractor, samples, reference, state.device)
     chosen = checks.choose_metrics(options.metrics, extractor, samples, reference)
@@ -71,20 +77,24 @@ def evaluate(options: EvaluateOptions) -> Evaluation | None:
     checks.warn_of_order(samples, all_samples, warnings)
 
     ours, theirs = _extract(options, extractor, samples, state), None
+    others = _extract(options, extractor, held_out, state) if held_out is not None else None
     compared_with = {metric.reference for metric in chosen}
-    is_needed = "images" in compared_with or ("statistics" in compared_with and not reference.gaussians)
+    is_compared = bool({"images", "every image"} & compared_with)
+    is_needed = is_compared or ("statistics" in compared_with and not reference.gaussians)
     if is_needed and reference.images is not None:
         theirs = _extract(options, extractor, reference.images, state)
     if not state.is_main_process:
         return None
     return_freed_memory()
-    scores = _measure(chosen, ours, theirs, reference, warnings, state.device)
+    for extracted in (ours, theirs):
+        checks.warn_of_transparency(extracted, warnings)
+    scores, notes = _measure(chosen, ours, theirs, others, reference, warnings, state.device)
     if not options.keep_features:
         ours.delete()
     return Evaluation(
         scores,
-        record.protocol(samples, reference, extractor, theirs, is_compared="images" in compared_with),
-        record.subject(samples, reference, ours),
+        record.protocol(samples, reference, extractor, theirs, others, is_compared),
+        record.subject(samples, reference, ours) | notes,
         record.environment(state, options.batch_size),
         list(warnings),
     )
@@ -96,7 +106,7 @@ def make_reference(options: ReferenceOptions, path: Path) -> dict | None:
     Returns:
         The recipe stored in the file; None except on rank 0. Raises as `evaluate`.
     """
-    images = open_image_set(options.reference, options.image_size, options.max_megapixels)
+    images = open_image_set(options.reference, options.image_size, options.max_megapixels, options.background)
     if len(images) < 2:
         raise ValueError(f"{images.holds}: statistics need at least 2")
     state, extractor = _start(options)
@@ -136,24 +146,27 @@ def _measure(
     chosen: Sequence[Metric],
     ours: ExtractedFeatures,
     theirs: ExtractedFeatures | None,
+    held_out: ExtractedFeatures | None,
     reference: Reference,
     warnings: checks.Warnings,
     device: torch.device,
-) -> dict[str, Score]:
-    """Returns the scores of the chosen metrics by name, in the order of `chosen`."""
+) -> tuple[dict[str, Score], dict]:
+    """Returns the scores of the chosen metrics by name, in the order of `chosen`, and their notes."""
     samples, extractor = ours.shards.images, ours.shards.extractor
     are_random = samples.manifest.get("settings", {}).get("labels") == "random"  # even if they come out balanced
     group = jackknife_groups(len(samples), None if are_random else samples.labels)
 
     @functools.cache
-    def real(kind: str | None, output: str) -> Gaussian | Tensor | None:
+    def real(kind: str | None, output: str) -> Gaussian | Tensor | Sequence[Tensor] | None:
         if kind == "statistics" and reference.gaussians:
             return reference.gaussians[output]
         if kind is None or theirs is None:
             return None
+        if kind == "every image":
+            return theirs.blocks(output)
         return theirs.gaussian(output) if kind == "statistics" else theirs.load_spread(output, COMPARED)
 
-    scores: dict[str, Score] = {}
+    scores, notes = dict[str, Score](), dict[str, Any]()
     for output in dict.fromkeys(["features", *(metric.features for metric in chosen)]):
         generated = ours.load(output)
         if output == "features":
@@ -161,7 +174,10 @@ def _measure(
             checks.warn_of_features(generated, samples, reference, has_frechet, warnings)
         for metric in chosen:
             if metric.features == output:
-                found = metric.measure(MetricInput(generated, real(metric.reference, output), group, device))
+                others = held_out.load(output) if held_out is not None else None
+                inputs = MetricInput(generated, real(metric.reference, output), group, device, others, notes)
+                found = metric.measure(inputs)
                 scores |= zip(metric.score_names(extractor.name, len(samples)), found, strict=True)
         del generated  # frees its memory before the next output is loaded
-    return {name: scores[name] for metric in chosen for name in metric.score_names(extractor.name, len(samples))}
+    ordered = [name for metric in chosen for name in metric.score_names(extractor.name, len(samples))]
+    return {name: scores[name] for name in ordered}, notes

@@ -6,7 +6,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,10 +171,17 @@ class FeatureShards:
 
 @dataclass(frozen=True)
 class ExtractedFeatures:
-    """Complete features of a set of images; `contents` are the digests of the images of each shard."""
+    """Complete features of a set of images.
+
+    Args:
+        shards: the files.
+        contents: digests of the images of each shard.
+        num_transparent: number of images with transparent pixels.
+    """
 
     shards: FeatureShards
     contents: list[str]
+    num_transparent: int = 0
 
     @property
     def content(self) -> str:
@@ -189,6 +196,10 @@ class ExtractedFeatures:
     def load(self, output: str) -> Tensor:
         """Returns one output of all images, (N, D)."""
         return torch.cat([self.shards.load(output, content) for content in self.contents])
+
+    def blocks(self, output: str) -> "Blocks":
+        """Returns one output of all images, a shard at a time."""
+        return Blocks(self, output)
 
     def load_spread(self, output: str, most: int) -> Tensor:
         """Returns one output of `most` images, evenly spaced over the set, or of all if there are fewer."""
@@ -210,6 +221,31 @@ class ExtractedFeatures:
         return moments.gaussian()
 
 
+@dataclass(frozen=True)
+class Blocks(Sequence[Tensor]):
+    """One output of all images, read a shard at a time, each (M, D): more than memory may hold."""
+
+    features: ExtractedFeatures
+    output: str
+
+    def __len__(self) -> int:
+        return len(self.features.contents)
+
+    def __getitem__(self, number):  # an int
+        return self.features.shards.load(self.output, self.features.contents[number])
+
+
+def spread(blocks: Sequence[Tensor], most: int) -> tuple[Tensor, Tensor]:
+    """Returns places, (n,), evenly spaced over all images, and their features (n, D)."""
+    ends = torch.tensor([len(block) for block in blocks]).cumsum(0)
+    chosen = torch.tensor(evenly_spaced(int(ends[-1]), most))
+    parts = []
+    for block, end in zip(blocks, ends.tolist(), strict=True):
+        start = end - len(block)
+        parts.append(block[chosen[(chosen >= start) & (chosen < end)] - start])
+    return chosen, torch.cat(parts)
+
+
 def extract_together(shards: FeatureShards, state: PartialState) -> ExtractedFeatures:
     """Extracts missing shards; each process takes every n-th one.
 
@@ -226,11 +262,12 @@ def extract_together(shards: FeatureShards, state: PartialState) -> ExtractedFea
     ):
         shards.make_ready()
         for number in mine:
-            made.append((number, shards.make(number, progress)))
-    contents = [content for _, content in sorted(gather_object(made))]
+            made.append((number, shards.make(number, progress), shards.images.num_transparent(*shards.bounds(number))))
+    made = sorted(gather_object(made))
+    contents = [content for _, content, _ in made]
     with together():
         if state.is_main_process and not all(map(shards.has, contents)):
             raise OSError(
                 f"{shards.folder} lacks files that other processes wrote: give --features a folder that all of them see"
             )
-    return ExtractedFeatures(shards, contents)
+    return ExtractedFeatures(shards, contents, sum(num for *_, num in made))

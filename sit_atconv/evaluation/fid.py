@@ -8,10 +8,14 @@ Prints a table of the scores on a terminal. Elsewhere, or with `--json`, it prin
 scores on stderr. After an interruption the same command resumes.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import ImageColor
 
 from sit_atconv.data import IMAGES_AS, MAX_MEGAPIXELS, is_named
 from sit_atconv.evaluation.metrics import METRICS, find_metric
@@ -28,6 +32,11 @@ from sit_atconv.runtime.commands import (
     warn_if_hidden,
 )
 from sit_atconv.runtime.installation import command
+
+if TYPE_CHECKING:
+    from sit_atconv.evaluation.records import Evaluation
+
+OF_SAMPLES = ("samples", "metrics", "num_samples", "held_out")  # options that --make-reference does not need
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         from sit_atconv.evaluation.protocol import write_record
 
         if statistics:
-            options = {name: options[name] for name in options if name not in ("samples", "metrics", "num_samples")}
+            options = {name: options[name] for name in options if name not in OF_SAMPLES}
             recipe = scoring.make_reference(scoring.ReferenceOptions(**options, **of_extractors[0]), Path(statistics))
             if recipe:
                 line = f"statistics of {recipe['num']} images: {statistics}"
@@ -63,15 +72,38 @@ def main(argv: list[str] | None = None) -> None:
                 results[chosen["extractor"]] = evaluation.brief().to_json()
                 try:
                     record = write_record(evaluation, out)
+                    picture = draw_pairs(evaluation, options, record)
                 finally:
                     if not as_json:
                         print(to_table(evaluation.scores), flush=True)
                 for name, score in evaluation.scores.items() if as_json else ():
                     print(f"{name:24} {score}", file=sys.stderr)
-                print(f"record: {record}", file=sys.stderr if as_json else sys.stdout)
+                print(f"record: {record}{picture}", file=sys.stderr if as_json else sys.stdout)
         finally:
             if as_json and results:
                 print(in_one(results, several=len(of_extractors) > 1), flush=True)
+
+
+def draw_pairs(evaluation: "Evaluation", options: Mapping, record: Path) -> str:
+    """Draws the samples that are nearest to reference images, if they were looked for; returns a line about that."""
+    if not (pairs := evaluation.subject.get("nearest")):
+        return ""
+    from sit_atconv.evaluation.image_sets import open_image_set
+    from sit_atconv.evaluation.nearest import draw_nearest
+
+    reading = {name: options[name] for name in ("max_megapixels", "background")}
+    images = open_image_set(options["reference"], options["image_size"], **reading)
+    path = record.with_suffix(".nearest.png")
+    draw_nearest(pairs, open_image_set(options["samples"], **reading), images, path)
+    return f"\npicture: {path}"
+
+
+def colour(text: str) -> tuple[int, ...]:
+    """Returns red, green and blue of "white" or "#ffffff"."""
+    try:
+        return ImageColor.getrgb(text)[:3]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no colour: give a name such as white, or #rrggbb") from None
 
 
 def in_one(results: Mapping[str, str], several: bool) -> str:
@@ -116,7 +148,7 @@ def check_paths(options: dict, out: str | None, statistics: str | None) -> None:
     if options["samples"] and statistics:
         fail("--make-reference reads the reference only: leave --samples out", code=2)
     sources = list(filter(None, (options["samples"], options["reference"])))
-    for name in ("samples", "reference"):
+    for name in ("samples", "reference", "held_out"):
         source = options[name]
         if source and is_named(source):
             warn_if_hidden(f"--{name}", source)
@@ -172,6 +204,21 @@ def make_parser() -> ArgumentParser:
         help="refuse image files with more megapixels, which may not fit into memory",
     )
     parser.add_argument(
+        "--background",
+        type=colour,
+        default=None,
+        metavar="COLOUR",
+        help="composite transparent pixels of image files on this colour, white or #rrggbb (default: they keep the "
+        "colour that they hold, as in ADM)",
+    )
+    parser.add_argument(
+        "--held-out",
+        default=None,
+        metavar="IMAGES",
+        help="real images that were not trained on, for --metrics nearest: are samples nearer to the reference than "
+        "these? (default: 1,000 images of the reference, each compared with the others)",
+    )
+    parser.add_argument(
         "--num-samples", type=at_least(2), default=None, metavar="N", help="evaluate the first N samples only"
     )
     parser.add_argument(
@@ -201,7 +248,7 @@ def make_parser() -> ArgumentParser:
         default=(),
         metavar="METRIC",
         help=f"metrics to compute: {', '.join(named)}, or your own, registered by an --import module "
-        "or given as module.NAME (default: all but dc that the extractor and the reference allow)",
+        "or given as module.NAME (default: all but dc and nearest that the extractor and the reference allow)",
     )
     add_import_option(parser)
     parser.add_argument("--batch-size", type=at_least(1), default=64, help="number of images per forward pass")

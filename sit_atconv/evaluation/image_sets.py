@@ -20,7 +20,7 @@ from sit_atconv.data.file_store import FileStore, Folder
 from sit_atconv.data.idx import IdxImages
 from sit_atconv.data.image_npz import ImageNpz
 from sit_atconv.data.images import DATASET_JSON, ImageFolder, left_out_line, list_images, scan_images
-from sit_atconv.data.pixels import CROP_RULE, read_image
+from sit_atconv.data.pixels import CROP_RULE, Colour, has_transparency, read_image
 from sit_atconv.data.stores import ARCHIVES, open_store
 
 LABELS = "arr_1"  # as in ADM's files
@@ -64,6 +64,8 @@ class ImageSet:
         labels: N integers, or None if unknown.
         manifest: manifest of `sample/generate.py`, or {}.
         max_megapixels: largest accepted file, in millions of pixels.
+        background: red, green and blue that transparent pixels of files are composited on; None takes the colours that
+            they hold, as ADM does.
         warnings: problems of these images that the user should know.
     """
 
@@ -74,6 +76,7 @@ class ImageSet:
     labels: Sequence[int] | None = None
     manifest: dict = field(default_factory=dict)
     max_megapixels: float = MAX_MEGAPIXELS
+    background: Colour | None = None
     warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -118,7 +121,7 @@ class ImageSet:
     def _read_file(self, name: str) -> Tensor:
         assert self.store is not None
         try:
-            return read_image(self.store.open(name), self.crop_to, self.max_megapixels)
+            return read_image(self.store.open(name), self.crop_to, self.max_megapixels, self.background)
         except ValueError as error:
             raise ValueError(f"{self._where(name)} {error}") from error
 
@@ -134,10 +137,23 @@ class ImageSet:
             assert self.store is not None
             return digest_of(self.crop, *pool.map(self.store.sha256, self.images[start:stop]))
 
+    def num_transparent(self, start: int, stop: int) -> int:
+        """Returns how many of the images start ... stop - 1 have transparent pixels; only files can have some."""
+        if isinstance(self.images, np.ndarray):
+            return 0
+        with ThreadPoolExecutor() as pool:
+            assert self.store is not None
+            return sum(pool.map(has_transparency, map(self.store.open, self.images[start:stop])))
+
     @property
     def crop(self) -> str:
-        """Description of how files are cropped."""
-        return f"{CROP_RULE}, to {self.crop_to}x{self.crop_to}" if self.crop_to else "none"
+        """Description of how files are cropped, and of the background of transparent ones."""
+        crop = f"{CROP_RULE}, to {self.crop_to}x{self.crop_to}" if self.crop_to else "none"
+        return crop if self.background is None else f"{crop}, on {hex_colour(self.background)}"
+
+
+def hex_colour(colour: Colour) -> str:
+    return "#" + bytes(colour).hex()
 
 
 def evenly_spaced(num: int, most: int) -> list[int]:
@@ -149,7 +165,12 @@ def digest_of(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def open_image_set(source: str, crop_to: int | None = None, max_megapixels: float = MAX_MEGAPIXELS) -> ImageSet:
+def open_image_set(
+    source: str,
+    crop_to: int | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    background: Colour | None = None,
+) -> ImageSet:
     """Opens the images at a path, or the digits.
 
     Args:
@@ -159,6 +180,7 @@ def open_image_set(source: str, crop_to: int | None = None, max_megapixels: floa
             1,797 digits as RGB; or "idx:FOLDER", IDX files as RGB, see `IdxImages`.
         crop_to: side in pixels to crop the images of a folder to, by ADM's rule, or to pad IDX files to.
         max_megapixels: largest accepted file, in millions of pixels.
+        background: as in `ImageSet`.
 
     Raises:
         ValueError: nothing there can be read, the array is of another kind, or the folder is a training run, latents
@@ -178,7 +200,8 @@ def open_image_set(source: str, crop_to: int | None = None, max_megapixels: floa
     if is_generated:
         return replace(_open_generated(source, path), max_megapixels=max_megapixels)
     if of_files:
-        return replace(_open_files(source, open_store(source)), crop_to=crop_to, max_megapixels=max_megapixels)
+        images = _open_files(source, open_store(source))
+        return replace(images, crop_to=crop_to, max_megapixels=max_megapixels, background=background)
     if path.is_file():
         return _open_npz(source, ImageNpz(path))
     raise ValueError(f"{source} does not exist: give {IMAGES_AS}, or an .npz")

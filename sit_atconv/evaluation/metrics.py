@@ -5,9 +5,9 @@ This file does not import torch; the functions are in metric_functions.py.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
 
 from sit_atconv.evaluation.scores import Score
 from sit_atconv.runtime.tables import Table, import_module_of
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sit_atconv.evaluation.gaussians import Gaussian
 
 FULL = 50_000  # samples for the FID that papers report
+BASELINE = 1000  # images of the reference whose nearest other images tell how near real images are
 ANYTHING = ("samples.num", "reference", "compared")  # all that a score may depend on
 
 
@@ -28,15 +29,19 @@ class MetricInput:
 
     Args:
         generated: the extractor's output for the N samples, float32 (N, D), on the CPU.
-        real: the reference, as `Metric.reference` says: a `Gaussian`, float32 (M, D) on the CPU, or None.
+        real: the reference, as `Metric.reference` says: a `Gaussian`, float32 (M, D) on the CPU, `Blocks`, or None.
         group: group of each sample (N,), for standard errors by the jackknife.
         device: device for slow computations.
+        held_out: the extractor's output for real images that are not in the reference, or None.
+        notes: what a metric has found beside its scores, for the record's `subject`: JSON.
     """
 
     generated: "Tensor"
-    real: "Gaussian | Tensor | None"
+    real: "Gaussian | Tensor | Sequence[Tensor] | None"
     group: "Tensor"
     device: "torch.device"
+    held_out: "Tensor | None" = None
+    notes: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +54,12 @@ class Metric:
         higher_is_better: False if lower scores are better.
         features: output of the extractor that it uses: "features", "logits" or "spatial".
         reference: "statistics" compares with the Gaussian of the reference, "images" with the features of up to 10,000
-            of its images, None with nothing.
+            of its images, "every image" with all of them, in blocks, None with nothing.
         at_least: smallest number of samples, and of reference images if the reference consists of images.
         depends_on: parts of the protocol that change it, besides extractor, constants and image size.
         scores_elsewhere: names of its scores with another extractor than Inception; () keeps the names.
         by_default: True computes it if the user names no metrics.
+        extractors: beginning of the names of the extractors that it is defined for; "" is any.
         names_num_samples: True appends a number of samples other than 50,000 to the names, since the bias is strong.
     """
 
@@ -67,13 +73,16 @@ class Metric:
     scores_elsewhere: tuple[str, ...] = ()
     names_num_samples: bool = False
     by_default: bool = True
+    extractors: str = ""
 
     def __post_init__(self):
         object.__setattr__(self, "scores_elsewhere", self.scores_elsewhere or self.scores)
         if odd := [name for name in (*self.scores, *self.scores_elsewhere) if not name.isidentifier()]:
             raise ValueError(f"the name of a score must be an identifier, not {odd[0]!r}")
-        if self.reference not in (None, "statistics", "images"):
-            raise ValueError(f"a metric's reference must be 'statistics', 'images' or None, not {self.reference!r}")
+        if self.reference not in (None, "statistics", "images", "every image"):
+            raise ValueError(
+                f"a metric's reference must be 'statistics', 'images', 'every image' or None, not {self.reference!r}"
+            )
 
     def measure(self, inputs: MetricInput) -> tuple[Score, ...]:
         """Returns one score per name. ValueError: `compute` returned another number, or one is not finite."""
@@ -104,6 +113,18 @@ def _functions():
 
 def _frechet(inputs: MetricInput) -> Score:
     return _functions().frechet(inputs.generated, inputs.real, inputs.group, progress=True)
+
+
+def _nearest(inputs: MetricInput) -> Score:
+    from sit_atconv.evaluation.features import spread
+    from sit_atconv.evaluation.nearest import nearest_ratio
+
+    blocks = cast("Sequence[Tensor]", inputs.real)
+    own, baseline = (None, inputs.held_out) if inputs.held_out is not None else spread(blocks, BASELINE)
+    score, inputs.notes["nearest"] = nearest_ratio(
+        inputs.generated, blocks, baseline, own, inputs.group, inputs.device, progress=True
+    )
+    return score
 
 
 METRICS = Table(
@@ -164,6 +185,24 @@ METRICS = Table(
             reference="images",
             at_least=6,
             depends_on=("samples.num", "compared"),
+            by_default=False,
+        ),
+        "cmmd": Metric(
+            scores=("CMMD",),
+            higher_is_better=False,
+            compute=lambda inputs: _functions().cmmd(
+                inputs.generated, inputs.real, inputs.group, inputs.device, progress=True
+            ),
+            reference="images",
+            depends_on=("samples.num", "compared"),
+            extractors="clip-",
+        ),
+        "nearest": Metric(
+            scores=("nearest_ratio",),
+            higher_is_better=True,
+            compute=_nearest,
+            reference="every image",
+            depends_on=("reference", "compared", "held_out"),
             by_default=False,
         ),
     },

@@ -15,14 +15,19 @@ from sit_atconv import __version__
 from sit_atconv.data import is_named
 from sit_atconv.evaluation.extractors import Extractor
 from sit_atconv.evaluation.features import ExtractedFeatures
-from sit_atconv.evaluation.image_sets import ImageSet, digest_of, folder_of
+from sit_atconv.evaluation.image_sets import ImageSet, digest_of, folder_of, hex_colour
 from sit_atconv.evaluation.metric_functions import METHOD, are_balanced
 from sit_atconv.evaluation.records import Evaluation, read_evaluation
 from sit_atconv.evaluation.references import COMPARED, Reference
 
 
 def protocol(
-    samples: ImageSet, reference: Reference, extractor: Extractor, theirs: ExtractedFeatures | None, is_compared: bool
+    samples: ImageSet,
+    reference: Reference,
+    extractor: Extractor,
+    theirs: ExtractedFeatures | None,
+    held_out: ExtractedFeatures | None,
+    is_compared: bool,
 ) -> dict:
     """Returns how an evaluation is measured: everything that must agree to compare two of them."""
     settings, images = samples.manifest.get("settings", {}), reference.images
@@ -30,6 +35,8 @@ def protocol(
     compared = {}
     if is_compared and images is not None and theirs is not None:
         compared = {"compared": {"num": min(len(images), COMPARED), "content": theirs.content}}
+    if held_out is not None:
+        compared["held_out"] = {"num": len(held_out.shards.images), "content": held_out.content}
     return {
         "samples": {
             "num": len(samples),
@@ -38,6 +45,7 @@ def protocol(
             "uint8_rule": settings.get("uint8_rule"),
             "codec": settings.get("codec"),
             "sampler": sampler or None,
+            **_background(samples),
         },
         "reference": {
             "kind": "statistics" if reference.gaussians else "images",
@@ -50,6 +58,11 @@ def protocol(
         "metrics": METHOD,
         "versions": {"torch_fidelity": torch_fidelity.__version__},
     }
+
+
+def _background(samples: ImageSet) -> dict:
+    """Returns the background of transparent samples, if one was chosen."""
+    return {} if samples.background is None else {"background": hex_colour(samples.background)}
 
 
 def _labels(samples: ImageSet) -> str | None:
@@ -68,6 +81,7 @@ def subject(samples: ImageSet, reference: Reference, ours: ExtractedFeatures) ->
         "path": _absolute(samples.name),
         "reference": _absolute(reference.name),
         "content": ours.content,
+        "transparent": ours.num_transparent or None,
         **{
             key: manifest.get(key)
             for key in ("ckpt", "step", "ema_decay", "training", "images_per_second", "evaluations", "forwards")

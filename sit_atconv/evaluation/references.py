@@ -10,6 +10,7 @@ import numpy as np
 
 from sit_atconv.data import MAX_MEGAPIXELS
 from sit_atconv.data.image_npz import IMAGES, ImageNpz, write_npz
+from sit_atconv.data.pixels import Colour
 from sit_atconv.evaluation.gaussians import Gaussian
 from sit_atconv.evaluation.image_sets import (
     ImageSet,
@@ -55,7 +56,12 @@ class Reference:
         return digest_of(*(hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in arrays))
 
 
-def open_reference(source: str, crop_to: int | None = None, max_megapixels: float = MAX_MEGAPIXELS) -> Reference:
+def open_reference(
+    source: str,
+    crop_to: int | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    background: Colour | None = None,
+) -> Reference:
     """Opens statistics in ADM's format, with or without images, or anything that `open_image_set` accepts.
 
     Args:
@@ -63,6 +69,7 @@ def open_reference(source: str, crop_to: int | None = None, max_megapixels: floa
             or images.
         crop_to: side in pixels to crop the images of a folder to, by ADM's rule.
         max_megapixels: largest accepted file, in millions of pixels.
+        background: as in `ImageSet`.
 
     Raises:
         ValueError: there is no reference, or the statistics have impossible shapes or values.
@@ -73,7 +80,7 @@ def open_reference(source: str, crop_to: int | None = None, max_megapixels: floa
     if npz is None or "mu" not in npz.names:
         if npz is not None and IMAGES not in npz.names:
             raise ValueError(f"{source} contains {npz.names}: give a file with mu and sigma, or images as {IMAGES}")
-        return Reference(source, {}, open_image_set(source, crop_to, max_megapixels))
+        return Reference(source, {}, open_image_set(source, crop_to, max_megapixels, background))
     if crop_to:
         raise ValueError(f"--image-size crops the images of a folder, and {source} holds statistics: leave it out")
     gaussians = {output: _read_gaussian(npz, *names) for output, names in NAMES.items() if names[0] in npz.names}

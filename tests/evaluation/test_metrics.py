@@ -33,7 +33,7 @@ def test_score_names_and_their_metrics(metric, extractor, num, names):
 def test_names_of_unknown_metrics():
     assert metric_of("gap-digits") is None and kind_of("gap-digits") == "gap"
     for name in ("fvd", "FID"):
-        with pytest.raises(ValueError, match=f"metric must be one of fid, sfid, is, prc, kid, dc, or .* not '{name}'"):
+        with pytest.raises(ValueError, match=f"metric must be one of fid, sfid, is, prc, kid, dc, cmmd, nearest, or .* not '{name}'"):
             find_metric(name)
 
 
