@@ -171,7 +171,7 @@ def read_picture(
 
 
 def has_transparency(file: Path | BinaryIO) -> bool:
-    """True if any pixel of an image file is not opaque; False if it cannot be read, which reading it reports."""
+    """True if any pixel of an image file is not opaque; False also if it cannot be read."""
     try:
         with _without_pillows_limit(), Image.open(file) as opened:
             return opened.has_transparency_data and int(np.array(opened.convert("RGBA"))[..., 3].min()) < 255

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def draw_pairs(evaluation: "Evaluation", options: Mapping, record: Path) -> str:
-    """Draws the samples that are nearest to reference images, if they were looked for; returns a line about that."""
+    """Draws the samples nearest to reference images, if they were looked for; returns a line about it."""
     if not (pairs := evaluation.subject.get("nearest")):
         return ""
     from sit_atconv.evaluation.image_sets import open_image_set
@@ -215,7 +215,7 @@ def make_parser() -> ArgumentParser:
         "--held-out",
         default=None,
         metavar="IMAGES",
-        help="real images that were not trained on, for --metrics nearest: are samples nearer to the reference than "
+        help="real images that were not trained on, for --metrics copies: are samples nearer to the reference than "
         "these? (default: 1,000 images of the reference, each compared with the others)",
     )
     parser.add_argument(
@@ -248,7 +248,7 @@ def make_parser() -> ArgumentParser:
         default=(),
         metavar="METRIC",
         help=f"metrics to compute: {', '.join(named)}, or your own, registered by an --import module "
-        "or given as module.NAME (default: all but dc and nearest that the extractor and the reference allow)",
+        "or given as module.NAME (default: all but dc and copies that the extractor and the reference allow)",
     )
     add_import_option(parser)
     parser.add_argument("--batch-size", type=at_least(1), default=64, help="number of images per forward pass")

@@ -178,9 +178,9 @@ def cmmd(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> Score:
-    """Returns CMMD (arXiv 2401.09603) and its error: 1,000 times the squared MMD of unit-length CLIP embeddings.
+    """Returns CMMD (arXiv 2401.09603) and its error.
 
-    The kernel is Gaussian with sigma 10, the estimator the biased one, as the authors' code has them. There is no error
+    It is 1,000 times the squared MMD of CLIP embeddings of unit length. The kernel is Gaussian with sigma 10, the estimator the biased one, as the authors' code has them. There is no error
     for fewer than two samples per group.
     """
     group = jackknife_groups(len(generated)) if group is None else group

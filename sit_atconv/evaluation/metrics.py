@@ -197,7 +197,7 @@ METRICS = Table(
             depends_on=("samples.num", "compared"),
             extractors="clip-",
         ),
-        "nearest": Metric(
+        "copies": Metric(
             scores=("nearest_ratio",),
             higher_is_better=True,
             compute=_nearest,

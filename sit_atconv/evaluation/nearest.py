@@ -19,7 +19,7 @@ SHOWN = 10  # pairs in the picture
 def nearest(
     queries: Tensor, blocks: Iterable[Tensor], device: torch.device | str = "cpu", own: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Returns the Euclidean distance of each query to its nearest feature, and the place of that, both (N,).
+    """Returns the distance (N,) of each query to its nearest feature, and the place (N,) of that.
 
     Args:
         queries: features (N, D).
@@ -51,7 +51,9 @@ def nearest_ratio(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> tuple[Score, list[list[float]]]:
-    """Returns the median distance of samples to their nearest images over that of real images, and the closest pairs.
+    """Returns how near samples are to the training images, relative to real images, and the closest pairs.
+
+    The ratio is of median distances to the nearest training image.
 
     About 1 if samples are as far from the training images as real images are that were not trained on; copies are
     nearer.

@@ -81,7 +81,7 @@ def _font() -> FT2Font:
 
 
 def save_loss_curves(stats: Sequence[dict], path: Path, title: str) -> None:
-    """Plots the lines of stats.jsonl: losses and errors over steps, the training loss by time t, and scores of samples.
+    """Plots the lines of stats.jsonl: losses over steps, the training loss by time t, scores of samples.
 
     Without any line it saves nothing.
     """

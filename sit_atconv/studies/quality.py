@@ -55,7 +55,7 @@ class Quality:
         read_quality(self.run)
 
     def __call__(self, step: int) -> dict[str, float]:
-        """Measures the checkpoint of a step on all processes together, if that is due and its record is missing.
+        """Measures a step's checkpoint on all processes together, if that is due and not done.
 
         Returns:
             What it measured, for the log: "quality/NAME" and "quality/NAME/error" for each average; those after the

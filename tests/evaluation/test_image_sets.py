@@ -144,7 +144,7 @@ def test_files_with_too_many_pixels_are_refused(tmp_path, monkeypatch):
     limits = []
     monkeypatch.setattr(
         "sit_atconv.evaluation.image_sets.read_image",
-        lambda path, size, limit: limits.append(limit) or torch.zeros(3, 8, 8),
+        lambda path, size, limit, background: limits.append(limit) or torch.zeros(3, 8, 8),
     )
     write_in(tmp_path / "flat", "a.png")
     write_in(tmp_path / "samples" / "images", "a.png")

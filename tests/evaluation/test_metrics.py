@@ -33,7 +33,9 @@ def test_score_names_and_their_metrics(metric, extractor, num, names):
 def test_names_of_unknown_metrics():
     assert metric_of("gap-digits") is None and kind_of("gap-digits") == "gap"
     for name in ("fvd", "FID"):
-        with pytest.raises(ValueError, match=f"metric must be one of fid, sfid, is, prc, kid, dc, cmmd, nearest, or .* not '{name}'"):
+        with pytest.raises(
+            ValueError, match=f"metric must be one of fid, sfid, is, prc, kid, dc, cmmd, copies, or .* not '{name}'"
+        ):
             find_metric(name)
 
 
@@ -59,7 +61,7 @@ def test_scores_are_what_the_function_returned():
     [
         ({"scores": ("my-score",)}, "identifier, not 'my-score'"),
         ({"scores_elsewhere": ("a/b",)}, "identifier, not 'a/b'"),
-        ({"reference": "image"}, "'statistics', 'images' or None, not 'image'"),
+        ({"reference": "image"}, "'images', 'every image' or None, not 'image'"),
     ],
 )
 def test_invalid_metrics_are_refused(options, message):

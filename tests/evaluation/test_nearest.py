@@ -87,7 +87,7 @@ def test_the_command_finds_copies_and_draws_them(tmp_path, capsys):
     np.savez(tmp_path / "train.npz", DIGITS[:1000])
     np.savez(tmp_path / "held_out.npz", DIGITS[1000:1200])
     argv = ["--samples", tmp_path / "copies.npz", "--reference", tmp_path / "train.npz", "--extractor", "digits"]
-    more = ["--metrics", "nearest", "--features", tmp_path / "features", "--out", tmp_path / "scores.json"]
+    more = ["--metrics", "copies", "--features", tmp_path / "features", "--out", tmp_path / "scores.json"]
     found, printed = evaluate(capsys, *argv, *more, "--held-out", tmp_path / "held_out.npz")
     assert found["scores"]["nearest_ratio-digits"]["value"] == 0 and found["protocol"]["held_out"]["num"] == 200
     assert found["subject"]["nearest"][0] == [0, 100, 0.0]
