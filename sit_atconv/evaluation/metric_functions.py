@@ -180,8 +180,8 @@ def cmmd(
 ) -> Score:
     """Returns CMMD (arXiv 2401.09603) and its error.
 
-    It is 1,000 times the squared MMD of CLIP embeddings of unit length. The kernel is Gaussian with sigma 10, the estimator the biased one, as the authors' code has them. There is no error
-    for fewer than two samples per group.
+    It is 1,000 times the squared MMD of CLIP embeddings of unit length. The kernel is Gaussian with sigma 10, the
+    estimator the biased one, as the authors' code has them. There is no error for fewer than two samples per group.
     """
     group = jackknife_groups(len(generated)) if group is None else group
     x, y = (features.double() / features.double().norm(dim=1, keepdim=True) for features in (generated, real))
