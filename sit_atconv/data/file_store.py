@@ -113,10 +113,14 @@ class NameTable:
 
     def without(self, is_ignored: Callable[[str], bool]) -> Iterator[str]:
         """Yields the names that are not ignored themselves nor in an ignored folder."""
-        ignored = functools.cache(is_ignored)  # a folder's name is asked for with each of its files
+
+        @functools.cache  # a folder is asked for with each of its files
+        def is_ignored_folder(folder: str) -> bool:
+            return any(map(is_ignored, folder.split("/")))
+
         for name in self:
-            *folders, file = name.split("/")
-            if not any(map(ignored, folders)) and not is_ignored(file):
+            folder, slash, file = name.rpartition("/")
+            if not is_ignored(file) and not (slash and is_ignored_folder(folder)):
                 yield name
 
 

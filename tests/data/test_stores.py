@@ -185,6 +185,35 @@ def test_a_saved_data_set_of_numbers_and_without_names(tmp_path):
         ImageFolder(f"hf:{tmp_path / 'damaged'}", 8)
 
 
+@pytest.mark.parametrize("kind", ["plain", "long numbers", "after other data", "with a comment", "written to a pipe"])
+def test_any_zip_archive_is_listed_as_by_zipfile(kind, tmp_path, monkeypatch):
+    if kind == "long numbers":
+        monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10)
+        monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 2)
+    target = io.BytesIO(b"other data" if kind == "after other data" else b"")
+    target.seek(0, 2)
+
+    class Pipe(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, content):
+            return target.write(content)
+
+    with zipfile.ZipFile(Pipe() if "pipe" in kind else target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number, name in enumerate(("a.png", "ü/日本.png", "b/" + "c" * 200 + ".png")):
+            archive.writestr(name, b"P5 4 2 255\n" + bytes([number] * 8))
+        archive.mkdir("empty folder")
+        archive.comment = b"a comment" if kind == "with a comment" else b""
+    monkeypatch.undo()
+    (tmp_path / "a.zip").write_bytes(target.getvalue())
+    store = open_store(tmp_path / "a.zip")
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        names = [info.filename for info in archive.infolist() if not info.is_dir()]
+        assert sorted(store.names(lambda name: False)) == sorted(names) and len(names) == 3
+        assert all(store.read(name) == archive.read(name) for name in names)
+
+
 def test_digits_are_files_too():
     images, digits = ImageFolder("digits", 8), Digits()
     assert (
