@@ -24,7 +24,6 @@ from statistics import median
 import torch
 from tqdm import tqdm, trange
 
-from sit_atconv.data.archives import CACHE
 from sit_atconv.data.data_source import DataSource
 from sit_atconv.data.images import ImageFolder
 from sit_atconv.data.latent_folder import LatentFolder, LatentSettings, inspect_shard
@@ -32,6 +31,7 @@ from sit_atconv.data.latents import CachedLatents
 from sit_atconv.data.loading import Batch, leave_ctrl_c_to_the_parent, load_batches
 from sit_atconv.data.order import BatchOrder
 from sit_atconv.data.stores import open_store
+from sit_atconv.data.tar_archives import CACHE
 from sit_atconv.runtime.commands import ArgumentParser, at_least, positive, run_command, user_errors
 from sit_atconv.runtime.files import check_room
 

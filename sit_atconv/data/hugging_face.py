@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 OPTIONS = ("image", "label", "config")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")  # if no column is of class labels
+LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")  # preferred to other columns of class labels
 FORM = "NAME_OR_PATH[:SPLIT[:image=COLUMN,label=COLUMN,config=NAME]]"
 
 
@@ -29,7 +29,7 @@ class HuggingFaceImages(FileStore):
     Args:
         name: hf:NAME_OR_PATH[:SPLIT[:image=COLUMN,label=COLUMN,config=NAME]]: a name on the hub, a folder with parquet
             files or saved by `save_to_disk`, or one parquet or arrow file. By default the split is train, the image
-            is in the only column of images, and the label in the first of class labels, or of the name label.
+            is in the only column of images, and the label in the column called so, or the only one of class labels.
 
     Raises:
         ValueError: `datasets` is not installed, nothing can be opened, or there is no such split or column.
@@ -135,8 +135,10 @@ def _label_column(name: str, rows: "Dataset", wanted: str | None) -> str | None:
     if wanted is not None and wanted not in rows.features:
         raise ValueError(f"{name} has no column {wanted}: its columns are {show_some(list(rows.features))}")
     classes = [column for column, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)]
-    found = [column for column in (*classes, *LABEL_COLUMNS) if column in rows.features]
-    return wanted or (found[0] if found else None)
+    usual = [column for column in LABEL_COLUMNS if column in rows.features]
+    if not wanted and not usual and len(classes) > 1:
+        raise ValueError(f"{name} has several columns of labels: name one of {show_some(classes)}, hf:{FORM}")
+    return wanted or next(iter([*usual, *classes]), None)
 
 
 def _labels(name: str, rows: "Dataset", column: str) -> tuple[tuple[str, ...], np.ndarray]:

@@ -4,12 +4,13 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from sit_atconv.data.archives import open_tars, open_zip
 from sit_atconv.data.data_source import InMemory
 from sit_atconv.data.digits import Digits
 from sit_atconv.data.file_store import FileStore, Folder
 from sit_atconv.data.hugging_face import HuggingFaceImages
 from sit_atconv.data.idx import IdxImages
+from sit_atconv.data.tar_archives import open_tars
+from sit_atconv.data.zip_archives import open_zip
 
 
 class InMemoryFiles(FileStore):

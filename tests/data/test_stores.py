@@ -132,7 +132,7 @@ def test_samples_that_each_shard_numbers_anew(numbered, tmp_path):
 def test_the_list_of_a_tar_archive_is_kept_until_it_changes(digit_folder, tmp_path, cache, monkeypatch):
     path = write_tar(digit_folder, tmp_path / "a.tar")
     first = ImageFolder(path, 16)
-    monkeypatch.setattr("sit_atconv.data.archives._scan_tar", lambda path: pytest.fail("scanned again"))
+    monkeypatch.setattr("sit_atconv.data.tar_archives._scan_tar", lambda path: pytest.fail("scanned again"))
     assert ImageFolder(path, 16).describe() == first.describe() and len(list(cache.iterdir())) == 1
     monkeypatch.undo()
     monkeypatch.setenv("SIT_ATCONV_CACHE", str(tmp_path / "cache"))
