@@ -170,9 +170,9 @@ def _names(rows: "Dataset", column: str, class_names: Sequence[str], labels: np.
     numbers = [f"{row:08d}" for row in range(len(paths))]
     if None in paths:
         return numbers
-    if all("/" in path for path in paths) and len(paths) > 1:
+    if all(map(os.path.isabs, paths)):
         shared = os.path.commonpath([os.path.dirname(path) for path in paths])
         paths = [os.path.relpath(path, shared) for path in paths]
-    elif len(class_names) > 1:
+    elif len(class_names) > 1 and not any("/" in path for path in paths):
         paths = [f"{class_names[label]}/{path}" for label, path in zip(labels, paths, strict=True)]
     return paths if len(set(paths)) == len(paths) else numbers

@@ -14,6 +14,7 @@ from sit_atconv.data.latent_folder import open_shard, read_index
 from sit_atconv.data.latents import CachedLatents
 from sit_atconv.runtime.files import exclusive
 from tests.conftest import encode_argv, load_command, relative_error
+from tests.data.test_stores import same_images
 
 ENCODE = "sit_atconv/encode.py"
 
@@ -40,12 +41,11 @@ def test_two_processes_give_the_bytes_of_one(launch, latents, argv, tmp_path):
     assert same(tmp_path / "out", latents)
 
 
-def test_a_zip_archive_gives_the_bytes_of_the_folder(launch, latents, digit_folder, argv, tmp_path):
-    shutil.make_archive(str(tmp_path / "digits"), "zip", digit_folder)
-    codes, output = launch(
-        ENCODE, [argument if argument != digit_folder else tmp_path / "digits.zip" for argument in argv]
-    )
-    assert codes == [0] and f"{tmp_path / 'digits.zip'}: 120 images, 10 classes" in output, output
+@pytest.mark.parametrize("kind", ["zip", "tar", "hf"])
+def test_other_places_give_the_bytes_of_the_folder(launch, latents, digit_folder, argv, tmp_path, kind):
+    place = same_images(digit_folder, tmp_path, kind)
+    codes, output = launch(ENCODE, [argument if argument != digit_folder else place for argument in argv])
+    assert codes == [0] and f"{place}: 120 images, 10 classes" in output, output
     assert same(tmp_path / "out", latents)
 
 

@@ -28,6 +28,7 @@ from sit_atconv.runtime.files import exclusive
 from sit_atconv.runtime.installation import configs_of
 from sit_atconv.training.config import parse
 from tests.conftest import ROOT, TINY_RUN, encode_argv, load_command, python, relative_error, working_folder
+from tests.data.test_stores import same_images, write_numbered
 
 TRAIN = "sit_atconv/train.py"
 EXACT = [
@@ -49,6 +50,8 @@ EXACT = [
     "--train.ema_decay",
     "[0.9,0.5]",
 ]
+IMAGES = [*TINY_RUN, "--data.codec", "identity", "--data.image_size", "16", "--data.mirror", "true"]
+IMAGES += ["--train.steps", "2", "--train.batch_size", "32"]
 SMALL = [*TINY_RUN, "--model.depth", "1", "--train.batch_size", "64"]
 KINDS = [(1, 1), (2, 3), *(pytest.param(kind, marks=pytest.mark.slow) for kind in [(1, 3), (2, 1), (3, 1)])]
 
@@ -1165,3 +1168,29 @@ def test_an_older_run_keeps_the_order_of_its_classes(launch, digit_folder, tmp_p
     (tmp_path / "run" / "data.json").write_text(json.dumps(earlier))
     codes, output = launch(TRAIN, [*argv, "--train.steps", 2])
     assert codes == [0] and recipe_of(tmp_path / "run", 2)["class_names"] == ["1", "10", "2"], output
+
+
+@pytest.fixture(scope="module")
+def numbered_digits(digit_folder, tmp_path_factory):
+    return write_numbered(digit_folder, tmp_path_factory.mktemp("numbered") / "images")
+
+
+@pytest.fixture(scope="module")
+def numbered_run(launch, numbered_digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folder") / "run"
+    codes, output = launch(TRAIN, [*IMAGES, "--data.images", numbered_digits, "--out", folder])
+    assert codes == [0], output
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["zip", "wids", "hf"])
+def test_the_same_images_in_another_place_train_the_same_bits(launch, numbered_run, numbered_digits, tmp_path, kind):
+    place = same_images(numbered_digits, tmp_path, kind)
+    codes, output = launch(TRAIN, [*IMAGES, "--data.images", place, "--out", tmp_path / "run"])
+    assert codes == [0], output
+    one, two = state_of(numbered_run, 2), state_of(tmp_path / "run", 2)
+    assert one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
+    # A run that began with the folder resumes with the other place.
+    shutil.copytree(numbered_run, tmp_path / "resumed")
+    codes, output = launch(TRAIN, [*IMAGES, "--data.images", place, "--out", tmp_path / "resumed", "--train.steps", 3])
+    assert codes == [0] and "step 2 of 3" in output, output

@@ -27,10 +27,12 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def numbered(digit_folder, tmp_path_factory):
-    """The digits with a dataset.json, the format of StyleGAN's and EDM2's tools."""
-    folder = tmp_path_factory.mktemp("numbered") / "images"
-    images = ImageFolder(digit_folder, 16)
-    pairs = []
+    return write_numbered(digit_folder, tmp_path_factory.mktemp("numbered") / "images")
+
+
+def write_numbered(digit_folder: Path, folder: Path) -> Path:
+    """Writes the digits with a dataset.json, the format of StyleGAN's and EDM2's tools."""
+    images, pairs = ImageFolder(digit_folder, 16), []
     for i in range(len(images)):
         name = f"00000/img{i:08d}.png"
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +93,15 @@ def hugging_face(folder: Path, out: Path, **columns) -> Path:
         out / "train-00000-of-00001.parquet"
     )
     return out
+
+
+def same_images(folder: Path, work: Path, kind: str) -> str:
+    """Returns the name of another place that holds the images of a folder."""
+    if kind == "hf":
+        return f"hf:{hugging_face(folder, work / 'data')}"
+    if kind == "wids":
+        return f"wids:{write_shards(folder, work / 'shards')}"
+    return str({"zip": write_zip, "tar": write_tar}[kind](folder, work / f"images.{kind}"))
 
 
 def assert_same(place: str, folder: Path) -> None:
