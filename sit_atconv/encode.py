@@ -10,7 +10,7 @@ resumes, with any number of processes, and ends with the same bytes. --extend ad
 
 from pathlib import Path
 
-from sit_atconv.data import DEFAULT_VAE, IMAGES_AS, MAX_MEGAPIXELS, is_named
+from sit_atconv.data import DEFAULT_VAE, IMAGES_AS, MAX_MEGAPIXELS, is_named, may_exist
 from sit_atconv.runtime.commands import (
     ArgumentParser,
     add_import_option,
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         if options[name] is None:
             parser.error(f"give --{name}")
     with user_errors():
-        if not is_named(options["images"]) and not Path(options["images"]).exists():  # before the slow import of torch
+        if not (is_named(options["images"]) or may_exist(options["images"])):  # before the slow import of torch
             raise ValueError(f"{options['images']} does not exist: give {IMAGES_AS}")
         from sit_atconv.data.encoding import EncodeOptions, encode_images
         from sit_atconv.data.latent_summary import describe_latents

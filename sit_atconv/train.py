@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     with contextlib.ExitStack() as to_release:  # the lock of the run's folder, and the data loader's processes
         with user_errors():
             quality = open_quality(config)
-            job = prepare(config, sampling, to_release)
+            job = prepare(config, sampling, to_release, quality.check if quality is not None else None)
         if job is None:
             if quality is not None and not config.dry_run:  # the last one may have been interrupted
                 with user_errors():

@@ -70,22 +70,32 @@ def quality_record(run: Path, step: int) -> Path:
     return run / "quality" / f"step-{step:07d}.json"
 
 
-def read_quality(run: Path) -> dict[int, dict[str, float]]:
-    """Returns the scores of all evaluated steps, by step. ValueError: a file is damaged."""
+def read_quality(run: Path) -> dict[int, dict]:
+    """Returns the records of all evaluated steps, by step. ValueError: one is damaged."""
     found = {}
     for path in sorted(run.glob("quality/step-*.json")):
         try:
-            found[int(path.stem.removeprefix("step-"))] = {
-                name: float(value) for name, value in json.loads(path.read_bytes())["log"].items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            record = json.loads(path.read_bytes())
+            if not record["log"] or not all(isinstance(value, float) for value in record["log"].values()):
+                raise ValueError("it holds no scores")
+            found[int(path.stem.removeprefix("step-"))] = {"log": record["log"], "protocol": record["protocol"]}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it, and it is measured again") from error
     return found
 
 
 def best_step(run: Path) -> int | None:
-    """Returns the evaluated step with the lowest distance among those whose checkpoint exists, or None."""
-    scores = {step: next(iter(figures.values())) for step, figures in read_quality(run).items()}
+    """Returns the step with the lowest distance among those whose checkpoint exists, or None.
+
+    Only those count that were measured as the newest was.
+    """
+    records = read_quality(run)
+    if not records:
+        return None
+    protocol = records[max(records)]["protocol"]
+    scores = {
+        step: next(iter(record["log"].values())) for step, record in records.items() if record["protocol"] == protocol
+    }
     there = [step for step in map(checkpoint_step, list_checkpoints(run)) if step in scores]
     return min(there, key=lambda step: (scores[step], step), default=None)
 

@@ -90,10 +90,18 @@ def snapshots_bytes(net: "torch.nn.Module", num_averages: int, steps: int, every
     return count * num_averages * itemsize * sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 
-def checkpoints_at_once(steps: int, every: int, keep: int, keep_every: int | None) -> int:
+def checkpoints_at_once(
+    steps: int,
+    every: int,
+    keep: int,
+    keep_every: int | None,
+    evaluate_every: int | None = None,
+    keep_best: bool = False,
+) -> int:
     """Returns the largest number of checkpoints on the disk, with the one being written."""
-    made = [*range(every, steps, every), steps]
-    return len(made) - sum(not keep_every or step % keep_every > 0 for step in made[: -keep - 1])
+    of_evaluations = range(evaluate_every, steps, evaluate_every) if evaluate_every else ()
+    made = sorted({*range(every, steps, every), *of_evaluations, steps})
+    return keep_best + len(made) - sum(not keep_every or step % keep_every > 0 for step in made[: -keep - 1])
 
 
 # -------------------------------------------------------------------------------------------------------- saving

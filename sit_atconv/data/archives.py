@@ -2,67 +2,42 @@
 
 import io
 import os
-import struct
-import zlib
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
 
 from sit_atconv.data.file_store import FileStore, NameTable
 from sit_atconv.runtime.names import show_some
 
-LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a file in a zip archive: signature, lengths of name and extra field
-
-
-@dataclass(frozen=True)
-class Members:
-    """The files of an archive, or of several: a row for each.
-
-    Args:
-        names: paths, relative and with "/".
-        columns: int64 (N, 5) for each file: place of its archive among the archives; first byte of its content, in a
-            zip archive of the header before it; bytes there; `zipfile.ZIP_STORED` or `zipfile.ZIP_DEFLATED`; CRC-32
-            of the unpacked content, or -1 if the archive has none.
-        labels: number in the file KEY.cls, or in KEY.json under "label", for each KEY.
-    """
-
-    names: list[str]
-    columns: np.ndarray
-    labels: dict[str, int] = field(default_factory=dict)
-
 
 class Archive(FileStore):
-    """The files in a zip archive, or in tar archives together.
+    """The files in one archive, or in several together.
 
     Args:
         place: what the user named.
-        paths: the archives.
-        members: their files.
+        names: paths of the files, relative and with "/".
+        folders: paths of the folders that the archive lists, which may be empty.
 
     Raises:
-        ValueError: two files have the same name.
+        ValueError: two files have the same name, or all are in one folder of folders, which is unlikely to be a class.
     """
 
-    def __init__(self, place: str, paths: Sequence[Path], members: Members):
-        self.place, self.paths = place, list(paths)
-        self.table = NameTable(members.names)
+    def __init__(self, place: str, names: Sequence[str], folders: Iterable[str] = ()):
+        self.place = place
+        self.table = NameTable(names)
+        self._folders = dict.fromkeys(path.split("/")[0] for path in folders)
         twins = self.table.sorted[1:][self.table.sorted[1:] == self.table.sorted[:-1]]
         if len(twins):
             raise ValueError(
                 f"{place} holds {len(twins)} names twice ({show_some([os.fsdecode(name) for name in twins[:3]])}): "
                 "remove one of each"
             )
-        self.columns = members.columns
-        self.label_of_key = NameTable(list(members.labels))
-        self.label_values = np.array(list(members.labels.values()), np.int64)
 
     def names(self, is_ignored: Callable[[str], bool]) -> Iterator[str]:
         return self.table.without(is_ignored)
 
     def folders(self) -> Iterable[str]:
-        return dict.fromkeys(name.split("/")[0] for name in self.table if "/" in name)
+        return self._folders | dict.fromkeys(name.split("/")[0] for name in self.table if "/" in name)
 
     def open(self, name: str) -> io.BytesIO:
         content = self.read(name)
@@ -71,54 +46,50 @@ class Archive(FileStore):
         return io.BytesIO(content)
 
     def read(self, name: str) -> bytes | None:
-        (place,) = self.table.find([name])
-        return None if place < 0 else self._read(place)
+        (place,) = self.table.find([name]).tolist()
+        return None if place < 0 else self.read_at(place)
 
-    def _read(self, place: int) -> bytes:
-        archive, offset, size, method, checksum = self.columns[place].tolist()
-        path = self.paths[archive]
-        with path.open("rb", buffering=0) as file:  # opened anew: an open one could not be shared by processes
-            file.seek(offset)
-            if checksum >= 0:
-                signature, *lengths = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size).ljust(LOCAL_HEADER.size))
-                if signature != b"PK\x03\x04":
-                    raise ValueError(f"cannot be read as an image: {path} is damaged there, or has changed")
-                file.seek(sum(lengths), os.SEEK_CUR)
-            content = file.read(size)
-        if len(content) < size:
-            raise ValueError(f"cannot be read as an image: {path} ends before it")
-        if checksum < 0:
-            return content
-        try:
-            unpacked = zlib.decompress(content, wbits=-15) if method else content
-        except zlib.error as error:
-            raise ValueError(f"cannot be read as an image: {path} is damaged there ({error})") from error
-        if zlib.crc32(unpacked) != checksum:
-            raise ValueError(f"cannot be read as an image: {path} is damaged there (wrong checksum)")
-        return unpacked
-
-    def labels(self, names: Sequence[str]) -> tuple[tuple[str, ...], list[int]] | None:
-        """Returns the labels that WebDataset archives hold as KEY.cls or KEY.json, or None if they hold none.
-
-        Raises:
-            ValueError: only some images have a label.
-        """
-        if not len(self.label_values):
-            return None
-        found = self.label_of_key.find([key_of(name) for name in names])
-        if lacking := [names[place] for place in np.flatnonzero(found < 0).tolist()]:
-            raise ValueError(f"{self.place} has no label (KEY.cls) for {len(lacking)} images: {show_some(lacking, 3)}")
-        labels = self.label_values[found].tolist()
-        return tuple(map(str, range(max(labels) + 1))), labels
+    @abstractmethod
+    def read_at(self, place: int) -> bytes:
+        """Returns the content of a file, by its place among `names`. ValueError: it is damaged."""
 
 
-def tidy(name: str) -> str:
-    """Returns a path without "." and ".." parts."""
-    istidy = not ("./" in name or "//" in name or name.startswith("/"))
-    return name if istidy else os.path.normpath(name).lstrip("/")
+def read_bytes(path: Path, offset: int, size: int) -> bytes:
+    """Reads a part of a file, which is opened anew, since processes could not share an open one.
+
+    ValueError: it ends before that.
+    """
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        content = file.read(size)
+    if len(content) < size:
+        raise ValueError(f"cannot be read as an image: {path} ends before it")
+    return content
 
 
-def key_of(name: str) -> str:
-    """Returns the name up to the first dot after its folders, as WebDataset groups files."""
-    folder, slash, file = name.rpartition("/")
-    return folder + slash + file.partition(".")[0]
+def tidy(path: str) -> str:
+    """Returns a path with "/" between folders, without "." and ".." in it."""
+    if "\\" in path and "/" not in path:  # written by old tools on Windows
+        path = path.replace("\\", "/")
+    if "./" in path or "//" in path or path.startswith("/"):
+        path = os.path.normpath(f"/{path}")[1:].lstrip("/")
+    return path
+
+
+def below(paths: Iterable[str], folder: str) -> list[str | None]:
+    """Returns each path relative to a folder in an archive, None if it is elsewhere; "" is everything."""
+    if not folder:
+        return list(paths)
+    prefix = f"{folder}/"
+    return [path.removeprefix(prefix) if path.startswith(prefix) else None for path in paths]
+
+
+def check_top(place: str, names: Sequence[str]) -> None:
+    """Raises a ValueError if everything is in one folder that holds folders, or a dataset.json."""
+    tops = {name.partition("/")[0] for name in names}
+    if len(tops) != 1 or not names or not all("/" in name for name in names):
+        return
+    (top,) = tops
+    inside = [name.partition("/")[2] for name in names]
+    if "dataset.json" in inside or any("/" in name for name in inside):
+        raise ValueError(f"{place} holds everything in one folder, {top}: give {place}/{top} to read what is in it")

@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias
 
@@ -28,18 +28,10 @@ if TYPE_CHECKING:  # diffusers is imported where a VAE is loaded
 
     VAE: TypeAlias = AutoencoderKL | AutoencoderDC
 
-ARCHITECTURE = (  # config keys that can change a VAE's output with the same tensors
-    "act_fn",
-    "norm_num_groups",
-    "down_block_types",
-    "layers_per_block",
-    "mid_block_add_attention",
-    "sample_size",
-)
 DECODED_AT_ONCE = 16  # images; a decoder needs much memory for each
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 WHERE_FROM = (
-    "Give the path of a downloaded AutoencoderKL folder (config.json and weights), or connect to the network once so "
+    "Give the path of a downloaded folder of the VAE (config.json and weights), or connect to the network once so "
     "that the hub id is cached"
 )
 
@@ -168,10 +160,19 @@ class VAECodec(Codec):
     Attributes:
         kind: the codec's name in CODECS.
         model_class: class in diffusers.
+        architecture: keys of its config that can change its output with the same tensors.
     """
 
     kind: ClassVar[str] = "autoencoder_kl"
     model_class: ClassVar[str] = "AutoencoderKL"
+    architecture: ClassVar[tuple[str, ...]] = (
+        "act_fn",
+        "norm_num_groups",
+        "down_block_types",
+        "layers_per_block",
+        "mid_block_add_attention",
+        "sample_size",
+    )
 
     def __init__(
         self,
@@ -184,7 +185,7 @@ class VAECodec(Codec):
     ):
         source = os.path.abspath(source) if Path(source).exists() else source
         vae = _load_vae(source, remedy, self.model_class)
-        self._hold(vae, source, precision, _weights_sha256(vae))
+        self._hold(vae, source, precision, _weights_sha256(vae, self.architecture))
         torch.nn.Module.to(vae.eval().requires_grad_(False), torch_dtype(precision))
         vae.use_slicing, vae.use_tiling = slicing, tiling
 
@@ -261,6 +262,20 @@ class DCCodec(VAECodec):
 
     kind: ClassVar[str] = "autoencoder_dc"
     model_class: ClassVar[str] = "AutoencoderDC"
+    architecture: ClassVar[tuple[str, ...]] = (
+        "attention_head_dim",
+        "encoder_block_types",
+        "decoder_block_types",
+        "encoder_qkv_multiscales",
+        "decoder_qkv_multiscales",
+        "downsample_block_type",
+        "upsample_block_type",
+        "decoder_norm_types",
+        "decoder_act_fns",
+        "decoder_conv_act_fn",
+        "encoder_out_shortcut",
+        "decoder_in_shortcut",
+    )
 
     def stored_shape(self, image_size: int) -> tuple[int, int, int]:
         """Returns the shape of the latents, (C, h, w)."""
@@ -440,11 +455,7 @@ def _check_config(source: str, config: Mapping, model_class: str) -> None:
         scale_and_shift({"latent_channels": 4, **config}, source)
 
 
-def _weights_sha256(vae: "VAE") -> str:
+def _weights_sha256(vae: "VAE", keys: Sequence[str]) -> str:
     """Returns the digest of architecture, tensor names and values, independent of the file format."""
-    if type(vae).__name__ == VAECodec.model_class:
-        architecture = json.dumps([vae.config.get(key) for key in ARCHITECTURE])
-    else:
-        own = {key: value for key, value in vae.config.items() if not key.startswith("_") and key != "scaling_factor"}
-        architecture = json.dumps(own, sort_keys=True)
+    architecture = json.dumps([vae.config.get(key) for key in keys])
     return sha256_of_state(vae.state_dict(), lambda name, tensor: f"{name}\0", architecture)

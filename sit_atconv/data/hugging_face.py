@@ -97,20 +97,42 @@ def _load(name: str, source: str, split: str | None, config: str | None) -> "Dat
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             found = datasets.load_from_disk(source)
         else:
-            found = datasets.load_dataset(source, config)
+            found = _load_split(name, source, split, config)
+    except ValueError as error:
+        if str(error).startswith(name):
+            raise
+        raise _unopened(name, error) from error
     except KeyError as error:
         raise ValueError(f"{name} is a file of another kind: give a .parquet or .arrow file, or a folder") from error
     except Exception as error:  # the library raises errors of many types
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name} cannot be opened ({reason}): give hf:{FORM}") from error
+        raise _unopened(name, error) from error
     if isinstance(found, datasets.DatasetDict):
-        wanted = split or ("train" if "train" in found or len(found) > 1 else next(iter(found)))
-        if wanted not in found:
-            raise ValueError(f"{name} has no split {wanted}: its splits are {show_some(list(found))}")
-        return found[wanted]
+        return found[_choose_split(name, split, list(found))]
     if split is not None and split != str(found.split):
         raise ValueError(f"{name} has no split {split}: it is one split, {found.split or 'without a name'}")
     return found
+
+
+def _load_split(name: str, source: str, split: str | None, config: str | None) -> "Dataset":
+    """Loads one split; of the others nothing is downloaded or prepared."""
+    import datasets
+
+    return datasets.load_dataset(
+        source, config, split=_choose_split(name, split, datasets.get_dataset_split_names(source, config))
+    )
+
+
+def _choose_split(name: str, split: str | None, splits: Sequence[str]) -> str:
+    """Returns the split that was asked for, or train, or the only one. ValueError: there is none such."""
+    wanted = split or ("train" if "train" in splits or len(splits) != 1 else splits[0])
+    if wanted not in splits:
+        raise ValueError(f"{name} has no split {wanted}: its splits are {show_some(list(splits))}")
+    return wanted
+
+
+def _unopened(name: str, error: Exception) -> ValueError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return ValueError(f"{name} cannot be opened ({reason}): give hf:{FORM}")
 
 
 def _image_column(name: str, rows: "Dataset", wanted: str | None) -> str:
@@ -135,10 +157,20 @@ def _label_column(name: str, rows: "Dataset", wanted: str | None) -> str | None:
     if wanted is not None and wanted not in rows.features:
         raise ValueError(f"{name} has no column {wanted}: its columns are {show_some(list(rows.features))}")
     classes = [column for column, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)]
-    usual = [column for column in LABEL_COLUMNS if column in rows.features]
+    if wanted is not None and not _may_be_label(rows.features[wanted]):
+        raise ValueError(f"{name} has no labels in the column {wanted}: labels are classes, whole numbers or names")
+    usual = [column for column in LABEL_COLUMNS if column in rows.features and _may_be_label(rows.features[column])]
     if not wanted and not usual and len(classes) > 1:
         raise ValueError(f"{name} has several columns of labels: name one of {show_some(classes)}, hf:{FORM}")
     return wanted or next(iter([*usual, *classes]), None)
+
+
+def _may_be_label(kind: object) -> bool:
+    import datasets
+
+    return isinstance(kind, datasets.ClassLabel) or str(getattr(kind, "dtype", "")).startswith(
+        ("int", "uint", "string")
+    )
 
 
 def _labels(name: str, rows: "Dataset", column: str) -> tuple[tuple[str, ...], np.ndarray]:

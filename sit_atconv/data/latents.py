@@ -30,7 +30,7 @@ SAME_IMAGE = 0.1  # relative difference of latents up to which they are of one i
 
 
 class CachedLatents(DataSource):
-    """The latents that `encode.py` wrote, memory-mapped: posterior moments (2C, h, w) and an int label.
+    """The latents that `encode.py` wrote, memory-mapped: what `Codec.encode` returned, and an int label.
 
     Args:
         folder: LATENTS.

@@ -153,10 +153,10 @@ def read_picture(
                     f"{max_megapixels:g} allows (training: --data.max_megapixels)"
                 )
             picture = ImageOps.exif_transpose(opened)
-            if background is not None and picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, (*background, 255)), picture)
+            alpha = _alpha(picture) if background is not None else None
             picture = to_rgb(picture)
+            if alpha is not None and background is not None:
+                picture = Image.composite(picture, Image.new("RGB", picture.size, background), alpha)
             size_before = picture.height, picture.width
             pixels = np.array(center_crop(picture, size) if size else picture)
             return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), size_before
@@ -170,11 +170,21 @@ def read_picture(
         raise ValueError(f"cannot be read as an image: {reason}") from error
 
 
+def _alpha(picture: Image.Image) -> Image.Image | None:
+    """Returns the opacity of each pixel, or None if all are opaque."""
+    if not picture.has_transparency_data:
+        return None
+    if picture.mode.startswith("I"):  # 16 bits of grey, one of which is transparent
+        return Image.fromarray(np.where(np.array(picture) == picture.info["transparency"], 0, 255).astype(np.uint8))
+    return picture.convert("RGBA").getchannel("A")
+
+
 def has_transparency(file: Path | BinaryIO) -> bool:
     """True if any pixel of an image file is not opaque; False also if it cannot be read."""
     try:
         with _without_pillows_limit(), Image.open(file) as opened:
-            return opened.has_transparency_data and int(np.array(opened.convert("RGBA"))[..., 3].min()) < 255
+            alpha = _alpha(opened)
+            return alpha is not None and int(np.array(alpha).min()) < 255
     except Exception:  # Pillow's readers raise many types
         return False
 

@@ -14,7 +14,7 @@ from sit_atconv.data.digits import Digits
 from sit_atconv.data.idx import IdxImages
 from sit_atconv.data.images import ImageFolder
 from sit_atconv.data.latents import CachedLatents
-from sit_atconv.data.stores import ARCHIVES, STORES, kind_of
+from sit_atconv.data.stores import STORES, archive_of, kind_of
 from sit_atconv.runtime.commands import warn_if_hidden
 from sit_atconv.runtime.names import is_object_path, name_classes
 from sit_atconv.runtime.tables import Table, import_module_of
@@ -105,7 +105,7 @@ class DataConfig:
                 described,
                 made,
                 self.codec_precision,
-                remedy="Set --data.codec to the folder of a downloaded AutoencoderKL, or to a hub id that is cached",
+                remedy="Set --data.codec to the folder of a downloaded VAE, or to a hub id that is cached",
             )
             if data.is_encoded:
                 codec.check(data.codec, made)
@@ -122,11 +122,7 @@ class DataConfig:
         name, colon, _ = self.images.partition(":")
         if name in SOURCES and getattr(SOURCES[name], "takes_place", False) == bool(colon):
             warn_if_hidden("data.images", self.images)
-        elif (
-            kind_of(self.images) not in STORES
-            and Path(self.images).suffix not in ARCHIVES
-            and is_object_path(self.images)
-        ):
+        elif kind_of(self.images) not in STORES and not archive_of(Path(self.images)) and is_object_path(self.images):
             name = import_module_of(self.images)
         else:
             return ImageFolder

@@ -9,8 +9,9 @@ from sit_atconv.data.digits import Digits
 from sit_atconv.data.file_store import FileStore, Folder
 from sit_atconv.data.hugging_face import HuggingFaceImages
 from sit_atconv.data.idx import IdxImages
-from sit_atconv.data.tar_archives import open_tars
-from sit_atconv.data.zip_archives import open_zip
+from sit_atconv.data.tar_archives import TarArchives
+from sit_atconv.data.zip_archives import ZipArchive
+from sit_atconv.runtime.commands import warn_if_hidden
 
 
 class InMemoryFiles(FileStore):
@@ -43,10 +44,14 @@ class InMemoryFiles(FileStore):
 STORES: dict[str, Callable[[str], FileStore]] = {
     "digits": lambda name: InMemoryFiles(name, Digits()),
     "idx:": lambda name: InMemoryFiles(name, IdxImages(name.removeprefix("idx:"), keep_empty_classes=True)),
-    "wids:": lambda name: open_tars(name.removeprefix("wids:")),
+    "wids:": lambda name: TarArchives(name.removeprefix("wids:")),
     "hf:": HuggingFaceImages,
 }
-ARCHIVES: dict[str, Callable[[str], FileStore]] = {".zip": lambda name: open_zip(Path(name)), ".tar": open_tars}
+# Suffix of an archive -> its store, of the path and of a folder in the archive.
+ARCHIVES: dict[str, Callable[[Path, str], FileStore]] = {
+    ".zip": ZipArchive,
+    ".tar": lambda path, folder: TarArchives(str(path), folder),
+}
 
 
 def kind_of(name: str) -> str:
@@ -54,18 +59,28 @@ def kind_of(name: str) -> str:
     return "".join(name.partition(":")[:2])
 
 
+def archive_of(path: Path) -> tuple[Path, str] | None:
+    """Splits ARCHIVE/FOLDER into archive and folder; None if no part of the path is an archive."""
+    for parent in (path, *path.parents):
+        if parent.suffix.lower() in ARCHIVES and not parent.is_dir():
+            folder = str(path.relative_to(parent))
+            return parent, "" if folder == "." else folder
+    return None
+
+
 def open_store(place: str | Path) -> FileStore:
-    """Opens a folder, a .zip or .tar archive, wids:PLACE, hf:NAME, idx:PLACE or digits.
+    """Opens a folder, a .zip or .tar archive or a folder in it, wids:PLACE, hf:NAME, idx:PLACE or digits.
 
     Raises:
         ValueError: nothing there can be read as such; the message names it.
     """
-    name = str(place)
-    kind, path = kind_of(name), Path(place)
-    if kind in STORES and not path.exists():
-        return STORES[kind](name)
-    if (suffix := path.suffix.lower()) in ARCHIVES and not path.is_dir():
-        if not path.is_file():
-            raise ValueError(f"there is no file {place}")
-        return ARCHIVES[suffix](name)
+    name, path = str(place), Path(place)
+    if kind_of(name) in STORES:
+        warn_if_hidden("images", name)
+        return STORES[kind_of(name)](name)
+    if found := archive_of(path):
+        archive, folder = found
+        if not archive.is_file():
+            raise ValueError(f"there is no file {archive}")
+        return ARCHIVES[archive.suffix.lower()](archive, folder)
     return Folder(path)

@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -104,14 +104,19 @@ class Warnings(list[str]):
             tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-def warn_of_transparency(extracted: ExtractedFeatures | None, warnings: Warnings) -> None:
-    """Adds a warning if images are transparent and no background was chosen."""
-    if extracted is not None and extracted.num_transparent and extracted.shards.images.background is None:
-        images = extracted.shards.images
-        warnings.add(
-            f"{extracted.num_transparent} of the {len(images)} images of {images.name} have transparent pixels, which "
-            "count with the colour that they hold, as in ADM: --background white composites them"
-        )
+def count_transparent(sets: Mapping[str, ExtractedFeatures | None], warnings: Warnings) -> dict[str, dict[str, int]]:
+    """Returns how many images of each set are transparent, for the record; warns without background."""
+    counts = {}
+    for role, extracted in sets.items():
+        if extracted is None or not extracted.num_transparent:
+            continue
+        images, counts[role] = extracted.shards.images, extracted.num_transparent
+        if images.background is None:
+            warnings.add(
+                f"{counts[role]} of the {len(images)} images of {images.name} have transparent pixels, which count "
+                "with the colour that they hold, as in ADM: --background white composites them"
+            )
+    return {"transparent": counts} if counts else {}
 
 
 def warn_of_images(samples: ImageSet, reference: Reference, warnings: Warnings) -> None:

@@ -1,6 +1,5 @@
 """Evaluation of samples against a reference, on several processes; an interrupted one resumes."""
 
-import contextlib
 import datetime
 import functools
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from sit_atconv.data import MAX_MEGAPIXELS
@@ -17,7 +17,7 @@ from sit_atconv.data.pixels import Colour
 from sit_atconv.evaluation import checks
 from sit_atconv.evaluation import protocol as record
 from sit_atconv.evaluation.extractors import Extractor, open_extractor
-from sit_atconv.evaluation.features import ExtractedFeatures, FeatureShards, extract_together
+from sit_atconv.evaluation.features import Blocks, ExtractedFeatures, FeatureShards, extract_together
 from sit_atconv.evaluation.gaussians import Gaussian
 from sit_atconv.evaluation.image_sets import ImageSet, open_image_set
 from sit_atconv.evaluation.metric_functions import jackknife_groups
@@ -26,6 +26,7 @@ from sit_atconv.evaluation.records import Evaluation
 from sit_atconv.evaluation.references import COMPARED, NAMES, Reference, open_reference, save_reference
 from sit_atconv.evaluation.scores import Score
 from sit_atconv.runtime.devices import on_cpu, prepare_device, return_freed_memory
+from sit_atconv.runtime.processes import together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,12 @@ class EvaluateOptions(ReferenceOptions):
     keep_features: bool = True  # of the samples; those of the reference are kept in any case
 
 
-def evaluate(options: EvaluateOptions) -> Evaluation | None:
+def evaluate(options: EvaluateOptions, reference: Reference | None = None) -> Evaluation | None:
     """Compares samples with a reference, on all processes together. After a kill, the same call resumes.
+
+    Args:
+        options: those of the command.
+        reference: what `fit_reference` returned for these options, if several sets of samples are compared with it.
 
     Returns:
         The scores with their protocol; None except on rank 0.
@@ -66,7 +71,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation | None:
     most, background = options.max_megapixels, options.background
     all_samples = open_image_set(options.samples, None, most, background)
     samples = all_samples.first(options.num_samples) if options.num_samples else all_samples
-    reference = open_reference(options.reference, options.image_size, most, background)
+    reference = reference or open_reference(options.reference, options.image_size, most, background)
     held_out = open_image_set(options.held_out, options.image_size, most, background) if options.held_out else None
     state, extractor = _start(options)
     checks.check_fit(extractor, samples, reference, state.device)
@@ -86,18 +91,37 @@ def evaluate(options: EvaluateOptions) -> Evaluation | None:
     if not state.is_main_process:
         return None
     return_freed_memory()
-    for extracted in (ours, theirs):
-        checks.warn_of_transparency(extracted, warnings)
+    transparent = checks.count_transparent({"samples": ours, "reference": theirs, "held_out": others}, warnings)
     scores, notes = _measure(chosen, ours, theirs, others, reference, warnings, state.device)
     if not options.keep_features:
         ours.delete()
     return Evaluation(
         scores,
         record.protocol(samples, reference, extractor, theirs, others, is_compared),
-        record.subject(samples, reference, ours) | notes,
+        record.subject(samples, reference, ours) | transparent | notes,
         record.environment(state, options.batch_size),
         list(warnings),
     )
+
+
+def fit_reference(options: ReferenceOptions) -> Reference:
+    """Returns the statistics of a reference for the Frechet distance, on all processes together.
+
+    Raises as `evaluate`.
+    """
+    reference = open_reference(options.reference, options.image_size, options.max_megapixels, options.background)
+    if reference.gaussians or reference.images is None:
+        return reference
+    images = reference.images
+    state, extractor = _start(options)
+    extracted = _extract(options, extractor, images, state)
+    fitted = None
+    with together():
+        if state.is_main_process:
+            fitted = extracted.gaussian("features")
+    (fitted,) = broadcast_object_list([fitted])
+    recipe = {"num": len(images), "crop": images.crop, "extractor": extractor.describe()}
+    return Reference(reference.name, {"features": fitted}, None, recipe)
 
 
 def make_reference(options: ReferenceOptions, path: Path) -> dict | None:
@@ -114,7 +138,9 @@ def make_reference(options: ReferenceOptions, path: Path) -> dict | None:
     if not state.is_main_process:
         return None
     return_freed_memory()
+    transparent = checks.count_transparent({"reference": extracted}, checks.Warnings())
     recipe = {
+        **transparent,
         "num": len(images),
         "image_size": list(images.size),
         "crop": images.crop,
@@ -131,8 +157,15 @@ def make_reference(options: ReferenceOptions, path: Path) -> dict | None:
 def _start(options: ReferenceOptions) -> tuple[PartialState, Extractor]:
     state = PartialState(cpu=on_cpu(), timeout=datetime.timedelta(days=7))  # ranks wait for the slowest one
     prepare_device(state.device, tf32=False)  # changes FID, precision and recall
-    with state.local_main_process_first() if state.num_processes > 1 else contextlib.nullcontext():  # one downloads
-        return state, open_extractor(options.extractor, options.weights, state.device)
+    opened = functools.partial(open_extractor, options.extractor, options.weights, state.device)
+    if state.num_processes == 1:
+        return state, opened()
+    extractors = []
+    for is_turn in (state.is_local_main_process, not state.is_local_main_process):  # one of them downloads
+        with together():
+            if is_turn:
+                extractors.append(opened())
+    return state, extractors[0]
 
 
 def _extract(
@@ -157,7 +190,7 @@ def _measure(
     group = jackknife_groups(len(samples), None if are_random else samples.labels)
 
     @functools.cache
-    def real(kind: str | None, output: str) -> Gaussian | Tensor | Sequence[Tensor] | None:
+    def real(kind: str | None, output: str) -> Gaussian | Tensor | Blocks | None:
         if kind == "statistics" and reference.gaussians:
             return reference.gaussians[output]
         if kind is None or theirs is None:

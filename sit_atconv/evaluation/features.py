@@ -26,6 +26,7 @@ from sit_atconv.evaluation.image_sets import ImageSet, digest_of, evenly_spaced
 from sit_atconv.runtime.files import PARTIAL, write_aside
 from sit_atconv.runtime.processes import share, together
 
+TRANSPARENT = "transparent"  # key in a shard's metadata: number of its images with transparent pixels
 SHARD = 1024  # images: a kill loses at most one shard per process
 DAY = 86_400  # seconds
 
@@ -122,9 +123,17 @@ class FeatureShards:
             if progress is not None:
                 progress.update(stop - start)
             return content
+        num_transparent = self.images.num_transparent(start, stop)
         features = extract_features(self.extractor, self.images, self.batch_size, self.device, start, stop, progress)
-        write_aside(self._path(content), save(features), writer=f"{socket.gethostname()}-{os.getpid()}-")
+        written = save(features, {TRANSPARENT: str(num_transparent)})
+        write_aside(self._path(content), written, writer=f"{socket.gethostname()}-{os.getpid()}-")
         return content
+
+    def num_transparent(self, number: int, content: str) -> int:
+        """Returns how many images of a shard that exists are transparent."""
+        with safe_open(self._path(content), "pt") as file:
+            known = (file.metadata() or {}).get(TRANSPARENT)  # None in files of earlier versions
+        return self.images.num_transparent(*self.bounds(number)) if known is None else int(known)
 
     def load(self, name: str, content: str) -> Tensor:
         """Returns one output (N, D) of the shard whose images have this digest. ValueError: it cannot be read."""
@@ -203,13 +212,7 @@ class ExtractedFeatures:
 
     def load_spread(self, output: str, most: int) -> Tensor:
         """Returns one output of `most` images, evenly spaced over the set, or of all if there are fewer."""
-        chosen = torch.tensor(evenly_spaced(len(self.shards.images), most))
-        parts = []
-        for number, content in enumerate(self.contents):
-            start, stop = self.shards.bounds(number)
-            here = chosen[(chosen >= start) & (chosen < stop)] - start
-            parts.append(self.shards.load(output, content)[here])
-        return torch.cat(parts)
+        return self.blocks(output).spread(most)[1]
 
     def gaussian(self, output: str) -> Gaussian:
         """Fits a Gaussian to one output of all images, with one shard in memory at a time."""
@@ -234,16 +237,15 @@ class Blocks(Sequence[Tensor]):
     def __getitem__(self, number):  # an int
         return self.features.shards.load(self.output, self.features.contents[number])
 
-
-def spread(blocks: Sequence[Tensor], most: int) -> tuple[Tensor, Tensor]:
-    """Returns places, (n,), evenly spaced over all images, and their features (n, D)."""
-    ends = torch.tensor([len(block) for block in blocks]).cumsum(0)
-    chosen = torch.tensor(evenly_spaced(int(ends[-1]), most))
-    parts = []
-    for block, end in zip(blocks, ends.tolist(), strict=True):
-        start = end - len(block)
-        parts.append(block[chosen[(chosen >= start) & (chosen < end)] - start])
-    return chosen, torch.cat(parts)
+    def spread(self, most: int) -> tuple[Tensor, Tensor]:
+        """Returns places (n,) of at most `most` images, evenly spaced over all, and their features (n, D)."""
+        shards = self.features.shards
+        chosen = torch.tensor(evenly_spaced(len(shards.images), most))
+        parts = []
+        for number, block in enumerate(self):
+            start, stop = shards.bounds(number)
+            parts.append(block[chosen[(chosen >= start) & (chosen < stop)] - start])
+        return chosen, torch.cat(parts)
 
 
 def extract_together(shards: FeatureShards, state: PartialState) -> ExtractedFeatures:
@@ -262,7 +264,8 @@ def extract_together(shards: FeatureShards, state: PartialState) -> ExtractedFea
     ):
         shards.make_ready()
         for number in mine:
-            made.append((number, shards.make(number, progress), shards.images.num_transparent(*shards.bounds(number))))
+            content = shards.make(number, progress)
+            made.append((number, content, shards.num_transparent(number, content)))
     made = sorted(gather_object(made))
     contents = [content for _, content, _ in made]
     with together():

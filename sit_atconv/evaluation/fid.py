@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from PIL import ImageColor
 
-from sit_atconv.data import IMAGES_AS, MAX_MEGAPIXELS, is_named
+from sit_atconv.data import IMAGES_AS, MAX_MEGAPIXELS, is_named, may_exist
 from sit_atconv.evaluation.metrics import METRICS, find_metric
 from sit_atconv.evaluation.scores import Score
 from sit_atconv.runtime.commands import (
@@ -152,7 +152,7 @@ def check_paths(options: dict, out: str | None, statistics: str | None) -> None:
         source = options[name]
         if source and is_named(source):
             warn_if_hidden(f"--{name}", source)
-        elif source and not Path(source).exists():
+        elif source and not may_exist(source):
             fail(f"{source} does not exist: give {IMAGES_AS}, or an .npz")
     for weights in options["weights"] or ():
         if not Path(weights).is_file():

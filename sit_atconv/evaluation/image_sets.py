@@ -21,7 +21,7 @@ from sit_atconv.data.idx import IdxImages
 from sit_atconv.data.image_npz import ImageNpz
 from sit_atconv.data.images import DATASET_JSON, ImageFolder, left_out_line, list_images, scan_images
 from sit_atconv.data.pixels import CROP_RULE, Colour, has_transparency, read_image
-from sit_atconv.data.stores import ARCHIVES, open_store
+from sit_atconv.data.stores import archive_of, open_store
 
 LABELS = "arr_1"  # as in ADM's files
 MANIFEST, NPZ = "manifest.json", "samples.npz"  # files that sample/generate.py writes beside images/
@@ -192,7 +192,7 @@ def open_image_set(
     check_is_images(source)
     path = folder_of(Path(source))
     is_generated = (path / MANIFEST).is_file() and ((path / "images").is_dir() or (path / NPZ).is_file())
-    of_files = path.is_dir() or path.suffix.lower() in ARCHIVES or is_named(source)
+    of_files = path.is_dir() or archive_of(path) is not None or is_named(source)
     if crop_to and (is_generated or source == "digits" or not of_files):
         raise ValueError(f"--image-size crops files of images, and {source} has none: leave it out")
     if source == "digits":

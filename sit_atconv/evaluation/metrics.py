@@ -5,7 +5,7 @@ This file does not import torch; the functions are in metric_functions.py.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from sit_atconv.evaluation.features import Blocks
     from sit_atconv.evaluation.gaussians import Gaussian
 
 FULL = 50_000  # samples for the FID that papers report
@@ -37,7 +38,7 @@ class MetricInput:
     """
 
     generated: "Tensor"
-    real: "Gaussian | Tensor | Sequence[Tensor] | None"
+    real: "Gaussian | Tensor | Blocks | None"
     group: "Tensor"
     device: "torch.device"
     held_out: "Tensor | None" = None
@@ -116,11 +117,10 @@ def _frechet(inputs: MetricInput) -> Score:
 
 
 def _nearest(inputs: MetricInput) -> Score:
-    from sit_atconv.evaluation.features import spread
     from sit_atconv.evaluation.nearest import nearest_ratio
 
-    blocks = cast("Sequence[Tensor]", inputs.real)
-    own, baseline = (None, inputs.held_out) if inputs.held_out is not None else spread(blocks, BASELINE)
+    blocks = cast("Blocks", inputs.real)
+    own, baseline = (None, inputs.held_out) if inputs.held_out is not None else blocks.spread(BASELINE)
     score, inputs.notes["nearest"] = nearest_ratio(
         inputs.generated, blocks, baseline, own, inputs.group, inputs.device, progress=True
     )

@@ -81,7 +81,6 @@ def subject(samples: ImageSet, reference: Reference, ours: ExtractedFeatures) ->
         "path": _absolute(samples.name),
         "reference": _absolute(reference.name),
         "content": ours.content,
-        "transparent": ours.num_transparent or None,
         **{
             key: manifest.get(key)
             for key in ("ckpt", "step", "ema_decay", "training", "images_per_second", "evaluations", "forwards")

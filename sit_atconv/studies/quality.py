@@ -10,17 +10,17 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from sit_atconv.checkpoints.run_folder import (
-    add_to_stats,
-    best_step,
-    quality_record,
-    read_quality,
-)
-from sit_atconv.data import is_named
-from sit_atconv.evaluation.evaluate import EvaluateOptions, evaluate
+from sit_atconv.checkpoints.run_folder import add_to_stats, best_step, quality_record, read_quality
+from sit_atconv.data import is_named, may_exist
+from sit_atconv.data.data_source import DataSource
+from sit_atconv.data.images import ImageFolder
+from sit_atconv.evaluation.evaluate import EvaluateOptions, ReferenceOptions, evaluate, fit_reference
+from sit_atconv.evaluation.extractors import open_extractor
 from sit_atconv.evaluation.records import Evaluation
+from sit_atconv.evaluation.references import Reference, open_reference
 from sit_atconv.generation.draw import generate_samples
 from sit_atconv.generation.job import GenerateOptions, prepare
+from sit_atconv.runtime.commands import is_main_process
 from sit_atconv.runtime.devices import on_cpu, prepare_device
 from sit_atconv.runtime.files import write_aside
 from sit_atconv.runtime.processes import together
@@ -33,7 +33,7 @@ class Quality:
     """Frechet distances of a run's checkpoints, one for each weight average.
 
     The random numbers of the training are not used, so that its bits are the same as without. A killed evaluation is
-    completed when the run resumes.
+    completed when the run resumes. The reference is fitted once in each session.
 
     Args:
         config: of the run; its `train.evaluate_every` is given.
@@ -43,65 +43,103 @@ class Quality:
     """
 
     def __init__(self, config: Config):
-        self.config, self.run = config, config.out
-        self.reference = config.quality.reference or config.data.images
-        if config.quality.reference is None and config.data.latents is not None:
+        self.config, self.run, quality = config, config.out, config.quality
+        if quality.reference is None and config.data.latents is not None:
             raise ValueError(
                 "train.evaluate_every needs quality.reference: images, or statistics that eval/fid.py "
                 "--make-reference wrote, since latents hold no images to compare with"
             )
-        if not is_named(self.reference) and not Path(self.reference).exists():
-            raise ValueError(f"quality.reference {self.reference} does not exist")
+        place = quality.reference or config.data.images
+        if not (is_named(place) or may_exist(place)):
+            raise ValueError(f"quality.reference {place} does not exist: give images or statistics to compare with")
         read_quality(self.run)
+        self.options = ReferenceOptions(
+            reference=place,
+            image_size=quality.image_size,
+            extractor=quality.extractor,
+            weights=quality.weights,
+            batch_size=quality.batch_size,
+            features=quality.features,
+            max_megapixels=config.data.max_megapixels,
+        )
+        self.reference: Reference | None = None  # fitted at the first evaluation
+
+    def check(self, data: DataSource) -> None:
+        """Opens reference and extractor, before any process group starts.
+
+        Raises:
+            ValueError: one of them cannot be opened, or they do not fit each other.
+        """
+        quality = self.config.quality
+        if quality.reference is None and quality.image_size is None and isinstance(data, ImageFolder):
+            self.options = ReferenceOptions(**asdict(self.options) | {"image_size": data.image_size})
+        try:
+            reference = open_reference(self.options.reference, self.options.image_size, self.options.max_megapixels)
+            if is_main_process():  # which may download the extractor's weights
+                extractor = open_extractor(quality.extractor, quality.weights)
+                if reference.images is not None:
+                    extractor(reference.images.read(0, 1))
+        except ValueError as error:
+            raise ValueError(f"quality: {error}") from error
 
     def __call__(self, step: int) -> dict[str, float]:
         """Measures a step's checkpoint on all processes together, if that is due and not done.
 
         Returns:
-            What it measured, for the log: "quality/NAME" and "quality/NAME/error" for each average; those after the
-            first are named "quality/ema0.99/NAME". {} if there was nothing to measure.
+            New figures for the log: "quality/NAME" and "quality/NAME/error" for each average; those after the first
+            are named "quality/ema0.99/NAME". {} if there was nothing to measure.
 
         Raises:
-            ValueError, OSError: samples cannot be drawn or compared.
+            ValueError, OSError: samples cannot be drawn or compared; on all processes.
         """
         train = self.config.train
         if step == 0 or not train.evaluates(step):
             return {}
         state = PartialState(cpu=on_cpu())
-        (known,) = broadcast_object_list([read_quality(self.run).get(step)])  # other ranks may see fewer files
-        figures = {} if known else self._measure(step, state)
+        known = read_quality(self.run).get(step)
+        (known,) = broadcast_object_list([known])  # rank 0's: other ranks may see fewer files
+        try:
+            figures = {} if known else self._measure(step, state)
+        except BaseException:
+            if state.is_main_process:
+                self._delete_samples(step)
+            raise
+        finally:
+            prepare_device(state.device, train.cpu_threads, train.tf32)  # as the training had set it
         if state.is_main_process:
-            add_to_stats(self.run, step, known or figures)
+            add_to_stats(self.run, step, known["log"] if known else figures)
             if train.keep_best:
                 self._link_best()
-        prepare_device(state.device, train.cpu_threads, train.tf32)  # as the training had set it
         return figures
 
     def _measure(self, step: int, state: PartialState) -> dict[str, float]:
-        record, figures, evaluations = quality_record(self.run, step), dict[str, float](), dict[str, dict]()
+        figures, evaluations = dict[str, float](), dict[str, dict]()
         for number, decay in enumerate(self.config.train.ema_decays):
-            prefix = f"ema{decay:g}/" if number else ""
-            evaluation = self._evaluate(step, decay, _folder(record, decay))
+            evaluation = self._evaluate(step, decay)
             if evaluation is None:
                 continue
+            prefix = f"ema{decay:g}/" if number else ""
             for name, score in evaluation.scores.items():
                 figures[f"quality/{prefix}{name}"] = score.value
                 if score.error is not None:
                     figures[f"quality/{prefix}{name}/error"] = score.error
             evaluations[f"{decay:g}"] = asdict(evaluation)
-        if state.is_main_process:
-            first = self.config.train.ema_decays[0]
-            with contextlib.suppress(OSError):  # the picture is not worth an error
-                os.replace(_folder(record, first) / "grid.png", record.with_suffix(".png"))
-            write_aside(record, json.dumps({"log": figures, "evaluations": evaluations}, indent=1), durable=True)
-            for decay in self.config.train.ema_decays:
-                shutil.rmtree(_folder(record, decay), ignore_errors=True)
+        record = quality_record(self.run, step)
+        with together():
+            if state.is_main_process:
+                with contextlib.suppress(OSError):  # the picture is not worth an error
+                    first = self._samples(step, self.config.train.ema_decays[0])
+                    os.replace(first / "grid.png", record.with_suffix(".png"))
+                protocol = next(iter(evaluations.values()))["protocol"]
+                content = {"log": figures, "protocol": protocol, "evaluations": evaluations}
+                write_aside(record, json.dumps(content, indent=1), durable=True)
+                self._delete_samples(step)
         (figures,) = broadcast_object_list([figures])
         return figures
 
-    def _evaluate(self, step: int, decay: float, folder: Path) -> Evaluation | None:
+    def _evaluate(self, step: int, decay: float) -> Evaluation | None:
         """Draws the samples of an average and compares them. None except on rank 0."""
-        quality = self.config.quality
+        quality, folder = self.config.quality, self._samples(step, decay)
         drawn = GenerateOptions(
             ckpt=str(self.run / "checkpoints" / f"step-{step:07d}"),
             sampler=quality.sampler,
@@ -115,20 +153,22 @@ class Quality:
         )
         with together():  # no process writes before all have looked into the folder
             job = prepare(drawn)
-        generate_samples(job)
-        PartialState().wait_for_everyone()  # rank 0 completes the folder
-        scored = EvaluateOptions(
-            samples=str(folder),
-            reference=self.reference,
-            image_size=quality.image_size,
-            extractor=quality.extractor,
-            weights=quality.weights,
-            batch_size=quality.batch_size,
-            metrics=("fid",),
-            features=quality.features,
-            keep_features=False,
-        )
-        return evaluate(scored)
+        with together():
+            generate_samples(job)
+        if self.reference is None:
+            self.reference = fit_reference(self.options)
+        scored = EvaluateOptions(**asdict(self.options), samples=str(folder), metrics=("fid",), keep_features=False)
+        evaluation = None
+        with together():
+            evaluation = evaluate(scored, self.reference)
+        return evaluation  # noqa: RET504  # `together` may end the block early
+
+    def _samples(self, step: int, decay: float) -> Path:
+        return self.run / "quality" / f"step-{step:07d}-ema{decay:g}"
+
+    def _delete_samples(self, step: int) -> None:
+        for decay in self.config.train.ema_decays:
+            shutil.rmtree(self._samples(step, decay), ignore_errors=True)
 
     def _link_best(self) -> None:
         best, link = best_step(self.run), self.run / BEST
@@ -138,8 +178,3 @@ class Quality:
         partial.unlink(missing_ok=True)
         partial.symlink_to(Path("checkpoints", f"step-{best:07d}"))
         os.replace(partial, link)
-
-
-def _folder(record: Path, decay: float) -> Path:
-    """Returns the folder of the samples of an average, beside the record of its step."""
-    return record.with_name(f"{record.stem}-ema{decay:g}")

@@ -259,7 +259,8 @@ class QualityConfig:
     Args:
         num_samples: number of samples; the distance of fewer is larger, so compare equal numbers only.
         reference: what to compare with, as in eval/fid.py; null is data.images.
-        image_size: crop the images of the reference to this side.
+        image_size: crop the images of the reference to this side; null is the size of the training if the reference is
+            data.images, and otherwise no crop.
         extractor: feature extractor, as in eval/fid.py.
         weights: file with the extractor's weights.
         cfg: guidance scale.

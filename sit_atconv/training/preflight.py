@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,8 +56,15 @@ class Job:
         return self.codec.channels, self.net.config.input_size, self.net.config.input_size
 
 
-def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> Job | None:
+def prepare(
+    config: Config,
+    sampling: str,
+    to_release: contextlib.ExitStack,
+    check_quality: Callable[[DataSource], None] | None = None,
+) -> Job | None:
     """Checks a run and opens its data; rank 0 then locks its folder, until `to_release` exits.
+
+    `check_quality` raises a ValueError if the samples of this data cannot be evaluated.
 
     Returns None if there is nothing to train: for a dry run, or a complete run, for which it prints the command
     `sampling` that samples from it.
@@ -80,6 +88,8 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
             "lower train.accumulation, or raise train.batch_size"
         )
     check_tracker(train.tracker)
+    if check_quality is not None:
+        check_quality(data)
     if config.dry_run:
         if is_main_process():
             print(dry_run(net, config, order))
@@ -92,8 +102,14 @@ def prepare(config: Config, sampling: str, to_release: contextlib.ExitStack) -> 
     config.check_resumable(description)
     saved, start = list_checkpoints(run), Start([], False)
     if not saved or checkpoint_step(saved[-1]) < train.steps:
-        count = checkpoints_at_once(train.steps, train.checkpoint_every, train.keep_checkpoints, train.keep_every)
-        count += train.keep_best
+        count = checkpoints_at_once(
+            train.steps,
+            train.checkpoint_every,
+            train.keep_checkpoints,
+            train.keep_every,
+            train.evaluate_every,
+            train.keep_best,
+        )
         size = checkpoint_bytes(net, len(train.ema_decays), config.auxiliary)
         check_room(run, max(1, count - len(saved)) * size + config.snapshots_bytes(net))
     if config.init_from and not saved:

@@ -4,10 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from sit_atconv.checkpoints.run_folder import best_step, checkpoint_step, list_checkpoints
+from sit_atconv.checkpoints.run_folder import best_step, checkpoint_step, list_checkpoints, quality_record
 from tests.commands.test_train import TRAIN, state_of, stats_of
 from tests.conftest import TINY_RUN, load_command
 
@@ -112,10 +113,22 @@ def test_a_run_that_starts_again_forgets_the_scores_of_the_former(launch, measur
 
 def test_an_evaluation_that_fails_does_not_end_the_run(launch, tmp_path):
     (tmp_path / "few").mkdir()
-    Image.new("RGB", (9, 9)).save(tmp_path / "few" / "one.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "few" / "1.png")
+    (tmp_path / "few" / "2.png").write_bytes(b"damaged")
     argv = quality_argv(tmp_path / "features", "--quality.reference", tmp_path / "few", "--train.steps", 2)
     codes, output = launch(TRAIN, [*argv, "--out", tmp_path / "run"])
     assert codes == [0] and "warning: the quality of samples at step 2 is not known: " in output, output
+    assert list((tmp_path / "run" / "quality").iterdir()) == []  # no samples are left behind
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_failure_of_one_process_does_not_stop_the_others(launch, measured, tmp_path, number):
+    """The records cannot be written, which only the first process does."""
+    run = tmp_path / "run"
+    (run / "quality" / ".partial-step-0000002.json").mkdir(parents=True)
+    argv = quality_argv(measured.parent / "features", "--train.steps", 2)
+    codes, output = launch(TRAIN, [*argv, "--out", run], processes=number, seconds=100)
+    assert codes == [0] * number and "is not known" in output, output
 
 
 def test_options_that_cannot_work(fails, latents, tmp_path):
@@ -127,7 +140,33 @@ def test_options_that_cannot_work(fails, latents, tmp_path):
     assert "quality.reference nowhere does not exist" in error(*every, "--quality.reference", "nowhere")
     assert "quality.num_samples must be at least 2" in error(*every, "--quality.num_samples", 1)
     assert "train.evaluate_every needs quality.reference" in error(*every, "--data.latents", latents)
+    assert "quality: there is no extractor 'digts'" in error(*every, "--quality.extractor", "digts")
+    assert "quality: there is no file nowhere" in error(*every, "--quality.weights", "nowhere", "--dry-run")
     assert "train.evaluate_every must be at least 1" in error("--train.evaluate_every", 0)
+
+
+def test_the_default_reference_is_cropped_as_the_training_crops_it(launch, tmp_path):
+    for i, size in enumerate([(20, 16), (16, 26)] * 30):
+        (tmp_path / "images" / f"{i % 2}").mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 255, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i % 2}" / f"{i}.png")
+    argv = quality_argv(tmp_path / "features", "--data.images", tmp_path / "images", "--data.codec", "identity")
+    more = ["--data.image_size", 8, "--train.batch_size", 20, "--train.steps", 2, "--out", tmp_path / "run"]
+    codes, output = launch(TRAIN, [*argv, *more])
+    assert codes == [0] and f"step 2: {NAME} " in output, output
+
+
+def test_only_scores_that_were_measured_alike_are_compared(tmp_path):
+    for step, value, protocol in ((1, 80.0, "a"), (2, 1.0, "b"), (3, 60.0, "a"), (4, 70.0, "a")):
+        (tmp_path / "checkpoints" / f"step-{step:07d}").mkdir(parents=True)
+        quality_record(tmp_path, step).parent.mkdir(exist_ok=True)
+        record = {"log": {"quality/FD": value}, "protocol": protocol}
+        quality_record(tmp_path, step).write_text(json.dumps(record))
+    assert best_step(tmp_path) == 3
+    for content in ("{}", '{"log": {}, "protocol": {}}', "[]", "{"):
+        quality_record(tmp_path, 4).write_text(content)
+        with pytest.raises(ValueError, match=r"step-0000004\.json is damaged"):
+            best_step(tmp_path)
 
 
 def test_dry_run_tells_the_cost(tmp_path, capsys):

@@ -13,7 +13,6 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from sit_atconv.data.digits import load_digits
 from sit_atconv.data.pixels import has_transparency, read_image
 from sit_atconv.evaluation import metric_functions as metrics
-from sit_atconv.evaluation.features import spread
 from sit_atconv.evaluation.nearest import nearest, nearest_ratio
 from tests.conftest import load_command
 from tests.pixel_features import Pixels
@@ -30,8 +29,8 @@ def test_the_nearest_image_is_found_in_any_block():
     distance, where = nearest(queries, images.split(64))
     every = torch.cdist(queries, images)
     assert torch.equal(where, every.argmin(1)) and torch.allclose(distance, every.min(1).values)
-    own, some = spread(images.split(64), 40)
-    assert torch.equal(some, images[own]) and len(own) == 40
+    own = torch.arange(0, 500, 12)[:40]
+    some = images[own]
     distance, where = nearest(some, images.split(64), own=own)
     every = torch.cdist(some, images)
     every[torch.arange(40), own] = torch.inf
@@ -45,8 +44,8 @@ def test_copies_have_a_small_ratio_and_other_digits_one_of_about_1():
     assert 0.85 < fresh.value < 1.15 and 0 < fresh.error < 0.1 and len(pairs) == 10
     copies, pairs = nearest_ratio(images[:447] + 0.1 * torch.rand(447, 64), images.split(128), held_out, None, group)
     assert copies.value < 0.1 and all(sample == image for sample, image, _ in pairs)
-    own, some = spread(images.split(128), 100)
-    assert nearest_ratio(features(slice(1350, None)), images.split(128), some, own, group)[0].value > 0.85
+    own = torch.arange(0, 900, 9)
+    assert nearest_ratio(features(slice(1350, None)), images.split(128), images[own], own, group)[0].value > 0.85
     with pytest.raises(ValueError, match="there is no ratio"):
         nearest_ratio(images, images.split(128), images[:50], None, group)
 
@@ -116,6 +115,15 @@ def write_transparent(folder: Path, number: int) -> None:
         Image.fromarray(red, "RGBA").save(folder / f"{i:02d}.png")
 
 
+def test_one_transparent_grey_value_of_16_bits(tmp_path):
+    levels = (np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)
+    Image.fromarray(levels).save(tmp_path / "grey.png", transparency=5000)
+    plain, white = (read_image(tmp_path / "grey.png", None, background=b) for b in (None, (255, 255, 255)))
+    expected = plain.clone()
+    expected[:, 0, 5] = 255
+    assert has_transparency(tmp_path / "grey.png") and torch.equal(white, expected) and plain[0, 0, 5] < 30
+
+
 def test_transparent_images_are_composited_on_request_and_counted(tmp_path, capsys, fails):
     write_transparent(tmp_path / "images", 3)
     first, last = (tmp_path / "images" / name for name in ("00.png", "39.png"))
@@ -128,8 +136,15 @@ def test_transparent_images_are_composited_on_request_and_counted(tmp_path, caps
     argv = ["--samples", tmp_path / "images", "--reference", "digits", "--extractor", "digits", "--metrics", "kid"]
     argv += ["--features", tmp_path / "features"]
     found, printed = evaluate(capsys, *argv)
-    assert found["subject"]["transparent"] == 3 and "3 of the 40 images of" in printed and "--background" in printed
+    assert (
+        found["subject"]["transparent"] == {"samples": 3}
+        and "3 of the 40 images of" in printed
+        and "--background" in printed
+    )
     other, printed = evaluate(capsys, *argv, "--background", "white")
     assert other["protocol"]["samples"]["background"] == "#ffffff" and "--background" not in printed
-    assert other["scores"] != found["scores"] and other["subject"]["transparent"] == 3
+    assert other["scores"] != found["scores"] and other["subject"]["transparent"] == {"samples": 3}
+    argv[argv.index("--samples") + 1] = argv[argv.index("--reference") + 1] = tmp_path / "images"
+    found, printed = evaluate(capsys, *argv, "--held-out", tmp_path / "images")  # counted wherever they are
+    assert found["subject"]["transparent"] == {"samples": 3, "reference": 3, "held_out": 3}
     assert "'mauvish' is no colour" in fails(load_command("eval/fid.py").main, [*argv, "--background", "mauvish"])
