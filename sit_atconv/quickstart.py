@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     run, samples, scores, speed = out / "run", out / "samples", out / "scores.json", out / "speed"
-    classifier = out / "classifier"
+    classifier, page = out / "classifier", out / "report.html"
     seconds = {
         "train": run_as_typed(out, "train", "--out", run, *steps),
         "generate": run_as_typed(
@@ -81,6 +81,19 @@ def main(argv: list[str] | None = None) -> None:
             out, "speed", "--preset", "S/2", "--forms", "attention", "atconv", "--rounds", 3, "--out", speed
         ),
         "classify": run_as_typed(out, "classify", "--train.epochs", 4, "--train.warmup_epochs", 1, "--out", classifier),
+        "report": run_as_typed(
+            out,
+            "report",
+            run,
+            "--scores",
+            scores,
+            "--speed",
+            speed / "speed.png",
+            "--title",
+            "Quickstart",
+            "--out",
+            page,
+        ),
     }
 
     print(f"\n{'stage':10} {'wall s':>7} {'CPU s':>7}")
@@ -92,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         "precision, recall": f"{found['precision-digits']}, {found['recall-digits']}",
         "faster than attention": ", ".join(_speedups(speed / "speed.json")),
         "classified correctly": f"{read_stats(classifier)[-1]['val_raw_top1']:.1%} of 360 held-out digits (AttNet-XXS)",
+        "page with all of it": page,
         "generated digits": samples / "grid.png",
         "loss curves": f"{run / 'loss.png'}, {classifier / 'loss.png'}",
         "speed chart": speed / "speed.png",

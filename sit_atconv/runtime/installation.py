@@ -23,6 +23,7 @@ COMMANDS = {  # name -> (what to type in the root of a checkout, its module)
     "compare": ("python eval/compare.py", "sit_atconv.evaluation.compare"),
     "speed": ("python eval/speed.py", "sit_atconv.speed.speed"),
     "sweep": ("python eval/sweep.py", "sit_atconv.studies.sweep"),
+    "report": ("python eval/report.py", "sit_atconv.studies.report_runs"),
     "average": ("python -m sit_atconv.training.average", "sit_atconv.training.average"),
     "convert": ("python -m sit_atconv.convert", "sit_atconv.convert"),
     "quickstart": ("python -m sit_atconv.quickstart", "sit_atconv.quickstart"),
