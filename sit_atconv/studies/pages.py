@@ -251,7 +251,7 @@ def _scores(evaluations: Mapping[Path, tuple[RunRecord, Evaluation]]) -> dict:
 
 
 def _differences(evaluations: Mapping[Path, tuple[RunRecord, Evaluation]]) -> list[str]:
-    """Returns the differences of protocol between the first evaluation and the others, equal ones in one line."""
+    """Returns the differences of protocol between the first evaluation and the others, in lines."""
     found = [evaluation for _, evaluation in evaluations.values()]
     rows: dict[str, list[str]] = {}
     for number, other in enumerate(found[1:], 2):
