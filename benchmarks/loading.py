@@ -56,8 +56,8 @@ def measure_loading(
 
     Returns:
         For each source: `samples` in total, `samples_per_second` (median of `rounds`, which holds all), seconds from
-        opening it to its first batch (`startup_seconds`), and the largest sum of RssAnon over its workers
-        (`private_mib`), None if the system does not report it.
+        opening it to its first batch (`startup_seconds`), and the largest sum over its workers of the memory that they
+        do not share with this process (`private_mib`), None if the system does not report it.
 
     Raises:
         ValueError: a source cannot be opened or read, or is smaller than a batch.
@@ -104,9 +104,9 @@ def forget_files(folder: Path) -> None:
 
 
 def private_mib(pid: int | str | None) -> float:
-    """Returns RssAnon of a process, its memory without mapped files; 0 if not reported."""
-    status = Path("/proc", str(pid), "status")
-    found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    """Returns the memory that a process has written to and shares with no other; 0 if not reported."""
+    usage = Path("/proc", str(pid), "smaps_rollup")
+    found = re.search(r"Private_Dirty:\s+(\d+) kB", usage.read_text()) if usage.exists() else None
     return int(found[1]) / 1024 if found else 0.0
 
 
