@@ -317,7 +317,7 @@ DEATHS = {
     "after the second renaming": functools.partial(_die_at_replace, 2, before=False),
     "before the index": _die_before_index,
     "files of 100 kB are too large": functools.partial(_limit_file_size, 100_000),
-    "files of 4 kB are too large": functools.partial(_limit_file_size, 4000),
+    "files of 8 kB are too large": functools.partial(_limit_file_size, 8000),
     "the third loss is not a number": _make_third_loss_nan,
     "the third loss of a classifier is not a number": _make_third_loss_of_a_classifier_nan,
     "the second process sees no checkpoint": _hide_checkpoints,

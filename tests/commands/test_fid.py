@@ -333,7 +333,7 @@ def test_arguments_are_checked_before_anything_is_loaded(fails, npz, tmp_path, m
 def test_max_megapixels_limits_image_files(fails, digit_folder, tmp_path, monkeypatch):
     from sit_atconv.data import MAX_MEGAPIXELS
 
-    def read(path, size, max_megapixels):
+    def read(path, size, max_megapixels, background):
         raise ValueError(f"has more than {max_megapixels} megapixels")
 
     monkeypatch.setattr("sit_atconv.evaluation.image_sets.read_image", read)

@@ -339,14 +339,15 @@ def test_the_disk_is_checked_before_anything_is_written(launch, tiny_run, tmp_pa
 
 
 def test_a_full_disk_keeps_what_was_generated(launch, samples, tiny_run, tmp_path):
-    """Allows files of at most 4,000 bytes: PNGs and manifest are smaller, the npz is larger."""
-    out = tmp_path / "out"
-    codes, output = launch(GENERATE, options(tiny_run, out), die="files of 4 kB are too large")
+    """Allows files of at most 8,000 bytes: PNGs and manifest are smaller, the npz is larger."""
+    out, argv = tmp_path / "out", [*options(tiny_run, tmp_path / "out"), "--num-samples", 60]
+    codes, output = launch(GENERATE, argv, die="files of 8 kB are too large")
     assert codes == [1] and "samples.npz cannot be written" in output and "Traceback" not in output
-    assert len(list((out / "images").glob("0*.png"))) == 20 and not (out / "samples.npz").exists()
-    codes, output = launch(GENERATE, options(tiny_run, out))
-    assert codes == [0], output
-    assert_same_samples(out, samples)
+    assert len(list((out / "images").glob("0*.png"))) == 60 and not (out / "samples.npz").exists()
+    codes, output = launch(GENERATE, argv)
+    assert codes == [0] and len(np.load(out / "samples.npz")["arr_0"]) == 60, output
+    for path in (samples / "images").glob("0*.png"):
+        assert (out / "images" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_two_commands_do_not_write_to_one_folder(launch, samples, tiny_run, tmp_path):
