@@ -117,6 +117,7 @@ def test_the_wheel_holds_configs_types_and_weights(wheel):
     assert names == {
         *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("sit_atconv/**/*.py")),
         "sit_atconv/py.typed",
+        "sit_atconv/studies/page.html",
         *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("sit_atconv/encoders/*.safetensors")),
         *(f"sit_atconv/configs/{name}.yaml" for name in shipped_configs()),
         *(f"sit_atconv/configs/sweeps/{name}.yaml" for name in shipped_sweeps()),
