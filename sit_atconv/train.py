@@ -10,9 +10,10 @@ weights as an uninterrupted one. SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint a
 import contextlib
 import shlex
 import signal
+import sys
 from typing import TYPE_CHECKING
 
-from sit_atconv.runtime.commands import fail, leave_on_ctrl_c, user_errors
+from sit_atconv.runtime.commands import fail, is_main_process, leave_on_ctrl_c, user_errors
 
 if __name__ == "__main__":
     leave_on_ctrl_c()  # before the imports, which take seconds
@@ -28,7 +29,7 @@ from sit_atconv.data.pixels import to_float
 from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.runtime.installation import command
 from sit_atconv.runtime.plots import save_loss_curves
-from sit_atconv.training.config import Config, parse
+from sit_atconv.training.config import Config, QualityConfig, parse
 from sit_atconv.training.guards import poisoned
 from sit_atconv.training.optimizers import clip_and_step
 from sit_atconv.training.preflight import Job, prepare
@@ -74,6 +75,8 @@ def main(argv: list[str] | None = None) -> None:
 def open_quality(config: Config) -> "Quality | None":
     """Returns what measures the quality of samples, or None if that is never due."""
     if config.train.evaluate_every is None:
+        if config.quality != QualityConfig() and is_main_process():
+            print("warning: the options of quality do nothing without train.evaluate_every", file=sys.stderr)
         return None
     from sit_atconv.studies.quality import Quality  # with the imports of sampling and evaluation
 

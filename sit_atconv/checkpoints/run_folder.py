@@ -11,6 +11,7 @@ RUN/best                       link to the checkpoint with the best score
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from sit_atconv.runtime.files import write_aside
@@ -102,8 +103,13 @@ def best_step(run: Path) -> int | None:
 
 def rewind_quality(run: Path, step: int) -> None:
     """Deletes scores and samples after the step that a run resumes from; they may be of a former run here."""
-    for path in run.glob("quality/step-*"):
-        if int(path.name.removeprefix("step-").partition("-")[0].partition(".")[0]) > step:
+    delete_after(run.glob("quality/step-*"), step)
+
+
+def delete_after(paths: Iterable[Path], step: int) -> None:
+    """Deletes files and folders step-NUMBER... whose number is larger than `step`."""
+    for path in paths:
+        if int(re.match(r"step-(\d+)", path.name)[1]) > step:  # type: ignore[index]
             if path.is_dir():
                 shutil.rmtree(path)
             else:

@@ -4,12 +4,12 @@ RUN/snapshots/step-*.safetensors      WIDTH/NAME -> the trained tensors of the a
 """
 
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sit_atconv.checkpoints.run_folder import delete_after
 from sit_atconv.runtime.files import write_aside
 
 if TYPE_CHECKING:  # importing torch takes seconds
@@ -58,12 +58,7 @@ def rewind_snapshots(run: Path, step: int) -> None:
 
     They may be of a former run in the same folder, which had other options.
     """
-    for path in [*run.glob("snapshots/step-*"), *run.glob("averages/step-*")]:
-        if int(path.name.removeprefix("step-").partition("-")[0].partition(".")[0]) > step:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    delete_after([*run.glob("snapshots/step-*"), *run.glob("averages/step-*")], step)
 
 
 def list_snapshots(run: Path) -> list[Snapshot]:

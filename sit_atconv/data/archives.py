@@ -19,7 +19,7 @@ class Archive(FileStore):
         folders: paths of the folders that the archive lists, which may be empty.
 
     Raises:
-        ValueError: two files have the same name, or all are in one folder of folders, which is unlikely to be a class.
+        ValueError: two files have the same name.
     """
 
     def __init__(self, place: str, names: Sequence[str], folders: Iterable[str] = ()):

@@ -1,5 +1,6 @@
 """Images of a Hugging Face data set, through the library `datasets` (extra `data`)."""
 
+import contextlib
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 OPTIONS = ("image", "label", "config")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")  # preferred to other columns of class labels
+KINDS = {".parquet": "parquet", ".arrow": "arrow"}  # suffix of a file -> its builder
 FORM = "NAME_OR_PATH[:SPLIT[:image=COLUMN,label=COLUMN,config=NAME]]"
 
 
@@ -90,22 +92,19 @@ def _load(name: str, source: str, split: str | None, config: str | None) -> "Dat
     except ImportError as error:
         raise ValueError(f"{name} needs the library datasets: pip install 'sit-atconv[data]'") from error
     path = Path(source)
-    try:
+    if path.is_file() and path.suffix not in KINDS:
+        raise ValueError(f"{name} is a file of another kind: give a .parquet or .arrow file, or a folder")
+    with _opening(name):
         if path.is_file():
-            kind = {".parquet": "parquet", ".arrow": "arrow"}[path.suffix]
-            found: Any = datasets.load_dataset(kind, data_files=str(path))
+            found: Any = datasets.load_dataset(KINDS[path.suffix], data_files=str(path))
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             found = datasets.load_from_disk(source)
         else:
-            found = _load_split(name, source, split, config)
-    except ValueError as error:
-        if str(error).startswith(name):
-            raise
-        raise _unopened(name, error) from error
-    except KeyError as error:
-        raise ValueError(f"{name} is a file of another kind: give a .parquet or .arrow file, or a folder") from error
-    except Exception as error:  # the library raises errors of many types
-        raise _unopened(name, error) from error
+            found = datasets.get_dataset_split_names(source, config)
+    if isinstance(found, list):  # only the chosen split is downloaded and prepared
+        chosen = _choose_split(name, split, found)
+        with _opening(name):
+            return datasets.load_dataset(source, config, split=chosen)
     if isinstance(found, datasets.DatasetDict):
         return found[_choose_split(name, split, list(found))]
     if split is not None and split != str(found.split):
@@ -113,13 +112,14 @@ def _load(name: str, source: str, split: str | None, config: str | None) -> "Dat
     return found
 
 
-def _load_split(name: str, source: str, split: str | None, config: str | None) -> "Dataset":
-    """Loads one split; of the others nothing is downloaded or prepared."""
-    import datasets
-
-    return datasets.load_dataset(
-        source, config, split=_choose_split(name, split, datasets.get_dataset_split_names(source, config))
-    )
+@contextlib.contextmanager
+def _opening(name: str) -> Iterator[None]:
+    """Turns the library's errors, which are of many types, into a ValueError with one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{name} cannot be opened ({reason}): give hf:{FORM}") from error
 
 
 def _choose_split(name: str, split: str | None, splits: Sequence[str]) -> str:
@@ -128,11 +128,6 @@ def _choose_split(name: str, split: str | None, splits: Sequence[str]) -> str:
     if wanted not in splits:
         raise ValueError(f"{name} has no split {wanted}: its splits are {show_some(list(splits))}")
     return wanted
-
-
-def _unopened(name: str, error: Exception) -> ValueError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return ValueError(f"{name} cannot be opened ({reason}): give hf:{FORM}")
 
 
 def _image_column(name: str, rows: "Dataset", wanted: str | None) -> str:
@@ -175,9 +170,7 @@ def _may_be_label(kind: object) -> bool:
 
 def _labels(name: str, rows: "Dataset", column: str) -> tuple[tuple[str, ...], np.ndarray]:
     """Returns class names, and the label of each row. ValueError: a row has none, or one that is no class."""
-    values, kind = rows.with_format("arrow")[column], rows.features[column]
-    values = values.combine_chunks() if hasattr(values, "combine_chunks") else values
-    found = np.array(values.to_pylist() if hasattr(values, "to_pylist") else list(values), dtype=object)
+    found, kind = np.array(rows.select_columns([column])[:][column], dtype=object), rows.features[column]
     if lacking := np.flatnonzero(found == None).tolist():  # noqa: E711  # of each element
         raise ValueError(f"{name} has no {column} in {len(lacking)} rows, the first is row {lacking[0]}")
     if all(type(value) is str for value in found):

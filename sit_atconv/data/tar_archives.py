@@ -47,9 +47,8 @@ class TarArchives(Archive):
 
     def __init__(self, place: str, folder: str = ""):
         self.paths, counts = _find_tars(place)
-        progress = tqdm(total=len(self.paths), unit="archive", desc="listing", delay=5, file=sys.stderr)
-        several = [_list_tar(path, progress) for path in self.paths]
-        progress.close()
+        with tqdm(total=len(self.paths), unit="archive", desc="listing", delay=5, leave=False) as progress:
+            several = [_list_tar(path, progress) for path in self.paths]
         keys = [Counter(_key_of(name) for name in filter(_is_image, one["names"])) for one in several]
         for path, found, count in zip(self.paths, keys, counts, strict=True):
             if count is not None and len(found) != count:

@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sit_atconv.data import is_named
+from sit_atconv.data.pixels import Colour
 from sit_atconv.evaluation.extractors import Extractor
 from sit_atconv.evaluation.features import ExtractedFeatures
 from sit_atconv.evaluation.image_sets import ImageSet
@@ -27,10 +28,25 @@ SINGULAR = (
 )
 
 
+def check_options(
+    held_out: str | None, metrics: Sequence[str], background: Colour | None, sets: Iterable[ImageSet | None]
+) -> None:
+    """Raises ValueError for options that would do nothing: held-out images, or a background."""
+    if held_out is not None and "copies" not in metrics:
+        raise ValueError(f"--held-out is for --metrics copies: add that, or leave out --held-out {held_out}")
+    if background is not None and not any(images is not None and images.store is not None for images in sets):
+        raise ValueError("--background is for image files, and there are none: leave it out")
+
+
 def check_fit(extractor: Extractor, samples: ImageSet, reference: Reference, device: torch.device) -> None:
     """Raises ValueError if extractor, samples and reference do not fit; runs the extractor on one image."""
     if not len(samples):
         raise ValueError(f"{samples.holds}, too few for any metric")
+    check_reference(extractor, reference, samples.read(0, 1).to(device))
+
+
+def check_reference(extractor: Extractor, reference: Reference, image: Tensor) -> None:
+    """Raises ValueError if a reference's statistics are of another extractor; runs it on an image (1, 3, H, W)."""
     made_with = reference.recipe.get("extractor", {})
     for name, value in extractor.describe().items():
         if made_with.get(name, value) != value:
@@ -38,7 +54,7 @@ def check_fit(extractor: Extractor, samples: ImageSet, reference: Reference, dev
                 f"{reference.name} was made with an extractor of {name} {made_with[name]!r}, and this one "
                 f"has {value!r}: give another --reference or --extractor"
             )
-    seen = extractor(samples.read(0, 1).to(device))
+    seen = extractor(image)
     for output, gaussian in reference.gaussians.items():
         if output in seen and seen[output].shape[1] != len(gaussian.mu):
             raise ValueError(

@@ -73,6 +73,7 @@ def evaluate(options: EvaluateOptions, reference: Reference | None = None) -> Ev
     samples = all_samples.first(options.num_samples) if options.num_samples else all_samples
     reference = reference or open_reference(options.reference, options.image_size, most, background)
     held_out = open_image_set(options.held_out, options.image_size, most, background) if options.held_out else None
+    checks.check_options(options.held_out, options.metrics, background, [samples, reference.images])
     state, extractor = _start(options)
     checks.check_fit(extractor, samples, reference, state.device)
     chosen = checks.choose_metrics(options.metrics, extractor, samples, reference)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -89,7 +90,9 @@ def read_runs(folders: Sequence[Path], scores: Iterable[Path] = ()) -> list[RunR
         if not (folder / "config.yaml").is_file():
             raise ValueError(f"{folder} is not a training run: it has no config.yaml")
         name = folder.name if len({other.name for other in folders}) == len(folders) else str(folder)
-        run = RunRecord(folder, name, flatten(read_config(folder)), read_stats(folder), _sessions(folder))
+        if not (options := flatten(read_config(folder))):
+            raise ValueError(f"{folder / 'config.yaml'} is damaged: put back a copy of it")
+        run = RunRecord(folder, name, options, read_stats(folder), _sessions(folder))
         for path in sorted(folder.glob("samples/*/scores-*.json")):
             run.evaluations[path] = read_evaluation(path)
         runs.append(run)
@@ -167,7 +170,7 @@ def _curves(runs: Sequence[RunRecord]) -> list[Markup]:
     for label, key in panels:
         figure = Figure(figsize=(5.6, 3.4), layout="constrained")
         axes = figure.subplots()
-        for run, colour in zip(runs, _cycle(COLOURS), strict=False):
+        for run, colour in zip(runs, itertools.cycle(COLOURS), strict=False):
             points = [(line["step"], line[key]) for line in run.stats if key in line]
             if points:
                 axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.3, label=run.name)
@@ -176,7 +179,7 @@ def _curves(runs: Sequence[RunRecord]) -> list[Markup]:
     if any(run.distances for run in runs):
         figure = Figure(figsize=(5.6, 3.4), layout="constrained")
         axes = figure.subplots()
-        for run, colour in zip(runs, _cycle(COLOURS), strict=False):
+        for run, colour in zip(runs, itertools.cycle(COLOURS), strict=False):
             for name, measured in run.distances.items():
                 at, values, errors = zip(*measured, strict=True)
                 axes.errorbar(at, values, errors, fmt="o-", color=colour, markersize=3, label=f"{run.name}, {name}")
@@ -204,11 +207,6 @@ def _steps_chart(evaluations: Mapping[Path, tuple[RunRecord, Evaluation]]) -> Ma
     set_log(axes, "x")
     _finish(axes, "function evaluations an image", "distance (lower is better)")
     return _svg(figure)
-
-
-def _cycle(values: Sequence[str]) -> Iterable[str]:
-    while True:
-        yield from values
 
 
 def _finish(axes, xlabel: str, ylabel: str) -> None:

@@ -4,16 +4,20 @@ import contextlib
 import json
 import os
 import shutil
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
 
 from sit_atconv.checkpoints.run_folder import add_to_stats, best_step, quality_record, read_quality
 from sit_atconv.data import is_named, may_exist
 from sit_atconv.data.data_source import DataSource
 from sit_atconv.data.images import ImageFolder
+from sit_atconv.evaluation.checks import check_reference
 from sit_atconv.evaluation.evaluate import EvaluateOptions, ReferenceOptions, evaluate, fit_reference
 from sit_atconv.evaluation.extractors import open_extractor
 from sit_atconv.evaluation.records import Evaluation
@@ -24,6 +28,7 @@ from sit_atconv.runtime.commands import is_main_process
 from sit_atconv.runtime.devices import on_cpu, prepare_device
 from sit_atconv.runtime.files import write_aside
 from sit_atconv.runtime.processes import together
+from sit_atconv.runtime.settings import differences
 from sit_atconv.training.config import Config
 
 BEST = "best"  # link in the run's folder
@@ -72,13 +77,14 @@ class Quality:
         """
         quality = self.config.quality
         if quality.reference is None and quality.image_size is None and isinstance(data, ImageFolder):
-            self.options = ReferenceOptions(**asdict(self.options) | {"image_size": data.image_size})
+            self.options = replace(self.options, image_size=data.image_size)
         try:
             reference = open_reference(self.options.reference, self.options.image_size, self.options.max_megapixels)
             if is_main_process():  # which may download the extractor's weights
-                extractor = open_extractor(quality.extractor, quality.weights)
+                image = torch.zeros(1, 3, data.image_size, data.image_size, dtype=torch.uint8)
                 if reference.images is not None:
-                    extractor(reference.images.read(0, 1))
+                    image = reference.images.read(0, 1)
+                check_reference(open_extractor(quality.extractor, quality.weights), reference, image)
         except ValueError as error:
             raise ValueError(f"quality: {error}") from error
 
@@ -107,6 +113,7 @@ class Quality:
         finally:
             prepare_device(state.device, train.cpu_threads, train.tf32)  # as the training had set it
         if state.is_main_process:
+            self._compare_protocols(step)
             add_to_stats(self.run, step, known["log"] if known else figures)
             if train.keep_best:
                 self._link_best()
@@ -169,6 +176,18 @@ class Quality:
     def _delete_samples(self, step: int) -> None:
         for decay in self.config.train.ema_decays:
             shutil.rmtree(self._samples(step, decay), ignore_errors=True)
+
+    def _compare_protocols(self, step: int) -> None:
+        """Warns if the evaluation before was another one, since both are in one log and one chart."""
+        records = read_quality(self.run)
+        if not (earlier := [other for other in records if other < step]):
+            return
+        if changes := differences(records[max(earlier)]["protocol"], records[step]["protocol"]):
+            tqdm.write(
+                f"warning: step {step} is measured in another way than step {max(earlier)} ({'; '.join(changes)}): "
+                "do not compare them",
+                file=sys.stderr,
+            )
 
     def _link_best(self) -> None:
         best, link = best_step(self.run), self.run / BEST

@@ -16,10 +16,10 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors():
         from sit_atconv.studies.pages import read_runs, write_page
 
+        runs = read_runs(options.runs, options.scores)
         out = options.out or options.runs[0] / "report.html"
         if not out.absolute().parent.is_dir():
             raise ValueError(f"{out} cannot be written: give --out a file in a folder that exists")
-        runs = read_runs(options.runs, options.scores)
         write_page(runs, out, options.title or " and ".join(run.name for run in runs), options.speed)
     print(f"page: {out}")
 

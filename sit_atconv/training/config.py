@@ -20,7 +20,7 @@ import yaml
 
 from sit_atconv.checkpoints.power_averages import exponent_of
 from sit_atconv.checkpoints.run_folder import list_checkpoints
-from sit_atconv.checkpoints.training_state import snapshots_bytes
+from sit_atconv.checkpoints.training_state import checkpoints_at_once, snapshots_bytes
 from sit_atconv.data.sources import DataConfig
 from sit_atconv.flow import Objective
 from sit_atconv.flow.alignment import Alignment  # noqa: F401  # makes its name known
@@ -203,6 +203,18 @@ class TrainConfig:
     def evaluates(self, step: int) -> bool:
         """True if the quality of samples is measured after this step (1-based)."""
         return self.evaluate_every is not None and (step == self.steps or step % self.evaluate_every == 0)
+
+    @property
+    def checkpoints_at_once(self) -> int:
+        """The largest number of checkpoints on the disk, with the one being written."""
+        return checkpoints_at_once(
+            self.steps,
+            self.checkpoint_every,
+            self.keep_checkpoints,
+            self.keep_every,
+            self.evaluate_every,
+            self.keep_best,
+        )
 
     def learning_rate(self, step: int) -> float:
         """Returns the learning rate of a step (0-based)."""

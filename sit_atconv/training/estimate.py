@@ -8,7 +8,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 
-from sit_atconv.checkpoints.training_state import checkpoint_bytes, checkpoints_at_once
+from sit_atconv.checkpoints.training_state import checkpoint_bytes
 from sit_atconv.data.order import BatchOrder
 from sit_atconv.flow.auxiliary import AuxiliaryInputs, HiddenTap
 from sit_atconv.flow.step import forward_and_backward
@@ -44,14 +44,7 @@ def report(net: SiT, config: Config, order: BatchOrder, device: torch.device) ->
     added = config.auxiliary.to(next(net.parameters()).device).multiply_adds(net) if config.auxiliary else 0.0
     flops = 2 * (passes * macs + added) * order.batch_size
     size = checkpoint_bytes(net, len(train.ema_decays), config.auxiliary)
-    count = checkpoints_at_once(
-        train.steps,
-        train.checkpoint_every,
-        train.keep_checkpoints,
-        train.keep_every,
-        train.evaluate_every,
-        train.keep_best,
-    )
+    count = train.checkpoints_at_once
     rows = {
         "model": f"{trained / 1e6:.1f} M trained parameters; "
         f"{macs / 1e9:.2f} G multiply-adds for one forward of an image",

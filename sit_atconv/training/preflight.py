@@ -14,7 +14,6 @@ from sit_atconv.checkpoints.run_folder import checkpoint_step, list_checkpoints
 from sit_atconv.checkpoints.training_state import (
     Resumable,
     checkpoint_bytes,
-    checkpoints_at_once,
     find_resumable,
     set_aside,
 )
@@ -102,14 +101,7 @@ def prepare(
     config.check_resumable(description)
     saved, start = list_checkpoints(run), Start([], False)
     if not saved or checkpoint_step(saved[-1]) < train.steps:
-        count = checkpoints_at_once(
-            train.steps,
-            train.checkpoint_every,
-            train.keep_checkpoints,
-            train.keep_every,
-            train.evaluate_every,
-            train.keep_best,
-        )
+        count = train.checkpoints_at_once
         size = checkpoint_bytes(net, len(train.ema_decays), config.auxiliary)
         check_room(run, max(1, count - len(saved)) * size + config.snapshots_bytes(net))
     if config.init_from and not saved:

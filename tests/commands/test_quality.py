@@ -156,6 +156,30 @@ def test_the_default_reference_is_cropped_as_the_training_crops_it(launch, tmp_p
     assert codes == [0] and f"step 2: {NAME} " in output, output
 
 
+def test_scores_of_other_settings_are_not_mixed_without_a_word(launch, measured, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(measured, run, symlinks=True)
+    argv = quality_argv(measured.parent / "features", "--train.steps", 6, "--quality.seed", 5, "--quality.num_steps", 3)
+    codes, output = launch(TRAIN, [*argv, "--out", run])
+    said = "step 6 is measured in another way than step 4 (samples.sampler.steps 2 -> 3): do not compare them"
+    assert codes == [0] and said in output, output
+
+
+def test_options_of_quality_without_evaluations_are_pointed_out(tmp_path, capsys):
+    load_command(TRAIN).main([*TINY_RUN, "--out", str(tmp_path), "--quality.extractor", "digits", "--dry-run"])
+    assert "the options of quality do nothing without train.evaluate_every" in capsys.readouterr().err
+
+
+def test_statistics_of_another_extractor_are_refused_at_the_start(fails, tmp_path, capsys):
+    statistics = tmp_path / "statistics.npz"
+    made = ["--make-reference", statistics, "--reference", "digits", "--extractor", "digits"]
+    load_command("eval/fid.py").main([*map(str, made), "--features", str(tmp_path / "features")])
+    capsys.readouterr()
+    argv = [*TINY_RUN, "--out", tmp_path / "run", "--train.evaluate_every", 2, "--quality.reference", statistics]
+    printed = fails(load_command(TRAIN).main, [*argv, "--quality.extractor", "fashion"])
+    assert "quality: " in printed and "made with an extractor of name 'digits'" in printed
+
+
 def test_only_scores_that_were_measured_alike_are_compared(tmp_path):
     for step, value, protocol in ((1, 80.0, "a"), (2, 1.0, "b"), (3, 60.0, "a"), (4, 70.0, "a")):
         (tmp_path / "checkpoints" / f"step-{step:07d}").mkdir(parents=True)

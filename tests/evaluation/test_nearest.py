@@ -95,6 +95,15 @@ def test_the_command_finds_copies_and_draws_them(tmp_path, capsys):
     assert found["scores"]["nearest_ratio-digits"]["value"] == 0 and "held_out" not in found["protocol"]
 
 
+def test_options_that_would_do_nothing_are_refused(tmp_path, fails):
+    np.savez(tmp_path / "samples.npz", DIGITS[:100])
+    argv = ["--samples", tmp_path / "samples.npz", "--reference", "digits", "--extractor", "digits"]
+    argv += ["--features", tmp_path / "features"]
+    command = load_command("eval/fid.py").main
+    assert "--held-out is for --metrics copies" in fails(command, [*argv, "--held-out", "digits"])
+    assert "--background is for image files" in fails(command, [*argv, "--background", "white"])
+
+
 def test_cmmd_is_for_clip(tmp_path, capsys, fails):
     if "clip-tiny" not in FEATURE_EXTRACTORS_REGISTRY:
         register_feature_extractor("clip-tiny", Pixels)
@@ -106,10 +115,10 @@ def test_cmmd_is_for_clip(tmp_path, capsys, fails):
     assert "it is defined for an extractor clip-..., not digits" in printed
 
 
-def write_transparent(folder: Path, number: int) -> None:
-    """Writes digits as red with transparency, the first `number`; all others are opaque."""
+def write_transparent(folder: Path, number: int, start: int = 0) -> None:
+    """Writes 40 digits as red with transparency, the first `number`; all others are opaque."""
     folder.mkdir()
-    for i, digit in enumerate(DIGITS[:40, ..., 0]):
+    for i, digit in enumerate(DIGITS[start : start + 40, ..., 0]):
         alpha = digit if i < number else np.full_like(digit, 255)
         red = np.stack([np.full_like(digit, 255), digit, digit, alpha], axis=-1)
         Image.fromarray(red, "RGBA").save(folder / f"{i:02d}.png")
@@ -134,7 +143,7 @@ def test_transparent_images_are_composited_on_request_and_counted(tmp_path, caps
     assert (white[0] == 255).all() and torch.allclose(white[1].double(), 255 * (1 - alpha + alpha**2), atol=1)
     assert torch.equal(read_image(last, None, background=(9, 9, 9)), read_image(last, None))
     argv = ["--samples", tmp_path / "images", "--reference", "digits", "--extractor", "digits", "--metrics", "kid"]
-    argv += ["--features", tmp_path / "features"]
+    argv[:0] = ["--features", tmp_path / "features"]
     found, printed = evaluate(capsys, *argv)
     assert (
         found["subject"]["transparent"] == {"samples": 3}
@@ -145,6 +154,7 @@ def test_transparent_images_are_composited_on_request_and_counted(tmp_path, caps
     assert other["protocol"]["samples"]["background"] == "#ffffff" and "--background" not in printed
     assert other["scores"] != found["scores"] and other["subject"]["transparent"] == {"samples": 3}
     argv[argv.index("--samples") + 1] = argv[argv.index("--reference") + 1] = tmp_path / "images"
-    found, printed = evaluate(capsys, *argv, "--held-out", tmp_path / "images")  # counted wherever they are
-    assert found["subject"]["transparent"] == {"samples": 3, "reference": 3, "held_out": 3}
+    write_transparent(tmp_path / "others", 2, start=40)
+    found, printed = evaluate(capsys, *argv, "copies", "--held-out", tmp_path / "others")  # counted wherever they are
+    assert found["subject"]["transparent"] == {"samples": 3, "reference": 3, "held_out": 2}
     assert "'mauvish' is no colour" in fails(load_command("eval/fid.py").main, [*argv, "--background", "mauvish"])

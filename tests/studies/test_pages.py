@@ -107,6 +107,10 @@ def test_what_is_no_run_is_refused(runs, tmp_path, fails):
     assert f"{tmp_path} is not a training run" in fails(command, [tmp_path])
     (tmp_path / "bad.json").write_text("{}")
     assert "bad.json is not an evaluation" in fails(command, [runs[1], "--scores", tmp_path / "bad.json"])
+    assert "nowhere is not a training run" in fails(command, [tmp_path / "nowhere"])
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.yaml").write_text(": [")
+    assert "damaged/config.yaml is damaged" in fails(command, [tmp_path / "damaged"])
     assert "cannot be written" in fails(command, [runs[1], "--out", tmp_path / "nowhere" / "page.html"])
 
 
