@@ -46,7 +46,7 @@ def check_fit(extractor: Extractor, samples: ImageSet, reference: Reference, dev
 
 
 def check_reference(extractor: Extractor, reference: Reference, image: Tensor) -> None:
-    """Raises ValueError if reference was made with another extractor; runs extractor on image (1, 3, H, W)."""
+    """Raises ValueError if reference was made with another extractor, after one image (1, 3, H, W)."""
     made_with = reference.recipe.get("extractor", {})
     for name, value in extractor.describe().items():
         if made_with.get(name, value) != value:
