@@ -36,7 +36,12 @@ FILES = {"sit": (".pt",), "repa": (".pt",), "attnet": (".pth", ".pt")}  # forms 
 def main(argv: list[str] | None = None) -> None:
     options = vars(make_parser().parse_args(argv))
     source, out, form, ema = (options.pop(name) for name in ("source", "out", "to", "ema"))
+    card = {name: options.pop(name) for name in ("licence", "scores")}
     with user_errors():
+        if form != "pipeline" and any(card.values()):
+            raise ValueError(
+                "--license and --scores are for the card of a pipeline: add --to pipeline, or leave them out"
+            )
         from sit_atconv.checkpoints.weights import locate_weights
 
         check_out(out, form)  # before torch is imported, which takes seconds
@@ -54,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         ]
         for note in (*weights.notes, *repeated):
             print(f"note: {note}", file=sys.stderr)
-        print(convert(weights, source, out, form))
+        print(convert(weights, source, out, form, **card))
 
 
 def check_out(out: Path, form: str) -> None:
@@ -119,7 +124,7 @@ def load(source: str, path: Path, ema: bool | float, options: dict) -> "Weights"
     return load_weights(source, ema, vae=options["vae"])
 
 
-def convert(weights: "Weights", source: str, out: Path, form: str) -> str:
+def convert(weights: "Weights", source: str, out: Path, form: str, **card) -> str:
     """Writes the weights and returns lines for the user. ValueError: the form cannot express the weights."""
     config, recipe, quoted = weights.model.config, weights.recipe, shlex.quote(str(out))
     needed = recipe.backbone or (recipe.objective or {}).get("class_path")
@@ -151,13 +156,16 @@ def convert(weights: "Weights", source: str, out: Path, form: str) -> str:
     if form == "pipeline":
         from sit_atconv.pipeline import export_pipeline
 
-        export_pipeline(weights, out)
+        export_pipeline(weights, out, **card)
         what = f"pipeline with the {what}"
     else:
         from sit_atconv.checkpoints.exported import export_weights
 
         export_weights(weights, out)
-    return f"{out}: {what}\nsample: {command('generate')} --ckpt {quoted}"
+    lines = [f"{out}: {what}", f"sample: {command('generate')} --ckpt {quoted}"]
+    if form == "pipeline":
+        lines.append(f"card for the hub: {out / 'README.md'}")
+    return "\n".join(lines)
 
 
 def _free_name(out: Path) -> Path:
@@ -189,7 +197,8 @@ def make_parser() -> ArgumentParser:
         default="ours",
         help="the format to write. ours: a folder of safetensors and recipe; sit, repa: a .pt file for "
         "their code (for ATConv, sit needs tanh-GELU, and repa SiLU and no learn_sigma); pipeline: a "
-        "diffusers pipeline; attnet: a file for AttNet's code, from a classifier's run (default: ours)",
+        "diffusers pipeline with a card for the hub; attnet: a file for AttNet's code, from a classifier's run "
+        "(default: ours)",
     )
     average = parser.add_mutually_exclusive_group()
     average.add_argument(
@@ -207,6 +216,21 @@ def make_parser() -> ArgumentParser:
         metavar="ID_OR_FOLDER",
         help="the hub id or present folder of the VAE that the model was trained with, or identity for "
         f"a model of pixels (default: as the weights record it, or {DEFAULT_VAE})",
+    )
+    card = parser.add_argument_group("options of the card, README.md of a pipeline")
+    card.add_argument(
+        "--license",
+        dest="licence",
+        metavar="ID",
+        help="licence of the weights, as the hub abbreviates it: apache-2.0, cc-by-nc-4.0, ... (default: not stated)",
+    )
+    card.add_argument(
+        "--scores",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="records of eval/fid.py of samples of these weights, beside those in RUN/samples and RUN/quality",
     )
     of_files = parser.add_argument_group(
         "options for a published file or a folder of SiT.save_pretrained, which may not record them"

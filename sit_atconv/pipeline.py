@@ -1,7 +1,8 @@
 """The model as a diffusers pipeline, with the schedulers, offloading and hub access of diffusers."""
 
 import inspect
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -23,7 +24,7 @@ from huggingface_hub import snapshot_download
 from PIL.Image import Image
 from torch import Tensor
 
-from sit_atconv.checkpoints.exported import Weights
+from sit_atconv.checkpoints.exported import Weights, load_pipeline
 from sit_atconv.data.codecs import Codec, DCCodec, IdentityCodec, VAECodec, open_codec
 from sit_atconv.data.pixels import to_pil, to_uint8
 from sit_atconv.flow import as_velocity, get_interpolant
@@ -32,7 +33,10 @@ from sit_atconv.models.sit import SiT
 from sit_atconv.runtime.files import hub_options, write_folder_aside
 from sit_atconv.sampling import guided, time_grid
 from sit_atconv.sampling.guidance import check_guidance, default_cfg
+from sit_atconv.studies.model_card import model_card
 
+README = "README.md"
+GENERIC_CARD = "More Information Needed"  # words of the card that diffusers writes
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -111,6 +115,21 @@ class SiTPipeline(DiffusionPipeline):
             local_files_only=bool(is_local),
             allow_patterns=["*.json", "*.safetensors"],
         )
+
+    def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, **options):
+        """Puts the card into the folder before diffusers uploads it.
+
+        It is the README.md beside the pipeline, or one made of the weights; a card that the repository has already
+        stays.
+        """
+        target = Path(working_dir, README)
+        own = Path(self.config.get("_name_or_path") or "", README)
+        if self.config.get("_name_or_path") and own.is_file():
+            if own.resolve() != target.resolve():
+                target.write_text(own.read_text())
+        elif not target.exists() or GENERIC_CARD in target.read_text():
+            target.write_text(model_card(load_pipeline(Path(working_dir)), repo_id))
+        return super()._upload_folder(working_dir, repo_id, **options)
 
     @torch.no_grad()
     def __call__(
@@ -308,16 +327,17 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
     )
 
 
-def export_pipeline(weights: Weights, folder: Path) -> None:
+def export_pipeline(weights: Weights, folder: Path, licence: str | None = None, scores: Iterable[Path] = ()) -> None:
     """Writes a folder for `SiTPipeline.from_pretrained`, completely or not at all.
 
     Args:
         weights: returned by `load_weights`.
         folder: the folder to write; it must be new or empty.
+        licence, scores: for the card in README.md, as in `model_card`.
 
     Raises:
-        ValueError: the folder is not empty, the VAE is not the one of the training, or a pipeline cannot express the
-            interpolant, objective, backbone or codec.
+        ValueError: the folder is not empty, a record of scores is damaged, the VAE is not the one of the training, or a
+            pipeline cannot express the interpolant, objective, backbone or codec.
         OSError: the folder cannot be written.
     """
     recipe = weights.recipe
@@ -345,4 +365,10 @@ def export_pipeline(weights: Weights, folder: Path) -> None:
         ema_known=recipe.ema_known,
         trained_cfg=recipe.trained_cfg,
     )
-    write_folder_aside(folder, pipeline.save_pretrained)
+    card = model_card(weights, folder.name, licence, scores)
+
+    def write(partial: Path) -> None:
+        pipeline.save_pretrained(partial)
+        (partial / README).write_text(card)
+
+    write_folder_aside(folder, write)

@@ -24,7 +24,7 @@ MAY_IMPORT = {  # a package -> the others that it may import, beside `runtime`, 
     "evaluation": {"data", "encoders"},
     "training": {"models", "flow", "sampling", "data", "checkpoints"},
     "speed": {"ops", "models", "flow", "sampling", "data"},
-    "studies": {"evaluation", "training", "speed", "generation", "flow", "sampling", "data", "checkpoints"},
+    "studies": {"evaluation", "training", "speed", "generation", "models", "flow", "sampling", "data", "checkpoints"},
 }
 ROOT_MODULES = {
     "train",
@@ -32,6 +32,7 @@ ROOT_MODULES = {
     "encode",
     "convert",
     "quickstart",
+    "demo",
     "pipeline",
 }  # may import anything; nothing imports commands
 COMMANDS = {f"sit_atconv.{name}" for name in ROOT_MODULES - {"pipeline"}}

@@ -1,6 +1,7 @@
 """The diffusers pipeline draws the same samples as our solvers and supports the features of pipelines."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -366,11 +367,39 @@ def test_a_pipeline_is_uploaded_and_downloaded(exported, tmp_path, monkeypatch):
     monkeypatch.setattr(hub_utils.PushToHubMixin, "_upload_folder", upload)
     load(exported).push_to_hub("me/digits")
     names = {path.relative_to(exported) for path in exported.rglob("*")}
-    assert {path.relative_to(tmp_path / "hub") for path in (tmp_path / "hub").rglob("*")} == names | {Path("README.md")}
+    assert {path.relative_to(tmp_path / "hub") for path in (tmp_path / "hub").rglob("*")} == names
+
+    assert (tmp_path / "hub" / "README.md").read_text() == (exported / "README.md").read_text()
 
     monkeypatch.setattr(pipeline_module, "snapshot_download", lambda hub_id, **options: str(tmp_path / hub_id[3:]))
     (tmp_path / "hub").rename(tmp_path / "digits")
     assert np.array_equal(draw(load("me/digits")), draw(load(exported)))
+
+
+def test_the_card_of_an_upload(exported, tmp_path, monkeypatch):
+    from diffusers.utils import hub_utils
+
+    uploaded = []
+    monkeypatch.setattr(hub_utils, "create_repo", lambda repo_id, **options: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(
+        hub_utils,
+        "upload_folder",
+        lambda folder_path, **options: uploaded.append(Path(folder_path, "README.md").read_text()),
+    )
+
+    def push(pipeline, card: str) -> str:
+        monkeypatch.setattr(hub_utils, "load_or_create_model_card", lambda *args, **options: hub_utils.ModelCard(card))
+        pipeline.push_to_hub("me/digits")
+        return uploaded.pop()
+
+    loaded = load(exported)
+    made_here = SiTPipeline(**loaded.components, id2label=loaded.config.id2label)
+    generic = "It has been generated automatically. [More Information Needed]"
+    assert "# me/digits" in push(made_here, generic) and "Written by sit-atconv" in push(made_here, generic)
+    assert push(made_here, "# My own words") == "# My own words"  # the card of the repository
+    shutil.copytree(exported, tmp_path / "edited")
+    (tmp_path / "edited" / "README.md").write_text("# Edited")
+    assert push(load(tmp_path / "edited"), generic) == "# Edited"
 
 
 def test_an_export_is_complete_or_not_there(vae, tmp_path, monkeypatch):

@@ -118,6 +118,7 @@ def test_the_wheel_holds_configs_types_and_weights(wheel):
         *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("sit_atconv/**/*.py")),
         "sit_atconv/py.typed",
         "sit_atconv/studies/page.html",
+        "sit_atconv/studies/model_card.md",
         *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("sit_atconv/encoders/*.safetensors")),
         *(f"sit_atconv/configs/{name}.yaml" for name in shipped_configs()),
         *(f"sit_atconv/configs/sweeps/{name}.yaml" for name in shipped_sweeps()),
@@ -179,6 +180,8 @@ def test_the_quickstart_runs_in_an_empty_folder(scripts, tmp_path):
         "sit-atconv-fid",
         "sit-atconv-speed",
         "sit-atconv-classify",
+        "sit-atconv-report",
     ]
     assert len(printed.splitlines()) <= 40 and "{" not in printed
     assert (tmp_path / "runs/quickstart/speed/speed.png").exists()
+    assert (tmp_path / "runs/quickstart/report.html").exists()

@@ -53,16 +53,24 @@ class Evaluation:
 def read_evaluation(path: Path) -> Evaluation:
     """Reads a record, whose metrics need not be imported. ValueError: the file is not an evaluation."""
     try:
-        held = json.loads(path.read_text())
-        scores = {name: Score(**score) for name, score in held.pop("scores").items()}
-        evaluation = Evaluation(scores, **held)
-        _check_types(evaluation)
-        return evaluation
+        return parse_evaluation(json.loads(path.read_text()))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path} is not an evaluation that eval/fid.py wrote: give its --out, or the folder of "
             "samples that contains one"
         ) from error
+
+
+def parse_evaluation(content: dict) -> Evaluation:
+    """Returns the evaluation that `to_json` wrote.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: the content is none.
+    """
+    scores = {name: Score(**score) for name, score in content["scores"].items()}
+    evaluation = Evaluation(**{**content, "scores": scores})
+    _check_types(evaluation)
+    return evaluation
 
 
 def _check_types(evaluation: Evaluation) -> None:

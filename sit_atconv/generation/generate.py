@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> None:
         source = {name: options[name] for name in ("ema", "model", "vae")}
         locate_weights(options["ckpt"], **source)  # finds errors before the slow import of torch
         from sit_atconv.generation.draw import generate_samples
-        from sit_atconv.generation.job import GenerateOptions, prepare
+        from sit_atconv.generation.drawing import GenerateOptions
+        from sit_atconv.generation.job import prepare
         from sit_atconv.sampling import Sampler
 
         sampler = {name: options.pop(name) for name in Sampler.__dataclass_fields__}

@@ -24,6 +24,7 @@ COMMANDS = {  # name -> (what to type in the root of a checkout, its module)
     "speed": ("python eval/speed.py", "sit_atconv.speed.speed"),
     "sweep": ("python eval/sweep.py", "sit_atconv.studies.sweep"),
     "report": ("python eval/report.py", "sit_atconv.studies.report_runs"),
+    "demo": ("python -m sit_atconv.demo", "sit_atconv.demo"),
     "average": ("python -m sit_atconv.training.average", "sit_atconv.training.average"),
     "convert": ("python -m sit_atconv.convert", "sit_atconv.convert"),
     "quickstart": ("python -m sit_atconv.quickstart", "sit_atconv.quickstart"),

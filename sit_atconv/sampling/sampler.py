@@ -16,6 +16,7 @@ from sit_atconv.sampling.sde import sample_sde, sde_times
 from sit_atconv.sampling.solvers import LAST_STEPS, SOLVERS, Solver, default_solver
 from sit_atconv.sampling.times import as_times, time_grid
 
+Watch = Callable[[float, Tensor, Tensor, float], None]  # (t, x, v, r)
 MARGIN = 1e-3  # largest distance of a grid's ends from 0 and 1, where some formulas are not finite
 
 
@@ -168,6 +169,7 @@ class Sampler:
         randn: Callable[[Tensor], Tensor] = torch.randn_like,
         two_times: bool = False,
         trained_cfg: float = 1.0,
+        watch: Watch | None = None,
     ) -> Tensor:
         """Samples data (B, C, H, W) from noise (B, C, H, W) and labels (B,).
 
@@ -178,6 +180,9 @@ class Sampler:
             weak: a second model (x, t, y) -> velocity, for autoguidance.
             randn: x -> the next standard-normal tensor like x, for solvers that add noise.
             two_times, trained_cfg: as in `settled`; they only matter if `solver` or `cfg` is None.
+            watch: called at the start of each step, with an adaptive solver at each evaluation, as (t, x, v, r): the
+                time, the state (B, C, H, W), its guided velocity, and the time r that a jump with v leads to (1
+                without jumps). It must not change the tensors.
 
         Raises:
             ValueError: some of the errors of `check`.
@@ -187,6 +192,8 @@ class Sampler:
         solver = settled._solver(path)
         guide = GUIDANCE.find(self.guidance).build(as_velocity(model, interpolant, prediction), y, settled, weak)
         velocity = in_steps(guide, solver, len(times) - 1)
+        if watch:
+            velocity = watched(velocity, solver, watch)
         if solver.jumps:
             return solver.loop(velocity, noise, times, randn)
         if not solver.is_sde:
@@ -233,6 +240,19 @@ def in_steps(guide: Callable, solver: Solver, num_steps: int) -> Callable[..., T
         return guide(x, t, step, num_steps, *r)
 
     return velocity
+
+
+def watched(velocity: Callable[..., Tensor], solver: Solver, watch: Watch) -> Callable[..., Tensor]:
+    """Returns velocity, which calls `watch` at the first evaluation of each step."""
+    calls = itertools.count()
+
+    def seen(x: Tensor, t: Tensor, *r: Tensor) -> Tensor:
+        v = velocity(x, t, *r)
+        if next(calls) % (solver.evaluations or 1) == 0:
+            watch(float(t), x, v, *map(float, r or (1.0,)))
+        return v
+
+    return seen
 
 
 class Counted:

@@ -127,7 +127,7 @@ def write_page(runs: Sequence[RunRecord], out: Path, title: str, speed: Path | N
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
         runs=runs,
-        facts=_facts(runs),
+        facts=training_facts(runs),
         curves=_curves(runs),
         scores=_scores(evaluations),
         differences=_differences(evaluations),
@@ -140,8 +140,8 @@ def write_page(runs: Sequence[RunRecord], out: Path, title: str, speed: Path | N
     write_aside(out, page)
 
 
-def _facts(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """Returns the rows of the table of what was trained on what, without empty ones."""
+def training_facts(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
+    """Returns the rows of the table of what was trained on what, a cell for each run, without empty ones."""
     rows = {}
     for row, names in FACTS.items():
         cells = [
@@ -271,7 +271,7 @@ def _pictures(runs: Sequence[RunRecord], evaluations: Mapping[Path, tuple[RunRec
     for path, (run, evaluation) in evaluations.items():
         folder = Path(str(evaluation.subject.get("path", "")))
         grid = folder / "grid.png"
-        if grid.is_file() and grid.parent.parent.parent != run.folder.absolute():
+        if grid.is_file() and not path.is_relative_to(run.folder):
             found[f"{run.name}: samples"].append((folder.name, _embedded(grid)))
         nearest = path.with_suffix(".nearest.png")
         if nearest.is_file():

@@ -23,7 +23,8 @@ from sit_atconv.evaluation.extractors import open_extractor
 from sit_atconv.evaluation.records import Evaluation
 from sit_atconv.evaluation.references import Reference, open_reference
 from sit_atconv.generation.draw import generate_samples
-from sit_atconv.generation.job import GenerateOptions, prepare
+from sit_atconv.generation.drawing import GenerateOptions
+from sit_atconv.generation.job import prepare
 from sit_atconv.runtime.commands import is_main_process
 from sit_atconv.runtime.devices import on_cpu, prepare_device
 from sit_atconv.runtime.files import write_aside

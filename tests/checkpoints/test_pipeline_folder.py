@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def weights_of(codec, **options) -> Weights:
         null_label_trained=False,
         empty_classes=[3, 8],
     )
-    return Weights(randomised(in_channels=codec.channels), dataclasses.replace(recipe, **options), "nowhere")
+    return Weights(randomised(in_channels=codec.channels), dataclasses.replace(recipe, **options), Path("nowhere"))
 
 
 def assert_same(a: Weights, b: Weights):

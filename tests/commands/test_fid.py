@@ -304,7 +304,7 @@ def test_torchruns_report_ends_with_the_error(tmp_path):
     done = subprocess.run([*torchrun, *map(str, [ROOT / FID, *argv])], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-2]
-    assert last.endswith("the word digits, or idx:FOLDER") and f"error: {tmp_path / 'nowhere'} does not exist" in last
+    assert last.endswith("or the word digits, or an .npz") and f"error: {tmp_path / 'nowhere'} does not exist" in last
 
 
 # ----------------------------------------------------------------------------------------------------- errors

@@ -1,0 +1,130 @@
+"""The page with a live model, called as its buttons call it; tests/browser has the page itself."""
+
+import json
+import re
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from gradio_client import Client
+from PIL import Image
+
+from sit_atconv import demo
+from sit_atconv.generation.live_page import launch as serve
+
+SETTINGS = dict(classes=["label:3"], images=2, seed=0, cfg=2.0, solver="unipc", steps=3, height=8, width=8)
+
+
+@pytest.fixture(scope="module")
+def open_demo():
+    """open_demo(*options) -> its address."""
+    pages = []
+
+    def start(*argv: object) -> str:
+        options = demo.make_parser().parse_args([*map(str, argv)])
+        pages.append(demo.open_page(options))
+        return serve(pages[-1], options.host, options.port, options.max_waiting)
+
+    yield start
+    for page in pages:
+        page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def address(open_demo, tiny_run, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other") / "run"
+    shutil.copytree(tiny_run, other)
+    return open_demo("--ckpt", tiny_run, "--ckpt", other, "--max-images", 4, "--max-side", 16, "--max-steps", 50)
+
+
+class User(Client):
+    """A user of the page."""
+
+    def __init__(self, address: str):
+        super().__init__(address, verbose=False)
+
+    def draw(self, lo: float = 0, hi: float = 1, frames: int = 3, **changed):
+        """Returns the status, and for each model its images, time, picture of the way, and command."""
+        values = [*{**SETTINGS, **changed}.values(), lo, hi, frames]
+        status, *parts = self.predict(*values, api_name="/draw")
+        if "error" in status:
+            return status, []
+        return status, [parts[i : i + 5] for i in range(0, len(parts), 5)]
+
+
+def pixels(part) -> np.ndarray:
+    return np.stack([np.array(Image.open(entry["image"])) for entry in part[0]])
+
+
+def test_two_models_draw_from_the_same_noise(address):
+    user = User(address)
+    status, (left, right) = user.draw(seed=4)
+    assert re.fullmatch(r"Done. The right one takes \d+\.\d\d times as long as the left one.", status)
+    assert np.array_equal(pixels(left), pixels(right)) and pixels(left).shape == (2, 8, 8, 3)  # equal weights
+    assert re.fullmatch(r"\S+ s for each of 2 images, NFE 3", left[1]) and "--seed 4" in left[4]
+    with Image.open(left[0][1]["image"]) as file:
+        assert file.format == "PNG" and json.loads(file.info["settings"])["seed"] == 4
+        assert json.loads(file.info["settings"])["index"] == 1 and file.info["command"] == left[4]
+    again, other = user.draw(seed=4)[1][0], user.draw(seed=5)[1][0]
+    assert np.array_equal(pixels(again), pixels(left)) and not np.array_equal(pixels(other), pixels(left))
+
+
+def test_users_at_once_get_their_own_images(address):
+    alone = [pixels(User(address).draw(seed=seed)[1][0]) for seed in range(3)]
+    users = [User(address) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        results = [*pool.map(lambda pair: pair[1].draw(seed=pair[0]), enumerate(users))]
+    for seed, (_, (left, _)) in enumerate(results):
+        assert np.array_equal(pixels(left), alone[seed]) and f"--seed {seed}" in left[4]
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(height=9), "size 9 is not divisible by 2"),
+        (dict(height=18), "height 18: give 1 ... 16"),
+        (dict(width=None), "width is empty: give 1 ... 16"),
+        (dict(steps=51), "steps 51: give 1 ... 50"),
+        (dict(seed=-1), "seed -1: give 0 ..."),
+        (dict(lo=0.8, hi=0.2), "interval"),
+        (dict(cfg=1e9), "cfg 1000000000"),
+    ],
+)
+def test_bad_input_gets_a_message(address, changed, message):
+    status, parts = User(address).draw(**changed)
+    assert status.startswith("**error:**") and message in status and parts == []
+
+
+def test_a_full_queue_says_so(open_demo, tiny_run):
+    address = open_demo("--ckpt", tiny_run, "--max-waiting", 2)
+    start = threading.Barrier(10)
+
+    def click(user: User) -> str:
+        start.wait()
+        try:
+            return user.draw(solver="euler", steps=60, frames=0)[0]
+        except Exception as error:
+            return str(error)
+
+    users = [User(address) for _ in range(10)]
+    with ThreadPoolExecutor(10) as pool:
+        said = [*pool.map(click, users)]
+    assert {*said} >= {"Done."} and all(text == "Done." or "full" in text for text in said), said
+    assert any("full" in text for text in said)
+    assert users[0].draw()[0] == "Done."  # afterwards all is well
+
+
+def test_what_cannot_be_shown(tiny_run, tmp_path, fails, monkeypatch):
+    other = tmp_path / "run"
+    shutil.copytree(tiny_run, other)
+    for recipe in other.glob("checkpoints/*/*/recipe.json"):
+        content = json.loads(recipe.read_text())
+        recipe.write_text(json.dumps({**content, "class_names": [f"digit {label}" for label in range(10)]}))
+    assert "have different classes" in fails(demo.main, ["--ckpt", tiny_run, "--ckpt", other])
+    assert "nowhere" in fails(demo.main, ["--ckpt", tmp_path / "nowhere"])
+    assert "no_such_module" in fails(demo.main, ["--ckpt", tiny_run, "--import", "no_such_module"])
+    assert "port" in fails(demo.main, ["--ckpt", tiny_run, "--port", "1", "--host", "192.0.2.1"])
+    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+    assert "pip install 'sit-atconv[demo]'" in fails(demo.main, ["--ckpt", tiny_run])

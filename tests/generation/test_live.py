@@ -1,0 +1,138 @@
+"""Drawing while somebody watches: the same images as sample/generate.py, and what is shown on the way."""
+
+import json
+import shlex
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sit_atconv.checkpoints.exported import export_weights
+from sit_atconv.checkpoints.weights import load_weights
+from sit_atconv.generation.drawing import GenerateOptions
+from sit_atconv.generation.live import Drawn, Frame, LiveModel
+from sit_atconv.sampling import Sampler
+from tests.conftest import load_command
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_run, tmp_path_factory):
+    """Weights with a velocity far from zero, unlike those of a run of four steps."""
+    loaded = load_weights(str(tiny_run))
+    torch.manual_seed(0)
+    for parameter in loaded.model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    folder = tmp_path_factory.mktemp("weights") / "random"
+    export_weights(loaded, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(weights):
+    return LiveModel(GenerateOptions(ckpt=str(weights)), CPU)
+
+
+def draw(model: LiveModel, num_frames: int = 0, **options) -> tuple[list[Frame], Drawn]:
+    *frames, drawn = model.draw(model.check(replace(model.options, **options)), num_frames)
+    return frames, drawn
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(classes=("label:3", "label:7"), num_samples=3, seed=5, sampler=Sampler(cfg=2.5, steps=3)),
+        dict(num_samples=2, size=(12, 8), sampler=Sampler(cfg=2.0, cfg_interval=(0.25, 0.8), solver="heun", steps=4)),
+        dict(num_samples=2, sampler=Sampler(solver="sde-euler", steps=5, shift=2.0, cfg=0.0)),
+        dict(num_samples=2, dtype="bf16", sampler=Sampler(times=(0.0, 0.3, 1.0), cfg_schedule="linear")),
+    ],
+)
+def test_the_command_draws_the_same_images(model, tmp_path, options):
+    _, drawn = draw(model, 5, **options)
+    script, *words = shlex.split(drawn.command)[1:]
+    assert script.endswith("sample/generate.py")
+    load_command("sample/generate.py").main([*words, "--out", str(tmp_path), "--batch-size", "2", "--no-npz"])
+    for index, image in enumerate(drawn.images):
+        with Image.open(tmp_path / "images" / f"{index:06d}.png") as file:
+            difference = np.abs(np.array(file).astype(int) - np.array(image))
+        assert difference.max() <= 1
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["labels"] == drawn.labels and manifest["evaluations"] == drawn.evaluations
+
+
+def test_frames_lead_from_the_noise_to_the_images_and_change_nothing(model):
+    options = dict(classes=("label:3",), num_samples=2, sampler=Sampler(cfg=2.0, solver="euler", steps=8))
+    frames, drawn = draw(model, 40, **options)
+    assert [frame.t for frame in frames] == [step / 8 for step in range(8)]
+    for part in (part for frame in frames for part in (frame.states, frame.expected)):
+        assert part.shape == (2, 1, 8, 8) and part.dtype == torch.uint8
+    last = torch.stack([torch.from_numpy(np.array(image))[..., 0] for image in drawn.images])
+    assert (frames[-1].expected[:, 0].int() - last.int()).abs().max() <= 1  # Euler's last step leads to the image
+    assert (frames[0].states[:, 0].int() - last.int()).abs().float().mean() > 20  # the noise
+    fewer, same = draw(model, 3, **options)
+    none, alone = draw(model, 0, **options)
+    assert [frame.t for frame in fewer] == [0, 0.375, 0.75] and none == []
+    for other in (same, alone):
+        assert all(np.array_equal(a, b) for a, b in zip(drawn.images, other.images, strict=True))
+
+
+def test_a_jump_shows_the_state_that_it_leads_to(launch, tmp_path):
+    from tests.conftest import TINY_RUN
+
+    flow = ["--flow.class_path", "MeanFlow", "--model.two_times", "true"]
+    codes, output = launch("sit_atconv/train.py", [*TINY_RUN, *flow, "--out", tmp_path / "run", "--train.steps", 1])
+    assert codes == [0], output
+    model = LiveModel(GenerateOptions(ckpt=str(tmp_path / "run")), CPU)
+    frames, drawn = draw(model, 9, num_samples=2, sampler=Sampler(solver="jump", steps=2))
+    assert [frame.t for frame in frames] == [0, 0.5]
+    assert torch.equal(frames[0].expected, frames[1].states) and len(drawn.images) == 2
+
+
+def test_images_carry_their_settings(model):
+    _, drawn = draw(model, classes=("label:3",), num_samples=2, seed=9, sampler=Sampler(cfg=2.0, steps=2))
+    info = drawn.images[1].info
+    settings = json.loads(info["settings"])
+    assert info["command"] == drawn.command and info["Software"].startswith("sit_atconv ")
+    expected = {"seed": 9, "index": 1, "label": 3, "class": "3", "cfg": 2.0, "steps": 2, "size": [8, 8], "step": 4}
+    assert {name: settings[name] for name in expected} == expected
+    assert settings["weights"] == model.weights.identity()
+
+
+def test_nobody_watches_any_more(model):
+    before = threading.active_count()
+    drawing = model.check(replace(model.options, num_samples=1, sampler=Sampler(solver="euler", steps=1000)))
+    frames = model.draw(drawing, 1000)
+    first = next(frames)
+    frames.close()  # as Gradio does when a page is closed; it returns when the thread has ended
+    assert isinstance(first, Frame) and threading.active_count() == before
+
+
+def test_faults_are_one_error(model):
+    with pytest.raises(ValueError, match="size 9 is not divisible by 2"):
+        model.check(replace(model.options, size=(9, 8)))
+    with pytest.raises(ValueError, match="no class 'ten'"):
+        model.check(replace(model.options, classes=("ten",)))
+    with pytest.raises(ValueError, match="not finite"):
+        draw(model, num_samples=1, sampler=Sampler(cfg=1e39, steps=2))
+
+
+def test_classes_are_typed_so_that_they_mean_one_class(model):
+    names = ["1", "0", "tench", "tench", "great white", "-x", "name:2"]
+    recipe = replace(model.weights.recipe, class_names=names + ["7", "8", "9"])
+    drawing = replace(
+        model.check(replace(model.options, ckpt="a run")),
+        weights=replace(model.weights, recipe=recipe),
+        given=list(range(7)),
+    )
+    from sit_atconv.generation.labels import typed_label
+    from sit_atconv.generation.live import command_line
+
+    words = shlex.split(command_line(drawing, ["my_parts"]))
+    first = words.index("--classes") + 1
+    assert [typed_label(word, recipe.class_names) for word in words[first : first + 7]] == list(range(7))
+    assert words[first + 4] == "great white" and words[first + 5] == "label:5"
+    assert words[2:6] == ["--ckpt", "a run", "--import", "my_parts"]
