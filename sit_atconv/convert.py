@@ -162,10 +162,8 @@ def convert(weights: "Weights", source: str, out: Path, form: str, **card) -> st
         from sit_atconv.checkpoints.exported import export_weights
 
         export_weights(weights, out)
-    lines = [f"{out}: {what}", f"sample: {command('generate')} --ckpt {quoted}"]
-    if form == "pipeline":
-        lines.append(f"card for the hub: {out / 'README.md'}")
-    return "\n".join(lines)
+    card = [f"card for the hub: {out / 'README.md'}"] if form == "pipeline" else []
+    return "\n".join([f"{out}: {what}", *card, f"sample: {command('generate')} --ckpt {quoted}"])
 
 
 def _free_name(out: Path) -> Path:

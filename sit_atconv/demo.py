@@ -7,6 +7,7 @@ unless --host says otherwise.
 """
 
 import argparse
+import socket
 import sys
 import threading
 
@@ -19,12 +20,26 @@ from sit_atconv.runtime.tables import import_modules
 def main(argv: list[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
     with user_errors():
+        check_address(options.host, options.port)  # before models are loaded
         page = open_page(options)
         from sit_atconv.generation.live_page import launch
 
         address = launch(page, options.host, options.port, options.max_waiting)
     print(f"page: {address}\nCtrl-C ends it", flush=True)
     threading.Event().wait()
+
+
+def check_address(host: str, port: int | None) -> None:
+    """Raises ValueError if this machine cannot serve at the address."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port or 0))
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"the page cannot be served at {host}, port {port or 'any'} ({reason}): give another --host or --port"
+        ) from error
 
 
 def open_page(options: argparse.Namespace):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -125,6 +126,12 @@ def test_what_cannot_be_shown(tiny_run, tmp_path, fails, monkeypatch):
     assert "have different classes" in fails(demo.main, ["--ckpt", tiny_run, "--ckpt", other])
     assert "nowhere" in fails(demo.main, ["--ckpt", tmp_path / "nowhere"])
     assert "no_such_module" in fails(demo.main, ["--ckpt", tiny_run, "--import", "no_such_module"])
-    assert "port" in fails(demo.main, ["--ckpt", tiny_run, "--port", "1", "--host", "192.0.2.1"])
+    with socket.socket() as other_server:
+        other_server.bind(("127.0.0.1", 0))
+        other_server.listen()
+        taken = other_server.getsockname()[1]
+        assert f"port {taken} (Address already in use)" in fails(demo.main, ["--ckpt", tiny_run, "--port", taken])
+    assert "192.0.2.1, port any" in fails(demo.main, ["--ckpt", tiny_run, "--host", "192.0.2.1"])
+    assert "give another --host or --port" in fails(demo.main, ["--ckpt", tiny_run, "--port", 99999])
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
     assert "pip install 'sit-atconv[demo]'" in fails(demo.main, ["--ckpt", tiny_run])
