@@ -162,8 +162,8 @@ def convert(weights: "Weights", source: str, out: Path, form: str, **card) -> st
         from sit_atconv.checkpoints.exported import export_weights
 
         export_weights(weights, out)
-    card = [f"card for the hub: {out / 'README.md'}"] if form == "pipeline" else []
-    return "\n".join([f"{out}: {what}", *card, f"sample: {command('generate')} --ckpt {quoted}"])
+    written = [f"card for the hub: {out / 'README.md'}"] if form == "pipeline" else []
+    return "\n".join([f"{out}: {what}", *written, f"sample: {command('generate')} --ckpt {quoted}"])
 
 
 def _free_name(out: Path) -> Path:

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 
-from sit_atconv.runtime.commands import ArgumentParser, at_least, finite, run_command, user_errors
+from sit_atconv.runtime.commands import ArgumentParser, at_least, finite, leave_at_once, run_command, user_errors
 from sit_atconv.runtime.dtypes import DTYPES
 from sit_atconv.runtime.installation import command
 from sit_atconv.runtime.tables import import_modules
@@ -26,7 +26,10 @@ def main(argv: list[str] | None = None) -> None:
 
         address = launch(page, options.host, options.port, options.max_waiting)
     print(f"page: {address}\nCtrl-C ends it", flush=True)
-    threading.Event().wait()
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        leave_at_once("interrupted")  # threads may be in the middle of a drawing
 
 
 def check_address(host: str, port: int | None) -> None:
@@ -51,20 +54,21 @@ def open_page(options: argparse.Namespace):
     from sit_atconv.checkpoints.weights import locate_weights
 
     source = {name: getattr(options, name) for name in ("ema", "model", "vae")}
+    if len(options.ckpt) > 2:
+        raise ValueError(f"--ckpt was given {len(options.ckpt)} times: give one or two")
     for ckpt in options.ckpt:
         locate_weights(ckpt, **source)  # finds errors before slow imports
     try:
         import gradio  # noqa: F401
     except ImportError as error:
         raise ValueError("this page needs Gradio: pip install 'sit-atconv[demo]'") from error
-    from sit_atconv.generation.drawing import GenerateOptions
     from sit_atconv.generation.live import LiveModel
     from sit_atconv.generation.live_page import Limits, make_page
     from sit_atconv.runtime.devices import open_device
 
     device = open_device(options.device)
-    shared = {**source, "dtype": options.dtype}
-    models = [LiveModel(GenerateOptions(ckpt=ckpt, **shared), device, options.modules) for ckpt in options.ckpt]
+    shared = {**source, "dtype": options.dtype, "modules": options.modules}
+    models = [LiveModel(ckpt, device, **shared) for ckpt in options.ckpt]
     for note in dict.fromkeys(note for model in models for note in model.weights.notes):
         print(f"note: {note}", file=sys.stderr)
     return make_page(models, Limits(options.max_images, options.max_side, options.max_steps))
@@ -74,7 +78,7 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog=command("demo"),
         usage="%(prog)s --ckpt RUN [--ckpt RUN2] [options]",
-        description="Opens a page in the browser that draws images: class, guidance, solver, steps and seed are on the "
+        description="Serves a web page that draws images: class, guidance, solver, steps and seed are on the "
         "page, with the equivalent call of sample/generate.py. Two checkpoints draw side by side from the same noise.",
     )
     parser.add_argument(
@@ -94,10 +98,12 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--device", default="auto", help="device: auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=at_least(1), help="port to serve (default: the first free one from 7860)")
-    parser.add_argument("--max-images", type=at_least(1), default=16, help="most images of one click")
-    parser.add_argument("--max-side", type=at_least(1), default=1024, help="largest height and width in pixels")
-    parser.add_argument("--max-steps", type=at_least(1), default=250, help="most solver steps")
-    parser.add_argument("--max-waiting", type=at_least(1), default=20, help="most clicks that wait in the queue")
+    parser.add_argument("--max-images", type=at_least(1), default=16, help="maximum number of images of a drawing")
+    parser.add_argument("--max-side", type=at_least(1), default=1024, help="maximum height and width in pixels")
+    parser.add_argument("--max-steps", type=at_least(1), default=250, help="maximum number of solver steps")
+    parser.add_argument(
+        "--max-waiting", type=at_least(1), default=20, help="maximum number of drawings that wait in the queue"
+    )
     parser.add_argument(
         "--import",
         dest="modules",

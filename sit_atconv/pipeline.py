@@ -20,7 +20,7 @@ from diffusers import (
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 from PIL.Image import Image
 from torch import Tensor
 
@@ -33,7 +33,6 @@ from sit_atconv.models.sit import SiT
 from sit_atconv.runtime.files import hub_options, write_folder_aside
 from sit_atconv.sampling import guided, time_grid
 from sit_atconv.sampling.guidance import check_guidance, default_cfg
-from sit_atconv.studies.model_card import model_card
 
 README = "README.md"
 GENERIC_CARD = "More Information Needed"  # words of the card that diffusers writes
@@ -119,16 +118,17 @@ class SiTPipeline(DiffusionPipeline):
     def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, **options):
         """Puts the card into the folder before diffusers uploads it.
 
-        It is the README.md beside the pipeline, or one made of the weights; a card that the repository has already
-        stays.
+        It is the one that the repository has already, else README.md beside the pipeline, else one made of the weights.
         """
-        target = Path(working_dir, README)
-        own = Path(self.config.get("_name_or_path") or "", README)
-        if self.config.get("_name_or_path") and own.is_file():
-            if own.resolve() != target.resolve():
-                target.write_text(own.read_text())
-        elif not target.exists() or GENERIC_CARD in target.read_text():
-            target.write_text(model_card(load_pipeline(Path(working_dir)), repo_id))
+        from sit_atconv.studies.model_card import model_card, renamed
+
+        target, home = Path(working_dir, README), Path(self.config.get("_name_or_path") or working_dir)
+        there = ModelCard(target.read_text()).text.strip() if target.exists() else ""
+        if not there or GENERIC_CARD in there:
+            if home != Path(working_dir) and (home / README).is_file():
+                target.write_text(renamed((home / README).read_text(), home.name, repo_id))
+            else:
+                target.write_text(model_card(load_pipeline(Path(working_dir)), repo_id))
         return super()._upload_folder(working_dir, repo_id, **options)
 
     @torch.no_grad()
@@ -365,6 +365,8 @@ def export_pipeline(weights: Weights, folder: Path, licence: str | None = None, 
         ema_known=recipe.ema_known,
         trained_cfg=recipe.trained_cfg,
     )
+    from sit_atconv.studies.model_card import model_card  # draws charts: importing it takes a second
+
     card = model_card(weights, folder.name, licence, scores)
 
     def write(partial: Path) -> None:

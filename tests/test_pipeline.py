@@ -30,6 +30,7 @@ from sit_atconv.data.pixels import to_uint8
 from sit_atconv.models import SiT
 from sit_atconv.pipeline import SiTPipeline, export_pipeline
 from sit_atconv.sampling import guided, sample_ode
+from sit_atconv.studies.model_card import renamed
 from tests.conftest import relative_error
 from tests.models.test_sit import randomised
 
@@ -369,7 +370,8 @@ def test_a_pipeline_is_uploaded_and_downloaded(exported, tmp_path, monkeypatch):
     names = {path.relative_to(exported) for path in exported.rglob("*")}
     assert {path.relative_to(tmp_path / "hub") for path in (tmp_path / "hub").rglob("*")} == names
 
-    assert (tmp_path / "hub" / "README.md").read_text() == (exported / "README.md").read_text()
+    card = (exported / "README.md").read_text()
+    assert (tmp_path / "hub" / "README.md").read_text() == renamed(card, "exported", "me/digits") != card
 
     monkeypatch.setattr(pipeline_module, "snapshot_download", lambda hub_id, **options: str(tmp_path / hub_id[3:]))
     (tmp_path / "hub").rename(tmp_path / "digits")
@@ -400,6 +402,10 @@ def test_the_card_of_an_upload(exported, tmp_path, monkeypatch):
     shutil.copytree(exported, tmp_path / "edited")
     (tmp_path / "edited" / "README.md").write_text("# Edited")
     assert push(load(tmp_path / "edited"), generic) == "# Edited"
+    assert push(load(tmp_path / "edited"), "# Edited on the hub").endswith("# Edited on the hub")
+    uploaded_card = push(load(exported), generic)
+    assert "# me/digits\n" in uploaded_card and 'from_pretrained("me/digits")' in uploaded_card
+    assert "--ckpt me/digits --classes" in uploaded_card and exported.name not in uploaded_card
 
 
 def test_an_export_is_complete_or_not_there(vae, tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ import shlex
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -15,18 +16,29 @@ from torch import Tensor
 
 from sit_atconv import __version__
 from sit_atconv.checkpoints.exported import Weights
+from sit_atconv.checkpoints.run_folder import newest_checkpoint
 from sit_atconv.checkpoints.weights import load_weights
 from sit_atconv.data.codecs import decode_in_parts, open_codec
 from sit_atconv.data.pixels import to_pil, to_uint8
 from sit_atconv.flow import get_interpolant
-from sit_atconv.generation.draw import decode_batch, ready_models, sample_batch
+from sit_atconv.generation.draw import decode_batch, sample_batch
 from sit_atconv.generation.drawing import Drawing, GenerateOptions, check_drawing
 from sit_atconv.generation.labels import typed_label
 from sit_atconv.runtime.devices import prepare_device, synchronize
+from sit_atconv.runtime.dtypes import torch_dtype
 from sit_atconv.runtime.installation import command
-from sit_atconv.sampling import SOLVERS, Sampler, SampleStream
+from sit_atconv.sampling import SOLVERS, Counted, Sampler, SampleStream
 
+PROGRESS_EVERY = 0.5  # seconds
+MOST_SHOWN = 8  # images of a frame
 FLAGS = {"cfg_interval": "--interval"}  # of sample/generate.py, where they differ from the option's name
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The time t that the drawing has reached, in [0, 1]."""
+
+    t: float
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class Frame:
 
     Args:
         t: time of the step; 0 is noise, 1 is data.
-        states: what the solver has at t, decoded, uint8 (B, 1 or 3, H, W).
+        states: what the solver has at t, decoded, uint8 (n, 1 or 3, H, W), of the first images, at most MOST_SHOWN.
         expected: the images that its velocity leads to, likewise.
     """
 
@@ -67,7 +79,7 @@ class LiveModel:
     """A loaded checkpoint that draws a few images at a time, for people who watch.
 
     Args:
-        options: the checkpoint and how its weights are loaded and computed with; the rest is not used.
+        ckpt, model, vae, ema, dtype: the weights and the arithmetic, as in `GenerateOptions`.
         device: where it computes.
         modules: the user's modules that were imported for it, which the command line of its images names.
 
@@ -75,82 +87,128 @@ class LiveModel:
         ValueError: the weights or their codec cannot be loaded.
     """
 
-    def __init__(self, options: GenerateOptions, device: torch.device, modules: Sequence[str] = ()):
-        self.options, self.device, self.modules = options, device, modules
-        self.weights: Weights = load_weights(options.ckpt, options.ema, model=options.model, vae=options.vae)
-        self.codec = open_codec(self.weights.recipe.codec, precision="fp32" if options.dtype == "fp32" else "tf32")
+    def __init__(
+        self,
+        ckpt: str,
+        device: torch.device,
+        *,
+        model: str | None = None,
+        vae: str | None = None,
+        ema: bool | float = True,
+        dtype: str = "fp32",
+        modules: Sequence[str] = (),
+    ):
+        self.options = GenerateOptions(ckpt=ckpt, model=model, vae=vae, ema=ema, dtype=dtype)
+        self.device, self.modules = device, modules
+        self.weights: Weights = load_weights(ckpt, ema, model=model, vae=vae)
         self.identity = self.weights.identity()
+        codec = open_codec(self.weights.recipe.codec, precision="fp32" if dtype == "fp32" else "tf32")
+        self.codec = codec.to(device)
+        torch.nn.Module.to(self.weights.model, device, torch_dtype(dtype))  # not diffusers' own, which warns
         self.lock = threading.Lock()
+        self.warm = set[tuple]()  # shapes and solvers that were drawn before
 
-    def check(self, options: GenerateOptions) -> Drawing:
-        """Settles the options. ValueError: they do not fit each other or the model."""
-        return check_drawing(options, self.weights, self.codec)
+    def check(
+        self,
+        sampler: Sampler,
+        classes: Sequence[str] = (),
+        num_samples: int = 1,
+        seed: int = 0,
+        size: tuple[int, ...] = (),
+    ) -> Drawing:
+        """Settles what is to be drawn; the arguments are those of `GenerateOptions`.
 
-    def draw(self, drawing: Drawing, num_frames: int = 0) -> Iterator[Frame | Drawn]:
+        Raises:
+            ValueError: they do not fit each other or the model.
+        """
+        wanted = dict(sampler=sampler, classes=tuple(classes), num_samples=num_samples, seed=seed, size=size)
+        return check_drawing(replace(self.options, **wanted), self.weights, self.codec)
+
+    def draw(self, drawing: Drawing, num_frames: int = 0) -> Iterator[Progress | Frame | Drawn]:
         """Draws the images, and yields frames on the way, then the result.
 
-        Image i equals sample i of sample/generate.py, up to the rounding of another batch size.
+        Image i equals sample i of sample/generate.py, up to the rounding of another batch size. Progress comes between
+        frames, about twice a second. Closing the generator ends the drawing with its current step, without waiting for
+        that; another drawing of this model begins afterwards.
 
         Args:
             drawing: what `check` returned.
-            num_frames: number of frames at most, about evenly spaced in time.
+            num_frames: number of frames at most, at least 0, about evenly spaced in time.
 
         Raises:
             ValueError: the samples are not finite, or memory is too small for them.
         """
-        found: queue.SimpleQueue[Frame | Drawn | BaseException] = queue.SimpleQueue()
-        stop = threading.Event()
+        watched = _Watched()
 
         def work() -> None:
             try:
                 with self.lock:
-                    found.put(self._draw(drawing, num_frames, found, stop))
-            except torch.OutOfMemoryError:
-                found.put(ValueError("the device has too little memory for these images: draw fewer or smaller ones"))
+                    watched.show(self._draw(drawing, num_frames, watched))
+            except _Left:
+                pass
             except BaseException as error:
-                found.put(error)
+                with contextlib.suppress(_Left):
+                    watched.show(_explained(error))
 
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
+        threading.Thread(target=work, daemon=True, name="drawing").start()
         try:
             while True:
-                item = found.get()
+                try:
+                    item = watched.found.get(timeout=PROGRESS_EVERY)
+                except queue.Empty:
+                    yield Progress(watched.t)
+                    continue
                 if isinstance(item, BaseException):
                     raise item
                 yield item
                 if isinstance(item, Drawn):
                     return
         finally:
-            stop.set()  # nobody watches any more
-            thread.join()
+            watched.left.set()
 
     @torch.inference_mode()
-    def _draw(self, drawing: Drawing, num_frames: int, found: "queue.SimpleQueue", stop: threading.Event) -> Drawn:
+    def _draw(self, drawing: Drawing, num_frames: int, watched: "_Watched") -> Drawn:
         options, device = drawing.options, self.device
         prepare_device(device, tf32=options.dtype == "tf32")
-        stream = SampleStream(options.seed, range(options.num_samples))
-        model, weak = ready_models(drawing, device)
-        _warm_up(drawing, model, weak, device)
+        stream, model = SampleStream(options.seed, range(options.num_samples)), Counted(self.weights.model)
+        self._warm_up(drawing, watched)
         clock = _Clock(device)
-        num_seen = 0
+        next_frame = 0
 
         def watch(t: float, x: Tensor, v: Tensor, r: float) -> None:
-            nonlocal num_seen
-            if stop.is_set():
-                raise _Left
-            if num_frames and t * num_frames >= num_seen:
+            nonlocal next_frame
+            watched.reach(t)
+            place = min(int(t * num_frames), num_frames - 1)
+            if num_frames and place >= next_frame:
                 with clock.paused():
-                    found.put(self._frame(drawing, t, x, v, r))
-                num_seen = int(t * num_frames) + 1
+                    watched.show(self._frame(drawing, t, x[:MOST_SHOWN], v[:MOST_SHOWN], r))
+                next_frame = place + 1
 
-        before = model.evaluations
-        z = sample_batch(drawing, model, weak, stream, device, watch)
+        z = sample_batch(drawing, model, None, stream, device, watch)
+        watched.reach(1.0)
         images = [to_pil(image) for image in decode_batch(drawing, z, stream)]
         seconds, labels = clock.stop(), drawing.labels(stream).tolist()
         line = command_line(drawing, self.modules)
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
             image.info.update(self._facts(drawing, index, label), command=line)
-        return Drawn(images, labels, seconds, model.evaluations - before, line)
+        return Drawn(images, labels, seconds, model.evaluations, line)
+
+    def _warm_up(self, drawing: Drawing, watched: "_Watched") -> None:
+        """Computes a step and decodes once, so that the first images are not charged with what happens once."""
+        kind = (drawing.shape, drawing.options.num_samples, drawing.sampler.solver, drawing.sampler.cfg == 1)
+        if kind in self.warm:
+            return
+
+        def leave(t: float, x: Tensor, v: Tensor, r: float) -> None:
+            watched.reach(0.0)
+            decode_in_parts(self.codec, x.float())
+            raise _Left
+
+        with contextlib.suppress(_Left):
+            stream = SampleStream(0, range(drawing.options.num_samples))
+            sample_batch(drawing, Counted(self.weights.model), None, stream, self.device, leave)
+        watched.reach(0.0)
+        self.warm.add(kind)
 
     def _frame(self, drawing: Drawing, t: float, x: Tensor, v: Tensor, r: float) -> Frame:
         recipe = drawing.weights.recipe
@@ -183,18 +241,36 @@ class LiveModel:
 
 
 class _Left(Exception):
-    """Leaves a solver's loop."""
+    """Leaves a solver's loop, because nobody watches any more."""
 
 
-def _warm_up(drawing: Drawing, model, weak, device: torch.device) -> None:
-    """Computes one step, so that the first images are not charged with what happens once."""
+class _Watched:
+    """Passes items from the thread that draws to the one that watches."""
 
-    def leave(*step) -> None:
-        raise _Left
+    def __init__(self):
+        self.found: queue.Queue[Frame | Drawn | BaseException] = queue.Queue(maxsize=2)
+        self.left = threading.Event()
+        self.t = 0.0
 
-    stream = SampleStream(0, range(drawing.options.num_samples))
-    with contextlib.suppress(_Left):
-        sample_batch(drawing, model, weak, stream, device, leave)
+    def reach(self, t: float) -> None:
+        """Notes the time reached. _Left: nobody watches any more."""
+        if self.left.is_set():
+            raise _Left
+        self.t = max(self.t, t)
+
+    def show(self, item: "Frame | Drawn | BaseException") -> None:
+        """Hands over an item as soon as there is room for it. _Left: nobody watches any more."""
+        while True:
+            self.reach(self.t)
+            with contextlib.suppress(queue.Full):
+                return self.found.put(item, timeout=PROGRESS_EVERY)
+
+
+def _explained(error: BaseException) -> BaseException:
+    """Returns a ValueError for too little memory, which the user can change; other errors as they are."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
+        return ValueError("there is too little memory for these images: draw fewer or smaller ones")
+    return error
 
 
 class _Clock:
@@ -221,7 +297,10 @@ class _Clock:
 def command_line(drawing: Drawing, modules: Sequence[str] = ()) -> str:
     """Returns the call of sample/generate.py that draws the same images, with these modules imported."""
     options, names = drawing.options, drawing.weights.recipe.class_names
-    words = ["--ckpt", options.ckpt, *(word for module in modules for word in ("--import", module))]
+    ckpt = Path(options.ckpt)
+    if newest_checkpoint(ckpt):  # a run, whose newest checkpoint may be another one later
+        ckpt = ckpt / "checkpoints" / f"step-{drawing.weights.recipe.step:07d}"
+    words = ["--ckpt", str(ckpt), *(word for module in modules for word in ("--import", module))]
     if options.ema is False:
         words.append("--no-ema")
     given: dict[str, object] = {"--ema": None if isinstance(options.ema, bool) else options.ema}

@@ -1,26 +1,35 @@
 """The page of `sit_atconv.demo`: settings on one side, and a column of images for each model."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 import gradio as gr
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torchvision.utils import make_grid
 
 from sit_atconv.data.pixels import to_pil
 from sit_atconv.generation.drawing import Drawing
-from sit_atconv.generation.live import Drawn, Frame, LiveModel
+from sit_atconv.generation.live import MOST_SHOWN, Drawn, Frame, LiveModel
+from sit_atconv.models.mixers import mixer_names
 from sit_atconv.runtime.names import labels_by_name
 from sit_atconv.sampling import SOLVERS, Sampler
 
-IN_A_ROW = 8  # images of a frame
+WIDEST = 1600  # pixels of a frame's picture
 SMALL = 64  # sides in pixels below which images are enlarged, with visible pixels
-MOST_SEED = 2**31
+MOST_SEED = 2**53 - 1  # a browser's numbers are exact up to here
+NEW_SEEDS = 2**31
+MOST_CFG = 1000
 SYSTEM_FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 CSS = """
 .small img { image-rendering: pixelated; }
+.images .grid-container { grid-template-columns: repeat(auto-fill, minmax(80px, 1fr)) !important; }
 .images .grid-wrap { height: auto !important; min-height: 0 !important; }
 .images { min-height: 0 !important; height: auto !important; }
 .command .cm-scroller { min-height: 0 !important; }
@@ -52,20 +61,18 @@ class Column:
     time: gr.Markdown
     frames: gr.State  # [(t, picture), ...]
     slider: gr.Slider
+    frame_time: gr.Markdown
     picture: gr.Image
     command: gr.Code
+
+    @property
+    def parts(self) -> list:
+        return [self.gallery, self.time, self.frames, self.slider, self.frame_time, self.picture, self.command]
 
     def empty(self) -> dict:
         """Returns every part with the value of nothing drawn."""
         slider = gr.Slider(0, 1, 0, interactive=False)
-        return {
-            self.gallery: None,
-            self.time: "",
-            self.frames: [],
-            self.slider: slider,
-            self.picture: None,
-            self.command: "",
-        }
+        return dict(zip(self.parts, [None, "", [], slider, "", None, ""], strict=True))
 
 
 def make_page(models: Sequence[LiveModel], limits: Limits) -> gr.Blocks:
@@ -76,54 +83,51 @@ def make_page(models: Sequence[LiveModel], limits: Limits) -> gr.Blocks:
         if other.weights.recipe.class_names != names:
             raise ValueError(f"{first.options.ckpt} and {other.options.ckpt} have different classes: show one of them")
     titles = _titles(models)
-    start = first.check(replace(first.options, num_samples=1))
-    with gr.Blocks(title=" and ".join(titles), analytics_enabled=False, fill_width=True) as page:
+    solvers = [name for name in SOLVERS if all(_suits(name, model) for model in models)]
+    start = _start(models, solvers)
+    if max(start.size) > limits.side:
+        raise ValueError(
+            f"--max-side {limits.side} is less than the model's {max(start.size)} pixels: give at least that"
+        )
+    with gr.Blocks(
+        title=" and ".join(titles), analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
+    ) as page:
         gr.Markdown(f"# {' and '.join(titles)}")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                controls = _controls(models, start, limits)
+                controls = _controls(start, solvers, limits)
                 with gr.Row():
                     draw = gr.Button("Draw", variant="primary", elem_id="draw")
                     again = gr.Button("New seed", elem_id="new-seed")
-                    stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
+                    stop = gr.Button("Stop", elem_id="stop")
                 with gr.Accordion("size, guidance interval, frames", open=False, elem_id="more"):
                     controls |= _more_controls(start)
             with gr.Column(scale=3, min_width=320):
                 status = gr.Markdown("Choose a class and press **Draw**.", elem_id="status")
                 with gr.Row():
                     columns = [_column(model, title, start) for model, title in zip(models, titles, strict=True)]
-
-        def busy():
-            return gr.Button("Drawing …", interactive=False), gr.Button(interactive=False), gr.Button(visible=True)
-
-        def ready():
-            return gr.Button("Draw", interactive=True), gr.Button(interactive=True), gr.Button(visible=False)
-
-        buttons = [draw, again, stop]
-        outputs = [status, *(part for column in columns for part in column.empty())]
-        events = []
-        for button in (draw, again):
-            begun = button.click(busy, None, buttons, queue=False, show_progress="hidden", api_visibility="private")
-            if button is again:
-                begun = begun.then(_new_seed, None, controls["seed"], queue=False, api_visibility="private")
-            drawn = begun.then(
-                _drawer(columns, limits, status, list(controls)),
-                [*controls.values()],
-                outputs,
+        parts = [part for column in columns for part in column.parts]
+        events = [
+            button.click(
+                _Drawer(columns, limits, status, seed).draw,
+                [controls[name] for name in ARGUMENTS],
+                [status, *parts, *([seed] if seed is not None else [])],
                 api_name="draw" if button is draw else None,
                 api_visibility="public" if button is draw else "private",
                 concurrency_limit=1,
                 concurrency_id="draw",
                 show_progress="minimal",
+                show_progress_on=status,
+                trigger_mode="once",  # further clicks are ignored while one is under way
             )
-            drawn.then(ready, None, buttons, queue=False, show_progress="hidden", api_visibility="private")
-            events.append(drawn)
+            for button, seed in ((draw, None), (again, controls["seed"]))
+        ]
         stop.click(lambda: "Stopped.", None, status, queue=False, cancels=events, api_visibility="private")
         for column in columns:
             column.slider.input(
                 _shown,
                 [column.slider, column.frames],
-                column.picture,
+                [column.frame_time, column.picture],
                 queue=False,
                 show_progress="hidden",
                 trigger_mode="always_last",
@@ -148,6 +152,7 @@ def launch(page: gr.Blocks, host: str, port: int | None, max_waiting: int) -> st
         ssr_mode=False,
         quiet=True,
         prevent_thread_lock=True,
+        show_error=True,
     )
     return address
 
@@ -155,10 +160,22 @@ def launch(page: gr.Blocks, host: str, port: int | None, max_waiting: int) -> st
 # ----------------------------------------------------------------------------------------------- parts of the page
 
 
-def _controls(models: Sequence[LiveModel], start: Drawing, limits: Limits) -> dict[str, gr.components.Component]:
-    """Returns the inputs that everybody uses by name, with the model's own settings at the start."""
+def _start(models: Sequence[LiveModel], solvers: Sequence[str]) -> Drawing:
+    """Returns the drawing that the page shows at first: the first model's own, as far as it suits all."""
+    drawing = models[0].check(Sampler())
+    if drawing.sampler.solver not in solvers:
+        usual = "unipc" if "unipc" in solvers else solvers[0]
+        drawing = models[0].check(Sampler(solver=usual))
+    solver = drawing.sampler.solver
+    scales = [model.check(Sampler(solver=solver)).sampler.cfg for model in models]
+    if 1 in scales:  # a model that cannot be guided
+        drawing = models[0].check(Sampler(solver=solver, cfg=1))
+    return drawing
+
+
+def _controls(start: Drawing, solvers: Sequence[str], limits: Limits) -> dict[str, gr.components.Component]:
+    """Returns the inputs that everybody uses, by the names of `_Drawer.draw`'s arguments."""
     sampler = start.sampler
-    solvers = [name for name in SOLVERS if all(_suits(name, model) for model in models)]
     return {
         "classes": gr.Dropdown(
             _choices(start.weights.recipe.class_names),
@@ -168,11 +185,15 @@ def _controls(models: Sequence[LiveModel], start: Drawing, limits: Limits) -> di
             info="several are drawn in turn; none: at random",
             elem_id="classes",
         ),
-        "num_samples": gr.Slider(1, limits.images, min(4, limits.images), step=1, label="images", elem_id="images"),
-        "seed": gr.Number(0, precision=0, label="seed", info="image i is a function of (seed, i)", elem_id="seed"),
+        "num_samples": gr.Number(
+            min(4, limits.images), label="images", info=f"1 ... {limits.images}", elem_id="images"
+        ),
+        "seed": gr.Number(0, label="seed", info="image i is a function of (seed, i)", elem_id="seed"),
         "cfg": gr.Number(sampler.cfg, label="cfg", info="guidance scale: 1 is off, 0 ignores the class", elem_id="cfg"),
-        "solver": gr.Dropdown(solvers, value=sampler.solver, label="solver", elem_id="solver"),
-        "steps": gr.Number(sampler.steps, precision=0, label="steps", info=f"1 ... {limits.steps}", elem_id="steps"),
+        "solver": gr.Dropdown(list(solvers), value=sampler.solver, label="solver", elem_id="solver"),
+        "steps": gr.Number(
+            min(sampler.steps, limits.steps), label="steps", info=f"1 ... {limits.steps}", elem_id="steps"
+        ),
     }
 
 
@@ -181,15 +202,21 @@ def _more_controls(start: Drawing) -> dict[str, gr.components.Component]:
     height, width = start.size
     with gr.Row():
         sides = {
-            "height": gr.Number(height, precision=0, label="height", min_width=80, elem_id="height"),
-            "width": gr.Number(width, precision=0, label="width", min_width=80, elem_id="width"),
+            "height": gr.Number(height, label="height", min_width=80, elem_id="height"),
+            "width": gr.Number(width, label="width", min_width=80, elem_id="width"),
         }
     return {
         **sides,
         "lo": gr.Slider(0, 1, 0, step=0.01, label="guided from t =", info="0 is noise, 1 is data", elem_id="from"),
         "hi": gr.Slider(0, 1, 1, step=0.01, label="guided below t =", elem_id="below"),
         "num_frames": gr.Slider(
-            0, 40, 12, step=1, label="frames", info="pictures of the way from noise; they take no part in the time"
+            0,
+            40,
+            12,
+            step=1,
+            label="frames",
+            info="pictures of the way from noise; not part of the time",
+            elem_id="frames",
         ),
     }
 
@@ -197,11 +224,19 @@ def _more_controls(start: Drawing) -> dict[str, gr.components.Component]:
 def _column(model: LiveModel, title: str, start: Drawing) -> Column:
     recipe, config = model.weights.recipe, model.weights.model.config
     average = f", EMA {recipe.ema_decay:g}" if recipe.ema_decay else ""
+    mixers = " and ".join(
+        f"{number} x {name}" for name, number in Counter(mixer_names(config.mixer, config.depth)).items()
+    )
     small = ["small"] if max(start.size) < SMALL else []
     with gr.Column(min_width=300):
-        gr.Markdown(f"### {title}\nmixer {config.mixer}, step {recipe.step:,}{average}")
+        gr.Markdown(f"### {title}\n{mixers}, step {recipe.step:,}{average}")
         gallery = gr.Gallery(
-            label="images", format="png", columns=4, object_fit="contain", elem_classes=["images", *small]
+            label="images",
+            show_label=False,
+            format="png",
+            columns=4,
+            object_fit="contain",
+            elem_classes=["images", *small],
         )
         seconds = gr.Markdown("", elem_classes=["time"])
         slider = gr.Slider(
@@ -213,8 +248,14 @@ def _column(model: LiveModel, title: str, start: Drawing) -> Column:
             info="above: what the solver has; below: where its velocity leads",
             elem_classes=["way"],
         )
+        frame_time = gr.Markdown("", elem_classes=["frame-time"])
         picture = gr.Image(
-            label="the way", format="png", interactive=False, elem_classes=["frame", *small], buttons=["download"]
+            label="the way",
+            show_label=False,
+            format="png",
+            interactive=False,
+            elem_classes=["frame", *small],
+            buttons=["download"],
         )
         line = gr.Code(
             "",
@@ -225,11 +266,13 @@ def _column(model: LiveModel, title: str, start: Drawing) -> Column:
             show_line_numbers=False,
             elem_classes=["command"],
         )
-    return Column(model, gallery, seconds, gr.State([], time_to_live=3600), slider, picture, line)
+    return Column(model, gallery, seconds, gr.State([], time_to_live=3600), slider, frame_time, picture, line)
 
 
 def _titles(models: Sequence[LiveModel]) -> list[str]:
-    """Returns a name for each model: the end of its path, as short as it differs from the others'."""
+    """Returns a name for each model: a hub id, or the end of its path, as short as they differ."""
+    if not all(Path(model.options.ckpt).exists() for model in models):
+        return [model.options.ckpt for model in models]
     places = [model.weights.home.absolute().parts for model in models]
     for length in range(1, max(map(len, places))):
         names = [str(Path(*parts[-length:])) for parts in places]
@@ -247,7 +290,7 @@ def _choices(class_names: Sequence[str]) -> list[tuple[str, str]]:
 
 def _suits(solver: str, model: LiveModel) -> bool:
     try:
-        replace(Sampler(), solver=solver).check(
+        Sampler(solver=solver).check(
             model.weights.recipe.interpolant, model.weights.recipe.prediction, **model.weights.traits
         )
     except ValueError:
@@ -258,67 +301,101 @@ def _suits(solver: str, model: LiveModel) -> bool:
 # ------------------------------------------------------------------------------------------------------ what it does
 
 
-def _new_seed() -> int:
-    return random.randrange(MOST_SEED)
+ARGUMENTS = ("classes", "num_samples", "seed", "cfg", "solver", "steps", "height", "width", "lo", "hi", "num_frames")
 
 
-def _shown(number: int, frames: Sequence[tuple[float, Image.Image]]):
-    """Returns the picture of a frame, under its time."""
+def _shown(number: float, frames: Sequence[tuple[float, Image.Image]]) -> tuple[str, Image.Image | None]:
+    """Returns the time of a frame in words, and its picture."""
     if not frames:
-        return None
+        return "", None
     t, picture = frames[min(int(number), len(frames) - 1)]
-    return gr.Image(picture, label=f"t = {t:.2f}")
+    return f"t = {t:.2f}", picture
 
 
-def _drawer(columns: Sequence[Column], limits: Limits, status: gr.Markdown, names: Sequence[str]) -> Callable:
-    """Returns the function behind the buttons: values of the controls -> changes of the page."""
+@dataclass(frozen=True)
+class _Drawer:
+    """The function behind a button.
 
-    def draw(*values) -> Iterator[dict]:
-        given = dict(zip(names, values, strict=True))
-        drawn, results = list[Drawn](), dict[object, object]()
+    Args:
+        columns: the models.
+        limits: the most that it draws.
+        status: the line that says what happens.
+        seed: the field that gets a new seed first; None draws with the seed that it holds.
+    """
+
+    columns: Sequence[Column]
+    limits: Limits
+    status: gr.Markdown
+    seed: gr.Number | None
+
+    def draw(self, classes, num_samples, seed, cfg, solver, steps, height, width, lo, hi, num_frames) -> Iterator[dict]:
+        """Draws with every model in turn; yields changes of the page, the last of which are complete."""
+        begin: dict[object, object] = {self.status: "Drawing ..."}
+        if self.seed is not None:
+            seed = random.randrange(NEW_SEEDS)
+            begin[self.seed] = seed
+        given = dict(cfg=cfg, solver=solver, steps=steps, height=height, width=width, lo=lo, hi=hi)
+        given |= dict(classes=classes, num_samples=num_samples, seed=seed)
+        yield begin
         try:
-            drawings = [column.model.check(_options(column.model, given, limits)) for column in columns]
-            yield {part: value for column in columns for part, value in column.empty().items()}
-            for column, drawing in zip(columns, drawings, strict=True):
-                frames = list[tuple[float, Image.Image]]()
-                for item in column.model.draw(drawing, int(given["num_frames"])):
-                    if isinstance(item, Frame):
-                        frames.append((item.t, _sheet(item)))
-                        images = [to_pil(image) for image in item.expected]
-                        yield {column.gallery: images, status: f"Drawing: t = {item.t:.2f}"}
-                    else:
-                        drawn.append(item)
-                        results |= _result(column, item, frames)
-                        yield results
+            wanted = _wanted(given, self.limits)
+            drawings = [column.model.check(**wanted) for column in self.columns]
+            with tempfile.TemporaryDirectory() as folder:  # Gradio keeps copies
+                yield from self._draw(drawings, int(num_frames), Path(folder))
         except ValueError as error:
-            yield {status: f"**error:** {error}"}
-            return
-        yield {status: _summary(drawings, drawn), **results}
+            yield {self.status: f"**error:** {error}"}
+        except Exception as error:
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            yield {self.status: f"**error:** {reason} (the terminal of the command shows where)"}
 
-    return draw
+    def _draw(self, drawings: Sequence[Drawing], num_frames: int, folder: Path) -> Iterator[dict]:
+        drawn, results = list[Drawn](), dict[object, object]()
+        yield {part: value for column in self.columns for part, value in column.empty().items()}
+        for number, (column, drawing) in enumerate(zip(self.columns, drawings, strict=True)):
+            frames = list[tuple[float, Image.Image]]()
+            for item in column.model.draw(drawing, num_frames):
+                if isinstance(item, Drawn):
+                    drawn.append(item)
+                    results |= _result(column, item, frames, folder / str(number))
+                    yield results
+                    continue
+                changes: dict[object, object] = {self.status: f"Drawing: t = {item.t:.2f}"}
+                if isinstance(item, Frame):
+                    frames.append((item.t, _sheet(item)))
+                    images = [to_pil(image) for image in item.expected]
+                    changes[column.gallery] = _saved(images, folder / f"{number}-{len(frames)}")
+                yield changes
+        yield {self.status: _summary(drawings, drawn), **results}
 
 
-def _options(model: LiveModel, given: dict, limits: Limits):
-    """Returns the options that the page asks for. ValueError: a number is missing, or above its limit."""
+def _wanted(given: dict, limits: Limits) -> dict:
+    """Returns the arguments of `LiveModel.check`. ValueError: a number is missing, or out of its range."""
     limited = {
         "images": (given["num_samples"], 1, limits.images),
-        "seed": (given["seed"], 0, 2**63 - 1),
-        "cfg": (given["cfg"], -1e3, 1e3),
+        "seed": (given["seed"], 0, MOST_SEED),
         "steps": (given["steps"], 1, limits.steps),
         "height": (given["height"], 1, limits.side),
         "width": (given["width"], 1, limits.side),
     }
     for name, (value, least, most) in limited.items():
-        if value is None or not least <= value <= most:
-            raise ValueError(f"{name} {'is empty' if value is None else value}: give {least:g} ... {most:g}")
+        if value is None or not least <= value <= most or value != int(value):
+            said = "is empty" if value is None else f"{value:g}"
+            raise ValueError(f"{name} {said}: give a whole number, {least} ... {most}")
+    if given["cfg"] is None or not abs(given["cfg"]) <= MOST_CFG:
+        said = "is empty" if given["cfg"] is None else f"{given['cfg']:g}"
+        raise ValueError(f"cfg {said}: give a number, {-MOST_CFG} ... {MOST_CFG}")
+    if not given["lo"] < given["hi"]:
+        raise ValueError(
+            f"the guidance interval {given['lo']:g} ... {given['hi']:g} is empty: choose a start below its end"
+        )
     sampler = Sampler(
         cfg=float(given["cfg"]),
         cfg_interval=(float(given["lo"]), float(given["hi"])),
         solver=given["solver"],
         steps=int(given["steps"]),
     )
-    return replace(
-        model.options,
+    return dict(
         sampler=sampler,
         classes=tuple(given["classes"] or ()),
         num_samples=int(given["num_samples"]),
@@ -327,25 +404,43 @@ def _options(model: LiveModel, given: dict, limits: Limits):
     )
 
 
-def _result(column: Column, drawn: Drawn, frames: list[tuple[float, Image.Image]]) -> dict:
+def _result(column: Column, drawn: Drawn, frames: list[tuple[float, Image.Image]], folder: Path) -> dict:
     number, names = len(drawn.images), column.model.weights.recipe.class_names
     is_one_class = len({*drawn.labels}) == 1
     captions = [None if is_one_class else names[label] for label in drawn.labels]
     last = max(len(frames) - 1, 0)
-    return {
-        column.gallery: list(zip(drawn.images, captions, strict=True)),
-        column.time: f"{drawn.seconds / number:.3g} s for each of {number} images, NFE {drawn.evaluations}",
-        column.frames: frames,
-        column.slider: gr.Slider(0, max(last, 1), last, step=1, interactive=last > 0),
-        column.picture: _shown(last, frames),
-        column.command: drawn.command,
-    }
+    values = [
+        list(zip(_saved(drawn.images, folder), captions, strict=True)),
+        f"{drawn.seconds / number:.3g} s for each of {number} images, NFE {drawn.evaluations}",
+        frames,
+        gr.Slider(0, max(last, 1), last, step=1, interactive=last > 0),
+        *_shown(last, frames),
+        drawn.command,
+    ]
+    return dict(zip(column.parts, values, strict=True))
+
+
+def _saved(images: Sequence[Image.Image], folder: Path) -> list[str]:
+    """Writes images with what they say of themselves, as PNG files, and returns their paths.
+
+    (Gradio would write equal pictures to one file, also while it is read for somebody else.)
+    """
+    folder.mkdir()
+    paths = [str(folder / f"{index:04d}.png") for index in range(len(images))]
+    for image, path in zip(images, paths, strict=True):
+        info = PngInfo()
+        for name, text in {**image.info, "Creation Time": datetime.now(timezone.utc).isoformat()}.items():
+            info.add_text(str(name), str(text))
+        image.save(path, pnginfo=info)
+    return paths
 
 
 def _summary(drawings: Sequence[Drawing], drawn: Sequence[Drawn]) -> str:
     lines = ["Done."]
+    if SOLVERS.find(solver := drawings[0].sampler.solver).is_adaptive:
+        lines.append(f"{solver} chooses its own steps.")
     if len(drawn) == 2:
-        lines.append(f"The right one takes {drawn[1].seconds / drawn[0].seconds:.2f} times as long as the left one.")
+        lines.append(f"The second takes {drawn[1].seconds / drawn[0].seconds:.2f} times as long as the first.")
         if drawings[0].shape != drawings[1].shape:
             lines.append("Their latents have different shapes, so the noise differs.")
     return " ".join(lines)
@@ -355,10 +450,11 @@ def _sheet(frame: Frame) -> Image.Image:
     """Returns the states of a frame above the images they lead to."""
     times = max(1, SMALL // max(frame.states.shape[-2:]))
     sheets = [
-        to_pil(make_grid(images.repeat_interleave(times, -1).repeat_interleave(times, -2), nrow=IN_A_ROW))
+        to_pil(make_grid(images.repeat_interleave(times, -1).repeat_interleave(times, -2), nrow=MOST_SHOWN))
         for images in (frame.states, frame.expected)
     ]
     sheet = Image.new("RGB", (sheets[0].width, 2 * sheets[0].height + 2), "white")
     for number, part in enumerate(sheets):
         sheet.paste(part, (0, number * (part.height + 2)))
+    sheet.thumbnail((WIDEST, WIDEST))
     return sheet

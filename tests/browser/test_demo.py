@@ -3,27 +3,40 @@
 import io
 import re
 import shlex
+import signal
+import subprocess
 
 import numpy as np
 import pytest
 from PIL import Image
 from sklearn.svm import SVC
 
-from sit_atconv import demo
 from sit_atconv.data.digits import load_digits
-from sit_atconv.generation.live_page import launch as serve
 from tests.browser.conftest import LOOKS
-from tests.conftest import load_command
+from tests.conftest import ROOT, load_command, python
 
 pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
-def address(digits_run):
-    options = demo.make_parser().parse_args(["--ckpt", str(digits_run)])
-    page = demo.open_page(options)
-    yield serve(page, options.host, options.port, options.max_waiting)
-    page.close(verbose=False)
+def open_demo(digits_run):
+    """open_demo(*options) -> address of a page that the command serves."""
+    servers = []
+
+    def start(*options: str) -> str:
+        argv = python("-m", "sit_atconv.demo", "--ckpt", digits_run, *options)
+        servers.append(subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=ROOT))
+        return re.fullmatch(r"page: (\S+)\n", servers[-1].stdout.readline())[1]
+
+    yield start
+    for server in servers:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(20) == 130
+
+
+@pytest.fixture(scope="module")
+def address(open_demo):
+    return open_demo()
 
 
 @pytest.fixture(scope="module")
@@ -46,31 +59,32 @@ def fill(visited, **fields) -> None:
             visited.page.keyboard.press("Tab")
 
 
-WATCH_BUTTON = """
-const isBusy = () => document.querySelector('#draw').innerText.includes('Drawing')
-window.seenBusy = isBusy()
-new MutationObserver(() => { window.seenBusy ||= isBusy() })
-    .observe(document.body, {subtree: true, childList: true, characterData: true, attributes: true})
-"""
-
-
 def begin(visited, button: str = "#draw") -> None:
-    visited.page.wait_for_selector("#draw")
-    visited.page.evaluate(WATCH_BUTTON)
+    visited.page.wait_for_selector("#status p")
+    visited.page.eval_on_selector("#status p", "old => old.setAttribute('data-old', '')")  # until it is written anew
     visited.page.click(button)
 
 
-def wait(visited) -> str:
+def wait(visited, text: str = "Done|error") -> str:
     """Waits until what was begun has ended, and returns the status."""
-    visited.page.wait_for_function(
-        "window.seenBusy && document.querySelector('#draw').innerText == 'Draw'", timeout=60_000
-    )
-    return visited.page.inner_text("#status")
+    new = "text => new RegExp(text).test(document.querySelector('#status p:not([data-old])')?.innerText)"
+    visited.page.wait_for_function(new, arg=text, timeout=60_000)
+    return visited.page.locator("#status p").first.inner_text()
 
 
 def press(visited, button: str = "#draw") -> str:
     begin(visited, button)
     return wait(visited)
+
+
+def press_until_taken(visited) -> str:
+    """Presses Draw again and again, as people do while what was stopped is still ending."""
+    for _ in range(40):
+        begin(visited)
+        visited.page.wait_for_timeout(250)
+        if visited.page.locator("#status p:not([data-old])").count():
+            return wait(visited)
+    raise AssertionError("the button does nothing")
 
 
 def images(visited) -> np.ndarray:
@@ -112,13 +126,13 @@ def test_the_way_from_noise_to_image_is_on_a_slider(address, visit):
     visited = visit(address)
     fill(visited, steps=6)
     press(visited)
-    assert "t = 0.83" in visited.page.inner_text(".frame")
+    assert visited.page.locator(".frame-time p").first.inner_text() == "t = 0.83"
     last = visited.page.get_attribute(".frame img", "src")
     visited.page.eval_on_selector(
         ".way input[type=range]",
         "range => { range.value = 0; range.dispatchEvent(new Event('input', {bubbles: true})) }",
     )
-    visited.page.wait_for_function("document.querySelector('.frame').innerText.includes('t = 0.00')")
+    visited.page.wait_for_function("document.querySelector('.frame-time').innerText.includes('t = 0.00')")
     assert visited.page.get_attribute(".frame img", "src") != last
     visited.check()
 
@@ -137,27 +151,56 @@ def test_a_bad_size_gets_a_message(address, visit):
 def test_quick_clicks_end_in_a_result_or_in_busy(address, visit):
     visited = visit(address)
     fill(visited, steps=60)
-    visited.page.evaluate(WATCH_BUTTON)
-    visited.page.evaluate("for (let click = 0; click < 10; click++) document.querySelector('#draw').click()")
-    visited.page.wait_for_function("document.querySelector('#draw').innerText.includes('Drawing')")  # which says busy
-    assert visited.page.is_disabled("#draw") and visited.page.is_disabled("#new-seed")
+    visited.page.wait_for_selector("#draw")
+    visited.page.click("#draw", click_count=10)
+    wait(visited, "Drawing")  # which says busy
     assert wait(visited) == "Done." and len(images(visited)) == 4
     fill(visited, steps=2)
     press(visited)  # and it goes on
+    assert "--steps 2" in shown_command(visited)
     visited.check()
 
 
-def test_stop_ends_a_drawing(address, visit):
+@pytest.mark.parametrize("frames", [0, 12])
+def test_stop_ends_a_drawing_within_a_step(address, visit, frames):
     visited = visit(address)
-    fill(visited, steps=250, images=16)
+    visited.page.click("#more button")
+    fill(visited, steps=250, images=16, frames=frames)
     begin(visited)
-    visited.page.wait_for_function("document.querySelector('#status').innerText.includes('t = 0.')")
+    wait(visited, "t = 0[.]")
     visited.page.click("#stop")
-    visited.page.wait_for_function("document.querySelector('#draw').innerText == 'Draw'")
+    wait(visited, "Stopped")
     fill(visited, steps=2, images=1)
-    press(visited)
-    assert len(images(visited)) == 1
+    assert press_until_taken(visited) == "Done." and len(images(visited)) == 1
     visited.check()
+
+
+def test_a_closed_page_lets_the_next_person_through(address, visit):
+    first, second = visit(address), visit(address)
+    visited = first
+    visited.page.click("#more button")
+    fill(visited, steps=250, images=16, height=32, width=32, frames=0)
+    begin(visited)
+    wait(visited, "t = 0[.]")
+    visited.page.close()
+    fill(second, steps=2, images=1)
+    assert press_until_taken(second) == "Done."
+
+
+def test_a_full_queue_says_so_and_the_page_lives_on(open_demo, visit):
+    address = open_demo("--max-waiting", "1")
+    people = [visit(address) for _ in range(4)]
+    for visited in people:
+        fill(visited, steps=250, images=16)
+    for visited in people:
+        begin(visited)
+    full = people[-1]
+    full.page.wait_for_selector(".toast-body")
+    assert "busy" in full.page.inner_text(".toast-body")
+    for visited in people:
+        visited.page.click("#stop")
+    fill(full, steps=2, images=1)
+    assert press_until_taken(full) == "Done."
 
 
 def test_two_people_get_their_own_images(address, visit, read_digit):

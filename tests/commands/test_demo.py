@@ -52,7 +52,7 @@ class User(Client):
         status, *parts = self.predict(*values, api_name="/draw")
         if "error" in status:
             return status, []
-        return status, [parts[i : i + 5] for i in range(0, len(parts), 5)]
+        return status, [parts[i : i + 6] for i in range(0, len(parts), 6)]
 
 
 def pixels(part) -> np.ndarray:
@@ -62,12 +62,12 @@ def pixels(part) -> np.ndarray:
 def test_two_models_draw_from_the_same_noise(address):
     user = User(address)
     status, (left, right) = user.draw(seed=4)
-    assert re.fullmatch(r"Done. The right one takes \d+\.\d\d times as long as the left one.", status)
+    assert re.fullmatch(r"Done. The second takes \d+\.\d\d times as long as the first.", status)
     assert np.array_equal(pixels(left), pixels(right)) and pixels(left).shape == (2, 8, 8, 3)  # equal weights
-    assert re.fullmatch(r"\S+ s for each of 2 images, NFE 3", left[1]) and "--seed 4" in left[4]
+    assert re.fullmatch(r"\S+ s for each of 2 images, NFE 3", left[1]) and "--seed 4" in left[5]
     with Image.open(left[0][1]["image"]) as file:
         assert file.format == "PNG" and json.loads(file.info["settings"])["seed"] == 4
-        assert json.loads(file.info["settings"])["index"] == 1 and file.info["command"] == left[4]
+        assert json.loads(file.info["settings"])["index"] == 1 and file.info["command"] == left[5]
     again, other = user.draw(seed=4)[1][0], user.draw(seed=5)[1][0]
     assert np.array_equal(pixels(again), pixels(left)) and not np.array_equal(pixels(other), pixels(left))
 
@@ -78,19 +78,20 @@ def test_users_at_once_get_their_own_images(address):
     with ThreadPoolExecutor(3) as pool:
         results = [*pool.map(lambda pair: pair[1].draw(seed=pair[0]), enumerate(users))]
     for seed, (_, (left, _)) in enumerate(results):
-        assert np.array_equal(pixels(left), alone[seed]) and f"--seed {seed}" in left[4]
+        assert np.array_equal(pixels(left), alone[seed]) and f"--seed {seed}" in left[5]
 
 
 @pytest.mark.parametrize(
     "changed, message",
     [
         (dict(height=9), "size 9 is not divisible by 2"),
-        (dict(height=18), "height 18: give 1 ... 16"),
-        (dict(width=None), "width is empty: give 1 ... 16"),
-        (dict(steps=51), "steps 51: give 1 ... 50"),
-        (dict(seed=-1), "seed -1: give 0 ..."),
-        (dict(lo=0.8, hi=0.2), "interval"),
-        (dict(cfg=1e9), "cfg 1000000000"),
+        (dict(height=18), "height 18: give a whole number, 1 ... 16"),
+        (dict(width=None), "width is empty: give a whole number, 1 ... 16"),
+        (dict(steps=51), "steps 51: give a whole number, 1 ... 50"),
+        (dict(seed=-1), "seed -1: give a whole number, 0 ..."),
+        (dict(seed=1.5), "seed 1.5: give a whole number"),
+        (dict(lo=0.8, hi=0.2), "the guidance interval 0.8 ... 0.2 is empty"),
+        (dict(cfg=1e9), "cfg 1e+09: give a number, -1000 ... 1000"),
     ],
 )
 def test_bad_input_gets_a_message(address, changed, message):

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import threading
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,6 @@ from PIL import Image
 
 from sit_atconv.checkpoints.exported import export_weights
 from sit_atconv.checkpoints.weights import load_weights
-from sit_atconv.generation.drawing import GenerateOptions
 from sit_atconv.generation.live import Drawn, Frame, LiveModel
 from sit_atconv.sampling import Sampler
 from tests.conftest import load_command
@@ -34,12 +32,12 @@ def weights(tiny_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(weights):
-    return LiveModel(GenerateOptions(ckpt=str(weights)), CPU)
+    return LiveModel(str(weights), CPU)
 
 
-def draw(model: LiveModel, num_frames: int = 0, **options) -> tuple[list[Frame], Drawn]:
-    *frames, drawn = model.draw(model.check(replace(model.options, **options)), num_frames)
-    return frames, drawn
+def draw(model: LiveModel, num_frames: int = 0, **wanted) -> tuple[list[Frame], Drawn]:
+    *shown, drawn = model.draw(model.check(**wanted), num_frames)
+    return [item for item in shown if isinstance(item, Frame)], drawn
 
 
 @pytest.mark.parametrize(
@@ -51,7 +49,8 @@ def draw(model: LiveModel, num_frames: int = 0, **options) -> tuple[list[Frame],
         dict(num_samples=2, dtype="bf16", sampler=Sampler(times=(0.0, 0.3, 1.0), cfg_schedule="linear")),
     ],
 )
-def test_the_command_draws_the_same_images(model, tmp_path, options):
+def test_the_command_draws_the_same_images(weights, tmp_path, options):
+    model = LiveModel(str(weights), CPU, dtype=options.pop("dtype", "fp32"))
     _, drawn = draw(model, 5, **options)
     script, *words = shlex.split(drawn.command)[1:]
     assert script.endswith("sample/generate.py")
@@ -86,7 +85,7 @@ def test_a_jump_shows_the_state_that_it_leads_to(launch, tmp_path):
     flow = ["--flow.class_path", "MeanFlow", "--model.two_times", "true"]
     codes, output = launch("sit_atconv/train.py", [*TINY_RUN, *flow, "--out", tmp_path / "run", "--train.steps", 1])
     assert codes == [0], output
-    model = LiveModel(GenerateOptions(ckpt=str(tmp_path / "run")), CPU)
+    model = LiveModel(str(tmp_path / "run"), CPU)
     frames, drawn = draw(model, 9, num_samples=2, sampler=Sampler(solver="jump", steps=2))
     assert [frame.t for frame in frames] == [0, 0.5]
     assert torch.equal(frames[0].expected, frames[1].states) and len(drawn.images) == 2
@@ -103,19 +102,42 @@ def test_images_carry_their_settings(model):
 
 
 def test_nobody_watches_any_more(model):
-    before = threading.active_count()
-    drawing = model.check(replace(model.options, num_samples=1, sampler=Sampler(solver="euler", steps=1000)))
-    frames = model.draw(drawing, 1000)
-    first = next(frames)
-    frames.close()  # as Gradio does when a page is closed; it returns when the thread has ended
-    assert isinstance(first, Frame) and threading.active_count() == before
+    evaluations = []
+    hook = model.weights.model.register_forward_hook(lambda *_: evaluations.append(0))
+    shown = model.draw(model.check(Sampler(solver="euler", steps=5000)), 40)
+    next(shown)
+    shown.close()  # as Gradio does when a page is closed, or by Stop
+    with model.lock:  # the drawing has ended
+        assert 0 < len(evaluations) < 1000
+    hook.remove()
+    assert isinstance(draw(model, sampler=Sampler(steps=2))[1], Drawn)
+
+
+def test_a_drawing_that_waits_in_vain_is_never_begun(model):
+    evaluations = []
+    hook = model.weights.model.register_forward_hook(lambda *_: evaluations.append(0))
+    with model.lock:  # another drawing is under way
+        shown = model.draw(model.check(Sampler(solver="heun", steps=7)), 0)
+        assert next(shown).t == 0
+        shown.close()
+    with model.lock:
+        pass
+    hook.remove()
+    assert len(evaluations) <= 1
+
+
+def test_as_many_frames_as_asked_for_at_most(model):
+    frames, _ = draw(model, 3, sampler=Sampler(solver="dopri5"))
+    assert 1 < len(frames) <= 3 and frames == sorted(frames, key=lambda frame: frame.t)
+    frames, drawn = draw(model, 2, num_samples=10, sampler=Sampler(solver="euler", steps=2))
+    assert len(frames[0].states) == 8 and len(drawn.images) == 10
 
 
 def test_faults_are_one_error(model):
     with pytest.raises(ValueError, match="size 9 is not divisible by 2"):
-        model.check(replace(model.options, size=(9, 8)))
+        model.check(Sampler(), size=(9, 8))
     with pytest.raises(ValueError, match="no class 'ten'"):
-        model.check(replace(model.options, classes=("ten",)))
+        model.check(Sampler(), classes=("ten",))
     with pytest.raises(ValueError, match="not finite"):
         draw(model, num_samples=1, sampler=Sampler(cfg=1e39, steps=2))
 
@@ -124,7 +146,8 @@ def test_classes_are_typed_so_that_they_mean_one_class(model):
     names = ["1", "0", "tench", "tench", "great white", "-x", "name:2"]
     recipe = replace(model.weights.recipe, class_names=names + ["7", "8", "9"])
     drawing = replace(
-        model.check(replace(model.options, ckpt="a run")),
+        model.check(Sampler()),
+        options=replace(model.options, ckpt="a run"),
         weights=replace(model.weights, recipe=recipe),
         given=list(range(7)),
     )
@@ -136,3 +159,8 @@ def test_classes_are_typed_so_that_they_mean_one_class(model):
     assert [typed_label(word, recipe.class_names) for word in words[first : first + 7]] == list(range(7))
     assert words[first + 4] == "great white" and words[first + 5] == "label:5"
     assert words[2:6] == ["--ckpt", "a run", "--import", "my_parts"]
+
+
+def test_the_command_names_the_checkpoint_that_was_loaded(tiny_run):
+    _, drawn = draw(LiveModel(str(tiny_run), CPU), sampler=Sampler(steps=2))
+    assert f"--ckpt {tiny_run}/checkpoints/step-0000004 " in drawn.command  # the run may train on

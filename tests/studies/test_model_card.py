@@ -22,7 +22,7 @@ def run(tiny_run, tmp_path_factory):
     run = tmp_path_factory.mktemp("card") / "run"
     shutil.copytree(tiny_run, run)
     sessions = json.loads((run / "provenance.json").read_text())
-    sessions[-1]["command"] = f"/home/me/env/bin/python {ROOT}/sit_atconv/train.py --out '/data/my run'"
+    sessions[-1]["command"] = f"/home/me/env/bin/python -u {ROOT}/sit_atconv/train.py --out '/data/my run'"
     (run / "provenance.json").write_text(json.dumps(sessions))
     drawn = ("--ckpt", run, "--num-samples", 60, "--solver", "euler", "--cfg", 1, "--steps", 2, "--no-npz")
     samples = run / "samples" / "own"
@@ -45,14 +45,14 @@ def test_says_what_the_records_say(run, tmp_path, capsys):
         "# digits\n",
         "depth 2, width 32 and patch size 2",
         "images of 8 x 8 pixels",
-        "10 classes",
+        "has 10 classes",
         "atconv (2 blocks)",
         "| steps | 4 |",
         "EMA of decay 0.99",
         "batch size 512",
         f"| FD-digits-60 | {score} |",
         "| 60 | euler 2 | 1.0 | balanced | digits | digits |",
-        "python sit_atconv/train.py --out '/data/my run'",
+        "python -u sit_atconv/train.py --out '/data/my run'",
     ):
         assert said in text, said
     assert str(ROOT) not in text and "{{" not in text and "None" not in text
@@ -75,9 +75,15 @@ def test_only_scores_of_these_weights_count(run, tmp_path):
     [record] = run.glob("samples/*/scores-*.json")
     moved = tmp_path / "scores.json"
     content = json.loads(record.read_text())
-    moved.write_text(json.dumps({**content, "subject": {**content["subject"], "step": 3}}))
-    assert model_card(weights, "x", scores=[moved]).count("| FD-digits-60 |") == 1
-    other = replace(weights, recipe=replace(weights.recipe, ema_decay=0.5))
+    moved.write_text(json.dumps({**content, "subject": {**content["subject"], "step": 3, "weights": "0" * 64}}))
+    with pytest.raises(ValueError, match=r"scores.json has scores of other weights .*, step 3"):
+        model_card(weights, "x", scores=[moved])
+    with pytest.raises(ValueError, match="there is no file"):
+        model_card(replace(weights, path=tmp_path), "x", scores=[tmp_path / "missing.json"])
+    convert.main([str(run), str(tmp_path / "exported")])
+    exported = load_weights(str(tmp_path / "exported"))
+    assert model_card(exported, "x", scores=[record]).count("| FD-digits-60 |") == 1
+    other = load_weights(str(run), ema=False)
     assert "No scores of these weights are recorded" in model_card(other, "x")
     (run / "quality").mkdir()
     quality = {"log": {"quality/FD-digits-60": 1.0}, "protocol": {}, "evaluations": {"0.99": content}}
@@ -88,11 +94,14 @@ def test_only_scores_of_these_weights_count(run, tmp_path):
 
 def test_a_card_without_records(run, tmp_path):
     weights = load_weights(str(run))
-    recipe = replace(weights.recipe, class_names=["a|b", *"cdefghijk"[:9]], null_label_trained=False, step=0)
-    text = model_card(replace(weights, recipe=recipe, path=tmp_path), "x")
+    recipe = replace(weights.recipe, class_names=["a|`b\n# c", *"cdefghijk"[:9]], null_label_trained=False, step=0)
+    text = model_card(replace(weights, recipe=recipe, path=tmp_path), 'my "own" x')
+    assert "--ckpt 'my \"own\" x' --classes" in text and 'from_pretrained("my \\"own\\" x")' in text
+    twice = replace(recipe, class_names=["same", "same", *"cdefghij"])
+    assert "class_labels=[0]" in model_card(replace(weights, recipe=twice), "x")
     assert "licence of these weights is not stated" in text and "license" not in text
     assert "not possible" in text and "guidance_scale" not in text  # it cannot be guided
-    assert "class_labels=['a|b']" in text and "steps | not recorded" in text
+    assert "class_labels=['a|`b\\n# c']" in text and "(`a| b # c`, `c`," in text and "steps | not recorded" in text
     assert "learned guidance of scale 2:" in model_card(replace(weights, recipe=replace(recipe, trained_cfg=2.0)), "x")
 
 
