@@ -13,7 +13,9 @@ from gradio_client import Client
 from PIL import Image
 
 from sit_atconv import demo
+from sit_atconv.generation.live_page import ARGUMENTS
 from sit_atconv.generation.live_page import launch as serve
+from tests.conftest import TINY_RUN
 
 SETTINGS = dict(classes=["label:3"], images=2, seed=0, cfg=2.0, solver="unipc", steps=3, height=8, width=8)
 
@@ -70,6 +72,18 @@ def test_two_models_draw_from_the_same_noise(address):
         assert json.loads(file.info["settings"])["index"] == 1 and file.info["command"] == left[5]
     again, other = user.draw(seed=4)[1][0], user.draw(seed=5)[1][0]
     assert np.array_equal(pixels(again), pixels(left)) and not np.array_equal(pixels(other), pixels(left))
+
+
+def test_two_kinds_of_model_begin_with_a_solver_of_both(open_demo, launch, tiny_run, tmp_path):
+    flow = ["--flow.class_path", "MeanFlow", "--model.two_times", "true"]
+    codes, output = launch("sit_atconv/train.py", [*TINY_RUN, *flow, "--out", tmp_path / "run", "--train.steps", 1])
+    assert codes == [0], output
+    user = User(open_demo("--ckpt", tmp_path / "run", "--ckpt", tiny_run, "--max-images", 1))
+    arguments = user.view_api(return_format="dict", print_info=False)["named_endpoints"]["/draw"]["parameters"]
+    assert [argument["parameter_name"] for argument in arguments] == list(ARGUMENTS)
+    first = {argument["parameter_name"]: argument["parameter_default"] for argument in arguments}
+    assert (first["solver"], first["steps"], first["cfg"], first["num_samples"]) == ("unipc", 25, 4, 1)
+    assert user.draw(images=1)[0].startswith("Done.")
 
 
 def test_users_at_once_get_their_own_images(address):
