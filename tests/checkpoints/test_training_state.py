@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from sit_atconv.checkpoints.run_folder import checkpoint_step, list_checkpoints, newest_checkpoint
+from sit_atconv.checkpoints.run_folder import checkpoint_step, list_checkpoints, newest_checkpoint, quality_record
 from sit_atconv.checkpoints.training_state import (
     Resumable,
     TrainingState,
@@ -64,6 +64,16 @@ def test_checkpoints_of_keep_every_are_kept_permanently(tmp_path, state):
     for step in range(1, 8):
         save_checkpoint(tmp_path, state, recipe(step), keep=1, keep_every=3)
     assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [3, 6, 7]
+
+
+def test_the_checkpoint_with_the_best_score_is_kept(tmp_path, state):
+    for step, distance in ((1, 9.0), (2, 3.0), (3, 5.0), (4, 4.0)):
+        save_checkpoint(tmp_path, state, recipe(step), keep=1, keep_best=True)
+        quality_record(tmp_path, step).parent.mkdir(exist_ok=True)
+        quality_record(tmp_path, step).write_text(json.dumps({"log": {"quality/FD": distance}, "protocol": {}}))
+    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [2, 4]
+    save_checkpoint(tmp_path, state, recipe(5), keep=1)
+    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [5]
 
 
 def test_file_permissions_follow_the_umask(tmp_path, state):
