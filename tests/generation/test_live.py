@@ -101,15 +101,20 @@ def test_images_carry_their_settings(model):
     assert settings["weights"] == model.weights.identity()
 
 
+def wait_until_idle(model: LiveModel) -> None:
+    assert model.lock.acquire(timeout=60), "the drawing goes on"
+    model.lock.release()
+
+
 def test_nobody_watches_any_more(model):
     evaluations = []
     hook = model.weights.model.register_forward_hook(lambda *_: evaluations.append(0))
     shown = model.draw(model.check(Sampler(solver="euler", steps=5000)), 40)
     next(shown)
     shown.close()  # as Gradio does when a page is closed, or by Stop
-    with model.lock:  # the drawing has ended
-        assert 0 < len(evaluations) < 1000
+    wait_until_idle(model)
     hook.remove()
+    assert 0 < len(evaluations) < 1000
     assert isinstance(draw(model, sampler=Sampler(steps=2))[1], Drawn)
 
 
@@ -120,8 +125,7 @@ def test_a_drawing_that_waits_in_vain_is_never_begun(model):
         shown = model.draw(model.check(Sampler(solver="heun", steps=7)), 0)
         assert next(shown).t == 0
         shown.close()
-    with model.lock:
-        pass
+    wait_until_idle(model)
     hook.remove()
     assert len(evaluations) <= 1
 
