@@ -168,6 +168,7 @@ class LiveModel:
 
     @torch.inference_mode()
     def _draw(self, drawing: Drawing, num_frames: int, watched: "_Watched") -> Drawn:
+        watched.reach(0.0)  # it may have waited for another drawing
         options, device = drawing.options, self.device
         prepare_device(device, tf32=options.dtype == "tf32")
         stream, model = SampleStream(options.seed, range(options.num_samples)), Counted(self.weights.model)
