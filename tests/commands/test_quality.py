@@ -65,7 +65,7 @@ def test_the_log_the_records_and_the_best(measured, capsys, tmp_path):
     assert len(list((measured.parent / "features").iterdir())) == 2  # of the 1,797 digits, not of samples
 
 
-@pytest.mark.parametrize("write", [5, 40, *(pytest.param(write, marks=pytest.mark.slow) for write in (1, 75, 160))])
+@pytest.mark.parametrize("write", [5, *(pytest.param(write, marks=pytest.mark.slow) for write in (1, 40, 75, 160))])
 def test_a_killed_evaluation_is_completed(launch, measured, tmp_path, write):
     run, argv = tmp_path / "run", quality_argv(measured.parent / "features")
     codes, output = launch(TRAIN, [*argv, "--out", run], die=write, work=run / "quality")
