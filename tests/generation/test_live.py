@@ -87,7 +87,10 @@ def test_a_jump_shows_the_state_that_it_leads_to(launch, tmp_path):
     codes, output = launch("sit_atconv/train.py", [*TINY_RUN, *flow, "--out", tmp_path / "run", "--train.steps", 1])
     assert codes == [0], output
     model = LiveModel(str(tmp_path / "run"), CPU)
+    for parameter in model.weights.model.parameters():  # a velocity far from zero
+        parameter.data += 0.1 * torch.randn_like(parameter)
     frames, drawn = draw(model, 9, num_samples=2, sampler=Sampler(solver="jump", steps=2))
+    assert not torch.equal(frames[0].expected, frames[1].expected)
     assert [frame.t for frame in frames] == [0, 0.5]
     assert torch.equal(frames[0].expected, frames[1].states) and len(drawn.images) == 2
 
@@ -136,6 +139,8 @@ def test_a_drawing_that_waits_in_vain_is_never_begun(model):
 def test_as_many_frames_as_asked_for_at_most(model):
     frames, _ = draw(model, 3, sampler=Sampler(solver="dopri5"))
     assert 1 < len(frames) <= 3 and frames == sorted(frames, key=lambda frame: frame.t)
+    frames, _ = draw(model, 40, sampler=Sampler(solver="heun", steps=4))  # whose second evaluations are no steps
+    assert [frame.t for frame in frames] == [0, 0.25, 0.5, 0.75]
     frames, drawn = draw(model, 2, num_samples=10, sampler=Sampler(solver="euler", steps=2))
     assert len(frames[0].states) == 8 and len(drawn.images) == 10
 
@@ -171,3 +176,5 @@ def test_classes_are_typed_so_that_they_mean_one_class(model):
 def test_the_command_names_the_checkpoint_that_was_loaded(tiny_run):
     _, drawn = draw(LiveModel(str(tiny_run), CPU), sampler=Sampler(steps=2))
     assert f"--ckpt {tiny_run}/checkpoints/step-0000004 " in drawn.command  # the run may train on
+    _, drawn = draw(LiveModel(str(tiny_run), CPU, ema=False), sampler=Sampler(steps=2))
+    assert "--no-ema" in drawn.command
