@@ -51,7 +51,7 @@ def model_card(weights: Weights, name: str, licence: str | None = None, scores: 
         "name": name,
         "quoted": shlex.quote(name),
         "literal": json.dumps(name, ensure_ascii=False),
-        "version": __version__,
+        "mark": f"{MARK}{__version__}",
         "architecture": f"SiT of depth {config.depth}, width {config.hidden_size} and patch size {config.patch_size} "
         f"with {parameters:,} parameters",
         "mixers": " and ".join(f"{name} ({number} blocks)" for name, number in mixers.items()),
@@ -64,7 +64,6 @@ def model_card(weights: Weights, name: str, licence: str | None = None, scores: 
         "guidance": _guidance(weights),
         "example": repr(names[0]) if is_named and is_unique else "0",
         "options": ", guidance_scale=4.0" if is_guided and not two_times else "",
-        "typed": "label:0",
         "facts": _facts(weights, runs),
         "command": _command(runs),
         "scores": [row for found in [*_evaluations(weights, runs), *_given(weights, scores)] for row in _rows(found)],
