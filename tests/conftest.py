@@ -7,7 +7,6 @@ import itertools
 import multiprocessing
 import multiprocessing.util
 import os
-import re
 import shutil
 import signal
 import socket
@@ -20,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when it is imported: its kernels run on the CPU
@@ -75,8 +75,8 @@ def launch(tmp_path_factory):
 
     Runs a command's main() as torchrun would, in processes forked from one that has imported everything. `die` names
     one of DEATHS, or is the number of the write to the folder --out, or `work`, in which it dies; `kill_at` is the
-    count of the progress bar at which all of them, or `kill_rank` alone, get their kill -9, or `kill_with`. They have
-    `seconds`, and 20 once one of them was killed. They work in `folder`, if it is given.
+    count of the progress bar at which the command waits until all of them, or `kill_rank` alone, got their kill -9, or
+    `kill_with`. They have `seconds`, and 20 once one of them was killed. They work in `folder`, if it is given.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
@@ -108,21 +108,22 @@ def launch(tmp_path_factory):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        stop = None if kill_at is None else (kill_at, context.Semaphore(0), context.Semaphore(0))
         workers = [
             context.Process(
-                target=_worker, args=(command, [*map(str, argv)], rank, processes, port, log, die, work, folder)
+                target=_worker, args=(command, [*map(str, argv)], rank, processes, port, log, die, stop, work, folder)
             )
             for rank in range(processes)
         ]
         for worker in workers:
             worker.start()
-        while kill_at is not None and workers[0].is_alive():
-            counts = re.findall(r"(\d+)/\d+ \[", log.read_text() if log.exists() else "")
-            if counts and int(counts[-1]) >= kill_at:
+        while stop and workers[0].is_alive():
+            _, reached, killed = stop
+            if reached.acquire(timeout=0.05):
                 for worker in workers if kill_rank is None else [workers[kill_rank]]:
                     os.kill(worker.pid, kill_with)
+                killed.release()
                 break
-            time.sleep(0.001)
         end = time.monotonic() + seconds
         for worker in itertools.cycle(workers):
             worker.join(0.05)
@@ -138,14 +139,14 @@ def launch(tmp_path_factory):
     return run
 
 
-def _worker(command, argv, rank, processes, port, log, die, work, folder):
+def _worker(command, argv, rank, processes, port, log, die, stop, work, folder):
     os.chdir(folder or ".")
     output = open(log, "a", buffering=1)  # noqa: SIM115
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of a loader's workers: not from a server once more
-    os.environ["TQDM_MININTERVAL"] = "0"
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, mininterval=0, miniters=0)  # every step is shown
     if processes > 1:
         os.environ |= {
             "RANK": str(rank),
@@ -159,7 +160,24 @@ def _worker(command, argv, rank, processes, port, log, die, work, folder):
         _die_at_write(die, str(work or argv[argv.index("--out") + 1]))
     elif die:
         DEATHS[die]()
+    if stop:
+        _wait_at_count(*stop)
     load_command(command).main(argv)
+
+
+def _wait_at_count(count: int, reached, killed):
+    """The first progress bar that shows `count` says so, and waits for the signal: no process outruns its kill."""
+    display = tqdm.display
+
+    def patched(bar, *args, **kwargs):
+        shown = display(bar, *args, **kwargs)
+        if bar.n >= count:
+            tqdm.display = display
+            reached.release()
+            killed.acquire()
+        return shown
+
+    tqdm.display = patched
 
 
 def _kill(*args, **kwargs):
