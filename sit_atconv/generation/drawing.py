@@ -151,10 +151,11 @@ def _image_size(size: tuple[int, ...], codec: Codec, config) -> tuple[int, int]:
     if len(size) > 2:
         raise ValueError(f"size takes one side or two, not {len(size)}")
     unit = codec.downsample * config.patch_size
-    for side in size:
+    names = ("height", "width") if len(size) == 2 else ("size",) * len(size)
+    for name, side in zip(names, size, strict=True):
         if side % unit:
             raise ValueError(
-                f"size {side} is not divisible by {unit} (patch size {config.patch_size} x codec "
+                f"{name} {side} is not divisible by {unit} (patch size {config.patch_size} x codec "
                 f"downsampling {codec.downsample}): give {side // unit * unit or unit}"
             )
     size = size or (config.input_size * codec.downsample,)

@@ -141,7 +141,7 @@ def test_a_bad_size_gets_a_message(address, visit):
     visited = visit(address)
     visited.page.click("#more button")
     fill(visited, height=9)
-    assert "size 9 is not divisible by 2" in press(visited)
+    assert "height 9 is not divisible by 2" in press(visited)
     fill(visited, height=8, width=12)
     press(visited)
     assert images(visited).shape[1:] == (8, 12, 3)

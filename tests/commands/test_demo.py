@@ -98,7 +98,7 @@ def test_users_at_once_get_their_own_images(address):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        (dict(height=9), "size 9 is not divisible by 2"),
+        (dict(height=9), "height 9 is not divisible by 2"),
         (dict(height=18), "height 18: give a whole number, 1 ... 16"),
         (dict(width=None), "width is empty: give a whole number, 1 ... 16"),
         (dict(steps=51), "steps 51: give a whole number, 1 ... 50"),

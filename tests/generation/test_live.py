@@ -146,7 +146,7 @@ def test_as_many_frames_as_asked_for_at_most(model):
 
 
 def test_faults_are_one_error(model):
-    with pytest.raises(ValueError, match="size 9 is not divisible by 2"):
+    with pytest.raises(ValueError, match="height 9 is not divisible by 2"):
         model.check(Sampler(), size=(9, 8))
     with pytest.raises(ValueError, match="no class 'ten'"):
         model.check(Sampler(), classes=("ten",))
