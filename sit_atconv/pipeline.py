@@ -65,6 +65,7 @@ class SiTPipeline(DiffusionPipeline):
     _optional_components = ["vae"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
     _guidance_scale: float
+    _home: Path | None = None  # the folder that it was loaded from
 
     def __init__(
         self,
@@ -102,6 +103,14 @@ class SiTPipeline(DiffusionPipeline):
         )
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **options) -> "SiTPipeline":
+        """Loads a pipeline as diffusers does, and remembers its folder wherever the program changes to."""
+        home = Path(pretrained_model_name_or_path).resolve()
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **options)
+        pipeline._home = home if home.is_dir() else None
+        return pipeline
+
+    @classmethod
     def download(cls, pretrained_model_name: str, **options) -> str:
         """Downloads a pipeline and returns its folder; the method of diffusers refuses our model class."""
         is_local = hub_options(pretrained_model_name)["local_files_only"] or options.get("local_files_only")
@@ -122,7 +131,8 @@ class SiTPipeline(DiffusionPipeline):
         """
         from sit_atconv.studies.model_card import model_card, renamed
 
-        target, home = Path(working_dir, README), Path(self.config.get("_name_or_path") or working_dir)
+        target = Path(working_dir, README)
+        home = self._home or Path(self.config.get("_name_or_path") or working_dir)  # DiffusionPipeline loaded it
         there = ModelCard(target.read_text()).text.strip() if target.exists() else ""
         if not there or GENERIC_CARD in there:
             if home != Path(working_dir) and (home / README).is_file():

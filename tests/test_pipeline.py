@@ -403,6 +403,10 @@ def test_the_card_of_an_upload(exported, tmp_path, monkeypatch):
     (tmp_path / "edited" / "README.md").write_text("# Edited")
     assert push(load(tmp_path / "edited"), generic) == "# Edited"
     assert push(load(tmp_path / "edited"), "# Edited on the hub").endswith("# Edited on the hub")
+    monkeypatch.chdir(tmp_path)
+    by_relative_path = load("edited")
+    monkeypatch.chdir(exported)
+    assert push(by_relative_path, generic) == "# Edited"
     uploaded_card = push(load(exported), generic)
     assert "# me/digits\n" in uploaded_card and 'from_pretrained("me/digits")' in uploaded_card
     assert "--ckpt me/digits --classes" in uploaded_card and exported.name not in uploaded_card
